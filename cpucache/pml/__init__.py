@@ -1,0 +1,1 @@
+"""PML, the Prompt Markup Language: text in, validated trees out. Knows nothing of tokens or models."""

@@ -1,0 +1,182 @@
+"""The trees that PML is parsed into.
+
+Nodes compare by identity (``eq=False``): two modules with the same text are still two modules, and a node can be used as
+a dictionary key by the layers above. ``line`` is the 1-based line of the tag (or of the text's first character).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+RoleName: TypeAlias = Literal["system", "user", "assistant"]
+ROLES: tuple[RoleName, ...] = ("system", "user", "assistant")
+
+
+# ---- schema -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A run of text, white space already folded at its ends (see ``parse.fold_space``)."""
+
+    text: str
+    line: int
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """A reserved run of ``length`` tokens, filled by an argument of the prompt."""
+
+    name: str
+    length: int
+    scaffold: str | None
+    line: int
+
+
+@dataclass(frozen=True, eq=False)
+class Role:
+    """A role tag around parts of a schema. Transparent to naming: modules inside belong to the module around it."""
+
+    role: RoleName
+    children: tuple[SchemaNode, ...]
+    line: int
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """A named, reusable part of a prompt. ``cache=False``: evaluated afresh in every prompt."""
+
+    name: str
+    children: tuple[SchemaNode, ...]
+    cache: bool
+    line: int
+
+
+@dataclass(frozen=True, eq=False)
+class Union:
+    """Modules that start at the same position, of which a prompt takes at most one.
+
+    ``scaffold`` names the member whose text stands in for the union while what follows it is encoded.
+    """
+
+    members: tuple[Module, ...]
+    scaffold: str | None
+    line: int
+
+
+SchemaNode: TypeAlias = Text | Parameter | Role | Module | Union
+
+
+@dataclass(frozen=True, eq=False)
+class Schema:
+    """The root: a module that is always included. ``file`` is what error messages call it."""
+
+    name: str
+    children: tuple[SchemaNode, ...]
+    file: str
+    line: int
+
+
+Scope: TypeAlias = Schema | Module
+
+
+def parts(scope: Scope | Role) -> Iterator[SchemaNode]:
+    """The nodes of a scope in order, looking through role tags (which are yielded before their own children)."""
+    for child in scope.children:
+        yield child
+        if isinstance(child, Role):
+            yield from parts(child)
+
+
+def modules_of(scope: Scope) -> dict[str, Module]:
+    """The modules that a prompt may name directly under ``scope``, in order; union members included."""
+    found: dict[str, Module] = {}
+    for node in parts(scope):
+        if isinstance(node, Module):
+            found[node.name] = node
+        elif isinstance(node, Union):
+            found.update((member.name, member) for member in node.members)
+    return found
+
+
+def parameters_of(scope: Scope) -> dict[str, Parameter]:
+    """The parameters of ``scope`` itself, in order."""
+    return {node.name: node for node in parts(scope) if isinstance(node, Parameter)}
+
+
+# ---- prompt -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A ``<user>``, ``<assistant>`` or ``<system>`` turn written in the prompt itself."""
+
+    role: RoleName
+    text: str
+    line: int
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A module named in a prompt, with arguments for its parameters and references to modules nested in it."""
+
+    name: str
+    arguments: dict[str, str]
+    children: tuple[Reference | Text, ...]
+    line: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt as written. ``arguments`` are for parameters directly under the schema."""
+
+    schema: str
+    arguments: dict[str, str]
+    children: tuple[Reference | Text | Turn, ...]
+    file: str
+    line: int
+
+
+# ---- a prompt resolved against its schema ---------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Argument:
+    """The value that a prompt gives to a parameter."""
+
+    parameter: Parameter
+    value: str
+    line: int
+
+
+@dataclass(frozen=True, eq=False)
+class RoleStart:
+    """The point where a schema's role tag opens."""
+
+    node: Role
+
+
+@dataclass(frozen=True, eq=False)
+class RoleEnd:
+    """The point where a schema's role tag closes."""
+
+    node: Role
+
+
+@dataclass(frozen=True, eq=False)
+class NewText:
+    """Text that the prompt itself brings, outside any turn."""
+
+    text: str
+    line: int
+
+
+@dataclass(frozen=True, eq=False)
+class Included:
+    """A scope that a prompt includes, its items flattened in the order in which the model reads them.
+
+    ``Text`` items are the schema's own nodes (the same objects), so that the layers above can find what they made of
+    them.
+    """
+
+    scope: Scope
+    items: tuple[Item, ...] = field(default=())
+
+
+Item: TypeAlias = Text | Argument | RoleStart | RoleEnd | NewText | Turn | Included
