@@ -1,3 +1,33 @@
 """cpucache: long, repetitive prompts answered at once on an ordinary CPU, from reusable KV state slices of llama.cpp."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cpucache.errors import ContextFull, CpucacheError, InputError, ModelError, PMLError
+
+if TYPE_CHECKING:
+    from cpucache.engine import Engine, Metrics, Reply, Stream
+
 __version__ = "0.1.0"
+__all__ = [
+    "ContextFull",
+    "CpucacheError",
+    "Engine",
+    "InputError",
+    "Metrics",
+    "ModelError",
+    "PMLError",
+    "Reply",
+    "Stream",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # llama.cpp is loaded with the engine, which `cpucache --help` and reading PML can do without.
+    if name in {"Engine", "Metrics", "Reply", "Stream"}:
+        import cpucache.engine
+
+        return getattr(cpucache.engine, name)
+    raise AttributeError(f"module 'cpucache' has no attribute '{name}'")

@@ -1,0 +1,7 @@
+"""The public classes that applications embed."""
+
+from cpucache.engine.engine import Engine
+from cpucache.engine.reply import Metrics, Reply
+from cpucache.engine.stream import Stream
+
+__all__ = ["Engine", "Metrics", "Reply", "Stream"]

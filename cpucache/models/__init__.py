@@ -1,0 +1,7 @@
+"""Models: the catalogue and the weights on this machine. ``cpucache.models.pull`` fetches them."""
+
+from cpucache.models.catalogue import Model, default_model, known_models
+from cpucache.models.gguf_file import check_gguf
+from cpucache.models.library import models_dir, resolve_model
+
+__all__ = ["Model", "check_gguf", "default_model", "known_models", "models_dir", "resolve_model"]

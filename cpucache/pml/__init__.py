@@ -1,1 +1,7 @@
 """PML, the Prompt Markup Language: text in, validated trees out. Knows nothing of tokens or models."""
+
+from cpucache.pml.prompt import load_prompt, parse_prompt
+from cpucache.pml.resolve import resolve
+from cpucache.pml.schema import load_schema, parse_schema
+
+__all__ = ["load_prompt", "load_schema", "parse_prompt", "parse_schema", "resolve"]

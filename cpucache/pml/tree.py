@@ -1,7 +1,8 @@
 """The trees that PML is parsed into.
 
-Nodes compare by identity (``eq=False``): two modules with the same text are still two modules, and a node can be used as
-a dictionary key by the layers above. ``line`` is the 1-based line of the tag (or of the text's first character).
+Nodes compare by identity (``eq=False``): two modules with the same text are still two modules, and a node can be used
+as a dictionary key by the layers above. ``line`` is the 1-based line of the tag, or of the first character of the text
+that is not white space.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ RoleName: TypeAlias = Literal["system", "user", "assistant"]
 ROLES: tuple[RoleName, ...] = ("system", "user", "assistant")
 
 
-# ---- schema -----------------------------------------------------------------------------------------------------------
+# ---- schema --------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Text:
-    """A run of text, white space already folded at its ends (see ``parse.fold_space``)."""
+    """A run of text, white space already folded at its ends (see ``xml.fold_space``)."""
 
     text: str
     line: int
@@ -104,7 +105,7 @@ def parameters_of(scope: Scope) -> dict[str, Parameter]:
     return {node.name: node for node in parts(scope) if isinstance(node, Parameter)}
 
 
-# ---- prompt -----------------------------------------------------------------------------------------------------------
+# ---- prompt --------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Turn:
     """A ``<user>``, ``<assistant>`` or ``<system>`` turn written in the prompt itself."""

@@ -1,0 +1,144 @@
+"""``cpucache models``: the commands that fetch, list, find and remove weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from cpucache.models.catalogue import default_model, known_models
+from cpucache.models.library import models_dir, resolve_model, unlisted_files
+from cpucache.models.pull import OnProgress, Progress, pull, remove
+
+Row: TypeAlias = dict[str, Any]
+
+
+@click.group()
+def models() -> None:
+    """Fetch, list, find and remove model weights.
+
+    A model is called by its name in the catalogue (see `cpucache models list`), by the path of any GGUF file, or by
+    hf:org/repo/file.gguf for a file of the Hugging Face hub. Weights lie in $CPUCACHE_MODELS; unless it is set, in
+    gguf_models/ of a source checkout, or in the platform's user data folder. Only `pull` uses the network.
+    """
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array instead of a table.")
+def list_models(as_json: bool) -> None:
+    """List the models of the catalogue, and other GGUF files that lie beside them.
+
+    The default is what commands use unless -m says otherwise.
+    """
+    rows = _rows()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(box=SIMPLE_HEAD, caption=f"weights lie in {models_dir()}", caption_justify="left")
+    table.add_column("model (* the default)")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("context", justify="right", no_wrap=True)
+    table.add_column("licence", no_wrap=True)
+    table.add_column("pulled", no_wrap=True)
+    for row in rows:
+        about = Text(f"{row['name']}{' *' if row['default'] else ''}")
+        about.append(f"\n{row['description'] or 'not in the catalogue'}", style="dim")
+        context = "" if row["context"] is None else f"{row['context']:,}"
+        table.add_row(about, decimal(row["size"]), context, row["licence"], "yes" if row["pulled"] else "no")
+    Console().print(table)
+
+
+def _rows() -> list[Row]:
+    rows: list[Row] = []
+    for model in known_models().values():
+        path = models_dir() / model.filename
+        pulled = path.is_file() and path.stat().st_size == model.size
+        rows.append(
+            {
+                "name": model.name,
+                "default": model.name == default_model(),
+                "description": model.description,
+                "licence": model.licence,
+                "architecture": model.architecture,
+                "parameters": model.parameters,
+                "context": model.context,
+                "size": model.size,
+                "sha256": model.sha256,
+                "pulled": pulled,
+                "path": str(path) if pulled else None,
+            }
+        )
+    unlisted = ("description", "licence", "architecture", "parameters", "context", "sha256")
+    for path in unlisted_files():
+        known = {
+            "name": path.name,
+            "default": False,
+            "size": path.stat().st_size,
+            "pulled": True,
+            "path": str(path),
+        }
+        rows.append({**dict.fromkeys(unlisted), **known})
+    return rows
+
+
+@models.command("pull")
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Fetch it again even if it is there.")
+def pull_model(name: str, force: bool) -> None:
+    """Fetch the weights called NAME and verify them.
+
+    NAME is a model of the catalogue, or hf:org/repo/file.gguf for any GGUF of the Hugging Face hub (which needs
+    `pip install 'cpucache[hub]'`). The disk that is needed is printed first. An interrupted pull goes on where it
+    stopped when it is run again; the file appears in its place only when it is complete and its SHA-256 agrees.
+    """
+    console = Console(stderr=True)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with _bars(console) as show:
+        try:
+            path = pull(name, show, say=say, force=force)
+        except KeyboardInterrupt:
+            say("interrupted: what has been fetched is kept, and the same command goes on from there")
+            raise
+    click.echo(path)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[OnProgress]:
+    """Bars on ``console`` that follow the progress of a pull, one for each of its two stages."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bars(TextColumn("{task.description}"), *columns, console=console) as bars:
+        tasks = {}
+
+        def show(progress: Progress) -> None:
+            if progress.stage not in tasks:
+                tasks[progress.stage] = bars.add_task(progress.stage.ljust(6), total=progress.total)
+            bars.update(tasks[progress.stage], completed=progress.done, total=progress.total)
+
+        yield show
+
+
+@models.command("path")
+@click.argument("name")
+def model_path(name: str) -> None:
+    """Print the file of the model NAME, after checking that it is a sound GGUF."""
+    click.echo(resolve_model(name))
+
+
+@models.command("rm")
+@click.argument("name")
+def remove_model(name: str) -> None:
+    """Delete the weights called NAME, and what an interrupted pull of them left."""
+    click.echo(f"removed {name}: {decimal(remove(name))} freed")

@@ -1,0 +1,53 @@
+"""What an answer comes with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+Finish: TypeAlias = Literal["stop", "length", "interrupted"]
+
+
+@dataclass
+class Metrics:
+    """Counts of tokens, and times in milliseconds from the call on."""
+
+    model: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not evaluated for it: spliced from slices, or left in the context."""
+    fresh_tokens: int = 0
+    """Tokens of the prompt that were evaluated."""
+    encoded_tokens: int = 0
+    """Tokens evaluated to make slices that were missing (0 from the second time on)."""
+    completion_tokens: int = 0
+    ttft_ms: float = 0.0
+    """Time to first token: everything from the call to the first token of the answer."""
+    encode_ms: float = 0.0
+    """Part of it that made missing slices."""
+    splice_ms: float = 0.0
+    """Part of it that put slices into the context."""
+    prefill_ms: float = 0.0
+    """Part of it that evaluated fresh tokens."""
+    total_ms: float = 0.0
+    finish: Finish = "stop"
+
+    @property
+    def tpot_ms(self) -> float:
+        """Time per output token after the first."""
+        return (self.total_ms - self.ttft_ms) / max(1, self.completion_tokens - 1)
+
+
+@dataclass
+class Reply:
+    """An answer."""
+
+    text: str
+    metrics: Metrics
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that ``run --json`` prints."""
+        numbers = {
+            name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(self.metrics).items()
+        }
+        return {"text": self.text, **numbers}

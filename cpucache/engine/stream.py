@@ -1,0 +1,113 @@
+"""An answer under way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from cpucache.engine.reply import Metrics, Reply
+from cpucache.engine.text import TextStream
+from cpucache.errors import InputError
+from cpucache.layout import Plan
+from cpucache.reuse import Workspace
+from cpucache.runtime import Sampler, Sampling
+
+
+class Stream:
+    """Pieces of an answer, as an iterator; the prompt is evaluated when the first is asked for.
+
+    ``text`` and ``metrics`` hold what has come so far, also after Ctrl-C (``metrics.finish`` is then
+    ``"interrupted"``). An engine answers one prompt at a time: other threads wait until a stream has ended, and in its
+    own thread, which alone may iterate it, a stream ends where the next one begins.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        plan: Plan,
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        started: float,
+        lock: AbstractContextManager[Any],
+        schema: str = "",
+        use_cache: bool = True,
+    ) -> None:
+        if max_tokens < 1:
+            raise InputError(f"max_tokens={max_tokens}: must be at least 1")
+        self.text = ""
+        self.metrics = Metrics(model=workspace.context.model.path.stem)
+        self._workspace = workspace
+        self._plan = plan if use_cache else plan.without_reuse()
+        self._sampling = sampling
+        self._max_tokens = max_tokens
+        self._started = started
+        self._lock = lock
+        self._schema = schema
+        self._use_cache = use_cache
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the answer here."""
+        self._pieces.close()
+
+    def reply(self) -> Reply:
+        """The whole answer; what has not come yet is waited for."""
+        for _ in self._pieces:
+            pass
+        return Reply(self.text, self.metrics)
+
+    def _run(self) -> Generator[str, None, None]:
+        with self._lock:
+            yield from self._answer()
+
+    def _answer(self) -> Iterator[str]:
+        metrics, context = self.metrics, self._workspace.context
+        metrics.finish = "interrupted"
+        sampler = Sampler(self._sampling, context.model)
+        out = TextStream(self._sampling.stop)
+        try:
+            prefill = self._workspace.prefill(self._plan, self._schema, fresh=not self._use_cache)
+            for name, value in asdict(prefill).items():
+                setattr(metrics, name, value)
+            sampler.accept(self._plan.tokens)
+            room = min(self._max_tokens, context.n_ctx - metrics.prompt_tokens)
+            while True:
+                token = context.sample(sampler)
+                if not metrics.completion_tokens:
+                    metrics.ttft_ms = self._elapsed()
+                if context.model.ends_generation(token):
+                    metrics.finish = "stop"
+                    break
+                metrics.completion_tokens += 1
+                yield from self._say(out.feed(context.model.piece(token)))
+                if out.stopped:
+                    metrics.finish = "stop"
+                    break
+                if metrics.completion_tokens >= room:
+                    metrics.finish = "length"
+                    break
+                self._workspace.append(np.array([token], np.int32))
+            yield from self._say(out.finish())
+        finally:
+            metrics.total_ms = self._elapsed()
+            sampler.close()
+
+    def _say(self, text: str) -> Iterator[str]:
+        if text:
+            self.text += text
+            yield text
+
+    def _elapsed(self) -> float:
+        return (time.perf_counter() - self._started) * 1000

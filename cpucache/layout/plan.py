@@ -1,0 +1,101 @@
+"""Plans: what a prompt consists of, in the order of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from cpucache.layout.segment import Segment
+from cpucache.layout.vocabulary import Tokens, joined
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens at consecutive positions from ``start``: a slice to splice, or (no segment) fresh tokens to evaluate."""
+
+    start: int
+    tokens: Tokens
+    segment: Segment | None = None
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.start + len(self.tokens)
+
+    @property
+    def delta(self) -> int:
+        """By how many positions the slice must be moved from where it was saved."""
+        return self.start - self.segment.home if self.segment else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Spans in order of position. Gaps between them are positions left out; spans never overlap."""
+
+    spans: tuple[Span, ...]
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Every token of the prompt, as a prompt without reuse evaluates them."""
+        return joined([span.tokens for span in self.spans])
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(span.tokens) for span in self.spans)
+
+    @property
+    def n_cached(self) -> int:
+        """Tokens whose state comes from slices."""
+        return sum(len(span.tokens) for span in self.spans if span.segment)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The segments to splice, in order."""
+        return [span.segment for span in self.spans if span.segment]
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.spans[-1].end if self.spans else 0
+
+    def without_reuse(self) -> Plan:
+        """The same tokens, all fresh and back to back: a full prefill."""
+        return Plan((Span(0, self.tokens),))
+
+
+Piece: TypeAlias = Segment | Tokens
+
+
+def schedule(pieces: Sequence[Piece], *, packed: bool) -> Plan:
+    """Give every piece its position.
+
+    A slice stands at home, or behind what stands before it where that reaches further (text that a prompt brings, or
+    modules in another order). ``packed`` lets everything stand back to back. Fresh tokens always stand right behind
+    what is before them: llama.cpp evaluates no tokens behind a gap, and this way none has to be moved.
+    """
+    spans: list[Span] = []
+    fresh: list[Tokens] = []
+    cursor = 0
+
+    def flush() -> None:
+        nonlocal cursor
+        tokens = joined(fresh)
+        fresh.clear()
+        if len(tokens):
+            spans.append(Span(cursor, tokens))
+            cursor += len(tokens)
+
+    for piece in pieces:
+        if not isinstance(piece, Segment):
+            fresh.append(piece)
+        elif not piece.cache:
+            fresh.append(piece.tokens)
+        else:
+            flush()
+            start = cursor if packed else max(piece.home, cursor)
+            spans.append(Span(start, piece.tokens, piece))
+            cursor = start + len(piece.tokens)
+    flush()
+    return Plan(tuple(spans))

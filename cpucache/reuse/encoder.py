@@ -1,0 +1,134 @@
+"""The encoder: evaluates segments in the sight of their context, moves them home, and saves them as slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpucache.layout import Plan, Segment, Span
+from cpucache.reuse.splicer import FREE, SCRATCH, TARGET, Splicer, State
+from cpucache.runtime import Run
+from cpucache.runtime.context import Bytes
+from cpucache.runtime.model import Tokens
+
+# Tokens evaluated before their slices are saved and their cells freed. Segments that are evaluated side by side are only
+# masked from one another, not skipped, so larger waves cost more than the rotation of keys that they save.
+_WAVE = 2048
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Segments that are evaluated in one go: each follows the one before, and sees it."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def tokens(self) -> Tokens:
+        return np.concatenate([segment.tokens for segment in self.segments])
+
+    @property
+    def start(self) -> int:
+        """Where it is evaluated: right behind its context."""
+        return self.segments[0].context_end
+
+    @property
+    def delta(self) -> int:
+        """The way home."""
+        return self.segments[0].home - self.start
+
+
+class Encoder:
+    """Makes slices in the splicer's context, which is empty of other things afterwards."""
+
+    def __init__(self, splicer: Splicer) -> None:
+        self._splicer = splicer
+        self._context = splicer.context
+
+    def encode(
+        self, segments: Iterable[Segment], state: State, progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[Segment, Bytes]]:
+        """Evaluate segments, yielding each with its state as soon as there is one.
+
+        Contexts come first: a segment's context must be among ``segments``, or known to ``state``. Several stretches
+        with the same context share a batch (15 to 35% faster for short modules), and all that were moved share one
+        rotation of keys. ``progress`` is told about tokens evaluated.
+        """
+        for context, stretches in _by_context(segments):
+            for wave in self._waves(context, stretches):
+                sight = Plan(tuple(Span(segment.home, segment.tokens, segment) for segment in context))
+                self._splicer.splice(sight, state)
+                try:
+                    yield from self._evaluate(wave, progress)
+                except BaseException:
+                    self._splicer.reset()
+                    raise
+        self._splicer.reset()
+
+    def _waves(self, context: Sequence[Segment], stretches: Sequence[Stretch]) -> Iterator[list[Stretch]]:
+        # One cell stays free for the token that applies a shift.
+        room = min(_WAVE, self._context.n_ctx - sum(len(segment.tokens) for segment in context) - 1)
+        wave: list[Stretch] = []
+        used = 0
+        for stretch in stretches:
+            size = len(stretch.tokens)
+            if wave and (used + size > room or len(wave) == len(FREE)):
+                yield wave
+                wave, used = [], 0
+            wave.append(stretch)
+            used += size
+        if wave:
+            yield wave
+
+    def _evaluate(
+        self, wave: Sequence[Stretch], progress: Callable[[int], None] | None
+    ) -> Iterator[tuple[Segment, Bytes]]:
+        context = self._context
+        placed = list(zip(FREE, wave, strict=False))
+        for sequence, _ in placed:
+            context.share(TARGET, sequence)
+        context.decode(
+            [Run(sequence, stretch.start, stretch.tokens) for sequence, stretch in placed], progress=progress
+        )
+        for sequence, stretch in placed:
+            if stretch.start:
+                context.remove(sequence, 0, stretch.start)
+            if stretch.delta:
+                context.shift(sequence, stretch.delta)
+        if any(stretch.delta for stretch in wave):
+            # Shifts are applied by the next evaluation, whatever it is of.
+            context.decode([Run(SCRATCH, 0, np.array([context.model.filler], np.int32))])
+            context.remove(SCRATCH)
+        for sequence, stretch in placed:
+            for segment in stretch.segments:
+                context.share(sequence, SCRATCH, segment.home, segment.end)
+                state = context.save(SCRATCH)
+                context.remove(SCRATCH)
+                yield segment, state
+            context.remove(sequence)
+
+
+def _by_context(segments: Iterable[Segment]) -> list[tuple[tuple[Segment, ...], list[Stretch]]]:
+    """Stretches of segments grouped by the context that they share, short contexts first."""
+    groups: dict[tuple[int, ...], tuple[tuple[Segment, ...], list[Stretch]]] = {}
+    run: list[Segment] = []
+
+    def close() -> None:
+        if run:
+            context = run[0].context
+            group = groups.setdefault(tuple(id(segment) for segment in context), (context, []))
+            group[1].append(Stretch(tuple(run)))
+            run.clear()
+
+    for segment in segments:
+        if run and not (
+            segment.context
+            and segment.context[-1] is run[-1]
+            and len(segment.context) == len(run[-1].context) + 1
+            and segment.home == run[-1].end
+        ):
+            close()
+        run.append(segment)
+    close()
+    return sorted(groups.values(), key=lambda group: len(group[0]))

@@ -1,0 +1,220 @@
+"""The splicer: builds the sequence of a plan in the context from slices and fresh tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from cpucache.layout import Plan, Segment, Span
+from cpucache.runtime import Context, Run
+from cpucache.runtime.context import SEQUENCES, Bytes
+from cpucache.runtime.model import Tokens
+
+TARGET = 0
+"""The sequence that the model answers from."""
+SCRATCH = 1
+"""Where a single slice is loaded or saved."""
+FREE = range(2, SEQUENCES)
+"""For parking and for encoding several segments at once."""
+
+State: TypeAlias = Callable[[Segment], Bytes]
+
+
+class Refused(Exception):
+    """llama.cpp does not take this slice's state: it is not what it should be."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        super().__init__(f"a slice of '{segment.module or 'the schema'}' can't be loaded")
+
+
+@dataclass
+class Spliced:
+    """What building a sequence took. Times in milliseconds."""
+
+    loaded: int = 0
+    """Tokens whose state was loaded."""
+    kept: int = 0
+    """Tokens that the context held already."""
+    evaluated: int = 0
+    splice_ms: float = 0.0
+    prefill_ms: float = 0.0
+
+
+class Splicer:
+    """Owner of the ``TARGET`` sequence of a context.
+
+    It knows what the target holds, so that the next plan only pays for where it differs (``kept``). Every other
+    sequence is empty between calls. After an error or Ctrl-C the target is empty.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._held: list[Span] = []
+
+    def reset(self) -> None:
+        """Empty the context."""
+        self._held = []
+        self.context.clear()
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token of the target."""
+        return self._held[-1].end if self._held else 0
+
+    def splice(self, plan: Plan, state: State, progress: Callable[[int], None] | None = None) -> Spliced:
+        """Make the target hold ``plan``. ``state`` gives the saved state of a segment.
+
+        Logits of the last token are there afterwards if the plan ends with fresh tokens. ``progress`` is told about
+        tokens evaluated. Raises ``Refused``, ``ContextFull`` or ``KeyboardInterrupt``, with the target empty.
+        """
+        report = Spliced()
+        started = time.perf_counter()
+        try:
+            spans = self._keep(plan, report)
+            report.splice_ms += _since(started)
+            for group in _grouped(spans):
+                self._join(group, state, report, progress)
+            self._held = list(plan.spans)
+        except BaseException:
+            self.reset()
+            raise
+        return report
+
+    def append(self, tokens: Tokens) -> None:
+        """Evaluate tokens behind the target's last, keeping the logits of the last of them."""
+        try:
+            start = self.end
+            self.context.decode([Run(TARGET, start, tokens)], logits="last")
+            if self._held and self._held[-1].segment is None:
+                last = self._held.pop()
+                start, tokens = last.start, np.concatenate([last.tokens, tokens])
+            self._held.append(Span(start, tokens))
+        except BaseException:
+            self.reset()
+            raise
+
+    def _keep(self, plan: Plan, report: Spliced) -> list[Span]:
+        """Cut the target back to what it shares with ``plan``; gives the spans that are still to come."""
+        shared = 0
+        for held, wanted in zip(self._held, plan.spans, strict=False):
+            if not _same(held, wanted):
+                break
+            shared += 1
+        rest = list(plan.spans[shared:])
+        end = plan.spans[shared - 1].end if shared else 0
+        if rest and shared < len(self._held):
+            common = _common(self._held[shared], rest[0])
+            # The last token of all is evaluated in any case, for its logits.
+            common = min(common, len(rest[0].tokens) - (len(rest) == 1))
+            if common:
+                rest[0] = Span(rest[0].start + common, rest[0].tokens[common:])
+                end = rest[0].start
+        elif not rest and plan.spans and plan.spans[-1].segment is None:
+            last = plan.spans[-1]
+            rest = [Span(last.end - 1, last.tokens[-1:])]
+            end = last.end - 1
+        if not self._cut(end):
+            return list(plan.spans)
+        report.kept = plan.n_tokens - sum(len(span.tokens) for span in rest)
+        return rest
+
+    def _cut(self, end: int) -> bool:
+        """Drop the target's cells from position ``end`` on. False: everything had to go."""
+        if end == self.end:
+            return True
+        # A sliding window's cells before ``end`` may be gone already, overwritten or never saved.
+        if end == 0 or self.context.model.window or not self.context.remove(TARGET, end):
+            self.reset()
+            return False
+        return True
+
+    def _join(
+        self,
+        stretches: Sequence[Stretch],
+        state: State,
+        report: Spliced,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        """Load all slices of some stretches, then join them to the target in turn, evaluating what is fresh between.
+
+        Loaded before anything is evaluated, the moved ones among them all cost a single rotation of keys (llama.cpp
+        rotates every cell of the context, however few have moved).
+        """
+        started = time.perf_counter()
+        for park, stretch in zip((TARGET, *FREE), stretches, strict=False):
+            for span in stretch.slices:
+                self._load(span, park, state)
+                report.loaded += len(span.tokens)
+        report.splice_ms += _since(started)
+        for park, stretch in zip((TARGET, *FREE), stretches, strict=False):
+            if park != TARGET and stretch.slices:
+                self.context.share(park, TARGET)
+                self.context.remove(park)
+            if stretch.fresh:
+                started = time.perf_counter()
+                run = Run(TARGET, stretch.fresh.start, stretch.fresh.tokens)
+                self.context.decode([run], logits="last", progress=progress)
+                report.evaluated += len(run.tokens)
+                report.prefill_ms += _since(started)
+
+    def _load(self, span: Span, sequence: int, state: State) -> None:
+        assert span.segment is not None
+        if not self.context.load(SCRATCH, state(span.segment)):
+            raise Refused(span.segment)
+        if len(span.tokens) < len(span.segment.tokens):
+            self.context.remove(SCRATCH, span.segment.home + len(span.tokens))
+        if span.delta:
+            self.context.shift(SCRATCH, span.delta)
+        self.context.share(SCRATCH, sequence)
+        self.context.remove(SCRATCH)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Slices that stand next to one another, and the fresh tokens behind them."""
+
+    slices: tuple[Span, ...]
+    fresh: Span | None
+
+
+def _grouped(spans: Sequence[Span]) -> list[list[Stretch]]:
+    """The stretches of a plan, in groups that can be parked in the free sequences at once."""
+    stretches: list[Stretch] = []
+    slices: list[Span] = []
+    for span in spans:
+        if span.segment:
+            slices.append(span)
+        else:
+            stretches.append(Stretch(tuple(slices), span))
+            slices = []
+    if slices:
+        stretches.append(Stretch(tuple(slices), None))
+    size = len(FREE) + 1
+    return [stretches[begin : begin + size] for begin in range(0, len(stretches), size)]
+
+
+def _same(one: Span, other: Span) -> bool:
+    return (
+        one.segment is other.segment
+        and one.start == other.start
+        and len(one.tokens) == len(other.tokens)
+        and (one.segment is not None or bool(np.array_equal(one.tokens, other.tokens)))
+    )
+
+
+def _common(one: Span, other: Span) -> int:
+    """Leading tokens that two fresh spans at the same position have in common."""
+    if one.segment or other.segment or one.start != other.start:
+        return 0
+    count = min(len(one.tokens), len(other.tokens))
+    differing = np.flatnonzero(one.tokens[:count] != other.tokens[:count])
+    return int(differing[0]) if len(differing) else count
+
+
+def _since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000

@@ -1,0 +1,194 @@
+"""The workspace: one context, one store, and the slices that go between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from cpucache.errors import CpucacheError, ModelError
+from cpucache.layout import Plan, Segment
+from cpucache.reuse.encoder import Encoder
+from cpucache.reuse.splicer import Refused, Splicer
+from cpucache.runtime import Context
+from cpucache.runtime.context import Bytes
+from cpucache.runtime.model import Tokens
+from cpucache.store import SliceInfo, Store, context_key, slice_key
+
+
+@dataclass
+class Prefill:
+    """What it took to get a prompt into the context. Times in milliseconds."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens that were not evaluated: spliced, or in the context already."""
+    fresh_tokens: int = 0
+    encoded_tokens: int = 0
+    """Tokens evaluated to make slices that were missing."""
+    encode_ms: float = 0.0
+    splice_ms: float = 0.0
+    prefill_ms: float = 0.0
+
+
+@dataclass
+class Encoded:
+    """What was encoded, and how long it took."""
+
+    slices: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class Workspace:
+    """Gets plans into a context, making on the way what slices are missing.
+
+    ``fingerprint`` is the hash of the model's file. Raises ``ModelError`` for plans with slices when the model's state
+    can't be spliced (recurrent models, absolute positions).
+    """
+
+    def __init__(self, context: Context, store: Store, fingerprint: str) -> None:
+        self.context = context
+        self.store = store
+        self._fingerprint = fingerprint
+        self._splicer = Splicer(context)
+        self._encoder = Encoder(self._splicer)
+        self._keys: WeakKeyDictionary[Segment, str] = WeakKeyDictionary()
+
+    # -- slices ------------------------------------------------------------------------------------------------------
+    def key(self, segment: Segment) -> str:
+        """The key of a segment's slice under this model and context."""
+        key = self._keys.get(segment)
+        if key is None:
+            context = context_key(self.key(other) for other in segment.context)
+            key = slice_key(self._fingerprint, self.context.state_format, context, segment.tokens, segment.home)
+            self._keys[segment] = key
+        return key
+
+    def missing(self, segments: Iterable[Segment]) -> list[Segment]:
+        """Those of ``segments`` that have no slice, and what of their contexts is needed to make them, in order."""
+        needed: dict[Segment, None] = {}
+
+        def add(segment: Segment) -> None:
+            if segment not in needed and self.key(segment) not in self.store:
+                for other in segment.context:
+                    add(other)
+                needed[segment] = None
+
+        for segment in segments:
+            add(segment)
+        return list(needed)
+
+    def encode(
+        self, segments: Iterable[Segment], schema: str = "", progress: Callable[[int], None] | None = None
+    ) -> Encoded:
+        """Make the slices that are missing among ``segments``."""
+        report = Encoded()
+        self._make(self.missing(segments), set(), schema, report, progress)
+        return report
+
+    def _make(
+        self,
+        missing: list[Segment],
+        wanted: set[Segment],
+        schema: str,
+        report: Encoded,
+        progress: Callable[[int], None] | None,
+    ) -> dict[Segment, Bytes]:
+        """Encode ``missing``; gives the states of those ``wanted``."""
+        if not missing:
+            return {}
+        self._check_spliceable()
+        started = time.perf_counter()
+        # Kept at hand besides the wanted: contexts of what comes later, which a small store may drop at once.
+        keep = wanted | {other for segment in missing for other in segment.context}
+        states: dict[Segment, Bytes] = {}
+
+        def state(segment: Segment) -> Bytes:
+            return states[segment] if segment in states else self._stored(segment)
+
+        for segment, made in self._encoder.encode(missing, state, progress):
+            self.store.put(self.key(segment), made, self._info(segment, schema))
+            if segment in keep:
+                states[segment] = made
+            report.slices += 1
+            report.tokens += len(segment.tokens)
+            report.bytes += made.nbytes
+        report.seconds = time.perf_counter() - started
+        return states
+
+    def _stored(self, segment: Segment) -> Bytes:
+        state = self.store.get(self.key(segment))
+        if state is None:
+            raise Refused(segment)
+        return state
+
+    def _info(self, segment: Segment, schema: str) -> SliceInfo:
+        return SliceInfo(
+            model=self.context.model.path.stem,
+            schema=schema,
+            module=segment.module,
+            tokens=len(segment.tokens),
+            start=segment.home,
+            state_format=self.context.state_format,
+        )
+
+    def _check_spliceable(self) -> None:
+        if not self.context.can_shift:
+            model = self.context.model
+            kind = "keeps a recurrent state" if model.recurrent else "ties what it knows to absolute positions"
+            raise ModelError(
+                f"{model.path.name}: a {model.architecture} model {kind}, so that modules can't be spliced into it; "
+                "use --no-cache (use_cache=False)"
+            )
+
+    # -- prompts -----------------------------------------------------------------------------------------------------
+    def prefill(
+        self, plan: Plan, schema: str = "", progress: Callable[[int], None] | None = None, *, fresh: bool = False
+    ) -> Prefill:
+        """Get ``plan`` into the context, with logits of its last token.
+
+        ``fresh=True`` forgets what the context holds first, so that every token without a slice is evaluated. Slices
+        that turn out to be unusable are made again, once.
+        """
+        if fresh:
+            self._splicer.reset()
+        for attempt in range(2):
+            try:
+                return self._prefill(plan, schema, progress)
+            except Refused as refused:
+                if attempt:
+                    raise CpucacheError(f"{refused}, not even when made anew; check the store's disk") from refused
+                self._discard(refused.segment)
+        raise AssertionError("unreachable")
+
+    def _prefill(self, plan: Plan, schema: str, progress: Callable[[int], None] | None) -> Prefill:
+        encoded = Encoded()
+        wanted = plan.segments
+        states = self._make(self.missing(wanted), set(wanted), schema, encoded, progress)
+        spliced = self._splicer.splice(
+            plan, lambda segment: states[segment] if segment in states else self._stored(segment), progress
+        )
+        return Prefill(
+            prompt_tokens=plan.n_tokens,
+            cached_tokens=spliced.loaded + spliced.kept,
+            fresh_tokens=spliced.evaluated,
+            encoded_tokens=encoded.tokens,
+            encode_ms=encoded.seconds * 1000,
+            splice_ms=spliced.splice_ms,
+            prefill_ms=spliced.prefill_ms,
+        )
+
+    def _discard(self, segment: Segment) -> None:
+        for doubtful in (segment, *segment.context):
+            self.store.discard(self.key(doubtful))
+
+    def append(self, tokens: Tokens) -> None:
+        """Evaluate tokens behind everything else, with logits of the last."""
+        self._splicer.append(tokens)
+
+    def reset(self) -> None:
+        """Empty the context. The store keeps its slices."""
+        self._splicer.reset()

@@ -1,0 +1,243 @@
+"""One llama.cpp context: KV cells shared by up to ``SEQUENCES`` sequences, and the calls that move state in and out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from cpucache.errors import ContextFull, CpucacheError, InputError
+from cpucache.runtime import library
+from cpucache.runtime.hardware import default_threads
+from cpucache.runtime.interrupt import Interruptible
+from cpucache.runtime.library import api
+from cpucache.runtime.model import Model, Tokens
+from cpucache.runtime.sampler import Sampler
+
+KVType: TypeAlias = Literal["f16", "q8_0", "f32"]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Logits: TypeAlias = npt.NDArray[np.float32]
+
+# Sequences of one context. Each costs a row of logits (a vocabulary of floats); more than this many short modules in one
+# batch gain nothing.
+SEQUENCES = 32
+_BATCH = 512  # tokens handed to llama.cpp at once: its own micro-batch, so that larger batches gain nothing
+_GGML_TYPES = {"f32": api.GGML_TYPE_F32, "f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
+_FLASH = {
+    "auto": api.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "on": api.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "off": api.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens to evaluate at consecutive positions of a sequence, the first at ``start``."""
+
+    sequence: int
+    start: int
+    tokens: Tokens
+
+
+class Context:
+    """KV cells and the means to evaluate tokens into them, move them, save them and load them.
+
+    ``n_ctx`` counts cells, whatever their positions: positions may be larger. ``kv_type`` is the type of the keys;
+    values are kept in f16 (f32 with ``"f32"``), which every backend can do without flash attention. ``flash``: ``None``
+    picks what is fastest for cached prompts: off on a CPU, llama.cpp's own choice on a GPU.
+
+    Not thread-safe. Raises ``ContextFull`` when there are no free cells, ``CpucacheError`` when llama.cpp fails.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_threads: int | None = None,
+        kv_type: KVType = "f16",
+        flash: str | None = None,
+    ) -> None:
+        if n_ctx < 1:
+            raise InputError(f"n_ctx={n_ctx}: a context needs at least one cell")
+        if kv_type == "q8_0" and model.head_size % 64:
+            # llama.cpp turns quantized keys with a Hadamard matrix, and crashes when it has none of the size and is to
+            # shift them (ggml-org/llama.cpp pull request 25636).
+            raise InputError(f"{model.path.name}: heads of size {model.head_size} can't have q8_0 keys; use f16")
+        self.model = model
+        self.flash = flash or ("auto" if model.gpu_layers else "off")
+        self.kv_type = kv_type
+        self.n_threads = n_threads or default_threads()
+        params = api.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = min(_BATCH, n_ctx)
+        params.n_seq_max = SEQUENCES
+        # Logits of at most this many tokens at a time: llama.cpp would else set aside a vocabulary of floats for each of
+        # 512 (300 MB with 150,000 words).
+        params.n_outputs_max = SEQUENCES
+        params.n_threads = params.n_threads_batch = self.n_threads
+        params.kv_unified = True
+        params.swa_full = True
+        params.flash_attn_type = _FLASH[self.flash]
+        params.type_k = _GGML_TYPES[kv_type]
+        params.type_v = _GGML_TYPES["f32" if kv_type == "f32" else "f16"]
+        params.no_perf = True
+        library.last_errors(clear=True)
+        self._ctx = api.llama_init_from_model(model.handle, params)
+        if not self._ctx:
+            raise CpucacheError(
+                f"llama.cpp can't make a context of {n_ctx} tokens: {library.last_errors() or 'out of memory?'}; "
+                "try a smaller --ctx"
+            )
+        self._memory = api.llama_get_memory(self._ctx)
+        self.n_ctx = int(api.llama_n_ctx(self._ctx))
+        # llama_memory_can_shift is true for recurrent memory too, which has positions to count but none to move.
+        self.can_shift = (
+            bool(self._memory and api.llama_memory_can_shift(self._memory)) and model.relative and not model.recurrent
+        )
+        self._interruptible = Interruptible(self._ctx)
+
+    # -- lifetime ----------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Free the cells."""
+        if self._ctx:
+            api.llama_free(self._ctx)
+            self._ctx = None
+
+    @property
+    def state_format(self) -> str:
+        """What a saved state's bytes depend on besides model and tokens: part of every slice key."""
+        turned = "" if os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0") == "0" else "/unturned"
+        version = f"{api.LLAMA_STATE_SEQ_VERSION}/{library.version()}"
+        return f"llama-seq-{version}/k-{self.kv_type}/flash-{self.flash}{turned}"
+
+    def cancel(self) -> None:
+        """Make the evaluation under way in another thread raise ``KeyboardInterrupt`` as soon as it can."""
+        self._interruptible.cancel()
+
+    # -- evaluating --------------------------------------------------------------------------------------------------
+    def decode(
+        self,
+        runs: Sequence[Run],
+        *,
+        logits: Literal["none", "last", "all"] = "none",
+        progress: Callable[[int], None] | None = None,
+    ) -> Logits | None:
+        """Evaluate runs of tokens of different sequences together.
+
+        A run must start right behind its sequence's last position, or anywhere in an empty sequence. ``logits="last"``
+        keeps those of the last token for ``sample`` and ``last_logits``; ``"all"`` returns a row for every token, in
+        the order of the runs. ``progress`` is told how many tokens each batch had.
+
+        Raises ``KeyboardInterrupt`` when stopped half-way; part of the tokens are then in the context.
+        """
+        tokens = np.concatenate([run.tokens for run in runs]).astype(np.int32, copy=False)
+        positions = np.concatenate([np.arange(run.start, run.start + len(run.tokens), dtype=np.int32) for run in runs])
+        sequences = np.concatenate([np.full(len(run.tokens), run.sequence, np.int32) for run in runs])
+        step = SEQUENCES if logits == "all" else _BATCH
+        rows: list[Logits] = []
+        for begin in range(0, len(tokens), step):
+            part = slice(begin, begin + step)
+            wanted = np.zeros(len(tokens[part]), np.int8)
+            if logits == "all":
+                wanted[:] = 1
+            elif logits == "last" and begin + step >= len(tokens):
+                wanted[-1] = 1
+            self._decode(tokens[part], positions[part], sequences[part], wanted)
+            if progress:
+                progress(len(wanted))
+            if logits == "all":
+                rows.extend(self._row(index) for index in range(len(wanted)))
+        return np.stack(rows) if logits == "all" else None
+
+    def _decode(self, tokens: Tokens, positions: Tokens, sequences: Tokens, wanted: npt.NDArray[np.int8]) -> None:
+        count = len(tokens)
+        ones = np.ones(count, np.int32)
+        # llama_batch.seq_id is an array of pointers, one to each token's list of sequences: here, lists of one.
+        lists = (sequences.ctypes.data + 4 * np.arange(count, dtype=np.uintp)).astype(np.uintp)
+        i32 = ctypes.POINTER(ctypes.c_int32)
+        batch = api.llama_batch(
+            n_tokens=count,
+            token=tokens.ctypes.data_as(i32),
+            embd=None,
+            pos=positions.ctypes.data_as(i32),
+            n_seq_id=ones.ctypes.data_as(i32),
+            seq_id=lists.ctypes.data_as(ctypes.POINTER(i32)),
+            logits=wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        library.last_errors(clear=True)
+        with self._interruptible.during(count):
+            status = api.llama_decode(self._ctx, batch)
+        if status == 1:
+            raise ContextFull(f"the context of {self.n_ctx} tokens is full; raise it with --ctx (n_ctx=…)")
+        if status != 0:
+            raise CpucacheError(
+                f"llama.cpp failed to evaluate {count} tokens (status {status}): {library.last_errors()}"
+            )
+
+    def _row(self, index: int) -> Logits:
+        pointer = api.llama_get_logits_ith(self._ctx, index)
+        row: Logits = np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
+        return row
+
+    def last_logits(self) -> Logits:
+        """The logits of the last token evaluated with ``logits="last"``: one float for each word of the vocabulary."""
+        return self._row(-1)
+
+    def sample(self, sampler: Sampler) -> int:
+        """The next token after the last one evaluated with ``logits="last"``."""
+        return int(api.llama_sampler_sample(sampler.handle, self._ctx, -1))
+
+    # -- cells -------------------------------------------------------------------------------------------------------
+    def clear(self) -> None:
+        """Forget every cell of every sequence."""
+        api.llama_memory_clear(self._memory, False)
+
+    def remove(self, sequence: int, begin: int = -1, end: int = -1) -> bool:
+        """Take the positions [begin, end) out of a sequence (-1: open end). False: this memory can't do a part."""
+        return bool(api.llama_memory_seq_rm(self._memory, sequence, begin, end))
+
+    def share(self, source: int, target: int, begin: int = -1, end: int = -1) -> None:
+        """Make the cells of ``source`` at positions [begin, end) belong to ``target`` as well. Copies no data."""
+        api.llama_memory_seq_cp(self._memory, source, target, begin, end)
+
+    def shift(self, sequence: int, delta: int) -> None:
+        """Move every cell of a sequence by ``delta`` positions.
+
+        Only noted by llama.cpp: keys are rotated by the next ``decode``, over all cells of the context at once. Saving
+        before that would save new positions with old keys.
+        """
+        api.llama_memory_seq_add(self._memory, sequence, -1, -1, delta)
+
+    def last_position(self, sequence: int) -> int:
+        """The highest position of a sequence, -1 when it is empty."""
+        return int(api.llama_memory_seq_pos_max(self._memory, sequence))
+
+    # -- state -------------------------------------------------------------------------------------------------------
+    def save(self, sequence: int) -> Bytes:
+        """The state of a sequence (``llama_state_seq_get_data``)."""
+        size = int(api.llama_state_seq_get_size(self._ctx, sequence))
+        out = np.empty(size, np.uint8)
+        written = int(api.llama_state_seq_get_data(self._ctx, out.ctypes.data_as(_U8), size, sequence))
+        if written != size:
+            raise CpucacheError(f"llama.cpp saved {written} of {size} bytes of state: {library.last_errors()}")
+        return out
+
+    def load(self, sequence: int, state: Bytes) -> bool:
+        """Replace a sequence by a saved state, read straight from its memory. False when llama.cpp refuses it.
+
+        Raises ``ContextFull`` when the cells do not suffice.
+        """
+        library.last_errors(clear=True)
+        taken = int(api.llama_state_seq_set_data(self._ctx, state.ctypes.data_as(_U8), len(state), sequence))
+        if taken == 0 and "available cells" in library.last_errors():
+            raise ContextFull(f"the context of {self.n_ctx} tokens is full; raise it with --ctx (n_ctx=…)")
+        return taken == len(state)
+
+
+_U8 = ctypes.POINTER(ctypes.c_uint8)

@@ -1,0 +1,90 @@
+"""What this machine offers and what a model is run on, with the reasons."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+from cpucache.runtime import library
+from cpucache.runtime.library import api
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Facts about the machine. Memory in bytes, as psutil counts it."""
+
+    cpu: str
+    physical_cores: int
+    logical_cores: int
+    threads: int
+    memory_total: int
+    memory_available: int
+    gpu_offload: bool
+    features: tuple[str, ...]
+    llama_cpp: str
+
+
+def hardware() -> Hardware:
+    """Look at the machine now (memory changes; the rest does not)."""
+    memory = psutil.virtual_memory()
+    return Hardware(
+        cpu=_cpu_name(),
+        physical_cores=psutil.cpu_count(logical=False) or usable_cores(),
+        logical_cores=psutil.cpu_count() or 1,
+        threads=default_threads(),
+        memory_total=memory.total,
+        memory_available=memory.available,
+        gpu_offload=gpu_offload(),
+        features=_features(),
+        llama_cpp=library.version(),
+    )
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may run on (a container or ``taskset`` may allow fewer than there are)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """Physical cores: a second thread on a core shares its arithmetic units and only slows matrix products down."""
+    return max(1, min(psutil.cpu_count(logical=False) or usable_cores(), usable_cores()))
+
+
+def gpu_offload() -> bool:
+    """Whether this build of llama.cpp sees a device that layers can be offloaded to."""
+    library.start()
+    return bool(api.llama_supports_gpu_offload())
+
+
+def gpu_layers(setting: int | str) -> int:
+    """``auto`` or a number, as llama.cpp takes it: -1 for all layers, 0 for none (llama.h, ``n_gpu_layers``)."""
+    if setting == "auto":
+        return -1 if gpu_offload() else 0
+    return int(setting) if gpu_offload() else 0
+
+
+@cache
+def _features() -> tuple[str, ...]:
+    """The instruction sets that llama.cpp was built with and uses, from its own system line (``AVX512 = 1 | …``)."""
+    library.start()
+    text = api.llama_print_system_info().decode("utf-8", "replace")
+    pairs = (item.rpartition(":")[2].partition("=") for item in text.split("|"))
+    return tuple(name.strip() for name, _, value in pairs if value.strip() == "1")
+
+
+@cache
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

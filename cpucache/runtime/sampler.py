@@ -1,0 +1,83 @@
+"""Choosing the next token, with llama.cpp's own chain of samplers."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpucache.errors import InputError
+from cpucache.runtime.library import api
+from cpucache.runtime.model import Model, Tokens
+
+_RECENT = 64  # tokens that the repetition penalty looks back on, llama.cpp's own default
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. ``temperature=0`` takes the likeliest; ``seed=None`` draws a seed.
+
+    ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch the respective filter off. ``stop`` strings end
+    the answer and are not part of it. Raises ``InputError`` for values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name, fine, range_ in (
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
+            ("min_p", 0 <= self.min_p < 1, "from 0 to below 1"),
+            ("repeat_penalty", self.repeat_penalty > 0, "above 0"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**32, "from 0 to 4294967295"),
+            ("stop", all(self.stop), "without empty strings"),
+        ):
+            if not fine:
+                raise InputError(f"{name}={getattr(self, name)!r}: must be {range_}")
+
+
+class Sampler:
+    """A chain of llama.cpp samplers, in the order of its own command line: penalties, top-k, top-p, min-p, temperature."""
+
+    def __init__(self, sampling: Sampling, model: Model) -> None:
+        self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        if sampling.repeat_penalty != 1:
+            self._add(api.llama_sampler_init_penalties(model.n_vocab, _RECENT, sampling.repeat_penalty, 0.0, 0.0))
+        if sampling.temperature == 0:
+            self._add(api.llama_sampler_init_greedy())
+            return
+        if sampling.top_k:
+            self._add(api.llama_sampler_init_top_k(sampling.top_k))
+        if sampling.top_p < 1:
+            self._add(api.llama_sampler_init_top_p(sampling.top_p, 1))
+        if sampling.min_p:
+            self._add(api.llama_sampler_init_min_p(sampling.min_p, 1))
+        self._add(api.llama_sampler_init_temp(sampling.temperature))
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(32)
+        self._add(api.llama_sampler_init_dist(seed))
+
+    def accept(self, tokens: Tokens) -> None:
+        """Take tokens of the prompt into account, for the repetition penalty."""
+        for token in tokens[-_RECENT:]:
+            api.llama_sampler_accept(self._chain, int(token))
+
+    def _add(self, sampler: api.llama_sampler_p) -> None:
+        api.llama_sampler_chain_add(self._chain, sampler)
+
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's pointer, for ``Context.sample``."""
+        return self._chain
+
+    def close(self) -> None:
+        """Free the chain."""
+        if self._chain:
+            api.llama_sampler_free(self._chain)
+            self._chain = None

@@ -1,0 +1,68 @@
+"""What a file contains, as a hash that is computed once for as long as the file stays the same."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import xxhash
+
+_CHUNK = 1 << 22
+
+
+class Fingerprints:
+    """Remembers the hash of files by path, size, modification time and inode, in an SQLite file at ``index``.
+
+    Without an index (``None``), or with one that can't be written, hashes are computed anew each time.
+    """
+
+    def __init__(self, index: Path | None) -> None:
+        self._index = index
+
+    def of(self, path: Path, progress: Callable[[int], None] | None = None) -> str:
+        """xxh3 (128 bits) of the whole file. ``progress`` is told the bytes read so far when it has to be read."""
+        stat = path.stat()
+        row = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        known = self._look_up(row)
+        if known is None:
+            known = _hash(path, progress)
+            self._remember(row, known)
+        return known
+
+    def _look_up(self, row: tuple[str, int, int, int]) -> str | None:
+        with contextlib.suppress(sqlite3.Error, OSError), self._open() as database:
+            found = database.execute(
+                "SELECT hash FROM files WHERE path = ? AND size = ? AND mtime_ns = ? AND inode = ?", row
+            ).fetchone()
+            return str(found[0]) if found else None
+        return None
+
+    def _remember(self, row: tuple[str, int, int, int], value: str) -> None:
+        with contextlib.suppress(sqlite3.Error, OSError), self._open() as database, database:
+            database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", (*row, value))
+
+    def _open(self) -> contextlib.closing[sqlite3.Connection]:
+        if self._index is None:
+            raise FileNotFoundError
+        self._index.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(self._index, timeout=10)
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS files"
+            " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, hash TEXT)"
+        )
+        return contextlib.closing(database)
+
+
+def _hash(path: Path, progress: Callable[[int], None] | None) -> str:
+    digest = xxhash.xxh3_128()
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            if progress:
+                progress(done)
+    return digest.hexdigest()

@@ -1,0 +1,31 @@
+"""Names for slices, made from all that decides their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+
+def slice_key(model: str, state_format: str, context: str, tokens: npt.NDArray[np.int32], start: int) -> str:
+    """32 hexadecimal digits that name the state of ``tokens`` from position ``start``.
+
+    ``model`` is the fingerprint of the weights, ``state_format`` what the bytes of a state depend on besides (types,
+    version of llama.cpp), ``context`` the ``context_key`` of what the tokens attended to.
+    """
+    digest = xxhash.xxh3_128()
+    for part in (model, state_format, context, str(start)):
+        # Each part ends in a byte that none contains, so that no two lists of parts run together.
+        digest.update(part.encode() + b"\0")
+    digest.update(np.ascontiguousarray(tokens, "<i4").tobytes())
+    return digest.hexdigest()
+
+
+def context_key(slices: Iterable[str]) -> str:
+    """The key of a context: of the keys of the slices that could be attended to, in order."""
+    digest = xxhash.xxh3_128()
+    for key in slices:
+        digest.update(key.encode() + b"\0")
+    return digest.hexdigest()
