@@ -20,6 +20,8 @@ from cpucache.pml.tree import Text
 # Trees are walked by recursion, here and in the layers above: this is far deeper than any real file and far shallower
 # than the stack.
 MAX_DEPTH = 100
+# lxml looks every attribute up by name, which takes time in the square of their number.
+MAX_ATTRIBUTES = 1000
 
 _LINES_KEPT = 65_535  # from this line on, libxml2 only guesses the line of a tag from the nodes around it
 _SPACE = " \t\r\n"
@@ -234,6 +236,8 @@ class _Reader:
         name = str(node.tag)
         if node.nsmap:
             raise self._error(f"xmlns on {tag(_local(name))} can't be used: PML has no namespaces", line)
+        if len(node.attrib) > MAX_ATTRIBUTES:
+            raise self._error(f"{tag(name)} has more than {MAX_ATTRIBUTES} attributes", line)
         attributes = {str(key): str(value) for key, value in node.attrib.items()}
         space = attributes.pop(_XML_SPACE, None)
         if space not in (None, "preserve", "default"):

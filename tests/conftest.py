@@ -1,0 +1,79 @@
+"""Fixtures of every test: tiny models, the real model, a store of one's own, and no network."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tiny import Arch, write_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny(arch, **settings_of_write_tiny)`` gives the path of such a model, written once a session."""
+    folder = tmp_path_factory.mktemp("tiny")
+    written: dict[tuple[Any, ...], Path] = {}
+
+    def tiny_model(arch: Arch, **settings: Any) -> Path:
+        key = (arch, *sorted(settings.items()))
+        if key not in written:
+            written[key] = write_tiny(folder / f"{arch}-{len(written)}.gguf", arch, **settings)
+        return written[key]
+
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M-Instruct, which must have been pulled."""
+    from cpucache.models import resolve_model
+
+    return resolve_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_user_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps fixtures that outlive a test off the user's store, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CPUCACHE_HOME", str(tmp_path_factory.mktemp("store")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def store_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty ``CPUCACHE_HOME`` for each test."""
+    home = tmp_path_factory.mktemp("store")
+    monkeypatch.setenv("CPUCACHE_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> Iterator[None]:
+    """Lets tests reach servers of their own on the loopback interface, and nothing else."""
+
+    def guarded(connect: Callable[[socket.socket, Any], Any]) -> Callable[[socket.socket, Any], Any]:
+        def local_only(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(address[0]):
+                raise AssertionError(f"a test tried to reach {address[0]}:{address[1]}")
+            return connect(self, address)
+
+        return local_only
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+        yield
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
