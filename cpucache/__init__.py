@@ -1,4 +1,4 @@
-"""cpucache: long, repetitive prompts answered at once on an ordinary CPU, from reusable KV state slices of llama.cpp."""
+"""cpucache: long, repetitive prompts answered at once on an ordinary CPU, from KV state slices of llama.cpp."""
 
 from __future__ import annotations
 

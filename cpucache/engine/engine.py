@@ -6,7 +6,7 @@ import difflib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +22,7 @@ from cpucache.layout import ChatTemplate, Plan, Positions, SchemaLayout, bind
 from cpucache.models import default_model, resolve_model
 from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve
 from cpucache.pml.tree import Prompt, Schema
-from cpucache.reuse import Workspace
-from cpucache.reuse.workspace import Encoded
+from cpucache.reuse import Encoded, OnProgress, Workspace
 from cpucache.runtime import Context, KVType, Model, Sampling
 from cpucache.store import Fingerprints, Store, default_home
 
@@ -34,12 +33,12 @@ DEFAULT_CTX = 8192
 class Engine:
     """Answers prompts of one model, reusing the state of whatever repeats in them.
 
-    ``model``: a name of the catalogue (default: its first), or the path of a GGUF. ``n_ctx``: cells of the context, which a prompt and its
-    answer must fit (default: what the model was trained on, at most 8192). ``store``: the folder for slices (default
-    ``$CPUCACHE_HOME``, else the platform's cache folder). ``ram_budget``: bytes, or text such as ``"2GiB"``, that
-    slices may take in memory (default: a quarter of what is free). ``kv_type``: type of the saved keys, ``"f16"`` or
-    ``"q8_0"``. ``flash``: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU). ``positions``: how schemas are
-    laid out.
+    ``model``: a name of the catalogue (default: its first), or the path of a GGUF. ``n_ctx``: cells of the context,
+    which a prompt and its answer must fit (default: what the model was trained on, at most 8192). ``store``: the folder
+    for slices (default ``$CPUCACHE_HOME``, else the platform's cache folder). ``ram_budget``: bytes, or text such as
+    ``"2GiB"``, that slices may take in memory (default: a quarter of what is free). ``kv_type``: type of the saved
+    keys, ``"f16"`` or ``"q8_0"``. ``flash``: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU). ``positions``:
+    how schemas are laid out.
 
     Use it as a context manager, or ``close`` it. Calls from several threads take turns.
 
@@ -111,7 +110,7 @@ class Engine:
         self.schemas[parsed.name] = layout
         return layout
 
-    def encode(self, schema: str, progress: Callable[[int, int], object] | None = None) -> Encoded:
+    def encode(self, schema: str, progress: OnProgress | None = None) -> Encoded:
         """Make every slice of a schema that is not in the store yet.
 
         ``progress(done, total)`` is told about tokens.
@@ -120,8 +119,7 @@ class Engine:
         # Modules that are never cached have no slices of their own; as context of others they are found there.
         segments = [segment for segment in layout.segments if segment.cache and not segment.placeholder]
         with self._alone():
-            total = sum(len(segment.tokens) for segment in self.workspace.missing(segments))
-            return self.workspace.encode(segments, schema, _counting(progress, total))
+            return self.workspace.encode(segments, schema, progress)
 
     # -- prompts -----------------------------------------------------------------------------------------------------
     def plan(self, prompt: str | Path | Prompt) -> Plan:
@@ -134,13 +132,12 @@ class Engine:
         layout = self._layout(parsed.schema)
         return bind(layout, resolve(parsed, layout.schema), file=parsed.file)
 
-    def encode_for(self, prompt: str | Path | Prompt, progress: Callable[[int, int], object] | None = None) -> Encoded:
+    def encode_for(self, prompt: str | Path | Prompt, progress: OnProgress | None = None) -> Encoded:
         """Make the slices that one prompt needs and the store does not have."""
         parsed = _parsed(prompt)
         segments = self.plan(parsed).segments
         with self._alone():
-            total = sum(len(segment.tokens) for segment in self.workspace.missing(segments))
-            return self.workspace.encode(segments, parsed.schema, _counting(progress, total))
+            return self.workspace.encode(segments, parsed.schema, progress)
 
     def stream(
         self,
@@ -155,11 +152,13 @@ class Engine:
         repeat_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | tuple[str, ...] | list[str] = (),
+        progress: OnProgress | None = None,
     ) -> Stream:
         """The answer to a prompt, piece by piece.
 
         ``use_cache=False`` evaluates the same tokens from the first to the last, reusing nothing. ``temperature=0`` is
-        greedy. Slices that are missing are made on the way. Raises ``PMLError``, ``InputError`` or ``ContextFull``.
+        greedy. Slices that are missing are made on the way. ``progress(done, total)`` is told about tokens evaluated
+        before the first token of the answer. Raises ``PMLError``, ``InputError`` or ``ContextFull``.
         """
         started = time.perf_counter()
         sampling = Sampling(
@@ -179,6 +178,7 @@ class Engine:
                 lock=self._lock,
                 schema=parsed.schema,
                 use_cache=use_cache,
+                progress=progress,
             )
             return self._stream
 
@@ -242,17 +242,3 @@ def _parsed(prompt: str | Path | Prompt) -> Prompt:
     if isinstance(prompt, str) and prompt.lstrip().startswith("<"):
         return parse_prompt(prompt)
     return load_prompt(Path(prompt))
-
-
-def _counting(progress: Callable[[int, int], object] | None, total: int) -> Callable[[int], None] | None:
-    """A callback that is told steps, from one that is told how far things are."""
-    if progress is None:
-        return None
-    done = 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done = min(total, done + count)
-        progress(done, total)
-
-    return step

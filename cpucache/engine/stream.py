@@ -14,7 +14,7 @@ from cpucache.engine.reply import Metrics, Reply
 from cpucache.engine.text import TextStream
 from cpucache.errors import InputError
 from cpucache.layout import Plan
-from cpucache.reuse import Workspace
+from cpucache.reuse import OnProgress, Workspace
 from cpucache.runtime import Sampler, Sampling
 
 
@@ -37,6 +37,7 @@ class Stream:
         lock: AbstractContextManager[Any],
         schema: str = "",
         use_cache: bool = True,
+        progress: OnProgress | None = None,
     ) -> None:
         if max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens}: must be at least 1")
@@ -50,6 +51,7 @@ class Stream:
         self._lock = lock
         self._schema = schema
         self._use_cache = use_cache
+        self._progress = progress
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -78,7 +80,7 @@ class Stream:
         sampler = Sampler(self._sampling, context.model)
         out = TextStream(self._sampling.stop)
         try:
-            prefill = self._workspace.prefill(self._plan, self._schema, fresh=not self._use_cache)
+            prefill = self._workspace.prefill(self._plan, self._schema, self._progress, fresh=not self._use_cache)
             for name, value in asdict(prefill).items():
                 setattr(metrics, name, value)
             sampler.accept(self._plan.tokens)

@@ -71,8 +71,8 @@ class _Binding:
         length = item.parameter.length
         if len(tokens) > length:
             raise PMLError(
-                f"the argument for '{item.parameter.name}' is {len(tokens)} tokens long, {len(tokens) - length} more than "
-                f"the {length} that the schema reserves (line {item.parameter.line})",
+                f"the argument for '{item.parameter.name}' is {len(tokens)} tokens long, {len(tokens) - length} more "
+                f"than the {length} that the schema reserves (line {item.parameter.line})",
                 file=self.file,
                 line=item.line,
             )

@@ -8,12 +8,15 @@ from functools import cached_property
 from typing import TypeAlias
 
 from cpucache.layout.segment import Segment
-from cpucache.layout.vocabulary import Tokens, joined
+from cpucache.layout.vocabulary import Tokens, empty, joined
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens at consecutive positions from ``start``: a slice to splice, or (no segment) fresh tokens to evaluate."""
+    """Tokens at consecutive positions from ``start``: a slice to splice, or (no segment) fresh tokens to evaluate.
+
+    The tokens of a slice are its segment's, or the first of them.
+    """
 
     start: int
     tokens: Tokens
@@ -73,8 +76,11 @@ def schedule(pieces: Sequence[Piece], *, packed: bool) -> Plan:
 
     A slice stands at home, or behind what stands before it where that reaches further (text that a prompt brings, or
     modules in another order). ``packed`` lets everything stand back to back. Fresh tokens always stand right behind
-    what is before them: llama.cpp evaluates no tokens behind a gap, and this way none has to be moved.
+    what is before them: llama.cpp evaluates no tokens behind a gap, and this way none has to be moved. The last token of
+    all is fresh even when it belongs to a slice: the answer begins with its logits, which no slice holds.
     """
+    # Tokens may be missing altogether: an empty argument, or what a template does not add.
+    pieces = [piece for piece in pieces if isinstance(piece, Segment) or len(piece)]
     spans: list[Span] = []
     fresh: list[Tokens] = []
     cursor = 0
@@ -87,15 +93,18 @@ def schedule(pieces: Sequence[Piece], *, packed: bool) -> Plan:
             spans.append(Span(cursor, tokens))
             cursor += len(tokens)
 
-    for piece in pieces:
+    for index, piece in enumerate(pieces):
         if not isinstance(piece, Segment):
             fresh.append(piece)
-        elif not piece.cache:
-            fresh.append(piece.tokens)
-        else:
+            continue
+        reused = piece.tokens if piece.cache else empty()
+        if index == len(pieces) - 1:
+            reused = reused[:-1]
+        if len(reused):
             flush()
             start = cursor if packed else max(piece.home, cursor)
-            spans.append(Span(start, piece.tokens, piece))
-            cursor = start + len(piece.tokens)
+            spans.append(Span(start, reused, piece))
+            cursor = start + len(reused)
+        fresh.append(piece.tokens[len(reused) :])
     flush()
     return Plan(tuple(spans))

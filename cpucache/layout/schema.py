@@ -17,7 +17,7 @@ from cpucache.pml.tree import Module, Parameter, Role, RoleName, Schema, SchemaN
 Positions: TypeAlias = Literal["auto", "reserved", "packed"]
 Edge: TypeAlias = Literal["", "end"]
 Place: TypeAlias = tuple[SchemaNode | Schema, Edge]
-"""Where a piece of text stands: a ``Text``, the start or (``"end"``) the end of a ``Role``, the very start of a schema."""
+"""Where a piece of text stands: a ``Text``, the start or (``"end"``) end of a ``Role``, the very start of a schema."""
 
 
 @dataclass
@@ -79,12 +79,14 @@ class SchemaLayout:
     def _too_long(self, longest: int, limit: int) -> None:
         sizes: dict[str, int] = {}
         for segment in self.segments:
-            sizes[segment.module or "(text of the schema)"] = sizes.get(segment.module, 0) + len(segment.tokens)
+            name = segment.module or "(text of the schema)"
+            sizes[name] = sizes.get(name, 0) + len(segment.tokens)
         largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
         names = ", ".join(f"{name} ({size})" for name, size in largest)
         needs = "needs" if self.packed else "with reserved positions needs"
         raise PMLError(
-            f"schema '{self.schema.name}' {needs} {longest} tokens, the model holds {limit}; its largest modules: {names}",
+            f"schema '{self.schema.name}' {needs} {longest} tokens, the model holds {limit}; "
+            f"its largest modules: {names}",
             file=self.schema.file,
             line=self.schema.line,
         )
@@ -137,7 +139,9 @@ class _Laying:
                 flush()
                 if isinstance(node, Parameter):
                     placeholder = add(self._placeholder(node), placeholder=True)
-                    extent.children.append(Extent("parameter", node.name, placeholder.home, placeholder.end))
+                    extent.children.append(
+                        Extent("parameter", node.name, placeholder.home, placeholder.end, node.length)
+                    )
                 elif isinstance(node, Module):
                     self._module(node, visible, extent, path)
                 elif isinstance(node, Union):
@@ -164,8 +168,10 @@ class _Laying:
         extent = Extent("union", union.scaffold or "", start, start)
         parent.children.append(extent)
         seen: list[Segment] = []
+        # Members are alternatives: none stands before another.
+        first, last_role = self._first, self.last_role
         for member in union.members:
-            self._cursor = start
+            self._cursor, self._first, self.last_role = start, first, last_role
             inner = self._module(member, visible, extent, path)
             if member.name == union.scaffold:
                 seen = inner[len(visible) :]
@@ -187,8 +193,8 @@ class _Laying:
         tokens = self.vocabulary.tokenize(node.scaffold or "")
         if len(tokens) > node.length:
             raise PMLError(
-                f"the scaffold of parameter '{node.name}' is {len(tokens)} tokens long, {len(tokens) - node.length} more "
-                f"than its length {node.length}",
+                f"the scaffold of parameter '{node.name}' is {len(tokens)} tokens long, {len(tokens) - node.length} "
+                f"more than its length {node.length}",
                 file=self.file,
                 line=node.line,
             )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cpucache.layout import Plan, Segment, Span
+from cpucache.reuse.progress import Step
 from cpucache.reuse.splicer import FREE, SCRATCH, TARGET, Splicer, State
 from cpucache.runtime import Run
 from cpucache.runtime.context import Bytes
 from cpucache.runtime.model import Tokens
 
-# Tokens evaluated before their slices are saved and their cells freed. Segments that are evaluated side by side are only
-# masked from one another, not skipped, so larger waves cost more than the rotation of keys that they save.
+# Tokens evaluated before their slices are saved and their cells freed. Segments that are evaluated side by side are
+# only masked from one another, not skipped, so larger waves cost more than the rotation of keys that they save.
 _WAVE = 2048
 
 
@@ -47,7 +48,7 @@ class Encoder:
         self._context = splicer.context
 
     def encode(
-        self, segments: Iterable[Segment], state: State, progress: Callable[[int], None] | None = None
+        self, segments: Iterable[Segment], state: State, progress: Step | None = None
     ) -> Iterator[tuple[Segment, Bytes]]:
         """Evaluate segments, yielding each with its state as soon as there is one.
 
@@ -81,9 +82,7 @@ class Encoder:
         if wave:
             yield wave
 
-    def _evaluate(
-        self, wave: Sequence[Stretch], progress: Callable[[int], None] | None
-    ) -> Iterator[tuple[Segment, Bytes]]:
+    def _evaluate(self, wave: Sequence[Stretch], progress: Step | None) -> Iterator[tuple[Segment, Bytes]]:
         context = self._context
         placed = list(zip(FREE, wave, strict=False))
         for sequence, _ in placed:

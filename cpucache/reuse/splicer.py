@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from cpucache.layout import Plan, Segment, Span
+from cpucache.reuse.progress import Step
 from cpucache.runtime import Context, Run
 from cpucache.runtime.context import SEQUENCES, Bytes
 from cpucache.runtime.model import Tokens
@@ -66,7 +67,7 @@ class Splicer:
         """The position behind the last token of the target."""
         return self._held[-1].end if self._held else 0
 
-    def splice(self, plan: Plan, state: State, progress: Callable[[int], None] | None = None) -> Spliced:
+    def splice(self, plan: Plan, state: State, progress: Step | None = None) -> Spliced:
         """Make the target hold ``plan``. ``state`` gives the saved state of a segment.
 
         Logits of the last token are there afterwards if the plan ends with fresh tokens. ``progress`` is told about
@@ -138,7 +139,7 @@ class Splicer:
         stretches: Sequence[Stretch],
         state: State,
         report: Spliced,
-        progress: Callable[[int], None] | None,
+        progress: Step | None,
     ) -> None:
         """Load all slices of some stretches, then join them to the target in turn, evaluating what is fresh between.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from cpucache.errors import CpucacheError, ModelError
 from cpucache.layout import Plan, Segment
 from cpucache.reuse.encoder import Encoder
+from cpucache.reuse.progress import OnProgress, Step, counting
 from cpucache.reuse.splicer import Refused, Splicer
 from cpucache.runtime import Context
 from cpucache.runtime.context import Bytes
@@ -81,12 +82,11 @@ class Workspace:
             add(segment)
         return list(needed)
 
-    def encode(
-        self, segments: Iterable[Segment], schema: str = "", progress: Callable[[int], None] | None = None
-    ) -> Encoded:
+    def encode(self, segments: Iterable[Segment], schema: str = "", progress: OnProgress | None = None) -> Encoded:
         """Make the slices that are missing among ``segments``."""
+        missing = self.missing(segments)
         report = Encoded()
-        self._make(self.missing(segments), set(), schema, report, progress)
+        self._make(missing, set(), schema, report, counting(progress, _tokens(missing)))
         return report
 
     def _make(
@@ -95,7 +95,7 @@ class Workspace:
         wanted: set[Segment],
         schema: str,
         report: Encoded,
-        progress: Callable[[int], None] | None,
+        progress: Step | None,
     ) -> dict[Segment, Bytes]:
         """Encode ``missing``; gives the states of those ``wanted``."""
         if not missing:
@@ -146,7 +146,7 @@ class Workspace:
 
     # -- prompts -----------------------------------------------------------------------------------------------------
     def prefill(
-        self, plan: Plan, schema: str = "", progress: Callable[[int], None] | None = None, *, fresh: bool = False
+        self, plan: Plan, schema: str = "", progress: OnProgress | None = None, *, fresh: bool = False
     ) -> Prefill:
         """Get ``plan`` into the context, with logits of its last token.
 
@@ -164,12 +164,14 @@ class Workspace:
                 self._discard(refused.segment)
         raise AssertionError("unreachable")
 
-    def _prefill(self, plan: Plan, schema: str, progress: Callable[[int], None] | None) -> Prefill:
+    def _prefill(self, plan: Plan, schema: str, progress: OnProgress | None) -> Prefill:
         encoded = Encoded()
         wanted = plan.segments
-        states = self._make(self.missing(wanted), set(wanted), schema, encoded, progress)
+        missing = self.missing(wanted)
+        step = counting(progress, _tokens(missing) + plan.n_tokens - plan.n_cached)
+        states = self._make(missing, set(wanted), schema, encoded, step)
         spliced = self._splicer.splice(
-            plan, lambda segment: states[segment] if segment in states else self._stored(segment), progress
+            plan, lambda segment: states[segment] if segment in states else self._stored(segment), step
         )
         return Prefill(
             prompt_tokens=plan.n_tokens,
@@ -192,3 +194,7 @@ class Workspace:
     def reset(self) -> None:
         """Empty the context. The store keeps its slices."""
         self._splicer.reset()
+
+
+def _tokens(segments: Iterable[Segment]) -> int:
+    return sum(len(segment.tokens) for segment in segments)

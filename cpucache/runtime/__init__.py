@@ -1,4 +1,4 @@
-"""The only room that touches llama.cpp: loading a model, one context of KV cells, sampling, and what the machine offers."""
+"""The only room that touches llama.cpp: a model, one context of KV cells, sampling, and what the machine offers."""
 
 from cpucache.runtime.context import Context, KVType, Run
 from cpucache.runtime.hardware import Hardware, hardware

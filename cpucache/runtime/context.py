@@ -23,8 +23,8 @@ KVType: TypeAlias = Literal["f16", "q8_0", "f32"]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Logits: TypeAlias = npt.NDArray[np.float32]
 
-# Sequences of one context. Each costs a row of logits (a vocabulary of floats); more than this many short modules in one
-# batch gain nothing.
+# Sequences of one context. Each costs a row of logits (a vocabulary of floats); more than this many short modules in
+# one batch gain nothing.
 SEQUENCES = 32
 _BATCH = 512  # tokens handed to llama.cpp at once: its own micro-batch, so that larger batches gain nothing
 _GGML_TYPES = {"f32": api.GGML_TYPE_F32, "f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
@@ -62,6 +62,7 @@ class Context:
         n_threads: int | None = None,
         kv_type: KVType = "f16",
         flash: str | None = None,
+        sequences: int = SEQUENCES,
     ) -> None:
         if n_ctx < 1:
             raise InputError(f"n_ctx={n_ctx}: a context needs at least one cell")
@@ -76,9 +77,9 @@ class Context:
         params = api.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = min(_BATCH, n_ctx)
-        params.n_seq_max = SEQUENCES
-        # Logits of at most this many tokens at a time: llama.cpp would else set aside a vocabulary of floats for each of
-        # 512 (300 MB with 150,000 words).
+        params.n_seq_max = sequences
+        # Logits of at most this many tokens at a time: llama.cpp would else set aside a vocabulary of floats for each
+        # of 512 (300 MB with 150,000 words).
         params.n_outputs_max = SEQUENCES
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = True

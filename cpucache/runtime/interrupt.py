@@ -19,7 +19,7 @@ _LONG = 32
 class Interruptible:
     """Lets ``llama_decode`` be stopped.
 
-    While C code runs, Python can't raise ``KeyboardInterrupt``; it would come out inside the callback and be lost there.
+    While C code runs, Python can't raise ``KeyboardInterrupt``: it would come out in the callback and be lost there.
     So during a long evaluation in the main thread Ctrl-C only sets a flag, which the callback hands to llama.cpp, and
     ``KeyboardInterrupt`` is raised when the call is over (even if it came too late to stop anything).
     """
@@ -38,7 +38,7 @@ class Interruptible:
 
     @contextmanager
     def during(self, n_tokens: int) -> Iterator[None]:
-        """Around a ``llama_decode`` of ``n_tokens`` tokens. Raises ``KeyboardInterrupt`` behind it when it was stopped."""
+        """Around a ``llama_decode`` of ``n_tokens`` tokens. Raises ``KeyboardInterrupt`` if it was stopped."""
         if n_tokens < _LONG:
             yield
             return

@@ -94,7 +94,8 @@ class Model:
     @cached_property
     def n_ctx_train(self) -> int:
         """The longest context that the model was trained on, in tokens."""
-        return int(api.llama_model_n_ctx_train(self.handle))
+        # From the metadata: llama.cpp's own number is 0 when only the vocabulary is loaded.
+        return int(self.meta(f"{self.architecture}.context_length") or api.llama_model_n_ctx_train(self.handle))
 
     @cached_property
     def n_vocab(self) -> int:

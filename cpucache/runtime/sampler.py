@@ -17,8 +17,8 @@ _RECENT = 64  # tokens that the repetition penalty looks back on, llama.cpp's ow
 class Sampling:
     """How the next token is chosen. ``temperature=0`` takes the likeliest; ``seed=None`` draws a seed.
 
-    ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch the respective filter off. ``stop`` strings end
-    the answer and are not part of it. Raises ``InputError`` for values out of range.
+    ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch the respective filter off. ``stop`` strings
+    end the answer and are not part of it. Raises ``InputError`` for values out of range.
     """
 
     temperature: float = 0.0
@@ -44,7 +44,7 @@ class Sampling:
 
 
 class Sampler:
-    """A chain of llama.cpp samplers, in the order of its own command line: penalties, top-k, top-p, min-p, temperature."""
+    """A chain of llama.cpp samplers in the order of its own command line: penalties, filters, temperature."""
 
     def __init__(self, sampling: Sampling, model: Model) -> None:
         self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())

@@ -1,0 +1,42 @@
+# Two commands matter: `make demo` and `make test`. Both set everything up first, which takes minutes once (llama.cpp is
+# compiled for this machine) and no time afterwards.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+MODEL  := smollm2-135m-instruct
+
+.PHONY: demo test lint format model setup clean
+
+demo: setup model
+	@$(BIN)/cpucache demo
+
+test: setup model
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(STAMP)
+
+# Done again when the dependencies change.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || { echo "==> making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> installing cpucache and what it needs"
+	@echo "    the first time, llama.cpp is compiled for this machine: about 6 minutes on 2 cores; pip keeps the result"
+	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
+	@touch $(STAMP)
+
+# The model that the demo and the tests run on: 98 MB, fetched once and verified.
+model: setup
+	@$(BIN)/cpucache models path $(MODEL) >/dev/null 2>&1 || $(BIN)/cpucache models pull $(MODEL)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Measurements: ratios between things that are run in turn in one process."""

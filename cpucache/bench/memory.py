@@ -1,0 +1,67 @@
+"""Peak memory: a whole process of llama.cpp alone against one that encodes and answers from slices.
+
+Run as ``python -m cpucache.bench.memory alone|cached MODEL N_CTX TOKENS MODULES``: prints one JSON object. Each process
+measures itself, for what it once had at most (its peak resident set) can't be reset.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+from cpucache.bench.text import filler_prompt, filler_schema
+from cpucache.engine import Engine
+from cpucache.runtime import Context, Model, Run
+
+
+def compare_memory(model: str, *, n_ctx: int, tokens: int, modules: int) -> dict[str, int]:
+    """Bytes: ``alone``, ``cached``, the ``slices`` among it, and what is left as ``overhead``."""
+    results = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-m", "cpucache.bench.memory", mode, model, str(n_ctx), str(tokens), str(modules)],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
+        for mode in ("alone", "cached")
+    ]
+    alone, cached, slices = results[0]["peak"], results[1]["peak"], results[1]["slices"]
+    return {"alone": alone, "cached": cached, "slices": slices, "overhead": cached - alone - slices}
+
+
+def _alone(path: str, n_ctx: int, tokens: int) -> dict[str, int]:
+    with Model(path) as model:
+        # llama.cpp's own defaults for one sequence; every buffer is at its largest after the first full micro-batch.
+        context = Context(model, n_ctx=n_ctx, sequences=1)
+        context.decode([Run(0, 0, np.full(min(tokens, 1024), 100, np.int32))], logits="last")
+        context.close()
+    return {"peak": _peak()}
+
+
+def _cached(path: str, n_ctx: int, tokens: int, modules: int) -> dict[str, int]:
+    with (
+        tempfile.TemporaryDirectory(prefix="cpucache-bench-") as folder,
+        Engine(path, n_ctx=n_ctx, store=folder) as engine,
+    ):
+        engine.add_schema(filler_schema(engine, tokens, modules))
+        slices = engine.encode("bench").bytes
+        engine.generate(filler_prompt(engine, modules, 12), max_tokens=4)
+    return {"peak": _peak(), "slices": slices}
+
+
+def _peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    mode, path, *numbers = sys.argv[1:]
+    n_ctx, tokens, modules = (int(number) for number in numbers)
+    print(json.dumps(_alone(path, n_ctx, tokens) if mode == "alone" else _cached(path, n_ctx, tokens, modules)))

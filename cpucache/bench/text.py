@@ -1,0 +1,49 @@
+"""Prompts to measure with: as many tokens as wanted, the same every time."""
+
+from __future__ import annotations
+
+import random
+
+from cpucache.engine import Engine
+from cpucache.pml import parse_schema
+from cpucache.pml.tree import Schema
+
+_WORDS = """
+time year people way day man thing woman life child world school state family student group country problem hand
+part place case week company system program question work government number night point home water room mother area
+money story fact month lot right study book eye job word business issue side kind head house service friend father
+power hour game line end member law car city community name president team minute idea body information back parent
+face others level office door health person art war history party result change morning reason research girl guy
+moment air teacher force education
+""".split()  # noqa: SIM905 - a list of words reads better as text
+
+
+def filler(engine: Engine, tokens: int, seed: int) -> str:
+    """Plain words that make exactly ``tokens`` tokens under the engine's model (or a few less where it can't be)."""
+    choice = random.Random(seed)
+    words: list[str] = []
+    while True:
+        missing = tokens - len(engine.model.tokenize(_joined(words)))
+        if missing <= 0:
+            break
+        words += [choice.choice(_WORDS) for _ in range(max(1, missing // 2))]
+    while len(engine.model.tokenize(_joined(words))) > tokens:
+        words.pop()
+    return _joined(words)
+
+
+def _joined(words: list[str]) -> str:
+    return "".join(f" {word}" for word in words)
+
+
+def filler_schema(engine: Engine, tokens: int, modules: int) -> Schema:
+    """A schema of ``modules`` modules with ``tokens`` tokens in all."""
+    sizes = [tokens // modules + (index < tokens % modules) for index in range(modules)]
+    parts = (f'<module name="m{index}">{filler(engine, size, index)}</module>' for index, size in enumerate(sizes))
+    return parse_schema(f'<schema name="bench">{"".join(parts)}</schema>', file="<bench>")
+
+
+def filler_prompt(engine: Engine, modules: int, question: int, seed: int = 1000) -> str:
+    """A prompt that includes every module, and ``question`` new tokens."""
+    references = "".join(f"<m{index}/>" for index in range(modules))
+    return f'<prompt schema="bench">{references}{filler(engine, question, seed)}</prompt>'

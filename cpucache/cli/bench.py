@@ -1,0 +1,119 @@
+"""``cpucache bench``: measure on this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.filesize import decimal
+from rich.table import Table
+
+from cpucache.bench.memory import compare_memory
+from cpucache.bench.ttft import Report, Series, measure
+from cpucache.cli.console import err, out, seconds
+from cpucache.cli.options import engine_options
+from cpucache.engine import Engine
+
+
+@click.group()
+def bench() -> None:
+    """Measure on this machine. What counts are the ratios: absolute times vary with the machine and its load."""
+
+
+@bench.command()
+@engine_options
+@click.option("--tokens", type=click.IntRange(16), default=4000, show_default=True, help="Tokens in modules.")
+@click.option("--modules", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--question", type=click.IntRange(1), default=12, show_default=True, help="Fresh tokens.")
+@click.option("--repeat", type=click.IntRange(1), default=7, show_default=True, help="Runs of what is quick.")
+@click.option(
+    "--full-repeat",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Runs of encoding and full prefill; 0: none.",
+)
+@click.option("--memory", is_flag=True, help="Also compare peak memory, in processes of their own.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def ttft(
+    model: str,
+    tokens: int,
+    modules: int,
+    question: int,
+    repeat: int,
+    full_repeat: int,
+    memory: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Time to first token: full prefill, from RAM, from disk, and the floor.
+
+    The floor is the time when the same state lies in the context already and only the question is evaluated: nothing
+    that loads state can be faster. Medians of runs made in turn in one process, on the same tokens.
+    """
+
+    def say(line: str) -> None:
+        if not as_json:
+            err.print(f"[dim]{line} …[/dim]")
+
+    options["n_ctx"] = options["n_ctx"] or tokens + question + 240
+    with Engine(model, **options) as engine:
+        path = str(engine.model.path)
+        report = measure(
+            engine,
+            tokens=tokens,
+            modules=modules,
+            question=question,
+            repeat=repeat,
+            full_repeat=full_repeat,
+            say=say,
+        )
+    result = report.as_dict()
+    if memory:
+        say("peak memory, in two more processes")
+        result["memory"] = compare_memory(path, n_ctx=options["n_ctx"], tokens=tokens, modules=modules)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    out.print(_table(report))
+    if memory:
+        numbers = {name: decimal(value) for name, value in result["memory"].items()}
+        out.print(
+            f"peak memory: {numbers['cached']}, {numbers['slices']} of it slices; llama.cpp alone: {numbers['alone']}",
+            soft_wrap=True,
+        )
+
+
+def _table(report: Report) -> Table:
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"{report.model}: {report.cached_tokens:,} tokens cached in {report.modules} modules, "
+        f"{report.fresh_tokens} fresh",
+        title_justify="left",
+    )
+    for name in ("time to first token", "median", "min", "max", "times the floor"):
+        table.add_column(name, justify="left" if name == "time to first token" else "right", no_wrap=True)
+
+    def row(name: str, series: Series) -> None:
+        table.add_row(
+            name,
+            *(seconds(value) for value in (series.median, min(series.values), max(series.values))),
+            f"{series.median / report.floor.median:.2f}",
+        )
+
+    row("floor", report.floor)
+    row("cached, from RAM", report.ram)
+    row("cached, from disk", report.disk)
+    for name, series in report.full.items():
+        row(f"full prefill, {name}", series)
+    row("encoding, once", report.encode)
+    if report.full:
+        ratios = report.ratios
+        table.caption = (
+            f"faster than full prefill: {ratios['full_to_ram']:.0f} times from RAM, "
+            f"{ratios['full_to_disk']:.0f} from disk; encoding: {ratios['encode_to_full']:.2f} full prefills"
+        )
+        table.caption_justify = "left"
+    return table

@@ -1,0 +1,76 @@
+"""One prompt answered without the cache and with it, for ``run --compare`` and ``demo``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from cpucache.cli.console import seconds, token_bar
+from cpucache.engine import Engine, Reply
+from cpucache.pml.tree import Prompt
+from cpucache.reuse import Encoded
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both answers, and what making the slices took beforehand (nothing when they were there)."""
+
+    uncached: Reply
+    cached: Reply
+    encoded: Encoded
+
+    @property
+    def speedup(self) -> float:
+        """How many times sooner the first token comes."""
+        return self.uncached.metrics.ttft_ms / self.cached.metrics.ttft_ms
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``run --compare --json`` prints."""
+        return {
+            "cached": self.cached.as_dict(),
+            "uncached": self.uncached.as_dict(),
+            "speedup": round(self.speedup, 3),
+        }
+
+
+def compare(engine: Engine, prompt: Prompt, settings: dict[str, Any], *, quiet: bool = False) -> Comparison:
+    """Answer without the cache, make the slices that are missing, and answer from them."""
+    engine.warm_up()
+    with token_bar("without the cache", shown=not quiet) as progress:
+        uncached = engine.generate(prompt, use_cache=False, progress=progress, **settings)
+    with token_bar("encoding, once", shown=not quiet) as progress:
+        encoded = engine.encode_for(prompt, progress)
+    cached = engine.generate(prompt, **settings)
+    return Comparison(uncached, cached, encoded)
+
+
+def comparison_table(result: Comparison) -> Table:
+    """Both answers side by side, with what they took."""
+    table = Table(box=SIMPLE_HEAD, show_lines=False, expand=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("without the cache", ratio=1)
+    table.add_column("from cached slices", ratio=1)
+    one, other = result.uncached, result.cached
+    table.add_row("answer", Text(one.text.strip()), Text(other.text.strip()))
+    table.add_row()
+    table.add_row(
+        "time to first token",
+        Text(seconds(one.metrics.ttft_ms), style="bold"),
+        Text(f"{seconds(other.metrics.ttft_ms)} ({result.speedup:.0f} times faster)", style="bold green"),
+    )
+    table.add_row("prompt", f"{one.metrics.prompt_tokens:,} tokens", f"{other.metrics.prompt_tokens:,} tokens")
+    table.add_row("  evaluated", f"{one.metrics.fresh_tokens:,}", f"{other.metrics.fresh_tokens:,}")
+    table.add_row("  from cache", f"{one.metrics.cached_tokens:,}", f"{other.metrics.cached_tokens:,}")
+    if min(one.metrics.completion_tokens, other.metrics.completion_tokens) > 1:
+        table.add_row("speed", *(f"{1000 / reply.metrics.tpot_ms:.1f} tok/s" for reply in (one, other)))
+    if result.encoded.slices:
+        table.caption = (
+            f"{result.encoded.tokens:,} tokens were encoded in {result.encoded.seconds:.1f} s, once: "
+            "the next prompt that names the same modules finds them"
+        )
+        table.caption_justify = "left"
+    return table

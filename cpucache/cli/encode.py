@@ -1,0 +1,39 @@
+"""``cpucache encode``: make slices ahead of time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.filesize import decimal
+
+from cpucache.cli.console import out, read_schema, token_bar
+from cpucache.cli.options import engine_options
+from cpucache.engine import Engine
+
+
+@click.command()
+@click.argument("schemas", nargs=-1, required=True, metavar="SCHEMA...")
+@engine_options
+def encode(schemas: tuple[str, ...], model: str, **options: Any) -> None:
+    """Evaluate every module of each SCHEMA and save its state, so that no prompt has to wait for it.
+
+    What is in the store already is not evaluated again. Slices are found by what they contain: change a module, and
+    only that module (and what sees it) is encoded anew.
+    """
+    parsed = [read_schema(name) for name in schemas]
+    with Engine(model, **options) as engine:
+        for schema in parsed:
+            layout = engine.add_schema(schema)
+            with token_bar(f"encoding {schema.name}") as progress:
+                done = engine.encode(schema.name, progress)
+            total = sum(segment.cache and not segment.placeholder for segment in layout.segments)
+            if done.slices:
+                speed = done.tokens / done.seconds
+                out.print(
+                    f"{schema.name}: {done.slices} slices, {done.tokens:,} tokens in {done.seconds:.1f} s "
+                    f"({speed:.0f} tok/s), {decimal(done.bytes)}",
+                    soft_wrap=True,
+                )
+            else:
+                out.print(f"{schema.name}: all {total} slices are in the store already", soft_wrap=True)

@@ -1,0 +1,86 @@
+"""``cpucache``: the command."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+
+import click
+
+import cpucache
+from cpucache.errors import CpucacheError, InputError
+
+# The modules behind the commands are imported when a command is run: `cpucache --help` needs no llama.cpp.
+_COMMANDS = {
+    "demo": ("cpucache.cli.demo", "demo", "See the main job: a long prompt, uncached against cached."),
+    "run": ("cpucache.cli.run", "run", "Answer a prompt."),
+    "encode": ("cpucache.cli.encode", "encode", "Evaluate and save every module of schemas."),
+    "schema": ("cpucache.cli.schema", "schema", "Check schemas, and show how they are laid out."),
+    "models": ("cpucache.cli.models", "models", "Fetch, list, find and remove model weights."),
+    "bench": ("cpucache.cli.bench", "bench", "Measure on this machine."),
+    "info": ("cpucache.cli.info", "info", "Show what this machine offers and what is used of it."),
+}
+
+
+class _Commands(click.Group):
+    """A group that knows its commands by name and imports them when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about) for name, (_, _, about) in _COMMANDS.items()])
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(cpucache.__version__, "-V", "--version", prog_name="cpucache")
+def cli() -> None:
+    """Answer long, repetitive prompts at once on an ordinary CPU.
+
+    The parts of a prompt that repeat are described as modules in a schema. They are evaluated once, saved, and spliced
+    into every later prompt that names them, so that only what is new has to be evaluated.
+
+    \b
+    cpucache models pull smollm2-135m-instruct     fetch a small model
+    cpucache demo                                  see what it is about
+    cpucache run PROMPT -s SCHEMA                  answer a prompt of your own
+
+    Slices are kept in $CPUCACHE_HOME, else in the platform's cache folder.
+    """
+
+
+def main() -> None:
+    """Run the command. Exit status: 0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("cpucache: warning: %(message)s"))
+    logging.getLogger("cpucache").addHandler(handler)
+    try:
+        status = cli.main(prog_name="cpucache", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2 if isinstance(error, click.UsageError) else 1)
+    except CpucacheError as error:
+        click.echo(f"cpucache: {error}", err=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("cpucache: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more while it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
