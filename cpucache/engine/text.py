@@ -32,10 +32,11 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + new
-        found = min((at for at in (text.find(stop) for stop in self._stop) if at >= 0), default=-1)
-        if found >= 0:
+        # The one that is complete first, so that it does not matter how the text came in pieces.
+        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
             self.stopped, self._held = True, ""
-            return text[:found]
+            return text[: min(ends)[1]]
         hold = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

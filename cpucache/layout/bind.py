@@ -19,10 +19,9 @@ def bind(layout: SchemaLayout, included: Included, *, file: str = "<prompt>", pa
     binding = _Binding(layout, file)
     binding.scope(included)
     binding.answer()
-    plan = schedule(binding.pieces, packed=layout.packed if packed is None else packed)
-    if not plan.spans:
+    if not binding.stands_before():
         raise InputError(f"{file}: the prompt is empty: it includes no text of its schema and brings none")
-    return plan
+    return schedule(binding.pieces, packed=layout.packed if packed is None else packed)
 
 
 class _Binding:
@@ -58,7 +57,7 @@ class _Binding:
     def answer(self) -> None:
         """Open the model's answer, unless the prompt's last turn already did, or is plain text to go on with."""
         if not self._answered:
-            self.pieces.append(self._template_text(self.layout.template.generation))
+            self.pieces.append(self._template_text(self.layout.template.generation(self._role)))
 
     def _segment(self, node: Text | Schema | Module | object, *, end: bool = False) -> None:
         segment = self.layout.segment_at.get((node, "end" if end else ""))  # type: ignore[arg-type]
@@ -82,8 +81,8 @@ class _Binding:
         template = self.layout.template
         if self._open:
             self.pieces.append(self._template_text(template.end("assistant")))
-        start = template.start(turn.role, previous=self._role, first=not self._stands_before())
-        if not self._stands_before() and self.layout.vocabulary.bos is not None:
+        start = template.start(turn.role, previous=self._role, first=not self.stands_before())
+        if not self.stands_before() and self.layout.vocabulary.bos is not None:
             start = start.removeprefix(self.layout.vocabulary.special_text("bos"))
         self.pieces += [self._template_text(start), self.layout.vocabulary.tokenize(turn.text)]
         self._role = turn.role
@@ -92,7 +91,8 @@ class _Binding:
         if not self._open:
             self.pieces.append(self._template_text(template.end(turn.role)))
 
-    def _stands_before(self) -> bool:
+    def stands_before(self) -> bool:
+        """Whether there is any text so far."""
         tokens = sum(len(piece.tokens) if isinstance(piece, Segment) else len(piece) for piece in self.pieces)
         return tokens > (self.layout.vocabulary.bos is not None)
 

@@ -76,8 +76,8 @@ def schedule(pieces: Sequence[Piece], *, packed: bool) -> Plan:
 
     A slice stands at home, or behind what stands before it where that reaches further (text that a prompt brings, or
     modules in another order). ``packed`` lets everything stand back to back. Fresh tokens always stand right behind
-    what is before them: llama.cpp evaluates no tokens behind a gap, and this way none has to be moved. The last token of
-    all is fresh even when it belongs to a slice: the answer begins with its logits, which no slice holds.
+    what is before them: llama.cpp evaluates no tokens behind a gap, and this way none has to be moved. The last token
+    of all is fresh even when it belongs to a slice: the answer begins with its logits, which no slice holds.
     """
     # Tokens may be missing altogether: an empty argument, or what a template does not add.
     pieces = [piece for piece in pieces if isinstance(piece, Segment) or len(piece)]

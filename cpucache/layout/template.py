@@ -8,10 +8,15 @@ like.
 from __future__ import annotations
 
 import contextlib
-import os
+import re
+from datetime import date
+from itertools import takewhile
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cpucache.pml.tree import RoleName
@@ -20,26 +25,34 @@ from cpucache.pml.tree import RoleName
 _MARKS = {"system": "SystemMarkQx", "user": "UserMarkQx", "assistant": "AssistantMarkQx", "again": "AgainMarkQx"}
 
 
+# A prompt with today's date in it would never be found in the cache tomorrow. This is the date that templates which can
+# do without today's (Llama 3) fall back on.
+_DATE = date(2024, 7, 26)
+# The first half of a control token, such as ``<|end`` or ``[IN``.
+_HALF_TOKEN = re.compile(r"[<\[][^<>\[\]\s]*$")
+
+
 class ChatTemplate:
-    """Text before and behind each role's content, and ``generation``, which opens the model's answer.
+    """Text before and behind each role's content, and before the model's answer.
 
     ``source`` is the Jinja text from the GGUF; ``None``, or a template that can't be taken apart, gives plain text:
     roles add nothing but a line break behind their content (``plain`` is true then).
 
     Templates that merge the system text into the first user turn (Gemma, Mistral), and those that refuse it, get it at
-    the head of that turn.
+    the head of that turn. What a template does with its messages beyond that (leaving out earlier reasoning, moving the
+    system text to the last turn) is not followed: a module's text can't depend on what else a prompt holds.
     """
 
     def __init__(self, source: str | None, *, bos: str = "", eos: str = "") -> None:
         self.plain = True
-        self.generation = ""
+        self._generation = ""
         self._first = {"system": "", "user": "", "assistant": ""}
         self._start = dict(self._first)
         self._end = dict.fromkeys(self._first, "\n")
         self._user_after_system = ""
+        self._end_system = ""
         if source:
-            # A template that refuses marks, or loses them, is no use: the roles stay plain.
-            with contextlib.suppress(jinja2.TemplateError, _Unusable, TypeError, ValueError, KeyError):
+            with contextlib.suppress(_Unusable):
                 self._take_apart(_Renderer(source, bos, eos), bos)
 
     def start(self, role: RoleName, *, previous: RoleName | None, first: bool) -> str:
@@ -58,69 +71,101 @@ class ChatTemplate:
         """What stands behind the content of ``role``."""
         return self._end[role]
 
+    def generation(self, previous: RoleName | None) -> str:
+        """What opens the model's answer behind a turn of ``previous``."""
+        return (self._end_system if previous == "system" else "") + self._generation
+
     def _take_apart(self, render: _Renderer, bos: str) -> None:
         before_user, behind_user = _around(render("user"), "user")
         behind_user_open = _around(render("user", generation=True), "user")[1]
-        end_user = os.path.commonprefix([behind_user, behind_user_open])
+        end_user = _shared(behind_user, behind_user_open)
         generation = behind_user_open[len(end_user) :]
 
         between, behind = _around(_around(render("user", "assistant", "again"), "user")[1], "assistant")
         between_turns = _around(behind, "again")[0]
         # Templates may end the last message of all differently: what both have in common belongs to the role.
-        end_assistant = os.path.commonprefix([_around(render("user", "assistant"), "assistant")[1], between_turns])
+        end_assistant = _shared(_around(render("user", "assistant"), "assistant")[1], between_turns)
         start_assistant = between.removeprefix(end_user) if between.startswith(end_user) else generation
         start_user = between_turns[len(end_assistant) :]
 
         try:
             before_system, behind_system = _around(render("system", "user"), "system")
             joint = _around(behind_system, "user")[0]
-        except (jinja2.TemplateError, _Unusable):
-            before_system, joint = before_user, "\n\n"
+            # Only what begins the whole text is left out later on, not what begins every turn.
+            start_system = before_system if start_user.startswith(bos) else before_system.removeprefix(bos)
+        except _Unusable:
+            before_system, start_system, joint = before_user, start_user, "\n\n"
         separate = bool(start_user) and joint.endswith(start_user)
 
         self.plain = False
-        self.generation = generation
+        self._generation = generation
         self._first = {"system": before_system, "user": before_user, "assistant": start_assistant}
-        self._start = {
-            "system": before_system.removeprefix(bos) if separate else start_user,
-            "user": start_user,
-            "assistant": start_assistant,
-        }
+        self._start = {"system": start_system, "user": start_user, "assistant": start_assistant}
         self._end = {
             "system": joint.removesuffix(start_user) if separate else joint,
             "user": end_user,
             "assistant": end_assistant,
         }
         self._user_after_system = start_user if separate else ""
+        self._end_system = "" if separate else end_user
 
 
 class _Unusable(Exception):
-    """The template leaves out or changes the content of its messages."""
+    """The template fails, or leaves out, repeats or changes the content of its messages."""
 
 
 def _around(text: str, mark: str) -> tuple[str, str]:
-    before, found, behind = text.partition(_MARKS[mark])
-    if not found:
+    parts = text.split(_MARKS[mark])
+    if len(parts) != 2:
         raise _Unusable
-    return before, behind
+    return parts[0], parts[1]
+
+
+def _shared(one: str, other: str) -> str:
+    """What both texts begin with, but not the first half of a control token."""
+    size = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return one[:size] if size in (len(one), len(other)) else _HALF_TOKEN.sub("", one[:size])
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks what a model is trained on: nothing to rendering."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Renderer:
-    """Renders conversations of marks, in the environment that templates are written for."""
+    """Renders conversations of marks, in the environment that templates are written for.
+
+    Raises ``_Unusable`` for whatever goes wrong in it: a template is a program, and may fail in any way.
+    """
 
     def __init__(self, source: str, bos: str, eos: str) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
-        environment.globals["raise_exception"] = _raise
-        # No ``strftime_now``: a prompt with today's date in it would never be found in the cache tomorrow. Templates
-        # that use it check for it and have a fixed date instead.
-        self._template = environment.from_string(source)
-        self._constants = {"bos_token": bos, "eos_token": eos}
+        environment.globals.update(
+            raise_exception=_raise,
+            strftime_now=_DATE.strftime,
+            bos_token=bos,
+            eos_token=eos,
+            tools=None,
+            documents=None,
+        )
+        try:
+            self._template = environment.from_string(source)
+        except Exception as error:
+            raise _Unusable from error
 
     def __call__(self, *marks: str, generation: bool = False) -> str:
         messages = [{"role": "user" if mark == "again" else mark, "content": _MARKS[mark]} for mark in marks]
-        return self._template.render(messages=messages, add_generation_prompt=generation, **self._constants)
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=generation)
+        except Exception as error:
+            raise _Unusable from error
 
 
 def _raise(message: str) -> Any:

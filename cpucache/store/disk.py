@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from cpucache.store.ram import Bytes
@@ -79,8 +80,10 @@ class Disk:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, SafetensorError):  # how a full disk shows while safetensors writes
+                raise OSError(str(error)) from error
             raise
 
     def get(self, key: str) -> Bytes | None:
@@ -104,12 +107,13 @@ class Disk:
             metadata, tensor = header["__metadata__"], header["state"]
             begin, end = (int(offset) for offset in tensor["data_offsets"])
             fine = metadata["format"] == _FORMAT and metadata["key"] == key and tensor["dtype"] == "U8"
-        except (ValueError, KeyError, TypeError) as error:
+            promised = metadata["xxh3"]
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise Damaged(f"{self.path(key)}: no slice ({error})") from error
         if not fine or begin != 0 or 8 + length + end != size:
             raise Damaged(f"{self.path(key)}: header and content do not agree")
         state = np.frombuffer(mapping, np.uint8, count=end, offset=8 + length)
-        if xxhash.xxh3_64_hexdigest(state) != metadata["xxh3"]:  # type: ignore[arg-type]
+        if xxhash.xxh3_64_hexdigest(state) != promised:  # type: ignore[arg-type]
             raise Damaged(f"{self.path(key)}: its content has changed since it was written")
         return state
 

@@ -48,11 +48,15 @@ class Fingerprints:
             raise FileNotFoundError
         self._index.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(self._index, timeout=10)
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS files"
-            " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, hash TEXT)"
-        )
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS files"
+                " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, hash TEXT)"
+            )
+        except sqlite3.Error:
+            database.close()
+            raise
         return contextlib.closing(database)
 
 

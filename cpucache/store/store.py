@@ -24,7 +24,7 @@ class Store:
     """Slices by key, in RAM up to ``ram_budget`` bytes and in files below ``home`` (``None``: in RAM only).
 
     Trouble with the disk never stops inference: it is reported once, as a warning of the logger ``cpucache.store``, and
-    slices are then kept in RAM alone. A file that was damaged is set aside and counts as missing.
+    slices are then kept in RAM alone (``disk`` is ``None``). A file that was damaged is set aside and counts as missing.
     """
 
     def __init__(self, home: Path | None, *, ram_budget: int) -> None:
@@ -33,7 +33,13 @@ class Store:
         self.disk = Disk(home / "slices") if home else None
 
     def __contains__(self, key: str) -> bool:
-        return key in self.ram or (self.disk is not None and key in self.disk)
+        if key in self.ram or self.disk is None:
+            return key in self.ram
+        try:
+            return key in self.disk
+        except OSError as error:
+            self._give_up(error)
+            return False
 
     def get(self, key: str) -> Bytes | None:
         """The state of a slice, from RAM, else mapped from its file; ``None`` when there is none."""
@@ -46,7 +52,7 @@ class Store:
             _log.warning("%s; it is set aside and made again", damaged)
             self.discard(key, aside=True)
         except OSError as error:
-            _log.warning("can't read a slice (%s); it is made again", error)
+            self._give_up(error)
         if state is not None:
             self.ram.put(key, state)
         return state
@@ -59,8 +65,7 @@ class Store:
         try:
             self.disk.put(key, state, info)
         except OSError as error:
-            _log.warning("can't save slices to %s (%s); going on from memory alone", self.home, error)
-            self.disk = None
+            self._give_up(error)
 
     def discard(self, key: str, *, aside: bool = False) -> None:
         """Forget a slice; ``aside`` keeps its file under another name for inspection."""
@@ -72,4 +77,8 @@ class Store:
                 else:
                     self.disk.drop(key)
             except OSError as error:
-                _log.warning("can't remove a slice: %s", error)
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        _log.warning("can't use the slices in %s (%s); going on from memory alone", self.home, error)
+        self.disk = None
