@@ -11,29 +11,38 @@ import resource
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 
 from cpucache.bench.text import filler_prompt, filler_schema
 from cpucache.engine import Engine
+from cpucache.errors import CpucacheError
 from cpucache.runtime import Context, Model, Run
 
 
 def compare_memory(model: str, *, n_ctx: int, tokens: int, modules: int) -> dict[str, int]:
-    """Bytes: ``alone``, ``cached``, the ``slices`` among it, and what is left as ``overhead``."""
-    results = [
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-m", "cpucache.bench.memory", mode, model, str(n_ctx), str(tokens), str(modules)],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-        )
-        for mode in ("alone", "cached")
-    ]
-    alone, cached, slices = results[0]["peak"], results[1]["peak"], results[1]["slices"]
-    return {"alone": alone, "cached": cached, "slices": slices, "overhead": cached - alone - slices}
+    """Bytes: ``alone``, ``cached``, the ``slices`` among it, and what is left as ``overhead``.
+
+    Raises ``CpucacheError`` when one of the processes fails.
+    """
+    alone, cached = (_measured(mode, model, str(n_ctx), str(tokens), str(modules)) for mode in ("alone", "cached"))
+    return {
+        "alone": alone["peak"],
+        "cached": cached["peak"],
+        "slices": cached["slices"],
+        "overhead": cached["peak"] - alone["peak"] - cached["slices"],
+    }
+
+
+def _measured(*arguments: str) -> dict[str, int]:
+    child = subprocess.run(
+        [sys.executable, "-m", "cpucache.bench.memory", *arguments], check=False, capture_output=True, text=True
+    )
+    if child.returncode:
+        raise CpucacheError(f"can't measure memory: {child.stderr.strip().rpartition(chr(10))[2] or 'out of memory?'}")
+    result: dict[str, int] = json.loads(child.stdout)
+    return result
 
 
 def _alone(path: str, n_ctx: int, tokens: int) -> dict[str, int]:
@@ -57,8 +66,12 @@ def _cached(path: str, n_ctx: int, tokens: int, modules: int) -> dict[str, int]:
 
 
 def _peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The most memory that this process ever had resident, in bytes."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in ru_maxrss what the parent had when it started this process.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cpucache.bench.memory import compare_memory
 from cpucache.bench.ttft import Report, Series, measure
-from cpucache.cli.console import err, out, seconds
+from cpucache.cli.console import err, out, seconds, times
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
 
@@ -22,10 +22,10 @@ def bench() -> None:
     """Measure on this machine. What counts are the ratios: absolute times vary with the machine and its load."""
 
 
-@bench.command()
+@bench.command(short_help="Time to first token, with and without the cache.")
 @engine_options
 @click.option("--tokens", type=click.IntRange(16), default=4000, show_default=True, help="Tokens in modules.")
-@click.option("--modules", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--modules", type=click.IntRange(1), default=5, show_default=True, help="Modules that they are in.")
 @click.option("--question", type=click.IntRange(1), default=12, show_default=True, help="Fresh tokens.")
 @click.option("--repeat", type=click.IntRange(1), default=7, show_default=True, help="Runs of what is quick.")
 @click.option(
@@ -77,7 +77,20 @@ def ttft(
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
+    out.print(
+        f"{report.model}: {report.cached_tokens:,} tokens cached in {report.modules} modules, "
+        f"{report.fresh_tokens} fresh",
+        soft_wrap=True,
+    )
     out.print(_table(report))
+    if report.full:
+        ratios = report.ratios
+        out.print(
+            f"full prefill takes {times(ratios['full_to_ram'])} as long as from RAM, "
+            f"{times(ratios['full_to_disk'])} as long as from disk\n"
+            f"encoding takes {ratios['encode_to_full']:.2f} times as long as full prefill",
+            soft_wrap=True,
+        )
     if memory:
         numbers = {name: decimal(value) for name, value in result["memory"].items()}
         out.print(
@@ -87,12 +100,7 @@ def ttft(
 
 
 def _table(report: Report) -> Table:
-    table = Table(
-        box=SIMPLE_HEAD,
-        title=f"{report.model}: {report.cached_tokens:,} tokens cached in {report.modules} modules, "
-        f"{report.fresh_tokens} fresh",
-        title_justify="left",
-    )
+    table = Table(box=SIMPLE_HEAD)
     for name in ("time to first token", "median", "min", "max", "times the floor"):
         table.add_column(name, justify="left" if name == "time to first token" else "right", no_wrap=True)
 
@@ -109,11 +117,4 @@ def _table(report: Report) -> Table:
     for name, series in report.full.items():
         row(f"full prefill, {name}", series)
     row("encoding, once", report.encode)
-    if report.full:
-        ratios = report.ratios
-        table.caption = (
-            f"faster than full prefill: {ratios['full_to_ram']:.0f} times from RAM, "
-            f"{ratios['full_to_disk']:.0f} from disk; encoding: {ratios['encode_to_full']:.2f} full prefills"
-        )
-        table.caption_justify = "left"
     return table

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from cpucache.cli.console import seconds, token_bar
+from cpucache.cli.console import seconds, times, token_bar
 from cpucache.engine import Engine, Reply
 from cpucache.pml.tree import Prompt
 from cpucache.reuse import Encoded
@@ -60,7 +60,7 @@ def comparison_table(result: Comparison) -> Table:
     table.add_row(
         "time to first token",
         Text(seconds(one.metrics.ttft_ms), style="bold"),
-        Text(f"{seconds(other.metrics.ttft_ms)} ({result.speedup:.0f} times faster)", style="bold green"),
+        Text(f"{seconds(other.metrics.ttft_ms)} ({times(result.speedup)} faster)", style="bold green"),
     )
     table.add_row("prompt", f"{one.metrics.prompt_tokens:,} tokens", f"{other.metrics.prompt_tokens:,} tokens")
     table.add_row("  evaluated", f"{one.metrics.fresh_tokens:,}", f"{other.metrics.fresh_tokens:,}")

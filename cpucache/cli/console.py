@@ -65,5 +65,12 @@ def read_prompt(name: str, *, schema: str) -> Prompt:
 
 
 def seconds(milliseconds: float) -> str:
-    """A time for people: ``231 ms``, ``4.75 s``."""
-    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"
+    """A time for people: ``1.3 ms``, ``231 ms``, ``4.75 s``."""
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1000:.2f} s"
+    return f"{milliseconds:.1f} ms" if milliseconds < 10 else f"{milliseconds:.0f} ms"
+
+
+def times(ratio: float) -> str:
+    """A ratio for people: ``2.3 times``, ``171 times``."""
+    return f"{ratio:.1f} times" if ratio < 10 else f"{ratio:.0f} times"

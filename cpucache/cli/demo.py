@@ -12,6 +12,7 @@ from cpucache.cli.console import out
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
 from cpucache.pml import load_prompt, load_schema
+from cpucache.pml.tree import Reference, Turn
 from cpucache.resources import resource
 
 
@@ -27,23 +28,24 @@ def demo(model: str, max_tokens: int, **options: Any) -> None:
     folder = resource("schemas") / "codebase"
     prompt = load_prompt(folder / "main-entry.xml")
     with Engine(model, **options) as engine:
-        layout = engine.add_schema(load_schema(folder / "schema.xml"))
-        modules = sum(child.kind == "module" for child in layout.extent.children)
+        engine.add_schema(load_schema(folder / "schema.xml"))
+        modules = sum(isinstance(child, Reference) for child in prompt.children)
+        question = " ".join(child.text.strip() for child in prompt.children if isinstance(child, Turn))
         out.print(
-            f"[bold]{engine.model.name}[/bold] on the CPU, {engine.context.n_threads} threads · prompt: "
-            f"{_shown(folder / 'main-entry.xml')}, {engine.plan(prompt).n_tokens:,} tokens, up to {modules} modules",
+            f"[bold]{engine.model.path.stem}[/bold], {engine.context.n_threads} threads\n"
+            f"{_shown(folder / 'main-entry.xml')}: {modules} modules, {engine.plan(prompt).n_tokens:,} tokens\n"
+            f"question: {question}",
             soft_wrap=True,
         )
         result = compare(engine, prompt, {"max_tokens": max_tokens, "repeat_penalty": 1.1})
     out.print(comparison_table(result))
     out.print(
-        "Look at the schema with [bold]cpucache schema show[/bold], and write a prompt of your own: see the README."
+        f"What the prompt is made of: [bold]cpucache schema show {_shown(folder / 'schema.xml')}[/bold]\n"
+        "A prompt of your own:       [bold]cpucache run PROMPT -s SCHEMA[/bold] (see the README)",
+        soft_wrap=True,
     )
 
 
 def _shown(path: Path) -> str:
-    """A path as short as it can be named from here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return path.name
+    """A path as short as it can be given from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

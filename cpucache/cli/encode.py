@@ -7,9 +7,10 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
-from cpucache.cli.console import out, read_schema, token_bar
+from cpucache.cli.console import err, out, read_schema, token_bar
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
+from cpucache.errors import CpucacheError
 
 
 @click.command()
@@ -24,10 +25,15 @@ def encode(schemas: tuple[str, ...], model: str, **options: Any) -> None:
     parsed = [read_schema(name) for name in schemas]
     with Engine(model, **options) as engine:
         for schema in parsed:
-            layout = engine.add_schema(schema)
-            with token_bar(f"encoding {schema.name}") as progress:
-                done = engine.encode(schema.name, progress)
-            total = sum(segment.cache and not segment.placeholder for segment in layout.segments)
+            engine.add_schema(schema)
+            try:
+                with token_bar(f"encoding {schema.name}") as progress:
+                    done = engine.encode(schema.name, progress)
+            except KeyboardInterrupt:
+                err.print("what has been encoded is kept, and the same command goes on from there", soft_wrap=True)
+                raise
+            if engine.store.disk is None:
+                raise CpucacheError(f"{schema.name}: its slices can't be saved to {engine.store.home}")
             if done.slices:
                 speed = done.tokens / done.seconds
                 out.print(
@@ -36,4 +42,4 @@ def encode(schemas: tuple[str, ...], model: str, **options: Any) -> None:
                     soft_wrap=True,
                 )
             else:
-                out.print(f"{schema.name}: all {total} slices are in the store already", soft_wrap=True)
+                out.print(f"{schema.name}: all its slices are in the store already", soft_wrap=True)

@@ -31,7 +31,7 @@ def info(as_json: bool) -> None:
         ("cpucache", f"{facts['cpucache']} on Python {facts['python']}"),
         ("llama.cpp", f"llama-cpp-python {facts['llama_cpp']}"),
         ("CPU", f"{facts['cpu']}, {facts['physical_cores']} cores ({facts['logical_cores']} threads)"),
-        ("  used", f"{facts['threads']} threads: one for each physical core; more only share their arithmetic units"),
+        ("  used", f"{facts['threads']} threads: {_why(facts)}"),
         ("  features", ", ".join(facts["features"])),
         ("memory", f"{decimal(facts['memory_total'])}, {decimal(facts['memory_available'])} free"),
         ("GPU", _gpu(facts["gpu_offload"])),
@@ -44,6 +44,12 @@ def info(as_json: bool) -> None:
     ):
         table.add_row(f"[dim]{name}[/dim]", str(value))
     out.print(table, soft_wrap=True)
+
+
+def _why(facts: dict[str, Any]) -> str:
+    if facts["threads"] < facts["physical_cores"]:
+        return "the cores that this process may use"
+    return "one for each physical core; more only share their arithmetic units"
 
 
 def _gpu(offload: bool) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -37,6 +39,15 @@ class _Commands(click.Group):
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(name, _COMMANDS, 1)
+            raise click.UsageError(f"no command '{name}'" + (f": did you mean '{near[0]}'?" if near else ""), ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl([(name, about) for name, (_, _, about) in _COMMANDS.items()])
@@ -64,12 +75,15 @@ def main() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("cpucache: warning: %(message)s"))
     logging.getLogger("cpucache").addHandler(handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character of an answer or of a drawing gets a question mark instead.
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = cli.main(prog_name="cpucache", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2 if isinstance(error, click.UsageError) else 1)
+    except click.UsageError as error:
+        click.echo(_usage(error), err=True)
+        sys.exit(2)
     except CpucacheError as error:
         click.echo(f"cpucache: {error}", err=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -80,6 +94,19 @@ def main() -> None:
         # Whoever read our output has gone; Python would complain once more while it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        click.echo(f"cpucache: {error}", err=True)
+        sys.exit(1)
+
+
+def _usage(error: click.UsageError) -> str:
+    """One line, except where a group was called without a command: that shows its help."""
+    message = error.format_message()
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # click 8.2 and later
+        return message
+    line = " ".join(message.split()).rstrip(".")
+    command = error.ctx.command_path if error.ctx else "cpucache"
+    return f"cpucache: {line[:1].lower()}{line[1:]} (see `{command} --help`)"
 
 
 if __name__ == "__main__":

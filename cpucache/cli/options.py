@@ -23,9 +23,9 @@ def model_option(command: Command) -> Command:
     return click.option(
         "-m",
         "--model",
+        metavar="MODEL",
         default=default_model,
-        show_default="the first of the catalogue",
-        help="A model of the catalogue (see `cpucache models list`), or the path of a GGUF.",
+        help="A name of the catalogue (`cpucache models list` shows them, * the default), or the path of a GGUF.",
     )(command)
 
 
@@ -33,7 +33,10 @@ def engine_options(command: Command) -> Command:
     """``-m`` and everything about how a model is run."""
     options = (
         click.option(
-            "--ctx", "n_ctx", type=click.IntRange(1), help="Cells of the context: prompt and answer must fit."
+            "--ctx",
+            "n_ctx",
+            type=click.IntRange(1),
+            help="Tokens that the context holds: prompt and answer.  [default: as trained, at most 8192]",
         ),
         click.option("--threads", type=click.IntRange(1), help="Threads to compute with.  [default: physical cores]"),
         click.option(
@@ -45,7 +48,11 @@ def engine_options(command: Command) -> Command:
             help="Layers to offload to a GPU.",
         ),
         click.option(
-            "--kv-type", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True, help="Type of the keys."
+            "--kv-type",
+            type=click.Choice(["f16", "q8_0"]),
+            default="f16",
+            show_default=True,
+            help="Type of the saved keys: with q8_0, slices are a quarter smaller.",
         ),
         click.option(
             "--flash",
@@ -53,19 +60,27 @@ def engine_options(command: Command) -> Command:
             help="Flash attention.  [default: off on a CPU, where it slows cached prompts down; auto on a GPU]",
         ),
         click.option(
-            "--positions",
-            type=click.Choice(["auto", "reserved", "packed"]),
-            default="auto",
-            show_default=True,
-            help="Give modules fixed positions, or let what is included stand back to back.",
-        ),
-        click.option(
-            "--ram", "ram_budget", help="Memory for slices, as 512MiB or 2GiB.  [default: a quarter of what is free]"
+            "--ram",
+            "ram_budget",
+            metavar="SIZE",
+            help="Memory for slices, as 512MiB or 2GiB.  [default: a quarter of what is free]",
         ),
     )
     for option in reversed(options):
         command = option(command)
-    return model_option(command)
+    return model_option(positions_option(command))
+
+
+def positions_option(command: Command) -> Command:
+    """``--positions``."""
+    return click.option(
+        "--positions",
+        type=click.Choice(["auto", "reserved", "packed"]),
+        default="auto",
+        show_default=True,
+        help="Where modules stand: each at a fixed place of its own (reserved), or back to back with what is included "
+        "(packed). auto: reserved while the whole schema fits what the model was trained on.",
+    )(command)
 
 
 def sampling_options(command: Command) -> Command:
@@ -85,13 +100,35 @@ def sampling_options(command: Command) -> Command:
             type=click.FloatRange(0),
             default=0.0,
             show_default=True,
-            help="0: the likeliest token.",
+            help="How freely tokens are chosen. 0: always the likeliest.",
         ),
-        click.option("--top-k", type=click.IntRange(0), default=40, show_default=True, help="0: off."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True),
-        click.option("--min-p", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True),
         click.option(
-            "--repeat-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="1: off."
+            "--top-k",
+            type=click.IntRange(0),
+            default=40,
+            show_default=True,
+            help="Choose among this many likeliest tokens. 0: among all.",
+        ),
+        click.option(
+            "--top-p",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=0.95,
+            show_default=True,
+            help="Choose among the likeliest tokens whose probabilities add up to this. 1: among all.",
+        ),
+        click.option(
+            "--min-p",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.05,
+            show_default=True,
+            help="Leave out tokens less probable than this part of the likeliest. 0: none.",
+        ),
+        click.option(
+            "--repeat-penalty",
+            type=click.FloatRange(0, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Above 1: avoid tokens that have occurred.",
         ),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="For the same answer again.  [default: random]"),
         click.option("--stop", multiple=True, help="End the answer at this text. May be given several times."),

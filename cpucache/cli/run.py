@@ -17,7 +17,9 @@ from cpucache.engine import Engine, Metrics
 
 @click.command()
 @click.argument("prompt")
-@click.option("-s", "--schema", "schema_file", required=True, help="The schema's file; - for standard input.")
+@click.option(
+    "-s", "--schema", "schema_file", metavar="FILE", required=True, help="The schema's file; - for standard input."
+)
 @engine_options
 @sampling_options
 @click.option("--no-cache", is_flag=True, help="Evaluate every token of the prompt, reusing nothing.")
@@ -40,15 +42,15 @@ def run(
     error.
 
     \b
-    cpucache run schemas/persona/nurse-by-the-sea.xml -s schemas/persona/schema.xml
-    cpucache run schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml --compare
+    cpucache run schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml
+    cpucache run - -s schemas/trip/schema.xml --compare < prompt.xml
     """
     if no_cache and comparing:
         raise click.UsageError("--no-cache and --compare exclude each other")
     names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop")
     settings = {name: options.pop(name) for name in names} | {"max_tokens": max_tokens}
-    schema = read_schema(schema_file)
     parsed = read_prompt(prompt, schema=schema_file)
+    schema = read_schema(schema_file)
     with Engine(model, **options) as engine:
         engine.add_schema(schema)
         if comparing:
@@ -71,16 +73,18 @@ def run(
                 click.echo(piece, nl=False)
         finally:
             click.echo()
-        err.print(f"[dim]{escape(_figures(stream.metrics))}[/dim]", soft_wrap=True)
+        figures = _figures(stream.metrics, saved=engine.store.disk is not None)
+        err.print(f"[dim]{escape(figures)}[/dim]", soft_wrap=True)
 
 
-def _figures(metrics: Metrics) -> str:
+def _figures(metrics: Metrics, *, saved: bool) -> str:
     parts = [
         f"first token after {seconds(metrics.ttft_ms)}",
         f"{metrics.cached_tokens:,} of {metrics.prompt_tokens:,} prompt tokens from cache",
     ]
     if metrics.encoded_tokens:
-        parts.append(f"{metrics.encoded_tokens:,} tokens encoded in {seconds(metrics.encode_ms)}, saved for next time")
+        made = f"{metrics.encoded_tokens:,} tokens encoded in {seconds(metrics.encode_ms)}"
+        parts.append(f"{made}, saved for next time" if saved else made)
     if metrics.completion_tokens > 1:
         parts.append(f"{1000 / metrics.tpot_ms:.1f} tok/s")
     return " · ".join(parts)

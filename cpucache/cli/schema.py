@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cpucache.cli.console import err, out, read_schema
-from cpucache.cli.options import model_option
+from cpucache.cli.options import model_option, positions_option
 from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Extent, Positions, SchemaLayout
 from cpucache.models import resolve_model
@@ -18,10 +18,8 @@ from cpucache.pml.tree import Schema
 from cpucache.runtime import Model
 
 _BAR = 40
+_GAP = 2
 _STYLES = {"schema": "bold", "module": "cyan", "union": "magenta", "parameter": "yellow"}
-_positions_option = click.option(
-    "--positions", type=click.Choice(["auto", "reserved", "packed"]), default="auto", show_default=True
-)
 
 
 @click.group()
@@ -32,7 +30,7 @@ def schema() -> None:
 @schema.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("-m", "--model", "models", multiple=True, help="Lay them out under this model, too. Repeatable.")
-@_positions_option
+@positions_option
 def check(files: tuple[str, ...], models: tuple[str, ...], positions: Positions) -> None:
     """Check each schema FILE (- for standard input).
 
@@ -48,9 +46,10 @@ def check(files: tuple[str, ...], models: tuple[str, ...], positions: Positions)
                 out.print(f"{file}: schema '{parsed.name}' is fine", markup=False, soft_wrap=True)
             for model in loaded:
                 layout = _layout(parsed, model, positions)
+                total = sum(len(segment.tokens) for segment in layout.segments)
                 out.print(
                     f"{file}: schema '{parsed.name}' is fine under {model.path.stem}: "
-                    f"{layout.length:,} {layout.positions} positions, {sum(len(segment.tokens) for segment in layout.segments):,} tokens",
+                    f"{layout.length:,} {layout.positions} positions, {total:,} tokens",
                     markup=False,
                     soft_wrap=True,
                 )
@@ -60,10 +59,10 @@ def check(files: tuple[str, ...], models: tuple[str, ...], positions: Positions)
     sys.exit(2 if wrong else 0)
 
 
-@schema.command()
+@schema.command(short_help="Draw how a schema is laid out.")
 @click.argument("file")
 @model_option
-@_positions_option
+@positions_option
 def show(file: str, model: str, positions: Positions) -> None:
     """Draw how a schema FILE is laid out: its modules, their tokens, and the positions that they take.
 
@@ -74,9 +73,9 @@ def show(file: str, model: str, positions: Positions) -> None:
     layout = _layout(parsed, Model(resolve_model(model), vocab_only=True), positions)
     rows = [(Text(prefix, style="dim") + _label(extent), extent) for prefix, extent in _rows(layout.extent, "", "")]
     spans = [f"{extent.start:,}-{extent.end:,}" for _, extent in rows]
-    width = out.width - max(label.cell_len for label, _ in rows) - max(map(len, spans)) - len("tokens") - 8
-    width = max(8, min(_BAR, width))
-    table = Table.grid(padding=(0, 2))
+    taken = max(label.cell_len for label, _ in rows) + max(map(len, ["positions", *spans])) + len("tokens") + 4 * _GAP
+    width = max(8, min(_BAR, out.width - taken))
+    table = Table.grid(padding=(0, _GAP))
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)

@@ -121,8 +121,10 @@ def _by_context(segments: Iterable[Segment]) -> list[tuple[tuple[Segment, ...], 
             run.clear()
 
     for segment in segments:
+        # A segment sees those before it at home. Only a stretch that need not be moved has them there.
         if run and not (
-            segment.context
+            run[0].home == run[0].context_end
+            and segment.context
             and segment.context[-1] is run[-1]
             and len(segment.context) == len(run[-1].context) + 1
             and segment.home == run[-1].end

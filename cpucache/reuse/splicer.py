@@ -126,7 +126,8 @@ class Splicer:
 
     def _cut(self, end: int) -> bool:
         """Drop the target's cells from position ``end`` on. False: everything had to go."""
-        if end == self.end:
+        # Emptied even where it should be empty: Ctrl-C may have come within ``reset``.
+        if end and end == self.end:
             return True
         # A sliding window's cells before ``end`` may be gone already, overwritten or never saved.
         if end == 0 or self.context.model.window or not self.context.remove(TARGET, end):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from cpucache.errors import CpucacheError, ModelError
 from cpucache.layout import Plan, Segment
 from cpucache.reuse.encoder import Encoder
 from cpucache.reuse.progress import OnProgress, Step, counting
-from cpucache.reuse.splicer import Refused, Splicer
+from cpucache.reuse.splicer import Refused, Spliced, Splicer
 from cpucache.runtime import Context
 from cpucache.runtime.context import Bytes
 from cpucache.runtime.model import Tokens
 from cpucache.store import SliceInfo, Store, context_key, slice_key
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -84,9 +87,14 @@ class Workspace:
 
     def encode(self, segments: Iterable[Segment], schema: str = "", progress: OnProgress | None = None) -> Encoded:
         """Make the slices that are missing among ``segments``."""
-        missing = self.missing(segments)
+        segments = list(segments)
         report = Encoded()
-        self._make(missing, set(), schema, report, counting(progress, _tokens(missing)))
+
+        def make() -> None:
+            missing = self.missing(segments)
+            self._make(missing, set(), schema, report, counting(progress, _tokens(missing)))
+
+        self._mending(make)
         return report
 
     def _make(
@@ -102,9 +110,10 @@ class Workspace:
             return {}
         self._check_spliceable()
         started = time.perf_counter()
-        # Kept at hand besides the wanted: contexts of what comes later, which a small store may drop at once.
+        # Kept at hand besides the wanted: contexts of what comes later. A small store may drop any of them for what is
+        # made now.
         keep = wanted | {other for segment in missing for other in segment.context}
-        states: dict[Segment, Bytes] = {}
+        states = {segment: self._stored(segment) for segment in keep.difference(missing)}
 
         def state(segment: Segment) -> Bytes:
             return states[segment] if segment in states else self._stored(segment)
@@ -116,7 +125,7 @@ class Workspace:
             report.slices += 1
             report.tokens += len(segment.tokens)
             report.bytes += made.nbytes
-        report.seconds = time.perf_counter() - started
+        report.seconds += time.perf_counter() - started
         return states
 
     def _stored(self, segment: Segment) -> Bytes:
@@ -155,24 +164,18 @@ class Workspace:
         """
         if fresh:
             self._splicer.reset()
-        for attempt in range(2):
-            try:
-                return self._prefill(plan, schema, progress)
-            except Refused as refused:
-                if attempt:
-                    raise CpucacheError(f"{refused}, not even when made anew; check the store's disk") from refused
-                self._discard(refused.segment)
-        raise AssertionError("unreachable")
-
-    def _prefill(self, plan: Plan, schema: str, progress: OnProgress | None) -> Prefill:
         encoded = Encoded()
         wanted = plan.segments
-        missing = self.missing(wanted)
-        step = counting(progress, _tokens(missing) + plan.n_tokens - plan.n_cached)
-        states = self._make(missing, set(wanted), schema, encoded, step)
-        spliced = self._splicer.splice(
-            plan, lambda segment: states[segment] if segment in states else self._stored(segment), step
-        )
+
+        def splice() -> Spliced:
+            missing = self.missing(wanted)
+            step = counting(progress, _tokens(missing) + plan.n_tokens - plan.n_cached)
+            states = self._make(missing, set(wanted), schema, encoded, step)
+            return self._splicer.splice(
+                plan, lambda segment: states[segment] if segment in states else self._stored(segment), step
+            )
+
+        spliced = self._mending(splice)
         return Prefill(
             prompt_tokens=plan.n_tokens,
             cached_tokens=spliced.loaded + spliced.kept,
@@ -183,9 +186,17 @@ class Workspace:
             prefill_ms=spliced.prefill_ms,
         )
 
-    def _discard(self, segment: Segment) -> None:
-        for doubtful in (segment, *segment.context):
-            self.store.discard(self.key(doubtful))
+    def _mending(self, action: Callable[[], T]) -> T:
+        """Do ``action``; slices that turn out to be unusable are made again, each of them once."""
+        refused: set[Segment] = set()
+        while True:
+            try:
+                return action()
+            except Refused as error:
+                if error.segment in refused:
+                    raise CpucacheError(f"{error}, not even when made anew; check the store's disk") from error
+                refused.add(error.segment)
+                self.store.discard(self.key(error.segment))
 
     def append(self, tokens: Tokens) -> None:
         """Evaluate tokens behind everything else, with logits of the last."""

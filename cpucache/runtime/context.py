@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ Logits: TypeAlias = npt.NDArray[np.float32]
 # Sequences of one context. Each costs a row of logits (a vocabulary of floats); more than this many short modules in
 # one batch gain nothing.
 SEQUENCES = 32
+_NO_CELLS, _ABORTED = 1, 2  # what llama_decode answers (llama.h)
 _BATCH = 512  # tokens handed to llama.cpp at once: its own micro-batch, so that larger batches gain nothing
 _GGML_TYPES = {"f32": api.GGML_TYPE_F32, "f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 _FLASH = {
@@ -72,6 +73,9 @@ class Context:
             raise InputError(f"{model.path.name}: heads of size {model.head_size} can't have q8_0 keys; use f16")
         self.model = model
         self.flash = flash or ("auto" if model.gpu_layers else "off")
+        for name, value, known in (("kv_type", kv_type, _GGML_TYPES), ("flash", self.flash, _FLASH)):
+            if value not in known:
+                raise InputError(f"{name}={value!r}: must be one of {', '.join(known)}")
         self.kv_type = kv_type
         self.n_threads = n_threads or default_threads()
         params = api.llama_context_default_params()
@@ -89,14 +93,14 @@ class Context:
         params.type_v = _GGML_TYPES["f32" if kv_type == "f32" else "f16"]
         params.no_perf = True
         library.last_errors(clear=True)
-        self._ctx = api.llama_init_from_model(model.handle, params)
-        if not self._ctx:
+        self._pointer = api.llama_init_from_model(model.handle, params)
+        if not self._pointer:
             raise CpucacheError(
                 f"llama.cpp can't make a context of {n_ctx} tokens: {library.last_errors() or 'out of memory?'}; "
                 "try a smaller --ctx"
             )
-        self._memory = api.llama_get_memory(self._ctx)
         self.n_ctx = int(api.llama_n_ctx(self._ctx))
+        self._n_batch = int(api.llama_n_batch(self._ctx))  # llama.cpp aborts the process when it is given more
         # llama_memory_can_shift is true for recurrent memory too, which has positions to count but none to move.
         self.can_shift = (
             bool(self._memory and api.llama_memory_can_shift(self._memory)) and model.relative and not model.recurrent
@@ -106,9 +110,19 @@ class Context:
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
         """Free the cells."""
-        if self._ctx:
-            api.llama_free(self._ctx)
-            self._ctx = None
+        if self._pointer:
+            api.llama_free(self._pointer)
+            self._pointer = None
+
+    @property
+    def _ctx(self) -> Any:
+        if not self._pointer:
+            raise CpucacheError(f"{self.model.path}: the context has been closed")
+        return self._pointer
+
+    @property
+    def _memory(self) -> Any:
+        return api.llama_get_memory(self._ctx)
 
     @property
     def state_format(self) -> str:
@@ -140,20 +154,21 @@ class Context:
         tokens = np.concatenate([run.tokens for run in runs]).astype(np.int32, copy=False)
         positions = np.concatenate([np.arange(run.start, run.start + len(run.tokens), dtype=np.int32) for run in runs])
         sequences = np.concatenate([np.full(len(run.tokens), run.sequence, np.int32) for run in runs])
-        step = SEQUENCES if logits == "all" else _BATCH
+        step = min(SEQUENCES if logits == "all" else _BATCH, self._n_batch)
         rows: list[Logits] = []
-        for begin in range(0, len(tokens), step):
-            part = slice(begin, begin + step)
-            wanted = np.zeros(len(tokens[part]), np.int8)
-            if logits == "all":
-                wanted[:] = 1
-            elif logits == "last" and begin + step >= len(tokens):
-                wanted[-1] = 1
-            self._decode(tokens[part], positions[part], sequences[part], wanted)
-            if progress:
-                progress(len(wanted))
-            if logits == "all":
-                rows.extend(self._row(index) for index in range(len(wanted)))
+        with self._interruptible.during(len(tokens)):
+            for begin in range(0, len(tokens), step):
+                part = slice(begin, begin + step)
+                wanted = np.zeros(len(tokens[part]), np.int8)
+                if logits == "all":
+                    wanted[:] = 1
+                elif logits == "last" and begin + step >= len(tokens):
+                    wanted[-1] = 1
+                self._decode(tokens[part], positions[part], sequences[part], wanted)
+                if progress:
+                    progress(len(wanted))
+                if logits == "all":
+                    rows.extend(self._row(index) for index in range(len(wanted)))
         return np.stack(rows) if logits == "all" else None
 
     def _decode(self, tokens: Tokens, positions: Tokens, sequences: Tokens, wanted: npt.NDArray[np.int8]) -> None:
@@ -172,9 +187,10 @@ class Context:
             logits=wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
         library.last_errors(clear=True)
-        with self._interruptible.during(count):
-            status = api.llama_decode(self._ctx, batch)
-        if status == 1:
+        status = api.llama_decode(self._ctx, batch)
+        if status == _ABORTED:
+            raise KeyboardInterrupt
+        if status == _NO_CELLS:
             raise ContextFull(f"the context of {self.n_ctx} tokens is full; raise it with --ctx (n_ctx=…)")
         if status != 0:
             raise CpucacheError(
@@ -236,9 +252,9 @@ class Context:
         """
         library.last_errors(clear=True)
         taken = int(api.llama_state_seq_set_data(self._ctx, state.ctypes.data_as(_U8), len(state), sequence))
-        if taken == 0 and "available cells" in library.last_errors():
+        if taken == 0 and "cells in kv cache" in library.last_errors():  # too few of them free, or altogether
             raise ContextFull(f"the context of {self.n_ctx} tokens is full; raise it with --ctx (n_ctx=…)")
-        return taken == len(state)
+        return 0 < taken == len(state)
 
 
 _U8 = ctypes.POINTER(ctypes.c_uint8)

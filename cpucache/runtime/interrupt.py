@@ -32,13 +32,13 @@ class Interruptible:
         self._never = api.ggml_abort_callback()
 
     def cancel(self) -> None:
-        """Stop the long evaluation under way, if there is one."""
+        """Stop the long evaluation under way, if there is one: its ``llama_decode`` returns 2 (aborted)."""
         if self._running:
             self._stop = True
 
     @contextmanager
     def during(self, n_tokens: int) -> Iterator[None]:
-        """Around a ``llama_decode`` of ``n_tokens`` tokens. Raises ``KeyboardInterrupt`` if it was stopped."""
+        """Around the ``llama_decode`` calls for ``n_tokens`` tokens. Raises ``KeyboardInterrupt`` when stopped."""
         if n_tokens < _LONG:
             yield
             return

@@ -11,7 +11,7 @@ import llama_cpp.llama_cpp as api
 
 __all__ = ["api", "last_errors", "start", "version"]
 
-_ERROR = 3  # GGML_LOG_LEVEL_ERROR (ggml.h)
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR (ggml.h)
 _CONTINUE = 5  # GGML_LOG_LEVEL_CONT: goes on with the line before
 _errors: deque[str] = deque(maxlen=20)
 _level = 0

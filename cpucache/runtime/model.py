@@ -47,7 +47,6 @@ class Model:
             raise ModelError(
                 f"{self.path}: llama.cpp can't load this model: {library.last_errors() or 'no reason given'}"
             )
-        self._vocab = api.llama_model_get_vocab(self._model)
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
@@ -70,6 +69,10 @@ class Model:
         if not self._model:
             raise ModelError(f"{self.path}: the model has been closed")
         return self._model
+
+    @property
+    def _vocab(self) -> Any:
+        return api.llama_model_get_vocab(self.handle)
 
     # -- facts -------------------------------------------------------------------------------------------------------
     def meta(self, key: str) -> str | None:

@@ -6,6 +6,7 @@ under its name only when it is whole (temporary file, fsync, rename).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -118,9 +119,10 @@ class Disk:
         return state
 
     def set_aside(self, key: str) -> None:
-        """Take a damaged file out of the way, keeping it for whoever wants to know why."""
+        """Take a damaged file, if it is there, out of the way, keeping it for whoever wants to know why."""
         path = self.path(key)
-        path.replace(path.with_suffix(".damaged"))
+        with contextlib.suppress(FileNotFoundError):
+            path.replace(path.with_suffix(".damaged"))
 
     def drop(self, key: str) -> None:
         """Delete a slice, if it is there. Mappings of it stay valid."""

@@ -24,7 +24,7 @@ class Store:
     """Slices by key, in RAM up to ``ram_budget`` bytes and in files below ``home`` (``None``: in RAM only).
 
     Trouble with the disk never stops inference: it is reported once, as a warning of the logger ``cpucache.store``, and
-    slices are then kept in RAM alone (``disk`` is ``None``). A file that was damaged is set aside and counts as missing.
+    slices are then kept in RAM alone (``disk`` is ``None``). A damaged file is set aside and counts as missing.
     """
 
     def __init__(self, home: Path | None, *, ram_budget: int) -> None:
@@ -72,7 +72,7 @@ class Store:
         self.ram.drop(key)
         if self.disk is not None:
             try:
-                if aside and key in self.disk:
+                if aside:
                     self.disk.set_aside(key)
                 else:
                     self.disk.drop(key)

@@ -1,0 +1,63 @@
+"""The command line as a user runs it, here or in a process of its own, and a small schema to run it on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from cpucache.cli.main import cli
+
+PATIENCE = 300
+"""Seconds until a command counts as hanging, on however slow a machine."""
+
+
+SCHEMA = """
+<schema name="shop">
+  <system>
+    You answer for a shop.
+    <module name="hours">It opens at <parameter name="opens" length="8" scaffold="nine"/> and closes at six.</module>
+    <union>
+      <module name="summer">In summer there is ice cream of eleven kinds.</module>
+      <module name="winter">In winter there is soup, and hot chocolate.</module>
+    </union>
+    <module name="news" cache="false">Today the lift is broken.</module>
+  </system>
+</schema>
+"""
+PROMPT = '<prompt schema="shop"><hours opens="ten"/><summer/><user>What is there to eat?</user></prompt>'
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def cpucache(*arguments: str | Path, stdin: str = "", cwd: Path | None = None, **environment: str) -> Outcome:
+    """Run ``cpucache`` with arguments, text on standard input, and additional environment variables."""
+    # Bytes, for text mode would change the line ends of what a random model says.
+    done = subprocess.run(
+        [sys.executable, "-m", "cpucache.cli.main", *map(str, arguments)],
+        input=stdin.encode(),
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
+    return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def invoke(*arguments: str | Path, stdin: str | None = None) -> str:
+    """Run a command here, which must succeed; gives what it prints on standard output."""
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], input=stdin, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout

@@ -1,0 +1,284 @@
+"""``run``, ``encode`` and ``schema``: what they print, and what they leave in the store."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpucache.resources import resource
+from cpucache.store.disk import Disk
+from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
+
+NAMES = {
+    "text": str,
+    "model": str,
+    "finish": str,
+    "prompt_tokens": int,
+    "cached_tokens": int,
+    "fresh_tokens": int,
+    "encoded_tokens": int,
+    "completion_tokens": int,
+    "ttft_ms": float,
+    "encode_ms": float,
+    "splice_ms": float,
+    "prefill_ms": float,
+    "total_ms": float,
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with ``schema.xml`` and ``prompt.xml``."""
+    (tmp_path / "schema.xml").write_text(SCHEMA)
+    (tmp_path / "prompt.xml").write_text(PROMPT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model(tiny: Callable[..., Path]) -> Path:
+    return tiny("llama")
+
+
+def run(model: Path, *options: str, prompt: str = "prompt.xml", stdin: str | None = None) -> dict[str, Any]:
+    """``run --json`` on the shop's schema."""
+    settings = ("-n", "12", "--threads", "1", *options)
+    answer: dict[str, Any] = json.loads(
+        invoke("run", prompt, "-s", "schema.xml", "-m", model, "--json", *settings, stdin=stdin)
+    )
+    return answer
+
+
+def slices(home: Path) -> set[str]:
+    """Keys of the slices on disk, each of which must be sound."""
+    disk = Disk(home / "slices")
+    keys = set(disk.keys())
+    assert all(disk.get(key) is not None for key in keys)
+    return keys
+
+
+# -- run ---------------------------------------------------------------------------------------------------------------
+def test_run_prints_the_answer_and_nothing_else(model: Path) -> None:
+    expected = run(model)["text"]
+
+    done = cpucache("run", "prompt.xml", "-s", "schema.xml", "-m", model, "-n", "12", "--threads", "1")
+
+    assert done.status == 0
+    assert expected
+    assert done.out == f"{expected}\n"
+    assert re.fullmatch(r"first token after \S+ m?s · \d+ of \d+ prompt tokens from cache · \S+ tok/s\n", done.err)
+
+
+def test_run_json_has_all_counts_and_times(model: Path) -> None:
+    answer = run(model)
+
+    assert {name: type(value) for name, value in answer.items()} == NAMES
+    assert answer["model"] == model.stem
+    assert answer["prompt_tokens"] == answer["cached_tokens"] + answer["fresh_tokens"]
+    assert answer["cached_tokens"] > answer["fresh_tokens"] > 0
+    assert (answer["completion_tokens"], answer["finish"]) == (12, "length")
+    assert min(answer[name] for name in NAMES if name.endswith("_ms")) > 0
+    parts = answer["encode_ms"] + answer["splice_ms"] + answer["prefill_ms"]
+    assert parts <= answer["ttft_ms"] <= answer["total_ms"]
+
+
+def test_slices_are_found_again_by_another_process(model: Path, store_home: Path) -> None:
+    command = ("run", "prompt.xml", "-s", "schema.xml", "-m", model, "--json", "-n", "12", "--threads", "1")
+
+    first = json.loads(cpucache(*command).out)
+    saved = slices(store_home)
+    second = json.loads(cpucache(*command).out)
+
+    assert first["encoded_tokens"] > 0
+    assert (second["encoded_tokens"], second["encode_ms"]) == (0, 0)
+    assert second["cached_tokens"] == first["cached_tokens"] > 0
+    assert second["text"] == first["text"]
+    assert saved == slices(store_home)
+
+
+def test_no_cache_reuses_nothing_and_saves_nothing(model: Path, store_home: Path) -> None:
+    cached = run(model)
+    saved = slices(store_home)
+
+    uncached = run(model, "--no-cache", "-m", str(model))
+
+    assert (uncached["cached_tokens"], uncached["encoded_tokens"]) == (0, 0)
+    assert uncached["fresh_tokens"] == uncached["prompt_tokens"] == cached["prompt_tokens"]
+    assert saved == slices(store_home)
+
+
+def test_compare_gives_both_answers(model: Path) -> None:
+    result = run(model, "--compare")
+
+    assert set(result) == {"cached", "uncached", "speedup"}
+    assert set(result["cached"]) == set(result["uncached"]) == set(NAMES)
+    assert result["uncached"]["cached_tokens"] == 0
+    assert result["cached"]["cached_tokens"] > 0
+    # Slices that were missing are made before the cached answer is timed.
+    assert result["cached"]["encoded_tokens"] == 0
+    quotient = result["uncached"]["ttft_ms"] / result["cached"]["ttft_ms"]
+    assert result["speedup"] == pytest.approx(quotient, rel=0.01)
+
+
+def test_compare_shows_both_answers_side_by_side(model: Path) -> None:
+    command = ("run", "prompt.xml", "-s", "schema.xml", "-m", model, "-n", "4", "--compare", "--threads", "1")
+
+    shown = invoke(*command)
+    again = invoke(*command)
+
+    assert re.search(r"without the cache +from cached slices", shown)
+    assert re.search(r"time to first token +\S+ m?s +\S+ m?s \(\S+ times faster\)", shown)
+    assert re.search(r"from cache +0 +[1-9]\d*", shown)
+    assert "tokens were encoded in" in shown
+    assert "encoded" not in again
+
+
+def test_a_seed_gives_the_same_answer_again(model: Path) -> None:
+    one, same, other = (run(model, "--temp", "0.8", "--seed", seed)["text"] for seed in ("7", "7", "8"))
+
+    assert one == same != other
+
+
+def test_an_answer_ends_at_a_stop_text(model: Path) -> None:
+    whole = run(model)["text"]
+    stop = whole[len(whole) // 2 :][:2]
+
+    answer = run(model, "--stop", "never said", "--stop", stop)
+
+    assert answer["text"] == whole.partition(stop)[0]
+    assert answer["finish"] == "stop"
+
+
+def test_an_answer_is_as_long_as_wished(model: Path) -> None:
+    assert run(model, "-n", "3")["completion_tokens"] == 3
+
+
+def test_the_prompt_may_be_standard_input(model: Path) -> None:
+    assert run(model, prompt="-", stdin=PROMPT)["text"] == run(model)["text"]
+
+
+def test_a_schema_from_standard_input_finds_its_files_here(model: Path, folder: Path) -> None:
+    (folder / "notes.txt").write_text("The key is under the third flower pot.")
+    text = '<schema name="s"><module name="notes" src="notes.txt"/></schema>'
+    (folder / "p.xml").write_text('<prompt schema="s"><notes/><user>Where?</user></prompt>')
+
+    answer = json.loads(invoke("run", "p.xml", "-s", "-", "-m", model, "--json", "-n", "1", stdin=text))
+
+    assert answer["cached_tokens"] >= len("third flower pot")
+
+
+@pytest.mark.parametrize("option", [("--kv-type", "q8_0"), ("--flash", "on"), ("--positions", "packed")])
+def test_run_takes_the_options_of_the_engine(model: Path, store_home: Path, option: tuple[str, str]) -> None:
+    plain = run(model)
+    saved = slices(store_home)
+
+    changed = run(model, *option)
+
+    assert changed["cached_tokens"] == plain["cached_tokens"]
+    # Their slices are others, except where only places differ and these are the same.
+    assert option[0] == "--positions" or not saved & (slices(store_home) - saved)
+    assert option[0] == "--positions" or changed["encoded_tokens"] > 0
+
+
+def test_an_example_is_answered_by_the_real_model(smollm2: Path) -> None:
+    lesson = resource("schemas") / "lesson"
+    prompt, schema = lesson / "fractions-for-tom.xml", lesson / "schema.xml"
+
+    answer = json.loads(invoke("run", prompt, "-s", schema, "-m", smollm2, "-n", "2", "--json"))
+
+    assert answer["text"]
+    assert answer["cached_tokens"] > 100
+
+
+# -- encode ------------------------------------------------------------------------------------------------------------
+def test_encode_makes_every_slice_once(model: Path, store_home: Path) -> None:
+    first = invoke("encode", "schema.xml", "-m", model, "--threads", "1")
+    saved = slices(store_home)
+    second = invoke("encode", "schema.xml", "-m", model, "--threads", "1")
+
+    line = re.fullmatch(r"shop: (\d+) slices, (\d+) tokens in \S+ s \(\d+ tok/s\), \S+ kB\n", first)
+    assert line
+    assert int(line[1]) == len(saved)
+    assert second == "shop: all its slices are in the store already\n"
+    assert slices(store_home) == saved
+    assert run(model)["encoded_tokens"] == 0
+
+
+def test_encode_makes_what_a_prompt_has_not_made(model: Path, store_home: Path) -> None:
+    run(model)
+    before = slices(store_home)
+
+    line = invoke("encode", "schema.xml", "-m", model, "--threads", "1")
+
+    new = slices(store_home) - before
+    assert line.startswith(f"shop: {len(new)} slices, ")
+    assert new
+
+
+def test_encode_takes_several_schemas(model: Path, folder: Path) -> None:
+    (folder / "other.xml").write_text('<schema name="other"><module name="m">Something else.</module></schema>')
+
+    lines = invoke("encode", "schema.xml", "other.xml", "-m", model, "--threads", "1").splitlines()
+
+    assert [line.partition(":")[0] for line in lines] == ["shop", "other"]
+
+
+# -- schema ------------------------------------------------------------------------------------------------------------
+def test_check_passes_over_what_is_fine(model: Path) -> None:
+    assert invoke("schema", "check", "schema.xml") == "schema.xml: schema 'shop' is fine\n"
+    under = invoke("schema", "check", "-", "-m", model, stdin=SCHEMA)
+    assert re.fullmatch(rf"-: schema 'shop' is fine under {model.stem}: \d+ reserved positions, \d+ tokens\n", under)
+
+
+def test_check_goes_through_all_files(folder: Path) -> None:
+    (folder / "bad.xml").write_text('<schema name="s">\n<modul name="x">y</modul></schema>')
+    (folder / "last.xml").write_text('<schema name="last"><module name="x">y</module></schema>')
+
+    done = cpucache("schema", "check", "bad.xml", "schema.xml", "missing.xml", "last.xml")
+
+    assert done.status == 2
+    assert done.out == "schema.xml: schema 'shop' is fine\nlast.xml: schema 'last' is fine\n"
+    bad, missing = done.err.splitlines()
+    assert re.match(r"cpucache: bad\.xml:2: .*<module>", bad)
+    assert missing.startswith("cpucache: missing.xml: ")
+
+
+def test_check_under_a_model_finds_what_only_its_tokenizer_can_tell(model: Path, folder: Path) -> None:
+    parameter = '<parameter name="p" length="2" scaffold="much too long"/>'
+    (folder / "long.xml").write_text(f'<schema name="s">\n<module name="m">{parameter}</module></schema>')
+    assert invoke("schema", "check", "long.xml")
+
+    done = cpucache("schema", "check", "long.xml", "-m", model)
+
+    assert (done.status, done.out) == (2, "")
+    assert re.fullmatch(r"cpucache: long\.xml:2: .*'p'.*\n", done.err)
+
+
+ROW = re.compile(r"(?P<label>.{18}) +(?P<own>[\d,]+)? +(?P<start>[\d,]+)-(?P<end>[\d,]+) +[·█]+ *")
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+def test_show_draws_every_module_on_a_line_of_its_own(model: Path, columns: int) -> None:
+    done = cpucache("schema", "show", "schema.xml", "-m", model, COLUMNS=str(columns))
+
+    assert done.status == 0, done.err
+    header, *lines, last = done.out.splitlines()
+    assert header.split()[:2] == ["tokens", "positions"]
+    rows = [ROW.fullmatch(line) for line in lines]
+    assert all(rows), "\n".join(lines)
+    labels = [row["label"].strip("│├└─ ") for row in rows if row]
+    assert labels == ["shop", "hours", "{opens}", "one of 2", "summer", "winter", "news not cached"]
+    total = sum(_number(row["own"]) for row in rows if row)
+    assert re.fullmatch(rf"{total:,} tokens in \d+ segments, reserved positions", last)
+    assert all(len(line) <= columns for line in lines)
+    starts = {label: _number(row["start"]) for label, row in zip(labels, rows, strict=True) if row}
+    assert starts["summer"] == starts["winter"] > starts["hours"]
+
+
+def _number(text: str | None) -> int:
+    return int((text or "0").replace(",", ""))

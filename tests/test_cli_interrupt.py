@@ -1,0 +1,130 @@
+"""Ctrl-C ends a command at once, and what it leaves can be built on."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cpucache.store.disk import Disk
+from tests.support.command import PATIENCE, cpucache
+
+# Where the tests run in the background of a script, commands would inherit that Ctrl-C is ignored.
+_START = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("cpucache.cli.main", run_name="__main__")
+"""
+
+
+@contextmanager
+def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A command under way, which is gone when the block ends."""
+    command = subprocess.Popen(
+        [sys.executable, "-c", _START, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    with command:
+        try:
+            yield command
+        finally:
+            command.kill()
+
+
+def words(count: int, seed: int) -> str:
+    """Text of so many words."""
+    return " ".join(random.Random(seed).choices(("rain", "and", "sun", "fell", "on", "the", "old", "house"), k=count))
+
+
+def slices(home: Path) -> set[str]:
+    """Keys of the slices on disk, each of which must be sound."""
+    disk = Disk(home / "slices")
+    keys = set(disk.keys())
+    assert all(disk.get(key) is not None for key in keys)
+    return keys
+
+
+def test_encode_goes_on_where_it_was_interrupted(smollm2: Path, store_home: Path, tmp_path: Path) -> None:
+    # Encoded in this order: what is beside "second" and "inner" sees them not, so both need an evaluation of their own.
+    schema = tmp_path / "schema.xml"
+    schema.write_text(
+        f"""<schema name="papers">{words(50, 0)}
+        <module name="first">{words(200, 1)}<module name="inner">{words(200, 2)}</module></module>
+        <module name="second">{words(800, 3)}</module>
+        </schema>"""
+    )
+    command = ("encode", schema, "-m", smollm2, "--threads", "1")
+
+    with started(*command) as encoding:
+        until(lambda: any(store_home.rglob("*.safetensors")), encoding)
+        # The slices of the first evaluation are being saved, and the next one begins.
+        time.sleep(0.2)
+        encoding.send_signal(signal.SIGINT)
+        out, err = encoding.communicate(timeout=PATIENCE)
+
+    assert encoding.returncode == 130
+    assert out == ""
+    assert err.split("\n") == [
+        "what has been encoded is kept, and the same command goes on from there",
+        # Where a terminal has shown "^C".
+        "",
+        "cpucache: interrupted",
+        "",
+    ]
+    kept = slices(store_home)
+    assert kept
+    assert not [path for path in (store_home / "slices").rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+
+    done = cpucache(*command)
+    assert done.status == 0, done.err
+    everything = slices(store_home)
+    assert done.out.startswith(f"papers: {len(everything) - len(kept)} slices, ")
+    assert kept < everything
+    assert "already" in cpucache(*command).out
+
+
+def test_an_answer_that_is_interrupted_has_been_printed_so_far(smollm2: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.xml").write_text('<schema name="s"><system>You tell long stories.</system></schema>')
+    (tmp_path / "p.xml").write_text('<prompt schema="s"><user>Tell me a very long story about a fox.</user></prompt>')
+
+    with started(
+        "run", tmp_path / "p.xml", "-s", tmp_path / "s.xml", "-m", smollm2, "-n", "4000", "--threads", "1"
+    ) as running:
+        assert running.stdout
+        begin = running.stdout.read(20)
+        running.send_signal(signal.SIGINT)
+        rest, err = running.communicate(timeout=PATIENCE)
+
+    assert running.returncode == 130
+    assert len(begin) == 20
+    assert rest.endswith("\n")
+    assert err == "\ncpucache: interrupted\n"
+
+
+def test_reading_a_long_prompt_can_be_interrupted(smollm2: Path, store_home: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.xml").write_text('<schema name="s"><module name="m">A short one.</module></schema>')
+    (tmp_path / "p.xml").write_text(f'<prompt schema="s"><m/>{words(6000, 0)}</prompt>')
+
+    with started("run", tmp_path / "p.xml", "-s", tmp_path / "s.xml", "-m", smollm2, "--threads", "1") as running:
+        until(lambda: bool(slices(store_home)), running)
+        time.sleep(1)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=PATIENCE)
+
+    assert (running.returncode, out, err) == (130, "", "\ncpucache: interrupted\n")
+
+
+def until(reached: Callable[[], bool], command: subprocess.Popen[str]) -> None:
+    """Wait for something that a running command does."""
+    end = time.monotonic() + PATIENCE
+    while not reached():
+        assert command.poll() is None, command.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)

@@ -1,0 +1,154 @@
+"""The real model: reuse answers as full prefill does, and the examples run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpucache import Engine
+from cpucache.errors import ModelError
+from cpucache.layout import ChatTemplate, Plan, SchemaLayout, bind
+from cpucache.models import known_models, resolve_model
+from cpucache.pml import load_prompt, load_schema, parse_schema, resolve
+from cpucache.resources import resource
+from cpucache.runtime import Model
+
+EXAMPLES = sorted(resource("schemas").glob("*/schema.xml"))
+STEPS = 64
+
+examples = pytest.mark.parametrize("schema", EXAMPLES, ids=lambda path: path.parent.name)
+
+
+def prompts_of(schema: Path) -> list[Path]:
+    return sorted(path for path in schema.parent.glob("*.xml") if path != schema)
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One engine for all, so that no slice is made twice."""
+    with Engine(smollm2, store=tmp_path_factory.mktemp("slices")) as engine:
+        for schema in EXAMPLES:
+            engine.add_schema(schema)
+        yield engine
+
+
+@dataclass
+class Step:
+    """What the model would say next: its first choice, and how far behind it the second is."""
+
+    token: int
+    lead: float
+
+
+def steps(engine: Engine, plan: Plan, forced: list[int] | None = None) -> list[Step]:
+    """Greedy steps behind ``plan``; ``forced`` tokens are what is said instead."""
+    workspace = engine.workspace
+    workspace.prefill(plan, fresh=True)
+    made: list[Step] = []
+    for i in range(STEPS):
+        logits = workspace.context.last_logits()
+        second, first = np.argsort(logits)[-2:]
+        made.append(Step(int(first), float(logits[first] - logits[second])))
+        workspace.append(np.array([forced[i] if forced else first], np.int32))
+    return made
+
+
+@pytest.mark.parametrize("ending", ["", "<user>Which rule matters most here, and why?</user>"], ids=["alone", "asked"])
+def test_a_prompt_as_one_module_answers_as_full_prefill(ending: str, engine: Engine) -> None:
+    """``alone``: all of the prompt is the module, but for its last token. Compared at each of 64 greedy steps."""
+    rules = load_schema(resource("schemas") / "robot" / "schema.xml")
+    text = "".join(
+        child.text
+        for role in rules.children
+        for module in role.children
+        for child in getattr(module, "children", ())
+        if hasattr(child, "text")
+    )
+    engine.add_schema(
+        parse_schema(f"<schema name='whole'><module name='all'><system>{text}</system></module></schema>")
+    )
+    plan = engine.plan(f"<prompt schema='whole'><all/>{ending}</prompt>")
+    assert plan.n_cached > 500
+    uncached = steps(engine, plan.without_reuse())
+    cached = steps(engine, plan, [step.token for step in uncached])
+    differing = [(one, other) for one, other in zip(uncached, cached, strict=True) if one.token != other.token]
+    # Batches of another size round otherwise: what was all but a tie may fall the other way.
+    assert all(one.lead < 0.1 and other.lead < 0.1 for one, other in differing)
+    assert len(differing) <= 3
+    assert np.mean([abs(one.lead - other.lead) for one, other in zip(uncached, cached, strict=True)]) < 0.1
+
+
+@examples
+def test_every_example_runs(schema: Path, engine: Engine) -> None:
+    for prompt in prompts_of(schema):
+        plan = engine.plan(prompt)
+        metrics = engine.generate(prompt, max_tokens=4).metrics
+        assert 1 <= metrics.completion_tokens <= 4
+        assert metrics.prompt_tokens == plan.n_tokens == metrics.cached_tokens + metrics.fresh_tokens
+        assert metrics.cached_tokens >= plan.n_cached > 0.8 * plan.n_tokens
+        (whole,) = plan.without_reuse().spans
+        assert whole.segment is None
+        assert whole.tokens.tolist() == plan.tokens.tolist()
+
+
+@pytest.mark.parametrize("name", ["lesson", "robot", "trip"])
+def test_an_example_runs_without_reuse(name: str, engine: Engine) -> None:
+    prompt = min(prompts_of(resource("schemas") / name / "schema.xml"), key=lambda path: engine.plan(path).n_tokens)
+    metrics = engine.generate(prompt, max_tokens=4, use_cache=False).metrics
+    assert metrics.fresh_tokens == metrics.prompt_tokens == engine.plan(prompt).n_tokens
+    assert metrics.cached_tokens == metrics.encoded_tokens == 0
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_every_example_fits_every_model(name: str) -> None:
+    try:
+        path = resolve_model(name)
+    except ModelError:
+        pytest.skip("has not been fetched")
+    with Model(path, vocab_only=True) as model:
+        template = ChatTemplate(model.chat_template, bos=model.special_text("bos"), eos=model.special_text("eos"))
+        for each in EXAMPLES:
+            layout = SchemaLayout(load_schema(each), model, template)
+            assert layout.packed or layout.length <= model.n_ctx_train
+            for prompt in prompts_of(each):
+                plan = bind(layout, resolve(load_prompt(prompt), layout.schema))
+                assert 0 < plan.n_cached < plan.n_tokens <= plan.end
+
+
+def test_the_python_interface(engine: Engine) -> None:
+    """As one would use it: encode ahead, ask, and read the answer as it comes."""
+    prompt = resource("schemas") / "lesson" / "floating-for-mia.xml"
+    told: list[tuple[int, int]] = []
+    engine.encode("lesson", progress=lambda done, total: told.append((done, total)))
+    assert engine.encode("lesson").slices == 0
+    assert all(done <= total for done, total in told)
+    assert not told or told[-1][0] == told[-1][1]
+
+    reply = engine.generate(prompt, max_tokens=12)
+    assert reply.text
+    assert reply.metrics.encoded_tokens == 0
+    stream = engine.stream(prompt, max_tokens=12)
+    pieces = list(stream)
+    assert len(pieces) > 1
+    assert "".join(pieces) == stream.text == reply.text
+    # All but its last token is still in the context.
+    assert stream.metrics.fresh_tokens == 1
+    assert engine.generate(prompt, max_tokens=12, temperature=0.8, seed=7).text == (
+        engine.generate(prompt, max_tokens=12, temperature=0.8, seed=7).text
+    )
+    assert set(reply.as_dict()) >= {
+        "text",
+        "prompt_tokens",
+        "cached_tokens",
+        "fresh_tokens",
+        "completion_tokens",
+        "ttft_ms",
+        "splice_ms",
+        "prefill_ms",
+        "total_ms",
+        "model",
+    }

@@ -1,0 +1,345 @@
+"""The store: states by key in RAM and on disk, whatever happens to the disk; and what slices are named by."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpucache.store import Fingerprints, SliceInfo, Store, context_key, default_home, slice_key
+from cpucache.store.disk import Damaged, Disk
+from cpucache.store.ram import RAM, Bytes
+
+KEY, OTHER = "ab" * 16, "cd" * 16
+INFO = SliceInfo(model="m", schema="s", module="a.b", tokens=3, start=7, state_format="f/\u00e9")
+
+
+def state(size: int = 1000, seed: int = 0) -> Bytes:
+    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
+
+
+def same(one: Bytes | None, other: Bytes) -> bool:
+    return one is not None and np.array_equal(one, other)
+
+
+# ---- RAM -------------------------------------------------------------------------------------------------------------
+
+
+def test_ram_drops_what_was_used_longest_ago() -> None:
+    ram = RAM(30)
+    for name in "abc":
+        ram.put(name, state(10))
+    assert ram.get("a") is not None
+    ram.put("d", state(10))
+    assert [name in ram for name in "abcd"] == [True, False, True, True]
+    ram.put("e", state(20))
+    assert [name in ram for name in "acde"] == [False, False, True, True]
+
+
+def test_ram_keeps_nothing_larger_than_itself() -> None:
+    ram = RAM(10)
+    ram.put("a", state(10))
+    ram.put("b", state(11))
+    assert ("a" in ram, "b" in ram, ram.used) == (True, False, 10)
+    ram.put("a", state(11))
+    assert (len(ram), ram.used) == (0, 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["put", "get", "drop"]), st.sampled_from("abcde"), st.integers(1, 60))))
+def test_ram_counts_what_it_holds(steps: list[tuple[str, str, int]]) -> None:
+    ram = RAM(100)
+    model: dict[str, int] = {}  # the least recently used first
+    for action, key, size in steps:
+        if action == "put":
+            ram.put(key, state(size))
+            model.pop(key, None)
+            model[key] = size
+            while sum(model.values()) > ram.budget:
+                model.pop(next(iter(model)))
+        elif action == "get":
+            found = ram.get(key)
+            assert (None if found is None else len(found)) == model.get(key)
+            if found is not None:
+                model[key] = model.pop(key)
+        else:
+            ram.drop(key)
+            model.pop(key, None)
+        assert (len(ram), ram.used) == (len(model), sum(model.values()))
+        assert all(name in ram for name in model)
+    ram.clear()
+    assert (len(ram), ram.used) == (0, 0)
+
+
+# ---- disk ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_slice_comes_back_from_disk(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    disk.put(KEY, state(), INFO)
+    assert KEY in disk
+    assert OTHER not in disk
+    assert same(disk.get(KEY), state())
+    assert disk.get(OTHER) is None
+    assert list(disk.keys()) == [KEY]
+    # Nothing else is left lying around.
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [disk.path(KEY)]
+    disk.put(KEY, state(seed=1), INFO)
+    assert same(disk.get(KEY), state(seed=1))
+
+
+def test_a_mapped_state_outlives_its_file(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    disk.put(KEY, state(100_000), INFO)
+    mapped = disk.get(KEY)
+    disk.drop(KEY)
+    disk.drop(KEY)
+    assert KEY not in disk
+    assert same(mapped, state(100_000))
+    with pytest.raises(ValueError, match="read-only"):
+        mapped[0] = 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("left", [0, 7, 8, 100, -1])
+def test_a_truncated_file_is_damaged(tmp_path: Path, left: int) -> None:
+    disk = Disk(tmp_path)
+    disk.put(KEY, state(), INFO)
+    path = disk.path(KEY)
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(Damaged, match=KEY):
+        disk.get(KEY)
+
+
+def test_a_file_under_another_key_is_damaged(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    disk.put(KEY, state(), INFO)
+    disk.path(OTHER).parent.mkdir()
+    disk.path(KEY).rename(disk.path(OTHER))
+    with pytest.raises(Damaged, match="do not agree"):
+        disk.get(OTHER)
+
+
+def test_no_changed_byte_gives_a_changed_state(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    disk.put(KEY, state(64), INFO)
+    path, good = disk.path(KEY), disk.path(KEY).read_bytes()
+    head = len(good) - 64
+    for at in range(len(good)):
+        for value in {good[at] ^ 1, ord("e"), 0} - {good[at]}:
+            path.write_bytes(good[:at] + bytes([value]) + good[at + 1 :])
+            try:
+                found = disk.get(KEY)
+            except Damaged:
+                continue
+            assert at < head, "a changed state was accepted"
+            assert same(found, state(64))  # what describes the slice to people may change unseen
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, small_files: None) -> None:
+    disk = Disk(tmp_path)
+    with pytest.raises(OSError, match=r"."):
+        disk.put(KEY, state(100_000), INFO)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 16 KiB: writing fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# ---- both tiers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_slice_is_in_both_tiers(tmp_path: Path) -> None:
+    store = Store(tmp_path, ram_budget=1 << 20)
+    assert KEY not in store
+    assert store.get(KEY) is None
+    store.put(KEY, state(), INFO)
+    assert KEY in store.ram
+    assert same(Disk(tmp_path / "slices").get(KEY), state())
+    again = Store(tmp_path, ram_budget=1 << 20)
+    assert KEY in again
+    assert KEY not in again.ram
+    assert same(again.get(KEY), state())
+    assert KEY in again.ram
+
+
+def test_a_store_without_a_folder_is_in_memory(tmp_path: Path) -> None:
+    store = Store(None, ram_budget=2000)
+    store.put(KEY, state(), INFO)
+    assert same(store.get(KEY), state())
+    store.discard(KEY)
+    assert KEY not in store
+
+
+def test_what_does_not_fit_in_memory_is_read_from_disk(tmp_path: Path) -> None:
+    store = Store(tmp_path, ram_budget=0)
+    store.put(KEY, state(), INFO)
+    assert KEY not in store.ram
+    assert same(store.get(KEY), state())
+
+
+def test_a_damaged_slice_is_set_aside_and_counts_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Store(tmp_path, ram_budget=0).put(KEY, state(), INFO)
+    path = Disk(tmp_path / "slices").path(KEY)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    store = Store(tmp_path, ram_budget=1 << 20)
+    assert store.get(KEY) is None
+    assert KEY not in store
+    assert path.with_suffix(".damaged").is_file()
+    assert [record.name for record in caplog.records] == ["cpucache.store"]
+    assert "its content has changed" in caplog.text
+    store.put(KEY, state(), INFO)
+    assert same(Store(tmp_path, ram_budget=0).get(KEY), state())
+
+
+def test_discarding_takes_a_slice_out_of_both_tiers(tmp_path: Path) -> None:
+    store = Store(tmp_path, ram_budget=1 << 20)
+    for aside in (False, True):
+        store.put(KEY, state(), INFO)
+        store.discard(KEY, aside=aside)
+        assert KEY not in store
+        assert Disk(tmp_path / "slices").path(KEY).with_suffix(".damaged").exists() == aside
+    store.discard(KEY, aside=True)  # gone already: another process may have been faster
+    assert store.disk is not None
+
+
+def test_a_folder_that_can_t_be_written_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = Store(tmp_path / "file", ram_budget=1 << 20)
+    assert KEY not in store
+    assert store.get(KEY) is None
+    for seed, key in enumerate((KEY, OTHER)):
+        store.put(key, state(seed=seed), INFO)
+        assert same(store.get(key), state(seed=seed))
+    assert store.disk is None
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert str(tmp_path / "file") in caplog.text
+
+
+def test_a_full_disk_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, small_files: None) -> None:
+    store = Store(tmp_path, ram_budget=1 << 20)
+    for seed, key in enumerate((KEY, OTHER)):
+        store.put(key, state(100_000, seed), INFO)
+        assert same(store.get(key), state(100_000, seed))
+    assert "going on from memory alone" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_a_slice_that_can_t_be_read_counts_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path, ram_budget=1 << 20)
+    assert store.disk is not None
+    store.disk.path(KEY).mkdir(parents=True)
+    assert store.get(KEY) is None
+    assert KEY not in store
+    store.put(KEY, state(), INFO)
+    assert same(store.get(KEY), state())
+    assert len(caplog.records) == 1
+
+
+def test_the_default_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CPUCACHE_HOME", "~/slices")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_home() == tmp_path / "slices"
+    monkeypatch.delenv("CPUCACHE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert default_home().is_relative_to(tmp_path)
+    assert default_home().name == "cpucache"
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_part_of_what_decides_a_state_is_in_its_key() -> None:
+    tokens = np.arange(5, dtype=np.int32)
+    base = ("model", "format", context_key(["a"]), tokens, 7)
+    keys = {
+        slice_key(*base),
+        slice_key("model2", *base[1:]),
+        slice_key(base[0], "format2", *base[2:]),
+        slice_key(*base[:2], context_key(["b"]), *base[3:]),
+        slice_key(*base[:2], context_key([]), *base[3:]),
+        slice_key(*base[:3], tokens[:4], 7),
+        slice_key(*base[:3], tokens[::-1], 7),
+        slice_key(*base[:3], np.append(tokens, 0), 7),
+        slice_key(*base[:4], 8),
+        slice_key("modelf", "ormat", *base[2:]),
+        slice_key("model", "format7", base[2], tokens, 7),
+    }
+    assert len(keys) == 11
+    assert all(len(key) == 32 and set(key) <= set("0123456789abcdef") for key in keys)
+    assert slice_key(*base) == slice_key(*base[:3], tokens.copy(), 7)
+    # How the array lies in memory is no part of it.
+    assert slice_key(*base) == slice_key(*base[:3], np.repeat(tokens, 2)[::2], 7)
+
+
+def test_contexts_are_told_apart_by_what_is_in_them_and_in_which_order() -> None:
+    lists = [[], [""], ["a"], ["a", ""], ["a", "b"], ["b", "a"], ["ab"], ["a", "b", "c"]]
+    assert len({context_key(keys) for keys in lists}) == len(lists)
+    assert context_key(iter(["a", "b"])) == context_key(["a", "b"])
+
+
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_read_once_while_the_file_stays_the_same(tmp_path: Path) -> None:
+    path, index = tmp_path / "model", tmp_path / "new" / "index.sqlite"
+    path.write_bytes(b"x" * 5_000_000)
+    read: list[int] = []
+    first = Fingerprints(index).of(path, read.append)
+    assert read == [4 << 20, 5_000_000]
+    assert Fingerprints(index).of(path, read.append) == first
+    assert len(read) == 2
+    # A link to it is the same file.
+    (tmp_path / "link").symlink_to(path)
+    assert Fingerprints(index).of(tmp_path / "link", read.append) == first
+    assert len(read) == 2
+
+
+def test_a_changed_file_has_another_fingerprint(tmp_path: Path) -> None:
+    path, fingerprints = tmp_path / "model", Fingerprints(tmp_path / "index.sqlite")
+    path.write_bytes(b"one")
+    first = fingerprints.of(path)
+    path.write_bytes(b"two")
+    os.utime(path, ns=(1, 1))
+    second = fingerprints.of(path)
+    assert first != second
+    # Another file of the same size and time in its place.
+    other = tmp_path / "other"
+    other.write_bytes(b"six")
+    os.utime(other, ns=(1, 1))
+    other.replace(path)
+    assert fingerprints.of(path) not in (first, second)
+
+
+def test_equal_files_have_equal_fingerprints(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"same")
+    fingerprints = Fingerprints(tmp_path / "index.sqlite")
+    assert fingerprints.of(tmp_path / "a") == fingerprints.of(tmp_path / "b") == Fingerprints(None).of(tmp_path / "a")
+
+
+def test_fingerprints_do_without_an_index_that_is_of_no_use(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(b"one")
+    expected = Fingerprints(None).of(path)
+    broken = tmp_path / "broken.sqlite"
+    broken.write_bytes(b"no database at all, and long enough to be read as one" * 20)
+    other = tmp_path / "other.sqlite"
+    with sqlite3.connect(other) as database:
+        database.execute("CREATE TABLE files (something TEXT)")
+    database.close()
+    for index in (broken, other, path / "below a file" / "index.sqlite", tmp_path):
+        assert Fingerprints(index).of(path) == expected
