@@ -29,10 +29,11 @@ def encode(schemas: tuple[str, ...], model: str, **options: Any) -> None:
             try:
                 with token_bar(f"encoding {schema.name}") as progress:
                     done = engine.encode(schema.name, progress)
+                engine.store.flush()
             except KeyboardInterrupt:
                 err.print("what has been encoded is kept, and the same command goes on from there", soft_wrap=True)
                 raise
-            if engine.store.disk is None:
+            if not engine.store.writable:
                 raise CpucacheError(f"{schema.name}: its slices can't be saved to {engine.store.home}")
             if done.slices:
                 speed = done.tokens / done.seconds

@@ -21,6 +21,7 @@ _COMMANDS = {
     "encode": ("cpucache.cli.encode", "encode", "Evaluate and save every module of schemas."),
     "schema": ("cpucache.cli.schema", "schema", "Check schemas, and show how they are laid out."),
     "models": ("cpucache.cli.models", "models", "Fetch, list, find and remove model weights."),
+    "cache": ("cpucache.cli.cache", "cache", "Look at the saved slices and look after them."),
     "bench": ("cpucache.cli.bench", "bench", "Measure on this machine."),
     "info": ("cpucache.cli.info", "info", "Show what this machine offers and what is used of it."),
 }

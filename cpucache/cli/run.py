@@ -73,7 +73,7 @@ def run(
                 click.echo(piece, nl=False)
         finally:
             click.echo()
-        figures = _figures(stream.metrics, saved=engine.store.disk is not None)
+        figures = _figures(stream.metrics, saved=engine.store.writable)
         err.print(f"[dim]{escape(figures)}[/dim]", soft_wrap=True)
 
 

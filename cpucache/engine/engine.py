@@ -88,6 +88,7 @@ class Engine:
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
         """Free the model and its context."""
+        self.store.close()
         self.context.close()
         self.model.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,15 @@ class Stretch:
         return self.segments[0].home - self.start
 
 
+@dataclass(frozen=True)
+class Made:
+    """A segment with its state, and the seconds that evaluating it took: its share of the batch."""
+
+    segment: Segment
+    state: Bytes
+    seconds: float
+
+
 class Encoder:
     """Makes slices in the splicer's context, which is empty of other things afterwards."""
 
@@ -47,9 +57,7 @@ class Encoder:
         self._splicer = splicer
         self._context = splicer.context
 
-    def encode(
-        self, segments: Iterable[Segment], state: State, progress: Step | None = None
-    ) -> Iterator[tuple[Segment, Bytes]]:
+    def encode(self, segments: Iterable[Segment], state: State, progress: Step | None = None) -> Iterator[Made]:
         """Evaluate segments, yielding each with its state as soon as there is one.
 
         Contexts come first: a segment's context must be among ``segments``, or known to ``state``. Several stretches
@@ -82,14 +90,15 @@ class Encoder:
         if wave:
             yield wave
 
-    def _evaluate(self, wave: Sequence[Stretch], progress: Step | None) -> Iterator[tuple[Segment, Bytes]]:
+    def _evaluate(self, wave: Sequence[Stretch], progress: Step | None) -> Iterator[Made]:
         context = self._context
         placed = list(zip(FREE, wave, strict=False))
         for sequence, _ in placed:
             context.share(TARGET, sequence)
-        context.decode(
-            [Run(sequence, stretch.start, stretch.tokens) for sequence, stretch in placed], progress=progress
-        )
+        runs = [Run(sequence, stretch.start, stretch.tokens) for sequence, stretch in placed]
+        started = time.perf_counter()
+        context.decode(runs, progress=progress)
+        seconds = (time.perf_counter() - started) / sum(len(run.tokens) for run in runs)
         for sequence, stretch in placed:
             if stretch.start:
                 context.remove(sequence, 0, stretch.start)
@@ -104,7 +113,7 @@ class Encoder:
                 context.share(sequence, SCRATCH, segment.home, segment.end)
                 state = context.save(SCRATCH)
                 context.remove(SCRATCH)
-                yield segment, state
+                yield Made(segment, state, seconds * len(segment.tokens))
             context.remove(sequence)
 
 

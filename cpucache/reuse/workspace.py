@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from cpucache.errors import CpucacheError, ModelError
 from cpucache.layout import Plan, Segment
-from cpucache.reuse.encoder import Encoder
+from cpucache.reuse.encoder import Encoder, Made
 from cpucache.reuse.progress import OnProgress, Step, counting
 from cpucache.reuse.splicer import Refused, Spliced, Splicer
 from cpucache.runtime import Context
@@ -19,6 +19,7 @@ from cpucache.runtime.model import Tokens
 from cpucache.store import SliceInfo, Store, context_key, slice_key
 
 T = TypeVar("T")
+_POLL = 0.05  # seconds between looks at what another process is making
 
 
 @dataclass
@@ -105,11 +106,15 @@ class Workspace:
         report: Encoded,
         progress: Step | None,
     ) -> dict[Segment, Bytes]:
-        """Encode ``missing``; gives the states of those ``wanted``."""
+        """Encode ``missing``; gives the states of those ``wanted``, as far as they were made here.
+
+        What another process is making already is waited for, up to the store's patience.
+        """
         if not missing:
             return {}
         self._check_spliceable()
-        started = time.perf_counter()
+        self.store.missed(len(missing))
+        started = waiting = time.monotonic()
         # Kept at hand besides the wanted: contexts of what comes later. A small store may drop any of them for what is
         # made now.
         keep = wanted | {other for segment in missing for other in segment.context}
@@ -118,31 +123,62 @@ class Workspace:
         def state(segment: Segment) -> Bytes:
             return states[segment] if segment in states else self._stored(segment)
 
-        for segment, made in self._encoder.encode(missing, state, progress):
-            self.store.put(self.key(segment), made, self._info(segment, schema))
-            if segment in keep:
-                states[segment] = made
-            report.slices += 1
-            report.tokens += len(segment.tokens)
-            report.bytes += made.nbytes
-        report.seconds += time.perf_counter() - started
+        todo = missing
+        while todo:
+            mine = self._claimed(todo)
+            if not mine and time.monotonic() - waiting > self.store.patience:
+                mine = todo
+            try:
+                for made in self._encoder.encode(mine, state, progress):
+                    self._keep(made, schema, report)
+                    if made.segment in keep:
+                        states[made.segment] = made.state
+            finally:
+                self.store.release(self.key(segment) for segment in mine)
+            if not mine:
+                time.sleep(_POLL)
+            done = set(mine)
+            left = [segment for segment in todo if segment not in done and self.key(segment) not in self.store]
+            waiting = waiting if len(left) == len(todo) else time.monotonic()
+            todo = left
+        report.seconds += time.monotonic() - started
         return states
 
-    def _stored(self, segment: Segment) -> Bytes:
-        state = self.store.get(self.key(segment))
-        if state is None:
-            raise Refused(segment)
-        return state
+    def _claimed(self, segments: list[Segment]) -> list[Segment]:
+        """Those of ``segments`` that this process is to make now: nobody else is at them, and their contexts exist."""
+        mine: dict[Segment, None] = {}
+        elsewhere: set[Segment] = set()
+        for segment in segments:
+            ready = elsewhere.isdisjoint(segment.context)
+            if ready and self.store.claim(self.key(segment)):
+                mine[segment] = None
+            elif self.key(segment) not in self.store:
+                elsewhere.add(segment)
+        return list(mine)
 
-    def _info(self, segment: Segment, schema: str) -> SliceInfo:
-        return SliceInfo(
+    def _keep(self, made: Made, schema: str, report: Encoded) -> None:
+        segment = made.segment
+        info = SliceInfo(
+            fingerprint=self._fingerprint,
             model=self.context.model.path.stem,
             schema=schema,
             module=segment.module,
             tokens=len(segment.tokens),
             start=segment.home,
             state_format=self.context.state_format,
+            context=context_key(self.key(other) for other in segment.context),
+            seconds=made.seconds,
         )
+        self.store.put(self.key(segment), made.state, segment.tokens, info)
+        report.slices += 1
+        report.tokens += len(segment.tokens)
+        report.bytes += made.state.nbytes
+
+    def _stored(self, segment: Segment) -> Bytes:
+        state = self.store.get(self.key(segment))
+        if state is None:
+            raise Refused(segment)
+        return state
 
     def _check_spliceable(self) -> None:
         if not self.context.can_shift:
@@ -175,7 +211,8 @@ class Workspace:
                 plan, lambda segment: states[segment] if segment in states else self._stored(segment), step
             )
 
-        spliced = self._mending(splice)
+        with self.store.using(self.key(segment) for segment in wanted):
+            spliced = self._mending(splice)
         return Prefill(
             prompt_tokens=plan.n_tokens,
             cached_tokens=spliced.loaded + spliced.kept,

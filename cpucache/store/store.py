@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import platformdirs
 
-from cpucache.store.disk import Damaged, Disk, SliceInfo
+from cpucache.store.claims import Claims
+from cpucache.store.index import Index
 from cpucache.store.ram import RAM, Bytes
+from cpucache.store.slicefile import Damaged, Identity, Ids, SliceFiles, SliceInfo
+from cpucache.store.writer import Writer
 
 _log = logging.getLogger("cpucache.store")
+# States that may wait for the disk. More would only grow while the disk is slower than evaluation.
+_WAITING = 256 << 20
+_NOTE_EVERY = 5.0  # seconds between entries of what was used
+_ABANDONED = 600.0  # seconds after which a slice that was never finished is given up
+_Job: TypeAlias = "tuple[Bytes, Ids, SliceInfo]"
 
 
 def default_home() -> Path:
@@ -21,64 +38,257 @@ def default_home() -> Path:
 
 
 class Store:
-    """Slices by key, in RAM up to ``ram_budget`` bytes and in files below ``home`` (``None``: in RAM only).
+    """Slices by key: in RAM up to ``ram_budget`` bytes, and in files below ``home`` up to ``disk_budget``.
+
+    ``home=None`` keeps to RAM. Slices are written by a thread in the background; ``flush`` waits for it, ``close``
+    (also at the end of a ``with``) does so and ends it. Several processes may share a folder.
 
     Trouble with the disk never stops inference: it is reported once, as a warning of the logger ``cpucache.store``, and
-    slices are then kept in RAM alone (``disk`` is ``None``). A damaged file is set aside and counts as missing.
+    what can't be written is kept in RAM alone. A damaged file is set aside and counts as missing. ``paranoid`` checks
+    the hash of a file each time that it is mapped, not only the first. ``patience`` is how many seconds to wait for a
+    slice that another process is making, before making it too.
+
+    ``writable`` tells whether slices still go to the disk. May be used from several threads.
     """
 
-    def __init__(self, home: Path | None, *, ram_budget: int) -> None:
+    def __init__(
+        self,
+        home: Path | None,
+        *,
+        ram_budget: int,
+        disk_budget: int | None = None,
+        paranoid: bool = False,
+        patience: float = 300.0,
+    ) -> None:
         self.home = home
         self.ram = RAM(ram_budget)
-        self.disk = Disk(home / "slices") if home else None
+        self.paranoid = paranoid
+        self.patience = patience
+        self.files = SliceFiles(home / "slices") if home else None
+        self.index: Index | None = None
+        self.disk_budget = 0
+        self._claims = Claims(home / "claims" if home else None)
+        self._lock = threading.Lock()
+        self._using: Counter[str] = Counter()
+        self._uses: Counter[str] = Counter()
+        self._misses = 0
+        self._noted = time.monotonic()
+        self._checked: dict[str, Identity] = {}
+        self._writer: Writer[_Job] = Writer(self._write, self._note, limit=_WAITING)
+        self.writable = home is not None
+        self._warned = False
+        if home is not None:
+            try:
+                self.index = _open_index(home)
+                self.disk_budget = default_budget(home, self.index) if disk_budget is None else disk_budget
+            except (OSError, sqlite3.Error) as error:
+                self.writable = False
+                self._trouble(error)
 
+    # -- lifetime ----------------------------------------------------------------------------------------------------
+    def flush(self) -> None:
+        """Wait until everything that was put is on disk (or can't be)."""
+        self._writer.flush()
+        self._note()
+
+    def close(self) -> None:
+        """Write what is waiting and let go of the folder."""
+        self._writer.close()
+        self._note()
+        if self.index is not None:
+            self.index.close()
+            self.index = None
+
+    # -- slices ------------------------------------------------------------------------------------------------------
     def __contains__(self, key: str) -> bool:
-        if key in self.ram or self.disk is None:
-            return key in self.ram
+        if key in self.ram or key in self._writer:
+            return True
         try:
-            return key in self.disk
+            return self.files is not None and key in self.files
         except OSError as error:
-            self._give_up(error)
+            self._trouble(error)
             return False
 
     def get(self, key: str) -> Bytes | None:
-        """The state of a slice, from RAM, else mapped from its file; ``None`` when there is none."""
+        """The state of a slice: from RAM, from what waits to be written, else mapped from its file. ``None``: none."""
         state = self.ram.get(key)
-        if state is not None or self.disk is None:
-            return state
+        if state is None:
+            waiting = self._writer.get(key)
+            state = waiting[0] if waiting else self._mapped(key)
+            if state is not None:
+                self.ram.put(key, state)
+        if state is not None:
+            with self._lock:
+                self._uses[key] += 1
+                due = time.monotonic() - self._noted > _NOTE_EVERY
+            if due:
+                self._writer.poke()
+        return state
+
+    def _mapped(self, key: str) -> Bytes | None:
+        if self.files is None:
+            return None
         try:
-            state = self.disk.get(key)
+            found = self.files.get(key, unless=None if self.paranoid else self._checked.get(key))
         except Damaged as damaged:
             _log.warning("%s; it is set aside and made again", damaged)
             self.discard(key, aside=True)
+            return None
         except OSError as error:
-            self._give_up(error)
-        if state is not None:
-            self.ram.put(key, state)
+            _log.warning("can't read a slice (%s); it is made again", error)
+            return None
+        if found is None:
+            return None
+        state, self._checked[key] = found
         return state
 
-    def put(self, key: str, state: Bytes, info: SliceInfo) -> None:
-        """Keep a slice in both tiers."""
+    def put(self, key: str, state: Bytes, tokens: Ids, info: SliceInfo) -> None:
+        """Keep a slice: at once in RAM, soon in a file. Waits only when the disk is far behind."""
         self.ram.put(key, state)
-        if self.disk is None:
-            return
-        try:
-            self.disk.put(key, state, info)
-        except OSError as error:
-            self._give_up(error)
+        if self.writable:
+            self._writer.put(key, (state, tokens, info), state.nbytes)
 
     def discard(self, key: str, *, aside: bool = False) -> None:
         """Forget a slice; ``aside`` keeps its file under another name for inspection."""
         self.ram.drop(key)
-        if self.disk is not None:
-            try:
+        self._checked.pop(key, None)
+        try:
+            if self.files is not None:
                 if aside:
-                    self.disk.set_aside(key)
+                    self.files.set_aside(key)
                 else:
-                    self.disk.drop(key)
-            except OSError as error:
-                self._give_up(error)
+                    self.files.drop(key)
+            if self.index is not None:
+                self.index.remove([key])
+        except (OSError, sqlite3.Error) as error:
+            self._trouble(error)
 
-    def _give_up(self, error: OSError) -> None:
-        _log.warning("can't use the slices in %s (%s); going on from memory alone", self.home, error)
-        self.disk = None
+    def adopt(self, key: str, staged: SliceFiles) -> bool:
+        """Take a slice's file over from another folder of the same disk. False: it is here already, or has no room."""
+        found = staged.info(key)
+        if self.files is None or self.index is None or found is None or key in self.files:
+            return False
+        with self._lock:
+            keep = set(self._using)
+        if not self.index.reserve(key, *found, self.disk_budget, keep, self.files.drop):
+            return False
+        path = self.files.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.path(key).replace(path)
+        self.index.commit(key)
+        return True
+
+    def missed(self, count: int) -> None:
+        """Note that so many slices were asked for that were not there."""
+        with self._lock:
+            self._misses += count
+
+    @contextmanager
+    def using(self, keys: Iterable[str]) -> Iterator[None]:
+        """While these slices are in use, nothing that this process writes evicts them."""
+        held = Counter(keys)
+        with self._lock:
+            self._using.update(held)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._using -= held
+
+    # -- one process makes it, the others wait -----------------------------------------------------------------------
+    def claim(self, key: str) -> bool:
+        """Say that this process is going to make a slice. False: it is there already, or somebody else is at it."""
+        if key in self or not self._claims.take(key):
+            return False
+        if key in self:
+            self._claims.release([key])
+            return False
+        return True
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Claimed slices will not be made after all. Those that were put are given back when they are on disk."""
+        self._claims.release(key for key in keys if key not in self._writer)
+
+    # -- in the background -------------------------------------------------------------------------------------------
+    def _write(self, key: str, job: _Job) -> None:
+        state, tokens, info = job
+        try:
+            self._write_file(key, state, tokens, info)
+        except (OSError, sqlite3.Error) as error:
+            self.writable = False
+            self._trouble(error)
+        finally:
+            self._claims.release([key])
+
+    def _write_file(self, key: str, state: Bytes, tokens: Ids, info: SliceInfo) -> None:
+        if self.files is None or self.index is None or not self.writable:
+            return
+        with self._lock:
+            keep = set(self._using)
+        if self.index.reserve(key, info, state.nbytes, self.disk_budget, keep, self.files.drop):
+            try:
+                self.files.put(key, state, tokens, info)
+            except BaseException:
+                self.index.remove([key])
+                raise
+            self.index.commit(key)
+
+    def _note(self) -> None:
+        """Enter into the index what was used since the last time."""
+        with self._lock:
+            uses, self._uses = self._uses, Counter()
+            misses, self._misses = self._misses, 0
+            self._noted = time.monotonic()
+        if self.index is None or self.files is None or not (uses or misses):
+            return
+        try:
+            for key in self.index.touch(uses, misses=misses):
+                # A file that is not in the account: written by a process that was killed before it could say so.
+                known = self.files.info(key)
+                if known is not None:
+                    self.index.add(key, *known)
+        except (OSError, sqlite3.Error, Damaged) as error:
+            self._trouble(error)
+
+    def _trouble(self, error: Exception) -> None:
+        if not self._warned:
+            _log.warning("can't keep slices in %s (%s); going on from memory", self.home, error)
+            self._warned = True
+
+
+def _open_index(home: Path) -> Index:
+    """The index of a folder. One that is no database (any more) is put aside and made anew from the files."""
+    path = home / "index.sqlite"
+    try:
+        index = Index(path)
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise
+        _log.warning("%s is damaged (%s); it is made again from the slices", path, error)
+        path.replace(path.with_suffix(".damaged"))
+        for leftover in ("-wal", "-shm"):
+            path.with_name(path.name + leftover).unlink(missing_ok=True)
+        index = Index(path)
+        rebuild(index, SliceFiles(home / "slices"))
+    index.remove(index.unfinished(_ABANDONED))
+    return index
+
+
+def rebuild(index: Index, files: SliceFiles) -> int:
+    """Take every file that is not in the account into it; gives how many. Damaged ones are left for ``verify``."""
+    known = {row.key for row in index.rows()}
+    count = 0
+    for key in files:
+        if key not in known:
+            with contextlib.suppress(Damaged):
+                found = files.info(key)
+                if found is not None:
+                    index.add(key, *found)
+                    count += 1
+    return count
+
+
+def default_budget(home: Path, index: Index) -> int:
+    """Bytes on disk that slices may take unless told otherwise: a quarter of what is free or taken by them already."""
+    there = next(folder for folder in (home, *home.parents) if folder.exists())
+    return int(shutil.disk_usage(there).free + index.totals()["bytes"]) // 4

@@ -1,0 +1,239 @@
+"""The index: which slices there are, what they cost and how they are used, in one SQLite file shared by all processes.
+
+The files are the truth, the index is the account of them: it can be rebuilt from the files at any time, and a slice is
+never looked for by reading folders.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cpucache.store.slicefile import SliceInfo
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS slices (
+    key TEXT PRIMARY KEY,
+    fingerprint TEXT NOT NULL, model TEXT NOT NULL, schema TEXT NOT NULL, module TEXT NOT NULL,
+    tokens INTEGER NOT NULL, start INTEGER NOT NULL, state_format TEXT NOT NULL, context TEXT NOT NULL,
+    seconds REAL NOT NULL,
+    bytes INTEGER NOT NULL,
+    created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL DEFAULT 0,
+    pinned INTEGER NOT NULL DEFAULT 0,
+    whole INTEGER NOT NULL,               -- 0 while its file is being written: its bytes are spoken for
+    value REAL NOT NULL                   -- what decides who leaves first, see Index.reserve
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_value ON slices (whole, pinned, value);
+CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, number REAL NOT NULL) WITHOUT ROWID;
+INSERT OR IGNORE INTO totals VALUES
+    ('bytes', 0), ('age', 0), ('hits', 0), ('misses', 0), ('seconds_saved', 0), ('evicted', 0);
+CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON slices
+    BEGIN UPDATE totals SET number = number + new.bytes WHERE name = 'bytes'; END;
+CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON slices
+    BEGIN UPDATE totals SET number = number - old.bytes WHERE name = 'bytes'; END;
+"""
+_WAIT = 20.0  # seconds for another process to finish its transaction
+# A slice is worth the seconds of evaluation that it saves for the room that it takes, times how often it is asked for.
+_WORTH = "(hits + 1) * seconds * 1e6 / bytes"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A slice as the index knows it. Times are seconds since the epoch."""
+
+    key: str
+    info: SliceInfo
+    bytes: int
+    created: float
+    used: float
+    hits: int
+    pinned: bool
+
+
+class Index:
+    """The account of the slices in one folder. Raises ``sqlite3.Error`` and ``OSError`` when its file can't be used.
+
+    May be used from several threads.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._database = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+        try:
+            self._database.execute("PRAGMA journal_mode = WAL")
+            # With a write-ahead log this loses at most the last transactions in a power cut, never the file; a slice
+            # that is missing from the account is found again by its name.
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.executescript(_SCHEMA)
+        except BaseException:
+            self._database.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._database.close()
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+
+    # -- adding and evicting -----------------------------------------------------------------------------------------
+    def reserve(
+        self, key: str, info: SliceInfo, size: int, budget: int, keep: Collection[str], delete: Callable[[str], None]
+    ) -> bool:
+        """Speak for ``size`` bytes before they are written, evicting what is worth least to stay below ``budget``.
+
+        The rule is GreedyDual-Size-Frequency (Cherkasova 1998): a slice's value is what it is worth when it is used,
+        plus the store's age at that moment; the least valuable leaves, and the age rises to its value. What was used
+        once ages away however much of it there is, so a stream of new documents pushes itself out, not what is used
+        every day. Pinned slices and those in ``keep`` stay. ``delete`` removes a victim's file, inside the
+        transaction, so that the disk never holds more than the budget.
+
+        False when the slice is there already, or when there is no room that may be made.
+        """
+        with self._change() as database:
+            known = database.execute("SELECT whole FROM slices WHERE key = ?", (key,)).fetchone()
+            if known:
+                return not known[0]
+            used, age = self._total("bytes"), self._total("age")
+            if used + size > budget:
+                victims = self._victims(used + size - budget, keep)
+                if victims is None:
+                    return False
+                for victim, value in victims:
+                    delete(victim)
+                    database.execute("DELETE FROM slices WHERE key = ?", (victim,))
+                    age = max(age, value)
+                database.execute("UPDATE totals SET number = ? WHERE name = 'age'", (age,))
+                database.execute("UPDATE totals SET number = number + ? WHERE name = 'evicted'", (len(victims),))
+            self._insert(key, info, size, whole=False)
+            return True
+
+    def shrink(self, budget: int, delete: Callable[[str], None]) -> int:
+        """Evict down to ``budget``, as far as what is pinned allows; gives the bytes freed."""
+        with self._change() as database:
+            excess = self._total("bytes") - budget
+            rows = database.execute("SELECT key, bytes FROM slices WHERE whole = 1 AND pinned = 0 ORDER BY value")
+            freed = 0
+            for key, size in rows.fetchall():
+                if freed >= excess:
+                    break
+                delete(key)
+                database.execute("DELETE FROM slices WHERE key = ?", (key,))
+                freed += size
+            return freed
+
+    def _victims(self, needed: float, keep: Collection[str]) -> list[tuple[str, float]] | None:
+        victims: list[tuple[str, float]] = []
+        rows = self._database.execute(
+            "SELECT key, bytes, value FROM slices WHERE whole = 1 AND pinned = 0 ORDER BY value"
+        )
+        for key, size, value in rows:
+            if key in keep:
+                continue
+            victims.append((key, value))
+            needed -= size
+            if needed <= 0:
+                return victims
+        return None
+
+    def _insert(self, key: str, info: SliceInfo, size: int, *, whole: bool) -> None:
+        now = time.time()
+        row = asdict(info) | {"key": key, "bytes": size, "created": now, "used": now, "whole": whole}
+        columns = ", ".join(row)
+        marks = ", ".join(f":{name}" for name in row)
+        self._database.execute(
+            f"INSERT OR IGNORE INTO slices ({columns}, value) VALUES ({marks}, "
+            "(SELECT number FROM totals WHERE name = 'age') + :seconds * 1e6 / :bytes)",
+            row,
+        )
+
+    def commit(self, key: str) -> None:
+        """The file of a reserved slice is there, whole."""
+        with self._change() as database:
+            database.execute("UPDATE slices SET whole = 1 WHERE key = ?", (key,))
+
+    def add(self, key: str, info: SliceInfo, size: int) -> None:
+        """Take a file into the account that is there already."""
+        with self._change() as database:
+            self._insert(key, info, size, whole=True)
+            database.execute("UPDATE slices SET whole = 1 WHERE key = ?", (key,))
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Take slices out of the account."""
+        with self._change() as database:
+            database.executemany("DELETE FROM slices WHERE key = ?", [(key,) for key in keys])
+
+    def touch(self, uses: Mapping[str, int], *, misses: int = 0) -> list[str]:
+        """Note that slices were used, so often. Gives those that are not in the account."""
+        unknown = []
+        with self._change() as database:
+            now, age, saved = time.time(), self._total("age"), 0.0
+            for key, count in uses.items():
+                found = database.execute("SELECT seconds FROM slices WHERE key = ?", (key,)).fetchone()
+                if found is None:
+                    unknown.append(key)
+                    continue
+                saved += found[0] * count
+                database.execute(
+                    f"UPDATE slices SET hits = hits + ?1, used = ?2, value = ?3 + {_WORTH} + ?1 * seconds * 1e6 / bytes"
+                    " WHERE key = ?4",
+                    (count, now, age, key),
+                )
+            hits = sum(uses.values())
+            for name, number in (("hits", hits), ("misses", misses), ("seconds_saved", saved)):
+                database.execute("UPDATE totals SET number = number + ? WHERE name = ?", (number, name))
+        return unknown
+
+    def pin(self, keys: Iterable[str], *, pinned: bool) -> None:
+        """Keep slices whatever comes, or no longer."""
+        with self._change() as database:
+            database.executemany("UPDATE slices SET pinned = ? WHERE key = ?", [(pinned, key) for key in keys])
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+    def _total(self, name: str) -> float:
+        return float(self._database.execute("SELECT number FROM totals WHERE name = ?", (name,)).fetchone()[0])
+
+    def totals(self) -> dict[str, float]:
+        """``bytes`` in all, and since the store was made: ``hits``, ``misses``, ``evicted``, ``seconds_saved``."""
+        with self._lock:
+            return dict(self._database.execute("SELECT name, number FROM totals"))
+
+    def rows(self) -> list[Row]:
+        """Every slice that is whole, the latest used first."""
+        with self._lock:
+            cursor = self._database.execute("SELECT * FROM slices WHERE whole = 1 ORDER BY used DESC, key")
+            names = [column[0] for column in cursor.description]
+            return [_row(dict(zip(names, values, strict=True))) for values in cursor]
+
+    def unfinished(self, older_than: float) -> list[str]:
+        """Slices spoken for more than so many seconds ago whose writer never came back."""
+        with self._lock:
+            limit = time.time() - older_than
+            return [
+                key
+                for (key,) in self._database.execute("SELECT key FROM slices WHERE whole = 0 AND created < ?", (limit,))
+            ]
+
+
+def _row(values: dict[str, Any]) -> Row:
+    info = SliceInfo(**{name: values[name] for name in SliceInfo.__dataclass_fields__})
+    return Row(
+        values["key"], info, values["bytes"], values["created"], values["used"], values["hits"], bool(values["pinned"])
+    )

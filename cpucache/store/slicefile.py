@@ -1,0 +1,211 @@
+"""Slice files: one safetensors file a slice, found by its key, read by mapping it.
+
+A file holds two tensors, ``state`` (bytes, as llama.cpp saved them) and ``tokens`` (their ids), and metadata: what the
+slice is, and the xxh3 of the state. It appears under its name only when it is whole (temporary file, fsync, rename).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from cpucache.store.keys import slice_key
+from cpucache.store.ram import Bytes
+
+_FORMAT = "cpucache-slice-1"
+_HEADER_LIMIT = 1 << 20
+_SUFFIX = ".safetensors"
+Ids: TypeAlias = npt.NDArray[np.int32]
+Identity: TypeAlias = tuple[int, int, int]
+"""Which state of which file: inode, time of modification in nanoseconds, size in bytes."""
+
+
+@dataclass(frozen=True)
+class SliceInfo:
+    """What a slice is, for people and for checks."""
+
+    fingerprint: str
+    """Hash of the model's file."""
+    model: str
+    """Name of the model."""
+    schema: str
+    module: str
+    tokens: int
+    start: int
+    """Position of the first token."""
+    state_format: str
+    context: str
+    """Key of the context that the tokens could see."""
+    seconds: float
+    """What evaluating it took: its share of the batch, by tokens."""
+
+
+class Damaged(Exception):
+    """A file is not the slice that its name promises."""
+
+
+class SliceFiles:
+    """Slices in files below ``folder``. Raises ``OSError`` when the file system refuses."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: str) -> Path:
+        """Where the slice of this key lies, or would."""
+        return self.folder / key[:2] / f"{key}{_SUFFIX}"
+
+    def __contains__(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def __iter__(self) -> Iterator[str]:
+        """Every key on disk. Reads folders: for repairs, not for looking something up."""
+        for path in self.folder.glob(f"??/*{_SUFFIX}"):
+            if not path.name.startswith("."):
+                yield path.stem
+
+    def leftovers(self) -> Iterator[Path]:
+        """Temporary files of writers that were killed, and files that were set aside."""
+        yield from self.folder.glob("??/.*")
+        yield from self.folder.glob("??/*.damaged")
+
+    def put(self, key: str, state: Bytes, tokens: Ids, info: SliceInfo) -> None:
+        """Write a slice; nothing is there, or all of it, even after a power cut."""
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {
+            "format": _FORMAT,
+            "key": key,
+            "xxh3": _hash(state),
+            **{name: str(value) for name, value in asdict(info).items()},
+        }
+        handle, name = tempfile.mkstemp(prefix=f".{key}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            save_file({"state": state, "tokens": tokens}, temporary, metadata)
+            _sync(temporary)
+            temporary.replace(path)
+        except SafetensorError as error:  # how a full disk shows while safetensors writes
+            raise OSError(str(error)) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        if os.name == "posix":
+            _sync(path.parent)
+
+    def get(self, key: str, *, unless: Identity | None = None) -> tuple[Bytes, Identity] | None:
+        """The state, mapped from its file, and which file that is.
+
+        It is read when it is used, and stays valid even when the file is deleted meanwhile. It is compared with its
+        hash, ``unless`` this very file was compared before. Raises ``Damaged`` when the file is not what it should be.
+        """
+        opened = self._open(key)
+        if opened is None:
+            return None
+        if opened.identity != unless and _hash(opened.state) != opened.metadata["xxh3"]:
+            raise Damaged(f"{self.path(key)}: its content has changed since it was written")
+        return opened.state, opened.identity
+
+    def info(self, key: str) -> tuple[SliceInfo, int] | None:
+        """What a slice is by its own account, and the bytes of its state. Raises ``Damaged``."""
+        opened = self._open(key)
+        return (opened.info, opened.state.nbytes) if opened else None
+
+    def check(self, key: str) -> bool:
+        """Compare everything: the state with its hash, and the key with all that it is made from. False: no such file.
+
+        Raises ``Damaged``.
+        """
+        opened = self._open(key)
+        if opened is None:
+            return False
+        info = opened.info
+        if _hash(opened.state) != opened.metadata["xxh3"]:
+            raise Damaged(f"{self.path(key)}: its content has changed since it was written")
+        if slice_key(info.fingerprint, info.state_format, info.context, opened.tokens, info.start) != key:
+            raise Damaged(f"{self.path(key)}: it is another slice than its name says")
+        return True
+
+    def _open(self, key: str) -> _Opened | None:
+        path = self.path(key)
+        try:
+            with path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if stat.st_size < 8:
+                    raise Damaged(f"{path}: truncated")
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            return None
+        length = struct.unpack_from("<Q", mapping)[0]
+        if length > min(stat.st_size - 8, _HEADER_LIMIT):
+            raise Damaged(f"{path}: truncated")
+        try:
+            header = json.loads(mapping[8 : 8 + length])
+            metadata = header["__metadata__"]
+            data = np.frombuffer(mapping, np.uint8, offset=8 + length)
+            state, tokens = (_tensor(header[name], kind, data) for name, kind in (("state", "U8"), ("tokens", "I32")))
+            info = _info(metadata)
+            fine = metadata["format"] == _FORMAT and metadata["key"] == key and isinstance(metadata["xxh3"], str)
+            fine = fine and state.nbytes + tokens.nbytes == data.nbytes and info.tokens * 4 == tokens.nbytes
+        except (ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError) as error:
+            raise Damaged(f"{path}: not a slice ({error})") from error
+        if not fine:
+            raise Damaged(f"{path}: header and content do not agree")
+        identity = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        return _Opened(metadata, info, state, tokens.view("<i4"), identity)
+
+    def set_aside(self, key: str) -> None:
+        """Take a damaged file out of the way, keeping it for whoever wants to know why."""
+        path = self.path(key)
+        with contextlib.suppress(FileNotFoundError):
+            path.replace(path.with_suffix(".damaged"))
+
+    def drop(self, key: str) -> None:
+        """Delete a slice, if it is there. Mappings of it stay valid."""
+        self.path(key).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    metadata: dict[str, str]
+    info: SliceInfo
+    state: Bytes
+    tokens: Ids
+    identity: Identity
+
+
+def _tensor(entry: dict[str, Any], kind: str, data: Bytes) -> Bytes:
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] != kind or not 0 <= begin <= end <= data.nbytes:
+        raise ValueError(f"a tensor of {entry['dtype']} at {begin} to {end}")
+    return data[begin:end]
+
+
+def _info(metadata: dict[str, str]) -> SliceInfo:
+    kinds: dict[str, Any] = {"int": int, "float": float, "str": str}
+    return SliceInfo(**{field.name: kinds[str(field.type)](metadata[field.name]) for field in fields(SliceInfo)})
+
+
+def _hash(state: Bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(state)  # type: ignore[arg-type]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

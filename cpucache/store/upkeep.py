@@ -1,0 +1,91 @@
+"""Looking after a store: checking every slice, clearing up, and keeping to the budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from cpucache.store.slicefile import Damaged
+from cpucache.store.store import Store, rebuild
+
+_YOUNG = 600.0  # seconds: what is younger may still be in the making
+
+Kind: TypeAlias = Literal["damaged", "missing", "unlisted", "leftover"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it should be.
+
+    ``damaged``: a file that is not the slice that it claims to be. ``missing``: a slice in the index without its file.
+    ``unlisted``: a file that the index does not know. ``leftover``: what a killed writer left, or a file set aside.
+    """
+
+    kind: Kind
+    name: str
+    detail: str = ""
+
+    @property
+    def harmless(self) -> bool:
+        """Whether a crash leaves such a thing, and no slice is lost or wrong by it."""
+        return self.kind in {"unlisted", "leftover"}
+
+
+def verify(
+    store: Store, *, repair: bool = False, progress: Callable[[int, int], object] | None = None
+) -> list[Finding]:
+    """Read every slice on disk in full and compare it with its hash, its key and the index.
+
+    ``repair`` sets damaged files aside, lists what is not listed, and strikes out what is missing. ``progress(done,
+    total)`` is told about slices. The payload is compared with its hash and the key with all that it is made from.
+    """
+    if store.files is None or store.index is None:
+        return []
+    store.flush()
+    listed = {row.key for row in store.index.rows()}
+    there = list(store.files)
+    findings = []
+    for done, key in enumerate(there):
+        try:
+            store.files.check(key)
+        except Damaged as damaged:
+            findings.append(Finding("damaged", key, str(damaged)))
+            if repair:
+                store.discard(key, aside=True)
+        else:
+            if key not in listed:
+                findings.append(Finding("unlisted", key))
+        if progress:
+            progress(done + 1, len(there))
+    missing = listed.difference(there)
+    findings += [Finding("missing", key) for key in sorted(missing) if key not in store.files]
+    findings += [Finding("leftover", path.name) for path in store.files.leftovers()]
+    if repair:
+        store.index.remove(finding.name for finding in findings if finding.kind == "missing")
+        rebuild(store.index, store.files)
+    return findings
+
+
+def collect(store: Store) -> int:
+    """Delete leftovers and what is over the budget, and bring the index up to date; gives the bytes freed."""
+    if store.files is None or store.index is None:
+        return 0
+    store.flush()
+    freed = 0
+    for path in list(store.files.leftovers()):
+        # A file that another process is writing right now is young.
+        if time.time() - path.stat().st_mtime > _YOUNG or path.suffix == ".damaged":
+            freed += path.stat().st_size
+            path.unlink(missing_ok=True)
+    store.index.remove(store.index.unfinished(_YOUNG))
+    store.index.remove([row.key for row in store.index.rows() if row.key not in store.files])
+    rebuild(store.index, store.files)
+    return freed + store.index.shrink(store.disk_budget, store.files.drop)
+
+
+def remove(store: Store, keys: Iterable[str]) -> None:
+    """Delete slices."""
+    for key in keys:
+        store.discard(key)

@@ -1,0 +1,98 @@
+"""Writing in the background, so that saving never delays an answer."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Job = TypeVar("Job")
+
+
+class Writer(Generic[Job]):
+    """Jobs by key, done one after the other by a thread of its own, in the order in which they came.
+
+    At most ``limit`` bytes wait: a caller with more has to wait itself, so that a fast evaluation can't fill the memory
+    with what a slow disk has not taken yet. ``write`` does a job and must not raise. ``idle`` is called whenever there
+    is nothing left to do. The thread starts with the first job and does not keep a program from ending; call ``close``
+    for what still waits.
+    """
+
+    def __init__(self, write: Callable[[str, Job], None], idle: Callable[[], None], *, limit: int) -> None:
+        self._write = write
+        self._idle = idle
+        self._limit = limit
+        self._jobs: OrderedDict[str, tuple[Job, int]] = OrderedDict()
+        self._waiting = 0
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._poked = False
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._jobs
+
+    def get(self, key: str) -> Job | None:
+        """The job of this key, if it has not been done yet."""
+        with self._changed:
+            found = self._jobs.get(key)
+            return found[0] if found else None
+
+    def put(self, key: str, job: Job, size: int) -> None:
+        """Have a job done. Waits while too much is waiting already."""
+        with self._changed:
+            if key in self._jobs:
+                return
+            while self._jobs and self._waiting + size > self._limit and not self._closing:
+                self._changed.wait()
+            self._jobs[key] = (job, size)
+            self._waiting += size
+            self._awake()
+
+    def poke(self) -> None:
+        """Have ``idle`` called soon, though nothing is to be written."""
+        with self._changed:
+            self._poked = True
+            self._awake()
+
+    def _awake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="cpucache-writer", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until everything has been done."""
+        with self._changed:
+            while self._jobs:
+                self._changed.wait()
+
+    def close(self) -> None:
+        """Do what is waiting, and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._jobs or self._poked or self._closing):
+                    self._changed.wait()
+                job = next(iter(self._jobs.items()), None)
+                if job is None and not self._poked:
+                    return
+                self._poked = False
+            if job is not None:
+                key, (what, size) = job
+                self._write(key, what)
+                with self._changed:
+                    # Only now: until a slice lies in its file, it is found here.
+                    del self._jobs[key]
+                    self._waiting -= size
+                    self._changed.notify_all()
+            if not self._jobs:
+                self._idle()
