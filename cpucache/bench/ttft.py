@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from cpucache.bench.series import Series
 from cpucache.bench.text import filler_prompt, filler_schema
 from cpucache.engine import Engine
 from cpucache.layout import Plan
@@ -18,25 +18,6 @@ from cpucache.runtime import Context, Run, Sampler, Sampling
 from cpucache.store import Store
 
 Say = Callable[[str], None]
-
-
-@dataclass
-class Series:
-    """Repeated measurements of one thing, in milliseconds."""
-
-    values: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return median(self.values)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "median_ms": round(self.median, 3),
-            "min_ms": round(min(self.values), 3),
-            "max_ms": round(max(self.values), 3),
-            "runs": len(self.values),
-        }
 
 
 @dataclass

@@ -11,7 +11,9 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from cpucache.bench.memory import compare_memory
-from cpucache.bench.ttft import Report, Series, measure
+from cpucache.bench.series import Series
+from cpucache.bench.store import measure_store
+from cpucache.bench.ttft import Report, measure
 from cpucache.cli.console import err, out, seconds, times
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
@@ -97,6 +99,48 @@ def ttft(
             f"peak memory: {numbers['cached']}, {numbers['slices']} of it slices; llama.cpp alone: {numbers['alone']}",
             soft_wrap=True,
         )
+
+
+@bench.command("store")
+@engine_options
+@click.option("--tokens", type=click.IntRange(16), default=2000, show_default=True, help="Tokens in slices.")
+@click.option("--repeat", type=click.IntRange(1), default=9, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def store_speed(model: str, tokens: int, repeat: int, as_json: bool, **options: Any) -> None:
+    """The store against plain copies and writes, and an answer while it writes."""
+
+    def say(line: str) -> None:
+        if not as_json:
+            err.print(f"[dim]{line} …[/dim]")
+
+    options["n_ctx"] = options["n_ctx"] or tokens + 256
+    with Engine(model, **options) as engine:
+        report = measure_store(engine, tokens=tokens, repeat=repeat, say=say)
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("", "median", "min", "max"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, series in (
+        ("load from files into llama.cpp", report.load),
+        ("  copy from memory into it", report.copy),
+        ("save, until it is on disk", report.save),
+        ("  plain write and fsync", report.write),
+        ("look up among 100,000", report.lookup),
+        ("first token while slices are written", report.busy),
+        ("  while none are", report.quiet),
+    ):
+        table.add_row(name, *(seconds(value) for value in (series.median, min(series.values), max(series.values))))
+    out.print(f"{decimal(report.bytes)} of slices")
+    out.print(table)
+    ratios = report.ratios
+    out.print(
+        f"loading at {ratios['load_to_copy_speed']:.2f} of the speed of a copy, "
+        f"saving at {ratios['save_to_write_speed']:.2f} of that of a plain write;\n"
+        f"writing in the background makes the first token {ratios['busy_to_quiet_ttft']:.2f} times as late",
+        soft_wrap=True,
+    )
 
 
 def _table(report: Report) -> Table:

@@ -207,9 +207,10 @@ class Workspace:
             missing = self.missing(wanted)
             step = counting(progress, _tokens(missing) + plan.n_tokens - plan.n_cached)
             states = self._make(missing, set(wanted), schema, encoded, step)
-            return self._splicer.splice(
-                plan, lambda segment: states[segment] if segment in states else self._stored(segment), step
-            )
+            with self.store.quiet():
+                return self._splicer.splice(
+                    plan, lambda segment: states[segment] if segment in states else self._stored(segment), step
+                )
 
         with self.store.using(self.key(segment) for segment in wanted):
             spliced = self._mending(splice)

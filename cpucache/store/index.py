@@ -169,11 +169,12 @@ class Index:
         with self._change() as database:
             database.execute("UPDATE slices SET whole = 1 WHERE key = ?", (key,))
 
-    def add(self, key: str, info: SliceInfo, size: int) -> None:
-        """Take a file into the account that is there already."""
+    def add_all(self, files: Iterable[tuple[str, SliceInfo, int]]) -> None:
+        """Take files into the account that are there already."""
         with self._change() as database:
-            self._insert(key, info, size, whole=True)
-            database.execute("UPDATE slices SET whole = 1 WHERE key = ?", (key,))
+            for key, info, size in files:
+                self._insert(key, info, size, whole=True)
+                database.execute("UPDATE slices SET whole = 1 WHERE key = ?", (key,))
 
     def remove(self, keys: Iterable[str]) -> None:
         """Take slices out of the account."""

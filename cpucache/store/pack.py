@@ -1,8 +1,8 @@
 """Packs: the slices of a schema for one model in one file.
 
 They are made on a fast machine and shipped with an offline application. A pack is an uncompressed tar (f16 state does
-not compress): first ``pack.json``, which names the model's fingerprint and every slice, then the slice files as they lie
-in a store.
+not compress): first ``pack.json``, which names the model's fingerprint and every slice, then the slice files as they
+lie in a store.
 """
 
 from __future__ import annotations

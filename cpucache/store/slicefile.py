@@ -7,12 +7,13 @@ slice is, and the xxh3 of the state. It appears under its name only when it is w
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,8 +21,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from cpucache.store.keys import slice_key
 from cpucache.store.ram import Bytes
@@ -29,6 +28,7 @@ from cpucache.store.ram import Bytes
 _FORMAT = "cpucache-slice-1"
 _HEADER_LIMIT = 1 << 20
 _SUFFIX = ".safetensors"
+_CHUNK = 4 << 20
 Ids: TypeAlias = npt.NDArray[np.int32]
 Identity: TypeAlias = tuple[int, int, int]
 """Which state of which file: inode, time of modification in nanoseconds, size in bytes."""
@@ -82,29 +82,37 @@ class SliceFiles:
         yield from self.folder.glob("??/.*")
         yield from self.folder.glob("??/*.damaged")
 
-    def put(self, key: str, state: Bytes, tokens: Ids, info: SliceInfo) -> None:
-        """Write a slice; nothing is there, or all of it, even after a power cut."""
+    def put(
+        self, key: str, state: Bytes, tokens: Ids, info: SliceInfo, pause: Callable[[], None] | None = None
+    ) -> None:
+        """Write a slice; nothing is there, or all of it, even after a power cut.
+
+        ``pause`` is called every few megabytes, to give way to something more urgent. The file is written here and not
+        by the safetensors library, which would copy the state and could not be made to pause.
+        """
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {
-            "format": _FORMAT,
-            "key": key,
-            "xxh3": _hash(state),
-            **{name: str(value) for name, value in asdict(info).items()},
-        }
+        digest = xxhash.xxh3_64()
+        for chunk in _chunks(state, pause):
+            digest.update(chunk)
+        ids = np.ascontiguousarray(tokens, "<i4").view(np.uint8)
+        header = _header(key, digest.hexdigest(), len(ids), len(state), info)
         handle, name = tempfile.mkstemp(prefix=f".{key}.", dir=path.parent)
-        os.close(handle)
         temporary = Path(name)
         try:
-            save_file({"state": state, "tokens": tokens}, temporary, metadata)
-            _sync(temporary)
+            with os.fdopen(handle, "wb", buffering=0) as file:
+                for part in (header, memoryview(ids), *_chunks(state, pause)):
+                    _write_all(file, part)
+                os.fsync(file.fileno())
             temporary.replace(path)
-        except SafetensorError as error:  # how a full disk shows while safetensors writes
-            raise OSError(str(error)) from error
         finally:
             temporary.unlink(missing_ok=True)
         if os.name == "posix":
-            _sync(path.parent)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def get(self, key: str, *, unless: Identity | None = None) -> tuple[Bytes, Identity] | None:
         """The state, mapped from its file, and which file that is.
@@ -203,9 +211,28 @@ def _hash(state: Bytes) -> str:
     return xxhash.xxh3_64_hexdigest(state)  # type: ignore[arg-type]
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _header(key: str, digest: str, n_ids: int, n_state: int, info: SliceInfo) -> bytes:
+    """The head of a safetensors file: the length of what follows, and JSON padded to a multiple of eight bytes."""
+    facts = {name: str(value) for name, value in asdict(info).items()}
+    text = json.dumps(
+        {
+            "__metadata__": {"format": _FORMAT, "key": key, "xxh3": digest, **facts},
+            "tokens": {"dtype": "I32", "shape": [n_ids // 4], "data_offsets": [0, n_ids]},
+            "state": {"dtype": "U8", "shape": [n_state], "data_offsets": [n_ids, n_ids + n_state]},
+        }
+    ).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _chunks(state: Bytes, pause: Callable[[], None] | None) -> Iterator[memoryview]:
+    for begin in range(0, len(state), _CHUNK):
+        if pause:
+            pause()
+        yield memoryview(state[begin : begin + _CHUNK])
+
+
+def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[file.write(rest) :]

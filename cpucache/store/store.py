@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,7 +25,7 @@ from cpucache.store.writer import Writer
 
 _log = logging.getLogger("cpucache.store")
 # States that may wait for the disk. More would only grow while the disk is slower than evaluation.
-_WAITING = 256 << 20
+WAITING = 256 << 20
 _NOTE_EVERY = 5.0  # seconds between entries of what was used
 _ABANDONED = 600.0  # seconds after which a slice that was never finished is given up
 _Job: TypeAlias = "tuple[Bytes, Ids, SliceInfo]"
@@ -74,7 +74,7 @@ class Store:
         self._misses = 0
         self._noted = time.monotonic()
         self._checked: dict[str, Identity] = {}
-        self._writer: Writer[_Job] = Writer(self._write, self._note, limit=_WAITING)
+        self._writer: Writer[_Job] = Writer(self._write, self._note, limit=WAITING)
         self.writable = home is not None
         self._warned = False
         if home is not None:
@@ -195,6 +195,10 @@ class Store:
             with self._lock:
                 self._using -= held
 
+    def quiet(self) -> AbstractContextManager[None]:
+        """While an answer is on its way, nothing is written, so that saving never delays it."""
+        return self._writer.quiet()
+
     # -- one process makes it, the others wait -----------------------------------------------------------------------
     def claim(self, key: str) -> bool:
         """Say that this process is going to make a slice. False: it is there already, or somebody else is at it."""
@@ -227,7 +231,7 @@ class Store:
             keep = set(self._using)
         if self.index.reserve(key, info, state.nbytes, self.disk_budget, keep, self.files.drop):
             try:
-                self.files.put(key, state, tokens, info)
+                self.files.put(key, state, tokens, info, self._writer.give_way)
             except BaseException:
                 self.index.remove([key])
                 raise
@@ -246,7 +250,7 @@ class Store:
                 # A file that is not in the account: written by a process that was killed before it could say so.
                 known = self.files.info(key)
                 if known is not None:
-                    self.index.add(key, *known)
+                    self.index.add_all([(key, *known)])
         except (OSError, sqlite3.Error, Damaged) as error:
             self._trouble(error)
 
@@ -283,7 +287,7 @@ def rebuild(index: Index, files: SliceFiles) -> int:
             with contextlib.suppress(Damaged):
                 found = files.info(key)
                 if found is not None:
-                    index.add(key, *found)
+                    index.add_all([(key, *found)])
                     count += 1
     return count
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 Job = TypeVar("Job")
@@ -29,6 +30,8 @@ class Writer(Generic[Job]):
         self._thread: threading.Thread | None = None
         self._closing = False
         self._poked = False
+        self._quiet = 0
+        self._pressed = 0  # callers that wait for room
 
     def __contains__(self, key: str) -> bool:
         return key in self._jobs
@@ -45,7 +48,10 @@ class Writer(Generic[Job]):
             if key in self._jobs:
                 return
             while self._jobs and self._waiting + size > self._limit and not self._closing:
+                self._pressed += 1
+                self._changed.notify_all()
                 self._changed.wait()
+                self._pressed -= 1
             self._jobs[key] = (job, size)
             self._waiting += size
             self._awake()
@@ -62,11 +68,32 @@ class Writer(Generic[Job]):
             self._thread.start()
         self._changed.notify_all()
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Meanwhile, a job that calls ``give_way`` stands still, unless a caller of ``put`` is waiting for it."""
+        with self._changed:
+            self._quiet += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._quiet -= 1
+                self._changed.notify_all()
+
+    def give_way(self) -> None:
+        """For a job to call now and then: comes back when nobody wants it ``quiet``."""
+        with self._changed:
+            while self._quiet and not self._pressed and not self._closing:
+                self._changed.wait()
+
     def flush(self) -> None:
         """Wait until everything has been done."""
         with self._changed:
+            self._pressed += 1
+            self._changed.notify_all()
             while self._jobs:
                 self._changed.wait()
+            self._pressed -= 1
 
     def close(self) -> None:
         """Do what is waiting, and end the thread."""

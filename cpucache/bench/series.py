@@ -1,0 +1,27 @@
+"""Repeated measurements of one thing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+
+@dataclass
+class Series:
+    """Times in milliseconds."""
+
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return median(self.values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Median, spread and count, for ``--json``."""
+        return {
+            "median_ms": round(self.median, 3),
+            "min_ms": round(min(self.values), 3),
+            "max_ms": round(max(self.values), 3),
+            "runs": len(self.values),
+        }

@@ -1,0 +1,157 @@
+"""The store against what it can't beat: plain copies, plain writes, and an answer while nothing is written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpucache.bench.series import Series
+from cpucache.bench.text import filler_prompt, filler_schema
+from cpucache.engine import Engine
+from cpucache.store import SliceInfo, Store, context_key, slice_key
+from cpucache.store.ram import Bytes
+from cpucache.store.store import WAITING
+
+_MODULES = 4
+_ROWS = 100_000
+_LOOKUPS = 2_000
+
+
+@dataclass
+class StoreReport:
+    """What was measured. Loading and saving are of the same bytes as what they are compared with."""
+
+    bytes: int = 0
+    load: Series = field(default_factory=Series)
+    copy: Series = field(default_factory=Series)
+    save: Series = field(default_factory=Series)
+    write: Series = field(default_factory=Series)
+    lookup: Series = field(default_factory=Series)
+    quiet: Series = field(default_factory=Series)
+    busy: Series = field(default_factory=Series)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The figures that count."""
+        return {
+            "load_to_copy_speed": self.copy.median / self.load.median,
+            "save_to_write_speed": self.write.median / self.save.median,
+            "busy_to_quiet_ttft": self.busy.median / self.quiet.median,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for ``--json``."""
+        names = ("load", "copy", "save", "write", "lookup", "quiet", "busy")
+        return {
+            "bytes": self.bytes,
+            **{name: getattr(self, name).as_dict() for name in names},
+            "ratios": {name: round(value, 4) for name, value in self.ratios.items()},
+        }
+
+
+def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[str], None]) -> StoreReport:
+    """Measure with slices of ``tokens`` tokens in all, in turn, ``repeat`` times over.
+
+    ``load``: from the store, with nothing in RAM and the page cache warm, into llama.cpp. ``copy``: the same bytes from
+    plain memory into llama.cpp. ``save``: until the slices are on disk. ``write``: the same bytes to plain files, with
+    fsync. ``lookup``: whether a key is there and its state, with 100,000 others in the index. ``quiet`` and ``busy``:
+    time to first token of a cached prompt, without and with slices being written in the background.
+    """
+    report = StoreReport()
+    with tempfile.TemporaryDirectory(prefix="cpucache-bench-") as name:
+        folder = Path(name)
+        engine.workspace.store = engine.store = Store(folder / "store", ram_budget=0)
+        layout = engine.add_schema(filler_schema(engine, tokens, _MODULES))
+        say(f"encoding {tokens:,} tokens")
+        engine.encode("bench")
+        engine.store.flush()
+        keys = [engine.workspace.key(segment) for segment in layout.segments]
+        states = [np.array(engine.store.get(key)) for key in keys]
+        report.bytes = sum(state.nbytes for state in states)
+        say(f"loading and saving, {repeat} times")
+        store = engine.store
+        for turn in range(repeat):
+            report.copy.values.append(_timed(_load, engine, states))
+            report.load.values.append(_timed(lambda: _load(engine, [store.get(key) for key in keys])))
+            report.write.values.append(_timed(_write, folder / f"plain-{turn}", states))
+            report.save.values.append(_timed(_save, folder / f"saved-{turn}", states))
+        say(f"looking up among {_ROWS:,}")
+        _fill(store)
+        for key in keys * (_LOOKUPS // len(keys)):
+            report.lookup.values.append(_timed(store.get, key))
+        say(f"answering, {repeat} times, without and with writes going on")
+        prompt = filler_prompt(engine, _MODULES, 12)
+        for _ in range(repeat):
+            report.quiet.values.append(_ttft(engine, prompt))
+            with _writing(engine.store, states):
+                report.busy.values.append(_ttft(engine, prompt))
+        engine.workspace.reset()
+    return report
+
+
+def _timed(action: Callable[..., object], *arguments: object) -> float:
+    started = time.perf_counter()
+    action(*arguments)
+    return (time.perf_counter() - started) * 1000
+
+
+def _load(engine: Engine, states: list[Any]) -> None:
+    engine.workspace.reset()
+    for sequence, state in enumerate(states, 1):
+        engine.context.load(sequence, state)
+    engine.workspace.reset()
+
+
+def _write(folder: Path, states: list[Bytes]) -> None:
+    folder.mkdir()
+    for index, state in enumerate(states):
+        with (folder / str(index)).open("wb") as file:
+            file.write(state.data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _save(folder: Path, states: list[Bytes]) -> None:
+    store = Store(folder, ram_budget=0)
+    for index, state in enumerate(states):
+        store.put(*_slice(index, state))
+    store.close()
+
+
+def _slice(index: int, state: Bytes) -> tuple[str, Bytes, Any, SliceInfo]:
+    tokens = np.array([index], np.int32)
+    info = SliceInfo("bench", "bench", "bench", "", 1, 0, "bench", context_key([]), 1.0)
+    return slice_key("bench", "bench", context_key([]), tokens, 0), state, tokens, info
+
+
+def _fill(store: Store) -> None:
+    """Put rows without files into the index: looking up must not depend on how many there are."""
+    assert store.index is not None
+    info = SliceInfo("rows", "rows", "rows", "", 1, 0, "rows", context_key([]), 1.0)
+    store.index.add_all((f"{number:032x}", info, 1) for number in range(_ROWS))
+
+
+def _ttft(engine: Engine, prompt: str) -> float:
+    engine.workspace.reset()
+    return engine.generate(prompt, max_tokens=1).metrics.ttft_ms
+
+
+@contextmanager
+def _writing(store: Store, states: list[Bytes]) -> Iterator[None]:
+    """As many slices as may wait are being written meanwhile."""
+    number, backlog = time.monotonic_ns() % (1 << 30), 0
+    while backlog + max(state.nbytes for state in states) <= WAITING:
+        state = states[number % len(states)]
+        store.put(*_slice(number, state))
+        backlog += state.nbytes
+        number += 1
+    yield
+    store.flush()
