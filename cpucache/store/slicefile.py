@@ -94,14 +94,14 @@ class SliceFiles:
         path.parent.mkdir(parents=True, exist_ok=True)
         digest = xxhash.xxh3_64()
         for chunk in _chunks(state, pause):
-            digest.update(chunk)
+            digest.update(chunk)  # type: ignore[arg-type]
         ids = np.ascontiguousarray(tokens, "<i4").view(np.uint8)
         header = _header(key, digest.hexdigest(), len(ids), len(state), info)
         handle, name = tempfile.mkstemp(prefix=f".{key}.", dir=path.parent)
         temporary = Path(name)
         try:
             with os.fdopen(handle, "wb", buffering=0) as file:
-                for part in (header, memoryview(ids), *_chunks(state, pause)):
+                for part in (header, ids, *_chunks(state, pause)):
                     _write_all(file, part)
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -225,14 +225,14 @@ def _header(key: str, digest: str, n_ids: int, n_state: int, info: SliceInfo) ->
     return struct.pack("<Q", len(text)) + text
 
 
-def _chunks(state: Bytes, pause: Callable[[], None] | None) -> Iterator[memoryview]:
+def _chunks(state: Bytes, pause: Callable[[], None] | None) -> Iterator[Bytes]:
     for begin in range(0, len(state), _CHUNK):
         if pause:
             pause()
-        yield memoryview(state[begin : begin + _CHUNK])
+        yield state[begin : begin + _CHUNK]
 
 
-def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
-    rest = memoryview(data).cast("B")
+def _write_all(file: io.FileIO, data: bytes | Bytes) -> None:
+    rest = memoryview(data)  # type: ignore[arg-type]
     while rest:
         rest = rest[file.write(rest) :]
