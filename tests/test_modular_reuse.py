@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cpucache.layout import ChatTemplate, SchemaLayout, bind
+from cpucache.layout import ChatTemplate, Positions, SchemaLayout, bind
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.reuse import Workspace
 from cpucache.runtime import KVType, Model
@@ -177,7 +177,7 @@ def check(
     case: Case,
     *,
     kv_type: KVType = "f32",
-    positions: str = "reserved",
+    positions: Positions = "reserved",
     packed: bool | None = None,
     ahead: bool = False,
 ) -> None:
@@ -210,7 +210,7 @@ def check(
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("positions", ["reserved", "packed"])
 @pytest.mark.parametrize("ahead", [False, True], ids=["on demand", "ahead"])
-def test_spliced_logits(name: str, positions: str, ahead: bool, tiny: TinyModel) -> None:
+def test_spliced_logits(name: str, positions: Positions, ahead: bool, tiny: TinyModel) -> None:
     check(tiny("llama"), CASES[name], positions=positions, ahead=ahead)
 
 

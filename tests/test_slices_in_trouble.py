@@ -1,4 +1,4 @@
-"""Slices through trouble: restarts, damage, lack of memory, Ctrl-C and limits. The answer is right, or refused in a line."""
+"""Slices through restarts, damage, lack of memory, Ctrl-C and limits: the answer is right, or refused in one line."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def test_what_decides_a_slice_decides_its_key(tiny: TinyModel) -> None:
         segment(tokens[20:], [other]),
     ]
     keys = []
-    for arch, kv_type in (("llama", "f16"), ("llama", "q8_0"), ("qwen2", "f16")):
+    models: tuple[tuple[str, KVType], ...] = (("llama", "f16"), ("llama", "q8_0"), ("qwen2", "f16"))
+    for arch, kv_type in models:
         with bench(tiny(arch), kv_type) as b:
             keys += [b.workspace.key(each) for each in variants]
             assert b.workspace.key(segment(tokens[20:], [segment(tokens[:20])])) == b.workspace.key(variants[3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import numpy as np
 import pytest
@@ -57,22 +58,17 @@ def steps(engine: Engine, plan: Plan, forced: list[int] | None = None) -> list[S
     return made
 
 
-@pytest.mark.parametrize("ending", ["", "<user>Which rule matters most here, and why?</user>"], ids=["alone", "asked"])
-def test_a_prompt_as_one_module_answers_as_full_prefill(ending: str, engine: Engine) -> None:
-    """``alone``: all of the prompt is the module, but for its last token. Compared at each of 64 greedy steps."""
-    rules = load_schema(resource("schemas") / "robot" / "schema.xml")
-    text = "".join(
-        child.text
-        for role in rules.children
-        for module in role.children
-        for child in getattr(module, "children", ())
-        if hasattr(child, "text")
-    )
+@pytest.mark.parametrize("question", ["in the module", "in the prompt"])
+def test_a_prompt_as_one_module_answers_as_full_prefill(question: str, engine: Engine) -> None:
+    """Compared at each of 64 greedy steps."""
+    lease = escape((resource("schemas") / "contract" / "files" / "equipment-lease.txt").read_text(encoding="utf-8"))
+    asked = "<user>Who pays for repairs, and who decides on them?</user>"
+    inside, outside = (asked, "") if question == "in the module" else ("", asked)
     engine.add_schema(
-        parse_schema(f"<schema name='whole'><module name='all'><system>{text}</system></module></schema>")
+        parse_schema(f"<schema name='whole'><module name='all'><system>{lease}</system>{inside}</module></schema>")
     )
-    plan = engine.plan(f"<prompt schema='whole'><all/>{ending}</prompt>")
-    assert plan.n_cached > 500
+    plan = engine.plan(f"<prompt schema='whole'><all/>{outside}</prompt>")
+    assert plan.n_cached == len(plan.spans[0].tokens) > 300
     uncached = steps(engine, plan.without_reuse())
     cached = steps(engine, plan, [step.token for step in uncached])
     differing = [(one, other) for one, other in zip(uncached, cached, strict=True) if one.token != other.token]

@@ -96,7 +96,8 @@ def ttft(
     if memory:
         numbers = {name: decimal(value) for name, value in result["memory"].items()}
         out.print(
-            f"peak memory: {numbers['cached']}, {numbers['slices']} of it slices; llama.cpp alone: {numbers['alone']}",
+            f"peak memory: {numbers['cached']}; llama.cpp alone {numbers['alone']}, slices {numbers['slices']}, "
+            f"cpucache {numbers['overhead']}",
             soft_wrap=True,
         )
 

@@ -265,11 +265,12 @@ def _run(command: list[str], environment: dict[str, str], log: Path, tick: Calla
 
 def _largest(folder: Path) -> int:
     """The size of the largest file. Clients write the file in one place and copy it to another: a sum counts twice."""
-    sizes = [0]
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # temporary files come and go
-            sizes.append(path.stat().st_size)
-    return max(sizes)
+    largest = 0
+    for parent, _, names in os.walk(folder):  # which, unlike rglob, bears with folders that come and go
+        for name in names:
+            with suppress(OSError):
+                largest = max(largest, Path(parent, name).stat().st_size)
+    return largest
 
 
 def _reason(log: Path) -> str:

@@ -165,7 +165,8 @@ class Oracle:
                 )
             state = part if state is None else KV.concat([state, part])
             positions += here
-        return logits[-1]
+        last: Floats = logits[-1]
+        return last
 
     def _state(self, reference: ReferenceLlama, run: TextRun) -> KV:
         if run not in self._states:
@@ -212,10 +213,10 @@ class Oracle:
             yield self._control("<|im_start|>assistant\n")
 
     def _tokens(self, text: str) -> list[int]:
-        return self._model.tokenize(text).tolist()
+        return [int(token) for token in self._model.tokenize(text)]
 
     def _control(self, text: str) -> list[int]:
-        return self._model.tokenize(text, special=True).tolist()
+        return [int(token) for token in self._model.tokenize(text, special=True)]
 
 
 def _reading_order(nodes: tuple[SchemaNode, ...]) -> Iterator[tuple[SchemaNode, bool]]:
