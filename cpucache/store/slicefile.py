@@ -101,8 +101,10 @@ class SliceFiles:
         temporary = Path(name)
         try:
             with os.fdopen(handle, "wb", buffering=0) as file:
-                for part in (header, ids, *_chunks(state, pause)):
-                    _write_all(file, part)
+                _write_all(file, header)
+                _write_all(file, ids)
+                for chunk in _chunks(state, pause):
+                    _write_all(file, chunk)
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
