@@ -65,6 +65,13 @@ def engine_options(command: Command) -> Command:
             metavar="SIZE",
             help="Memory for slices, as 512MiB or 2GiB.  [default: a quarter of what is free]",
         ),
+        click.option(
+            "--disk",
+            "disk_budget",
+            metavar="SIZE",
+            help="Disk for slices; what is worth least leaves.  [default: a quarter of what is free]",
+        ),
+        click.option("--paranoid", is_flag=True, help="Check slices each time they are read, not only the first."),
     )
     for option in reversed(options):
         command = option(command)

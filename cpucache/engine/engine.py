@@ -36,9 +36,11 @@ class Engine:
     ``model``: a name of the catalogue (default: its first), or the path of a GGUF. ``n_ctx``: cells of the context,
     which a prompt and its answer must fit (default: what the model was trained on, at most 8192). ``store``: the folder
     for slices (default ``$CPUCACHE_HOME``, else the platform's cache folder). ``ram_budget``: bytes, or text such as
-    ``"2GiB"``, that slices may take in memory (default: a quarter of what is free). ``kv_type``: type of the saved
-    keys, ``"f16"`` or ``"q8_0"``. ``flash``: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU). ``positions``:
-    how schemas are laid out.
+    ``"2GiB"``, that slices may take in memory (default: a quarter of what is free); ``disk_budget``: on disk (default: a
+    quarter of what is free there, and in the store already). ``paranoid``: check the hash of every slice each time that
+    it is read from disk, not only the first. ``kv_type``: type of the saved keys, ``"f16"`` or ``"q8_0"`` (values too
+    with ``flash="on"``). ``flash``: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU). ``positions``: how
+    schemas are laid out.
 
     Use it as a context manager, or ``close`` it. Calls from several threads take turns.
 
@@ -52,6 +54,8 @@ class Engine:
         n_ctx: int | None = None,
         store: str | Path | None = None,
         ram_budget: int | str | None = None,
+        disk_budget: int | str | None = None,
+        paranoid: bool = False,
         threads: int | None = None,
         gpu_layers: int | str = "auto",
         kv_type: KVType = "f16",
@@ -60,7 +64,7 @@ class Engine:
     ) -> None:
         path = resolve_model(str(model or default_model()))
         home = Path(store) if store else default_home()
-        budget = parse_size(ram_budget) if ram_budget is not None else None
+        ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
         self.model = Model(path, gpu_layers_=gpu_layers)
         try:
             self.context = Context(
@@ -74,7 +78,8 @@ class Engine:
             self.model.close()
             raise
         # What is free now that the weights and the context are there.
-        self.store = Store(home, ram_budget=psutil.virtual_memory().available // 4 if budget is None else budget)
+        free = psutil.virtual_memory().available
+        self.store = Store(home, ram_budget=free // 4 if ram is None else ram, disk_budget=disk, paranoid=paranoid)
         fingerprint = Fingerprints(home / "index.sqlite").of(path)
         self.workspace = Workspace(self.context, self.store, fingerprint)
         self.schemas: dict[str, SchemaLayout] = {}

@@ -48,9 +48,9 @@ class Run:
 class Context:
     """KV cells and the means to evaluate tokens into them, move them, save them and load them.
 
-    ``n_ctx`` counts cells, whatever their positions: positions may be larger. ``kv_type`` is the type of the keys;
-    values are kept in f16 (f32 with ``"f32"``), which every backend can do without flash attention. ``flash``: ``None``
-    picks what is fastest for cached prompts: off on a CPU, llama.cpp's own choice on a GPU.
+    ``n_ctx`` counts cells, whatever their positions: positions may be larger. ``kv_type`` is the type of the keys,
+    and of the values where that can be: with ``"q8_0"`` these stay f16 unless flash attention is ``"on"``. ``flash``:
+    ``None`` picks what is fastest for cached prompts: off on a CPU, llama.cpp's own choice on a GPU.
 
     Not thread-safe. Raises ``ContextFull`` when there are no free cells, ``CpucacheError`` when llama.cpp fails.
     """
@@ -77,6 +77,8 @@ class Context:
             if value not in known:
                 raise InputError(f"{name}={value!r}: must be one of {', '.join(known)}")
         self.kv_type = kv_type
+        # Without flash attention values are stored transposed, which can't be quantized.
+        self.value_type: KVType = "f16" if kv_type == "q8_0" and self.flash != "on" else kv_type
         self.n_threads = n_threads or default_threads()
         params = api.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -90,7 +92,7 @@ class Context:
         params.swa_full = True
         params.flash_attn_type = _FLASH[self.flash]
         params.type_k = _GGML_TYPES[kv_type]
-        params.type_v = _GGML_TYPES["f32" if kv_type == "f32" else "f16"]
+        params.type_v = _GGML_TYPES[self.value_type]
         params.no_perf = True
         library.last_errors(clear=True)
         self._pointer = api.llama_init_from_model(model.handle, params)
@@ -129,7 +131,7 @@ class Context:
         """What a saved state's bytes depend on besides model and tokens: part of every slice key."""
         turned = "" if os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0") == "0" else "/unturned"
         version = f"{api.LLAMA_STATE_SEQ_VERSION}/{library.version()}"
-        return f"llama-seq-{version}/k-{self.kv_type}/flash-{self.flash}{turned}"
+        return f"llama-seq-{version}/k-{self.kv_type}/v-{self.value_type}/flash-{self.flash}{turned}"
 
     def cancel(self) -> None:
         """Make the evaluation under way in another thread raise ``KeyboardInterrupt`` as soon as it can."""
