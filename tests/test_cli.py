@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cpucache.resources import resource
-from cpucache.store.disk import Disk
+from cpucache.store.slicefile import SliceFiles
 from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
 
 NAMES = {
@@ -56,9 +56,9 @@ def run(model: Path, *options: str, prompt: str = "prompt.xml", stdin: str | Non
 
 def slices(home: Path) -> set[str]:
     """Keys of the slices on disk, each of which must be sound."""
-    disk = Disk(home / "slices")
-    keys = set(disk.keys())
-    assert all(disk.get(key) is not None for key in keys)
+    files = SliceFiles(home / "slices")
+    keys = set(files)
+    assert all(files.check(key) for key in keys)
     return keys
 
 

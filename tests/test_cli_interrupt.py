@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cpucache.store.disk import Disk
+from cpucache.store.index import Index
+from cpucache.store.slicefile import SliceFiles
 from tests.support.command import PATIENCE, cpucache
 
 # Where the tests run in the background of a script, commands would inherit that Ctrl-C is ignored.
@@ -45,9 +46,9 @@ def words(count: int, seed: int) -> str:
 
 def slices(home: Path) -> set[str]:
     """Keys of the slices on disk, each of which must be sound."""
-    disk = Disk(home / "slices")
-    keys = set(disk.keys())
-    assert all(disk.get(key) is not None for key in keys)
+    files = SliceFiles(home / "slices")
+    keys = set(files)
+    assert all(files.check(key) for key in keys)
     return keys
 
 
@@ -113,7 +114,10 @@ def test_reading_a_long_prompt_can_be_interrupted(smollm2: Path, store_home: Pat
     (tmp_path / "p.xml").write_text(f'<prompt schema="s"><m/>{words(6000, 0)}</prompt>')
 
     with started("run", tmp_path / "p.xml", "-s", tmp_path / "s.xml", "-m", smollm2, "--threads", "1") as running:
-        until(lambda: bool(slices(store_home)), running)
+        # The slice has been made, and the rest is being read; the slice goes to the disk when that is done.
+        index = Index(store_home / "index.sqlite")
+        until(lambda: index.totals()["bytes"] > 0, running)
+        index.close()
         time.sleep(1)
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=PATIENCE)

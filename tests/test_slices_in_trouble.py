@@ -154,7 +154,8 @@ def test_a_state_that_llama_cpp_refuses_is_made_again(change: str, which: int, t
             "empty": state[:0],
         }[change]
         b.workspace.reset()
-        b.workspace.store.put(key, wrong.copy(), SliceInfo("", "", "", 0, 0, ""))
+        b.workspace.store.discard(key)
+        b.workspace.store.put(key, wrong.copy(), segments[which].tokens, SliceInfo("", "", "", "", 0, 0, "", "", 0.0))
         assert distance(b.logits(plan), right) < 1e-4
         again = b.workspace.store.get(key)
         assert again is not None and np.array_equal(again, state)
@@ -209,12 +210,14 @@ def test_an_interruption_leaves_all_in_order(arch: str, tiny: TinyModel, tmp_pat
     with bench(tiny(arch), home=tmp_path, n_ctx=1536) as b:
         with pytest.raises(KeyboardInterrupt):
             b.workspace.encode([anchor, module], progress=interrupt_half_way)
+        b.workspace.store.flush()
         assert files_of(tmp_path) == []
         assert distance(b.logits(small), b.expected(small)) < TOLERANCE["f32"]
         with pytest.raises(KeyboardInterrupt):
             b.workspace.prefill(large, progress=interrupt_half_way)
         for plan in (small, large, small):
             assert distance(b.logits(plan), b.expected(plan)) < TOLERANCE["f32"]
+        b.workspace.store.flush()
         assert len(files_of(tmp_path)) == 2
 
 
@@ -250,6 +253,7 @@ report["prefilled"] = seen[-1]
 whole = Segment(tokens, 0, (), "")
 report["encode"] = interrupted(lambda: workspace.encode([whole], progress=progress))
 report["encoded"] = seen[-1]
+workspace.store.flush()
 report["files"] = len(list(Path(sys.argv[2]).rglob("*.safetensors")))
 part = Segment(tokens[:100], 0, (), "")
 workspace.prefill(Plan((Span(0, part.tokens, part), Span(100, tokens[100:120]))))

@@ -15,15 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpucache.store import Fingerprints, SliceInfo, Store, context_key, default_home, slice_key
-from cpucache.store.disk import Damaged, Disk
 from cpucache.store.ram import RAM, Bytes
+from cpucache.store.slicefile import Damaged, SliceFiles
 
 KEY, OTHER = "ab" * 16, "cd" * 16
-INFO = SliceInfo(model="m", schema="s", module="a.b", tokens=3, start=7, state_format="f/\u00e9")
+TOKENS = np.array([5, 6, 7], np.int32)
+INFO = SliceInfo("fp", "m", "s", "a.b", tokens=3, start=7, state_format="f/\u00e9", context="c", seconds=0.5)
 
 
 def state(size: int = 1000, seed: int = 0) -> Bytes:
     return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
+
+
+def read(files: SliceFiles, key: str = KEY) -> Bytes:
+    found = files.get(key)
+    assert found is not None
+    return found[0]
 
 
 def same(one: Bytes | None, other: Bytes) -> bool:
@@ -83,60 +90,60 @@ def test_ram_counts_what_it_holds(steps: list[tuple[str, str, int]]) -> None:
 
 
 def test_a_slice_comes_back_from_disk(tmp_path: Path) -> None:
-    disk = Disk(tmp_path)
-    disk.put(KEY, state(), INFO)
-    assert KEY in disk
-    assert OTHER not in disk
-    assert same(disk.get(KEY), state())
-    assert disk.get(OTHER) is None
-    assert list(disk.keys()) == [KEY]
+    files = SliceFiles(tmp_path)
+    files.put(KEY, state(), TOKENS, INFO)
+    assert KEY in files
+    assert OTHER not in files
+    assert same(read(files), state())
+    assert files.get(OTHER) is None
+    assert list(files) == [KEY]
     # Nothing else is left lying around.
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [disk.path(KEY)]
-    disk.put(KEY, state(seed=1), INFO)
-    assert same(disk.get(KEY), state(seed=1))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [files.path(KEY)]
+    files.put(KEY, state(seed=1), TOKENS, INFO)
+    assert same(read(files), state(seed=1))
 
 
 def test_a_mapped_state_outlives_its_file(tmp_path: Path) -> None:
-    disk = Disk(tmp_path)
-    disk.put(KEY, state(100_000), INFO)
-    mapped = disk.get(KEY)
-    disk.drop(KEY)
-    disk.drop(KEY)
-    assert KEY not in disk
+    files = SliceFiles(tmp_path)
+    files.put(KEY, state(100_000), TOKENS, INFO)
+    mapped = read(files)
+    files.drop(KEY)
+    files.drop(KEY)
+    assert KEY not in files
     assert same(mapped, state(100_000))
     with pytest.raises(ValueError, match="read-only"):
-        mapped[0] = 1  # type: ignore[index]
+        mapped[0] = 1
 
 
 @pytest.mark.parametrize("left", [0, 7, 8, 100, -1])
 def test_a_truncated_file_is_damaged(tmp_path: Path, left: int) -> None:
-    disk = Disk(tmp_path)
-    disk.put(KEY, state(), INFO)
-    path = disk.path(KEY)
+    files = SliceFiles(tmp_path)
+    files.put(KEY, state(), TOKENS, INFO)
+    path = files.path(KEY)
     path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(Damaged, match=KEY):
-        disk.get(KEY)
+        files.get(KEY)
 
 
 def test_a_file_under_another_key_is_damaged(tmp_path: Path) -> None:
-    disk = Disk(tmp_path)
-    disk.put(KEY, state(), INFO)
-    disk.path(OTHER).parent.mkdir()
-    disk.path(KEY).rename(disk.path(OTHER))
+    files = SliceFiles(tmp_path)
+    files.put(KEY, state(), TOKENS, INFO)
+    files.path(OTHER).parent.mkdir()
+    files.path(KEY).rename(files.path(OTHER))
     with pytest.raises(Damaged, match="do not agree"):
-        disk.get(OTHER)
+        files.get(OTHER)
 
 
 def test_no_changed_byte_gives_a_changed_state(tmp_path: Path) -> None:
-    disk = Disk(tmp_path)
-    disk.put(KEY, state(64), INFO)
-    path, good = disk.path(KEY), disk.path(KEY).read_bytes()
+    files = SliceFiles(tmp_path)
+    files.put(KEY, state(64), TOKENS, INFO)
+    path, good = files.path(KEY), files.path(KEY).read_bytes()
     head = len(good) - 64
     for at in range(len(good)):
         for value in {good[at] ^ 1, ord("e"), 0} - {good[at]}:
             path.write_bytes(good[:at] + bytes([value]) + good[at + 1 :])
             try:
-                found = disk.get(KEY)
+                found = read(files)
             except Damaged:
                 continue
             assert at < head, "a changed state was accepted"
@@ -144,15 +151,15 @@ def test_no_changed_byte_gives_a_changed_state(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, small_files: None) -> None:
-    disk = Disk(tmp_path)
+    files = SliceFiles(tmp_path)
     with pytest.raises(OSError, match=r"."):
-        disk.put(KEY, state(100_000), INFO)
+        files.put(KEY, state(100_000), TOKENS, INFO)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 16 KiB: writing fails as on a full disk."""
+    """No file may grow beyond 16 KiB: writing fails as on a full files."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
     yield
@@ -166,9 +173,10 @@ def test_a_slice_is_in_both_tiers(tmp_path: Path) -> None:
     store = Store(tmp_path, ram_budget=1 << 20)
     assert KEY not in store
     assert store.get(KEY) is None
-    store.put(KEY, state(), INFO)
+    store.put(KEY, state(), TOKENS, INFO)
     assert KEY in store.ram
-    assert same(Disk(tmp_path / "slices").get(KEY), state())
+    store.close()
+    assert same(read(SliceFiles(tmp_path / "slices")), state())
     again = Store(tmp_path, ram_budget=1 << 20)
     assert KEY in again
     assert KEY not in again.ram
@@ -178,7 +186,7 @@ def test_a_slice_is_in_both_tiers(tmp_path: Path) -> None:
 
 def test_a_store_without_a_folder_is_in_memory(tmp_path: Path) -> None:
     store = Store(None, ram_budget=2000)
-    store.put(KEY, state(), INFO)
+    store.put(KEY, state(), TOKENS, INFO)
     assert same(store.get(KEY), state())
     store.discard(KEY)
     assert KEY not in store
@@ -186,14 +194,17 @@ def test_a_store_without_a_folder_is_in_memory(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_in_memory_is_read_from_disk(tmp_path: Path) -> None:
     store = Store(tmp_path, ram_budget=0)
-    store.put(KEY, state(), INFO)
+    store.put(KEY, state(), TOKENS, INFO)
+    store.flush()
     assert KEY not in store.ram
     assert same(store.get(KEY), state())
 
 
 def test_a_damaged_slice_is_set_aside_and_counts_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Store(tmp_path, ram_budget=0).put(KEY, state(), INFO)
-    path = Disk(tmp_path / "slices").path(KEY)
+    store = Store(tmp_path, ram_budget=0)
+    store.put(KEY, state(), TOKENS, INFO)
+    store.close()
+    path = SliceFiles(tmp_path / "slices").path(KEY)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     store = Store(tmp_path, ram_budget=1 << 20)
     assert store.get(KEY) is None
@@ -201,19 +212,20 @@ def test_a_damaged_slice_is_set_aside_and_counts_as_missing(tmp_path: Path, capl
     assert path.with_suffix(".damaged").is_file()
     assert [record.name for record in caplog.records] == ["cpucache.store"]
     assert "its content has changed" in caplog.text
-    store.put(KEY, state(), INFO)
+    store.put(KEY, state(), TOKENS, INFO)
+    store.close()
     assert same(Store(tmp_path, ram_budget=0).get(KEY), state())
 
 
 def test_discarding_takes_a_slice_out_of_both_tiers(tmp_path: Path) -> None:
     store = Store(tmp_path, ram_budget=1 << 20)
     for aside in (False, True):
-        store.put(KEY, state(), INFO)
+        store.put(KEY, state(), TOKENS, INFO)
+        store.flush()
         store.discard(KEY, aside=aside)
         assert KEY not in store
-        assert Disk(tmp_path / "slices").path(KEY).with_suffix(".damaged").exists() == aside
+        assert SliceFiles(tmp_path / "slices").path(KEY).with_suffix(".damaged").exists() == aside
     store.discard(KEY, aside=True)  # gone already: another process may have been faster
-    assert store.disk is not None
 
 
 def test_a_folder_that_can_t_be_written_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -222,9 +234,9 @@ def test_a_folder_that_can_t_be_written_is_reported_once(tmp_path: Path, caplog:
     assert KEY not in store
     assert store.get(KEY) is None
     for seed, key in enumerate((KEY, OTHER)):
-        store.put(key, state(seed=seed), INFO)
+        store.put(key, state(seed=seed), TOKENS, INFO)
         assert same(store.get(key), state(seed=seed))
-    assert store.disk is None
+    assert not store.writable
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert str(tmp_path / "file") in caplog.text
 
@@ -232,21 +244,24 @@ def test_a_folder_that_can_t_be_written_is_reported_once(tmp_path: Path, caplog:
 def test_a_full_disk_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, small_files: None) -> None:
     store = Store(tmp_path, ram_budget=1 << 20)
     for seed, key in enumerate((KEY, OTHER)):
-        store.put(key, state(100_000, seed), INFO)
+        store.put(key, state(100_000, seed), TOKENS, INFO)
         assert same(store.get(key), state(100_000, seed))
-    assert "going on from memory alone" in caplog.text
+        store.flush()
+    assert "going on from memory" in caplog.text
+    assert not store.writable
     assert len(caplog.records) == 1
 
 
 def test_a_slice_that_can_t_be_read_counts_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(tmp_path, ram_budget=1 << 20)
-    assert store.disk is not None
-    store.disk.path(KEY).mkdir(parents=True)
+    assert store.files is not None
+    store.files.path(KEY).mkdir(parents=True)
     assert store.get(KEY) is None
     assert KEY not in store
-    store.put(KEY, state(), INFO)
+    store.put(KEY, state(), TOKENS, INFO)
     assert same(store.get(KEY), state())
-    assert len(caplog.records) == 1
+    store.flush()
+    assert ["can't read" in message for message in caplog.messages] == [True, False]
 
 
 def test_the_default_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

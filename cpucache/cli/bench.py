@@ -105,7 +105,7 @@ def ttft(
 @bench.command("store")
 @engine_options
 @click.option("--tokens", type=click.IntRange(16), default=2000, show_default=True, help="Tokens in slices.")
-@click.option("--repeat", type=click.IntRange(1), default=9, show_default=True)
+@click.option("--repeat", type=click.IntRange(1), default=9, show_default=True, help="Runs of each.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def store_speed(model: str, tokens: int, repeat: int, as_json: bool, **options: Any) -> None:
     """The store against plain copies and writes, and an answer while it writes."""

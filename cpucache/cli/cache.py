@@ -6,8 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,13 +70,8 @@ def _age(text: str) -> float:
     return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-@contextmanager
-def _store() -> Iterator[Store]:
-    store = Store(default_home(), ram_budget=0)
-    try:
-        yield store
-    finally:
-        store.close()
+def _store() -> Store:
+    return Store(default_home(), ram_budget=0)
 
 
 def _index(store: Store) -> Any:
@@ -88,7 +82,7 @@ def _index(store: Store) -> Any:
 
 @cache.command("ls")
 @_selection
-@click.option("--sort", type=click.Choice(list(_SORTS)), default="used", show_default=True)
+@click.option("--sort", type=click.Choice(list(_SORTS)), default="used", show_default=True, help="The order.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def list_slices(schema: str | None, model: str | None, older: str | None, sort: str, as_json: bool) -> None:
     """List slices: where they belong, their size, how often and when they were used."""

@@ -37,9 +37,9 @@ class Engine:
     which a prompt and its answer must fit (default: what the model was trained on, at most 8192). ``store``: the folder
     for slices (default ``$CPUCACHE_HOME``, else the platform's cache folder). ``ram_budget``: bytes, or text such as
     ``"2GiB"``, that slices may take in memory (default: a quarter of what is free); ``disk_budget``: on disk (default:
-    a quarter of what is free there, and in the store already). ``paranoid``: check the hash of every slice each time that
-    it is read from disk, not only the first. ``kv_type``: type of the saved keys, ``"f16"`` or ``"q8_0"`` (values too
-    with ``flash="on"``). ``flash``: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU). ``positions``: how
+    a quarter of what is free there, and in the store already). ``paranoid``: check the hash of every slice each time
+    that it is read from disk, not only the first. ``kv_type``: type of the saved keys, ``"f16"`` or ``"q8_0"`` (values
+    too with ``flash="on"``). ``flash``: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU). ``positions``: how
     schemas are laid out.
 
     Use it as a context manager, or ``close`` it. Calls from several threads take turns.

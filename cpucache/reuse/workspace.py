@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -47,6 +48,10 @@ class Encoded:
     seconds: float = 0.0
 
 
+class _Gone(Exception):
+    """A slice that was there is not any more: found damaged, or evicted by another process."""
+
+
 class Workspace:
     """Gets plans into a context, making on the way what slices are missing.
 
@@ -72,12 +77,15 @@ class Workspace:
             self._keys[segment] = key
         return key
 
-    def missing(self, segments: Iterable[Segment]) -> list[Segment]:
-        """Those of ``segments`` that have no slice, and what of their contexts is needed to make them, in order."""
+    def missing(self, segments: Iterable[Segment], held: Collection[Segment] = ()) -> list[Segment]:
+        """Those of ``segments`` that have no slice, and what of their contexts is needed to make them, in order.
+
+        Those ``held`` count as had.
+        """
         needed: dict[Segment, None] = {}
 
         def add(segment: Segment) -> None:
-            if segment not in needed and self.key(segment) not in self.store:
+            if segment not in needed and segment not in held and self.key(segment) not in self.store:
                 for other in segment.context:
                     add(other)
                 needed[segment] = None
@@ -90,46 +98,45 @@ class Workspace:
         """Make the slices that are missing among ``segments``."""
         segments = list(segments)
         report = Encoded()
+        states: dict[Segment, Bytes] = {}
 
         def make() -> None:
-            missing = self.missing(segments)
-            self._make(missing, set(), schema, report, counting(progress, _tokens(missing)))
+            missing = self.missing(segments, states)
+            self._make(missing, set(), states, schema, report, counting(progress, _tokens(missing)))
 
-        self._mending(make)
+        self._mending(make, states)
         return report
 
     def _make(
         self,
         missing: list[Segment],
         wanted: set[Segment],
+        states: dict[Segment, Bytes],
         schema: str,
         report: Encoded,
         progress: Step | None,
-    ) -> dict[Segment, Bytes]:
-        """Encode ``missing``; gives the states of those ``wanted``, as far as they were made here.
+    ) -> None:
+        """Encode ``missing``; adds to ``states`` those ``wanted``, as far as they were made here.
 
         What another process is making already is waited for, up to the store's patience.
         """
         if not missing:
-            return {}
+            return
         self._check_spliceable()
         self.store.missed(len(missing))
         started = waiting = time.monotonic()
         # Kept at hand besides the wanted: contexts of what comes later. A small store may drop any of them for what is
         # made now.
         keep = wanted | {other for segment in missing for other in segment.context}
-        states = {segment: self._stored(segment) for segment in keep.difference(missing)}
-
-        def state(segment: Segment) -> Bytes:
-            return states[segment] if segment in states else self._stored(segment)
-
+        for segment in keep.difference(missing):
+            self._held(states, segment)
         todo = missing
         while todo:
             mine = self._claimed(todo)
             if not mine and time.monotonic() - waiting > self.store.patience:
                 mine = todo
             try:
-                for made in self._encoder.encode(mine, state, progress):
+                for made in self._encoder.encode(mine, partial(self._held, states), progress):
                     self._keep(made, schema, report)
                     if made.segment in keep:
                         states[made.segment] = made.state
@@ -142,7 +149,6 @@ class Workspace:
             waiting = waiting if len(left) == len(todo) else time.monotonic()
             todo = left
         report.seconds += time.monotonic() - started
-        return states
 
     def _claimed(self, segments: list[Segment]) -> list[Segment]:
         """Those of ``segments`` that this process is to make now: nobody else is at them, and their contexts exist."""
@@ -174,11 +180,14 @@ class Workspace:
         report.tokens += len(segment.tokens)
         report.bytes += made.state.nbytes
 
-    def _stored(self, segment: Segment) -> Bytes:
-        state = self.store.get(self.key(segment))
-        if state is None:
-            raise Refused(segment)
-        return state
+    def _held(self, states: dict[Segment, Bytes], segment: Segment) -> Bytes:
+        """The state of a segment, kept at hand in ``states`` from then on. Raises ``_Gone``."""
+        if segment not in states:
+            state = self.store.get(self.key(segment))
+            if state is None:
+                raise _Gone
+            states[segment] = state
+        return states[segment]
 
     def _check_spliceable(self) -> None:
         if not self.context.can_shift:
@@ -202,18 +211,17 @@ class Workspace:
             self._splicer.reset()
         encoded = Encoded()
         wanted = plan.segments
+        states: dict[Segment, Bytes] = {}
 
         def splice() -> Spliced:
-            missing = self.missing(wanted)
+            missing = self.missing(wanted, states)
             step = counting(progress, _tokens(missing) + plan.n_tokens - plan.n_cached)
-            states = self._make(missing, set(wanted), schema, encoded, step)
+            self._make(missing, set(wanted), states, schema, encoded, step)
             with self.store.quiet():
-                return self._splicer.splice(
-                    plan, lambda segment: states[segment] if segment in states else self._stored(segment), step
-                )
+                return self._splicer.splice(plan, partial(self._held, states), step)
 
         with self.store.using(self.key(segment) for segment in wanted):
-            spliced = self._mending(splice)
+            spliced = self._mending(splice, states)
         return Prefill(
             prompt_tokens=plan.n_tokens,
             cached_tokens=spliced.loaded + spliced.kept,
@@ -224,16 +232,23 @@ class Workspace:
             prefill_ms=spliced.prefill_ms,
         )
 
-    def _mending(self, action: Callable[[], T]) -> T:
-        """Do ``action``; slices that turn out to be unusable are made again, each of them once."""
+    def _mending(self, action: Callable[[], T], states: dict[Segment, Bytes]) -> T:
+        """Do ``action``; slices that turn out to be unusable are made again, each of them once.
+
+        So are those that go before they are had, as often as that happens: what is in ``states`` by then is kept, so
+        that each attempt gets further than the one before.
+        """
         refused: set[Segment] = set()
         while True:
             try:
                 return action()
+            except _Gone:
+                continue
             except Refused as error:
                 if error.segment in refused:
                     raise CpucacheError(f"{error}, not even when made anew; check the store's disk") from error
                 refused.add(error.segment)
+                states.pop(error.segment, None)
                 self.store.discard(self.key(error.segment))
 
     def append(self, tokens: Tokens) -> None:

@@ -45,7 +45,8 @@ class Claims:
             with self._lock:
                 lock = self._held.pop(key, None)
             if lock is not None:
+                # Deleted while it is held: who waits for it finds that out and makes a new one. Windows refuses that.
                 with contextlib.suppress(OSError):
-                    # Deleted while it is held: who waits for it finds that out and makes a new one.
                     Path(lock.lock_file).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
                     lock.release()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cpucache.store.slicefile import SliceInfo
 
@@ -56,6 +56,13 @@ class Row:
     pinned: bool
 
 
+class _Victim(NamedTuple):
+    key: str
+    bytes: int
+    value: float
+    created: float
+
+
 class Index:
     """The account of the slices in one folder. Raises ``sqlite3.Error`` and ``OSError`` when its file can't be used.
 
@@ -76,6 +83,17 @@ class Index:
         except BaseException:
             self._database.close()
             raise
+
+    @property
+    def complete(self) -> bool:
+        """Whether what lay in the folder when this file was made is in the account."""
+        with self._lock:
+            return bool(self._database.execute("PRAGMA user_version").fetchone()[0])
+
+    def completed(self) -> None:
+        """Note that it is."""
+        with self._lock:
+            self._database.execute("PRAGMA user_version = 1")
 
     def close(self) -> None:
         """Close the file."""
@@ -102,56 +120,78 @@ class Index:
         The rule is GreedyDual-Size-Frequency (Cherkasova 1998): a slice's value is what it is worth when it is used,
         plus the store's age at that moment; the least valuable leaves, and the age rises to its value. What was used
         once ages away however much of it there is, so a stream of new documents pushes itself out, not what is used
-        every day. Pinned slices and those in ``keep`` stay. ``delete`` removes a victim's file, inside the
-        transaction, so that the disk never holds more than the budget.
+        every day. Pinned slices and those in ``keep`` stay. ``delete`` removes a victim's file before its room
+        is given to another, so that the disk never holds more than the budget.
 
-        False when the slice is there already, or when there is no room that may be made.
+        A slice that is in the account already has its room; until ``commit`` it counts as unfinished again. False when
+        there is no room that may be made.
         """
-        with self._change() as database:
-            known = database.execute("SELECT whole FROM slices WHERE key = ?", (key,)).fetchone()
-            if known:
-                return not known[0]
-            used, age = self._total("bytes"), self._total("age")
-            if used + size > budget:
-                victims = self._victims(used + size - budget, keep)
-                if victims is None:
+        while True:
+            with self._change() as database:
+                again = "UPDATE slices SET whole = 0, created = ? WHERE key = ?"
+                if database.execute(again, (time.time(), key)).rowcount:
+                    return True
+                excess = self._total("bytes") + size - budget
+                if excess <= 0:
+                    self._insert(key, info, size, whole=False)
+                    return True
+                victims, enough = self._victims(excess, keep)
+                if not enough:
                     return False
-                for victim, value in victims:
-                    delete(victim)
-                    database.execute("DELETE FROM slices WHERE key = ?", (victim,))
-                    age = max(age, value)
-                database.execute("UPDATE totals SET number = ? WHERE name = 'age'", (age,))
-                database.execute("UPDATE totals SET number = number + ? WHERE name = 'evicted'", (len(victims),))
-            self._insert(key, info, size, whole=False)
-            return True
+                leaving = self._doom(victims)
+            self._evict(victims, leaving, delete)
 
     def shrink(self, budget: int, delete: Callable[[str], None]) -> int:
         """Evict down to ``budget``, as far as what is pinned allows; gives the bytes freed."""
-        with self._change() as database:
-            excess = self._total("bytes") - budget
-            rows = database.execute("SELECT key, bytes FROM slices WHERE whole = 1 AND pinned = 0 ORDER BY value")
-            freed = 0
-            for key, size in rows.fetchall():
-                if freed >= excess:
-                    break
-                delete(key)
-                database.execute("DELETE FROM slices WHERE key = ?", (key,))
-                freed += size
-            return freed
+        with self._change():
+            victims, _ = self._victims(self._total("bytes") - budget, ())
+            leaving = self._doom(victims)
+        self._evict(victims, leaving, delete)
+        return sum(victim.bytes for victim in victims)
 
-    def _victims(self, needed: float, keep: Collection[str]) -> list[tuple[str, float]] | None:
-        victims: list[tuple[str, float]] = []
+    def _victims(self, needed: float, keep: Collection[str]) -> tuple[list[_Victim], bool]:
+        """What is worth least, up to so many bytes, and whether these suffice."""
+        victims: list[_Victim] = []
         rows = self._database.execute(
-            "SELECT key, bytes, value FROM slices WHERE whole = 1 AND pinned = 0 ORDER BY value"
+            "SELECT key, bytes, value, created FROM slices WHERE whole = 1 AND pinned = 0 ORDER BY value"
         )
-        for key, size, value in rows:
-            if key in keep:
-                continue
-            victims.append((key, value))
-            needed -= size
+        for victim in map(_Victim._make, rows):
             if needed <= 0:
-                return victims
-        return None
+                break
+            if victim.key not in keep:
+                victims.append(victim)
+                needed -= victim.bytes
+        return victims, needed <= 0
+
+    def _doom(self, victims: Iterable[_Victim]) -> float:
+        """Count victims as unfinished. Gives the moment, by which ``_evict`` knows them again.
+
+        A process that is killed before it has told of what it deleted leaves no account of slices that are not there.
+        """
+        now = time.time()
+        self._database.executemany(
+            "UPDATE slices SET whole = 0, created = ? WHERE key = ?", [(now, victim.key) for victim in victims]
+        )
+        return now
+
+    def _evict(self, victims: Sequence[_Victim], leaving: float, delete: Callable[[str], None]) -> None:
+        gone = 0
+        try:
+            for victim in victims:
+                delete(victim.key)
+                gone += 1
+        finally:
+            # Without its file, a victim may have been made again already, in the room that it has.
+            same = "WHERE key = ? AND whole = 0 AND created = ?"
+            with self._change() as database:
+                for victim in victims[:gone]:
+                    database.execute(f"DELETE FROM slices {same}", (victim.key, leaving))
+                for victim in victims[gone:]:
+                    again = f"UPDATE slices SET whole = 1, created = ? {same}"
+                    database.execute(again, (victim.created, victim.key, leaving))
+                age = max((victim.value for victim in victims[:gone]), default=0.0)
+                database.execute("UPDATE totals SET number = max(number, ?) WHERE name = 'age'", (age,))
+                database.execute("UPDATE totals SET number = number + ? WHERE name = 'evicted'", (gone,))
 
     def _insert(self, key: str, info: SliceInfo, size: int, *, whole: bool) -> None:
         now = time.time()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 import tempfile
@@ -43,7 +44,10 @@ def export_pack(store: Store, keys: Iterable[str], path: Path) -> Pack:
     if files is None:
         raise InputError("a store in memory has no slices to export")
     keys = tuple(keys)
-    known = {key: files.info(key) for key in keys}
+    try:
+        known = {key: files.info(key) if files.check(key) else None for key in keys}
+    except Damaged as damaged:
+        raise InputError(f"{damaged}; run `cpucache cache verify --repair`, then encode the schema again") from damaged
     models = {(found[0].fingerprint, found[0].model) for found in known.values() if found}
     if not models or None in known.values():
         raise InputError("there are no such slices in the store; encode the schema first")
@@ -87,13 +91,14 @@ def import_pack(store: Store, path: Path, *, fingerprint: str | None = None) -> 
             with tarfile.open(path, "r:") as tar:
                 pack = _manifest(tar, path)
                 _extract(tar, pack, staged, path)
-        except (tarfile.TarError, EOFError) as error:
+        except (tarfile.TarError, EOFError, ValueError) as error:
             raise InputError(f"{path}: not a pack, or truncated ({error})") from error
         if fingerprint is not None and pack.fingerprint != fingerprint:
             raise InputError(f"{path}: it was made for another model ({pack.model})")
         for key in pack.keys:
             _check(staged, key, pack, path)
-        return pack, sum(store.adopt(key, staged) for key in pack.keys)
+        with store.using(pack.keys):
+            return pack, sum(store.adopt(key, staged) for key in pack.keys)
 
 
 def _manifest(tar: tarfile.TarFile, path: Path) -> Pack:
@@ -106,7 +111,7 @@ def _manifest(tar: tarfile.TarFile, path: Path) -> Pack:
         pack = Pack(str(said["fingerprint"]), str(said["model"]), tuple(str(key) for key in said["slices"]))
         fine = said["format"] == _FORMAT and len(set(pack.keys)) == len(pack.keys)
         fine = fine and all(len(key) == 32 and set(key) <= set("0123456789abcdef") for key in pack.keys)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: its {_MANIFEST} can't be read ({error})") from error
     if not fine:
         raise InputError(f"{path}: its {_MANIFEST} is not one of this version")
@@ -118,13 +123,15 @@ def _extract(tar: tarfile.TarFile, pack: Pack, staged: SliceFiles, path: Path) -
     expected = {f"{key}.safetensors": key for key in pack.keys}
     while (entry := tar.next()) is not None:
         key = expected.pop(entry.name, None)
-        file = tar.extractfile(entry) if entry.isreg() else None
+        file = tar.extractfile(entry) if entry.isreg() and not entry.issparse() else None
         if key is None or file is None:
             raise InputError(f"{path}: '{entry.name[:80]}' does not belong into a pack; nothing was imported")
         target = staged.path(key)
         target.parent.mkdir(exist_ok=True)
         with target.open("wb") as out:
             shutil.copyfileobj(file, out, 1 << 20)
+            out.flush()
+            os.fsync(out.fileno())
     if expected:
         raise InputError(f"{path}: {len(expected)} of its slices are missing; nothing was imported")
 

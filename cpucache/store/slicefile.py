@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import mmap
 import os
 import struct
@@ -157,7 +158,7 @@ class SliceFiles:
                 if stat.st_size < 8:
                     raise Damaged(f"{path}: truncated")
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         length = struct.unpack_from("<Q", mapping)[0]
         if length > min(stat.st_size - 8, _HEADER_LIMIT):
@@ -169,6 +170,7 @@ class SliceFiles:
             state, tokens = (_tensor(header[name], kind, data) for name, kind in (("state", "U8"), ("tokens", "I32")))
             info = _info(metadata)
             fine = metadata["format"] == _FORMAT and metadata["key"] == key and isinstance(metadata["xxh3"], str)
+            fine = fine and info.seconds >= 0 and math.isfinite(info.seconds)
             fine = fine and state.nbytes + tokens.nbytes == data.nbytes and info.tokens * 4 == tokens.nbytes
         except (ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError) as error:
             raise Damaged(f"{path}: not a slice ({error})") from error

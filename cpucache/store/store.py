@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TypeAlias
 
 import platformdirs
@@ -74,6 +75,7 @@ class Store:
         self._misses = 0
         self._noted = time.monotonic()
         self._checked: dict[str, Identity] = {}
+        self._useless: set[str] = set()  # slices whose files can neither be used nor be taken away
         self._writer: Writer[_Job] = Writer(self._write, self._note, limit=WAITING)
         self.writable = home is not None
         self._warned = False
@@ -99,12 +101,20 @@ class Store:
             self.index.close()
             self.index = None
 
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     # -- slices ------------------------------------------------------------------------------------------------------
     def __contains__(self, key: str) -> bool:
         if key in self.ram or key in self._writer:
             return True
         try:
-            return self.files is not None and key in self.files
+            return self.files is not None and key not in self._useless and key in self.files
         except OSError as error:
             self._trouble(error)
             return False
@@ -126,16 +136,19 @@ class Store:
         return state
 
     def _mapped(self, key: str) -> Bytes | None:
-        if self.files is None:
+        if self.files is None or key in self._useless:
             return None
         try:
             found = self.files.get(key, unless=None if self.paranoid else self._checked.get(key))
         except Damaged as damaged:
             _log.warning("%s; it is set aside and made again", damaged)
             self.discard(key, aside=True)
+            if key in self:
+                self._useless.add(key)
             return None
         except OSError as error:
             _log.warning("can't read a slice (%s); it is made again", error)
+            self._useless.add(key)
             return None
         if found is None:
             return None
@@ -151,6 +164,8 @@ class Store:
     def discard(self, key: str, *, aside: bool = False) -> None:
         """Forget a slice; ``aside`` keeps its file under another name for inspection."""
         self.ram.drop(key)
+        self._writer.drop(key)
+        self._claims.release([key])
         self._checked.pop(key, None)
         try:
             if self.files is not None:
@@ -173,8 +188,12 @@ class Store:
         if not self.index.reserve(key, *found, self.disk_budget, keep, self.files.drop):
             return False
         path = self.files.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.path(key).replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged.path(key).replace(path)
+        except BaseException:
+            self.index.remove([key])
+            raise
         self.index.commit(key)
         return True
 
@@ -225,7 +244,7 @@ class Store:
             self._claims.release([key])
 
     def _write_file(self, key: str, state: Bytes, tokens: Ids, info: SliceInfo) -> None:
-        if self.files is None or self.index is None or not self.writable:
+        if self.files is None or self.index is None or not self.writable or key in self.files:
             return
         with self._lock:
             keep = set(self._using)
@@ -261,8 +280,12 @@ class Store:
 
 
 def _open_index(home: Path) -> Index:
-    """The index of a folder. One that is no database (any more) is put aside and made anew from the files."""
+    """The index of a folder. One that is no database (any more) is put aside.
+
+    One that is new, for whatever reason, is filled from the files.
+    """
     path = home / "index.sqlite"
+    files = SliceFiles(home / "slices")
     try:
         index = Index(path)
     except sqlite3.DatabaseError as error:
@@ -273,8 +296,19 @@ def _open_index(home: Path) -> Index:
         for leftover in ("-wal", "-shm"):
             path.with_name(path.name + leftover).unlink(missing_ok=True)
         index = Index(path)
-        rebuild(index, SliceFiles(home / "slices"))
-    index.remove(index.unfinished(_ABANDONED))
+    try:
+        if not index.complete:
+            rebuild(index, files)
+            index.completed()
+        for key in index.unfinished(_ABANDONED):
+            # Whoever was at it, writing or evicting, was killed before the account was right again.
+            if key in files:
+                index.commit(key)
+            else:
+                index.remove([key])
+    except BaseException:
+        index.close()
+        raise
     return index
 
 
@@ -284,7 +318,7 @@ def rebuild(index: Index, files: SliceFiles) -> int:
     count = 0
     for key in files:
         if key not in known:
-            with contextlib.suppress(Damaged):
+            with contextlib.suppress(Damaged, OSError):
                 found = files.info(key)
                 if found is not None:
                     index.add_all([(key, *found)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -46,22 +47,21 @@ def verify(
     store.flush()
     listed = {row.key for row in store.index.rows()}
     there = list(store.files)
+    leftovers = [path.name for path in store.files.leftovers()]
     findings = []
     for done, key in enumerate(there):
         try:
-            store.files.check(key)
-        except Damaged as damaged:
+            if store.files.check(key) and key not in listed:
+                findings.append(Finding("unlisted", key))
+        except (Damaged, OSError) as damaged:
             findings.append(Finding("damaged", key, str(damaged)))
             if repair:
                 store.discard(key, aside=True)
-        else:
-            if key not in listed:
-                findings.append(Finding("unlisted", key))
         if progress:
             progress(done + 1, len(there))
     missing = listed.difference(there)
     findings += [Finding("missing", key) for key in sorted(missing) if key not in store.files]
-    findings += [Finding("leftover", path.name) for path in store.files.leftovers()]
+    findings += [Finding("leftover", name) for name in leftovers]
     if repair:
         store.index.remove(finding.name for finding in findings if finding.kind == "missing")
         rebuild(store.index, store.files)
@@ -75,10 +75,12 @@ def collect(store: Store) -> int:
     store.flush()
     freed = 0
     for path in list(store.files.leftovers()):
-        # A file that another process is writing right now is young.
-        if time.time() - path.stat().st_mtime > _YOUNG or path.suffix == ".damaged":
-            freed += path.stat().st_size
-            path.unlink(missing_ok=True)
+        # Another process may be about to give a file its name.
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            if time.time() - stat.st_mtime > _YOUNG or path.suffix == ".damaged":
+                path.unlink()
+                freed += stat.st_size
     store.index.remove(store.index.unfinished(_YOUNG))
     store.index.remove([row.key for row in store.index.rows() if row.key not in store.files])
     rebuild(store.index, store.files)

@@ -25,6 +25,7 @@ class Writer(Generic[Job]):
         self._idle = idle
         self._limit = limit
         self._jobs: OrderedDict[str, tuple[Job, int]] = OrderedDict()
+        self._doing: str | None = None
         self._waiting = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -55,6 +56,19 @@ class Writer(Generic[Job]):
             self._jobs[key] = (job, size)
             self._waiting += size
             self._awake()
+
+    def drop(self, key: str) -> None:
+        """Have a job not done after all. Waits for the end of one that is under way."""
+        with self._changed:
+            self._pressed += 1
+            self._changed.notify_all()
+            while self._doing == key:
+                self._changed.wait()
+            self._pressed -= 1
+            dropped = self._jobs.pop(key, None)
+            if dropped is not None:
+                self._waiting -= dropped[1]
+                self._changed.notify_all()
 
     def poke(self) -> None:
         """Have ``idle`` called soon, though nothing is to be written."""
@@ -96,13 +110,16 @@ class Writer(Generic[Job]):
             self._pressed -= 1
 
     def close(self) -> None:
-        """Do what is waiting, and end the thread."""
+        """Do what is waiting, and end the thread. A later job starts another."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:
             thread.join()
+        with self._changed:
+            self._thread = None
+            self._closing = False
 
     def _run(self) -> None:
         while True:
@@ -113,12 +130,14 @@ class Writer(Generic[Job]):
                 if job is None and not self._poked:
                     return
                 self._poked = False
+                self._doing = job[0] if job else None
             if job is not None:
                 key, (what, size) = job
                 self._write(key, what)
                 with self._changed:
                     # Only now: until a slice lies in its file, it is found here.
                     del self._jobs[key]
+                    self._doing = None
                     self._waiting -= size
                     self._changed.notify_all()
             if not self._jobs:

@@ -110,7 +110,11 @@ def bench(
 ) -> Iterator[Bench]:
     """A bench over the model at ``path``; ``home`` and ``ram_budget`` are the store's."""
     with opened(path, kv_type, n_ctx=n_ctx) as context, opened(path, kv_type, n_ctx=n_ctx) as truth:
-        yield Bench(Workspace(context, Store(home, ram_budget=ram_budget), path.stem), truth)
+        store = Store(home, ram_budget=ram_budget)
+        try:
+            yield Bench(Workspace(context, store, path.stem), truth)
+        finally:
+            store.close()
 
 
 def segment(tokens: Tokens, context: Sequence[Segment] = (), *, home: int | None = None) -> Segment:
