@@ -178,6 +178,25 @@ def test_always_new_documents_do_not_push_out_what_is_used_daily(tmp_path: Path)
     shelf.index.close()
 
 
+def test_what_is_used_once_a_day_comes_to_stay(tmp_path: Path) -> None:
+    """A day brings twice what the store holds: at first the daily set is pushed out, but it is remembered."""
+    shelf = Shelf(tmp_path / "index.sqlite", 1000)
+    daily = [f"daily {number}" for number in range(40)]
+    found = []
+    for day in range(20):
+        there = shelf.keys
+        found.append(len(there.intersection(daily)))
+        shelf.index.touch({key: 1 for key in daily if key in there})
+        for key in daily:
+            if key not in there:
+                assert shelf.add(key)
+        for number in range(200):
+            assert shelf.add(f"document {day} {number}", 10, 1.0)
+    assert found[1] == 0
+    assert found[5:] == [40] * 15
+    shelf.index.close()
+
+
 def test_what_was_used_daily_once_leaves_in_the_end(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path / "index.sqlite", 100)
     shelf.add("old")

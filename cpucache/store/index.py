@@ -25,11 +25,14 @@ CREATE TABLE IF NOT EXISTS slices (
     seconds REAL NOT NULL,
     bytes INTEGER NOT NULL,
     created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL DEFAULT 0,
+    before INTEGER NOT NULL,              -- how often it was used before it was last evicted
     pinned INTEGER NOT NULL DEFAULT 0,
     whole INTEGER NOT NULL,               -- 0 while its file is being written: its bytes are spoken for
     value REAL NOT NULL                   -- what decides who leaves first, see Index.reserve
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_value ON slices (whole, pinned, value);
+CREATE TABLE IF NOT EXISTS past (key TEXT PRIMARY KEY, uses INTEGER NOT NULL, gone REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_gone ON past (gone);
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, number REAL NOT NULL) WITHOUT ROWID;
 INSERT OR IGNORE INTO totals VALUES
     ('bytes', 0), ('age', 0), ('hits', 0), ('misses', 0), ('seconds_saved', 0), ('evicted', 0);
@@ -40,7 +43,8 @@ CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON slices
 """
 _WAIT = 20.0  # seconds for another process to finish its transaction
 # A slice is worth the seconds of evaluation that it saves for the room that it takes, times how often it is asked for.
-_WORTH = "(hits + 1) * seconds * 1e6 / bytes"
+_WORTH = "(hits + before + 1) * seconds * 1e6 / bytes"
+_REMEMBERED = 20_000  # evicted slices whose uses are remembered: some 60 bytes each
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ class Index:
         The rule is GreedyDual-Size-Frequency (Cherkasova 1998): a slice's value is what it is worth when it is used,
         plus the store's age at that moment; the least valuable leaves, and the age rises to its value. What was used
         once ages away however much of it there is, so a stream of new documents pushes itself out, not what is used
-        every day. Pinned slices and those in ``keep`` stay. ``delete`` removes a victim's file before its room
+        every day; nor what is used once a day, for how often a slice was used is remembered when it leaves, and counts
+        when it comes back. Pinned slices and those in ``keep`` stay. ``delete`` removes a victim's file before its room
         is given to another, so that the disk never holds more than the budget.
 
         A slice that is in the account already has its room; until ``commit`` it counts as unfinished again. False when
@@ -185,7 +190,13 @@ class Index:
             same = "WHERE key = ? AND whole = 0 AND created = ?"
             with self._change() as database:
                 for victim in victims[:gone]:
+                    uses = f"SELECT key, hits + before + 1, ? FROM slices {same}"
+                    database.execute(f"INSERT OR REPLACE INTO past {uses}", (time.time(), victim.key, leaving))
                     database.execute(f"DELETE FROM slices {same}", (victim.key, leaving))
+                database.execute(
+                    "DELETE FROM past WHERE gone < (SELECT gone FROM past ORDER BY gone DESC LIMIT 1 OFFSET ?)",
+                    (_REMEMBERED,),
+                )
                 for victim in victims[gone:]:
                     again = f"UPDATE slices SET whole = 1, created = ? {same}"
                     database.execute(again, (victim.created, victim.key, leaving))
@@ -198,11 +209,14 @@ class Index:
         row = asdict(info) | {"key": key, "bytes": size, "created": now, "used": now, "whole": whole}
         columns = ", ".join(row)
         marks = ", ".join(f":{name}" for name in row)
+        before = "coalesce((SELECT uses FROM past WHERE key = :key), 0)"
+        age = "(SELECT number FROM totals WHERE name = 'age')"
         self._database.execute(
-            f"INSERT OR IGNORE INTO slices ({columns}, value) VALUES ({marks}, "
-            "(SELECT number FROM totals WHERE name = 'age') + :seconds * 1e6 / :bytes)",
+            f"INSERT OR IGNORE INTO slices ({columns}, before, value) "
+            f"VALUES ({marks}, {before}, {age} + ({before} + 1) * :seconds * 1e6 / :bytes)",
             row,
         )
+        self._database.execute("DELETE FROM past WHERE key = ?", (key,))
 
     def commit(self, key: str) -> None:
         """The file of a reserved slice is there, whole."""

@@ -85,7 +85,7 @@ def import_pack(store: Store, path: Path, *, fingerprint: str | None = None) -> 
         raise InputError("a store in memory can't import a pack")
     store.files.folder.mkdir(parents=True, exist_ok=True)
     # Beside the slices, so that they only have to be renamed.
-    with tempfile.TemporaryDirectory(prefix=".import-", dir=store.files.folder.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".import-", dir=store.files.folder) as folder:
         staged = SliceFiles(Path(folder))
         try:
             with tarfile.open(path, "r:") as tar:

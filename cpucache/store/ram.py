@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import TypeAlias
 
@@ -14,13 +15,15 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 class RAM:
     """States by key, the least recently used dropped first. What is larger than the whole budget is not kept.
 
-    A state may be memory of this process or a mapping of a file: both count in full.
+    A state may be memory of this process or a mapping of a file: both count in full. May be used
+    from several threads.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.used = 0
         self._states: OrderedDict[str, Bytes] = OrderedDict()
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._states)
@@ -30,29 +33,33 @@ class RAM:
 
     def get(self, key: str) -> Bytes | None:
         """The state, which counts as used now."""
-        state = self._states.get(key)
-        if state is not None:
-            self._states.move_to_end(key)
-        return state
+        with self._lock:
+            state = self._states.get(key)
+            if state is not None:
+                self._states.move_to_end(key)
+            return state
 
     def put(self, key: str, state: Bytes) -> None:
         """Keep a state, dropping others as needed."""
-        self.drop(key)
-        if state.nbytes > self.budget:
-            return
-        self._states[key] = state
-        self.used += state.nbytes
-        while self.used > self.budget:
-            _, dropped = self._states.popitem(last=False)
-            self.used -= dropped.nbytes
+        with self._lock:
+            self.drop(key)
+            if state.nbytes > self.budget:
+                return
+            self._states[key] = state
+            self.used += state.nbytes
+            while self.used > self.budget:
+                _, dropped = self._states.popitem(last=False)
+                self.used -= dropped.nbytes
 
     def drop(self, key: str) -> None:
         """Forget a state, if it is there."""
-        state = self._states.pop(key, None)
-        if state is not None:
-            self.used -= state.nbytes
+        with self._lock:
+            state = self._states.pop(key, None)
+            if state is not None:
+                self.used -= state.nbytes
 
     def clear(self) -> None:
         """Forget everything."""
-        self._states.clear()
-        self.used = 0
+        with self._lock:
+            self._states.clear()
+            self.used = 0

@@ -79,9 +79,10 @@ class SliceFiles:
                 yield path.stem
 
     def leftovers(self) -> Iterator[Path]:
-        """Temporary files of writers that were killed, and files that were set aside."""
+        """Temporary files of writers and imports that were killed, and files that were set aside."""
         yield from self.folder.glob("??/.*")
         yield from self.folder.glob("??/*.damaged")
+        yield from self.folder.glob(".import-*/??/*")
 
     def put(
         self, key: str, state: Bytes, tokens: Ids, info: SliceInfo, pause: Callable[[], None] | None = None
