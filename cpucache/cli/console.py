@@ -65,7 +65,9 @@ def read_prompt(name: str, *, schema: str) -> Prompt:
 
 
 def seconds(milliseconds: float) -> str:
-    """A time for people: ``1.3 ms``, ``231 ms``, ``4.75 s``."""
+    """A time for people: ``25 µs``, ``1.3 ms``, ``231 ms``, ``4.75 s``."""
+    if milliseconds < 0.1:
+        return f"{milliseconds * 1000:.0f} µs"
     if milliseconds >= 1000:
         return f"{milliseconds / 1000:.2f} s"
     return f"{milliseconds:.1f} ms" if milliseconds < 10 else f"{milliseconds:.0f} ms"
