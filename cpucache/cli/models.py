@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cpucache.models.catalogue import default_model, known_models
-from cpucache.models.library import models_dir, resolve_model, unlisted_files
 from cpucache.models.pull import OnProgress, Progress, pull, remove
+from cpucache.models.weights import models_dir, resolve_model, unlisted_files
 
 Row: TypeAlias = dict[str, Any]
 

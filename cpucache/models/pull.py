@@ -24,8 +24,8 @@ from rich.filesize import decimal
 from cpucache.errors import CpucacheError, ModelError
 from cpucache.models.catalogue import Weights, known_models
 from cpucache.models.gguf_file import check_gguf
-from cpucache.models.library import models_dir, unknown_model, weights_file
 from cpucache.models.sources import HubPart, Part, Source, hub_file
+from cpucache.models.weights import models_dir, unknown_model, weights_file
 
 _POLL_SECONDS = 0.1
 _CHILD_GRACE_SECONDS = 5

@@ -166,7 +166,9 @@ class Splicer:
 
     def _load(self, span: Span, sequence: int, state: State) -> None:
         assert span.segment is not None
-        if not self.context.load(SCRATCH, state(span.segment)):
+        # llama.cpp compares the shapes in the state's header with the model's, but takes whatever positions it finds.
+        loaded = self.context.load(SCRATCH, state(span.segment))
+        if not loaded or self.context.last_position(SCRATCH) != span.segment.end - 1:
             raise Refused(span.segment)
         if len(span.tokens) < len(span.segment.tokens):
             self.context.remove(SCRATCH, span.segment.home + len(span.tokens))

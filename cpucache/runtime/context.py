@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cpucache.errors import ContextFull, CpucacheError, InputError
-from cpucache.runtime import library
+from cpucache.runtime import llama
 from cpucache.runtime.hardware import default_threads
 from cpucache.runtime.interrupt import Interruptible
-from cpucache.runtime.library import api
+from cpucache.runtime.llama import api
 from cpucache.runtime.model import Model, Tokens
 from cpucache.runtime.sampler import Sampler
 
@@ -94,11 +94,11 @@ class Context:
         params.type_k = _GGML_TYPES[kv_type]
         params.type_v = _GGML_TYPES[self.value_type]
         params.no_perf = True
-        library.last_errors(clear=True)
+        llama.last_errors(clear=True)
         self._pointer = api.llama_init_from_model(model.handle, params)
         if not self._pointer:
             raise CpucacheError(
-                f"llama.cpp can't make a context of {n_ctx} tokens: {library.last_errors() or 'out of memory?'}; "
+                f"llama.cpp can't make a context of {n_ctx} tokens: {llama.last_errors() or 'out of memory?'}; "
                 "try a smaller --ctx"
             )
         self.n_ctx = int(api.llama_n_ctx(self._ctx))
@@ -130,7 +130,7 @@ class Context:
     def state_format(self) -> str:
         """What a saved state's bytes depend on besides model and tokens: part of every slice key."""
         turned = "" if os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0") == "0" else "/unturned"
-        version = f"{api.LLAMA_STATE_SEQ_VERSION}/{library.version()}"
+        version = f"{api.LLAMA_STATE_SEQ_VERSION}/{llama.version()}"
         return f"llama-seq-{version}/k-{self.kv_type}/v-{self.value_type}/flash-{self.flash}{turned}"
 
     def cancel(self) -> None:
@@ -188,16 +188,14 @@ class Context:
             seq_id=lists.ctypes.data_as(ctypes.POINTER(i32)),
             logits=wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
-        library.last_errors(clear=True)
+        llama.last_errors(clear=True)
         status = api.llama_decode(self._ctx, batch)
         if status == _ABORTED:
             raise KeyboardInterrupt
         if status == _NO_CELLS:
             raise ContextFull(f"the context of {self.n_ctx} tokens is full; raise it with --ctx (n_ctx=…)")
         if status != 0:
-            raise CpucacheError(
-                f"llama.cpp failed to evaluate {count} tokens (status {status}): {library.last_errors()}"
-            )
+            raise CpucacheError(f"llama.cpp failed to evaluate {count} tokens (status {status}): {llama.last_errors()}")
 
     def _row(self, index: int) -> Logits:
         pointer = api.llama_get_logits_ith(self._ctx, index)
@@ -244,7 +242,7 @@ class Context:
         out = np.empty(size, np.uint8)
         written = int(api.llama_state_seq_get_data(self._ctx, out.ctypes.data_as(_U8), size, sequence))
         if written != size:
-            raise CpucacheError(f"llama.cpp saved {written} of {size} bytes of state: {library.last_errors()}")
+            raise CpucacheError(f"llama.cpp saved {written} of {size} bytes of state: {llama.last_errors()}")
         return out
 
     def load(self, sequence: int, state: Bytes) -> bool:
@@ -252,9 +250,9 @@ class Context:
 
         Raises ``ContextFull`` when the cells do not suffice.
         """
-        library.last_errors(clear=True)
+        llama.last_errors(clear=True)
         taken = int(api.llama_state_seq_set_data(self._ctx, state.ctypes.data_as(_U8), len(state), sequence))
-        if taken == 0 and "cells in kv cache" in library.last_errors():  # too few of them free, or altogether
+        if taken == 0 and "cells in kv cache" in llama.last_errors():  # too few of them free, or altogether
             raise ContextFull(f"the context of {self.n_ctx} tokens is full; raise it with --ctx (n_ctx=…)")
         return 0 < taken == len(state)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from cpucache.runtime import library
-from cpucache.runtime.library import api
+from cpucache.runtime import llama
+from cpucache.runtime.llama import api
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def hardware() -> Hardware:
         memory_available=memory.available,
         gpu_offload=gpu_offload(),
         features=_features(),
-        llama_cpp=library.version(),
+        llama_cpp=llama.version(),
     )
 
 
@@ -59,7 +59,7 @@ def default_threads() -> int:
 
 def gpu_offload() -> bool:
     """Whether this build of llama.cpp sees a device that layers can be offloaded to."""
-    library.start()
+    llama.start()
     return bool(api.llama_supports_gpu_offload())
 
 
@@ -73,7 +73,7 @@ def gpu_layers(setting: int | str) -> int:
 @cache
 def _features() -> tuple[str, ...]:
     """The instruction sets that llama.cpp was built with and uses, from its own system line (``AVX512 = 1 | …``)."""
-    library.start()
+    llama.start()
     text = api.llama_print_system_info().decode("utf-8", "replace")
     pairs = (item.rpartition(":")[2].partition("=") for item in text.split("|"))
     return tuple(name.strip() for name, _, value in pairs if value.strip() == "1")

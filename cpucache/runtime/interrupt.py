@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from cpucache.runtime.library import api
+from cpucache.runtime.llama import api
 
 # llama.cpp asks its abort callback at every node of the graph, and each question goes through Python. That is lost in a
 # long prefill and would cost several per cent of a single token, which ends within a fraction of a second anyway.

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cpucache.errors import ModelError
-from cpucache.runtime import library
+from cpucache.runtime import llama
 from cpucache.runtime.hardware import gpu_layers
-from cpucache.runtime.library import api
+from cpucache.runtime.llama import api
 
 Tokens = npt.NDArray[np.int32]
 
@@ -34,18 +34,18 @@ class Model:
     """
 
     def __init__(self, path: Path | str, *, gpu_layers_: int | str = "auto", vocab_only: bool = False) -> None:
-        library.start()
+        llama.start()
         self.path = Path(path)
         self.gpu_layers = gpu_layers(gpu_layers_)
         self.vocab_only = vocab_only
         params = api.llama_model_default_params()
         params.n_gpu_layers = self.gpu_layers
         params.vocab_only = vocab_only
-        library.last_errors(clear=True)
+        llama.last_errors(clear=True)
         self._model = api.llama_model_load_from_file(str(self.path).encode(), params)
         if not self._model:
             raise ModelError(
-                f"{self.path}: llama.cpp can't load this model: {library.last_errors() or 'no reason given'}"
+                f"{self.path}: llama.cpp can't load this model: {llama.last_errors() or 'no reason given'}"
             )
 
     # -- lifetime ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpucache.errors import InputError
-from cpucache.runtime.library import api
+from cpucache.runtime.llama import api
 from cpucache.runtime.model import Model, Tokens
 
 _RECENT = 64  # tokens that the repetition penalty looks back on, llama.cpp's own default
