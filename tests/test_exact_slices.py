@@ -248,5 +248,7 @@ def test_what_is_shared_is_not_evaluated_again(tiny: TinyModel) -> None:
         assert workspace.prefill(again, fresh=True).fresh_tokens == 20
         # What is in the context already needs no store.
         workspace.store.ram.clear()
+        assert workspace.prefill(plan_of(one, question)).fresh_tokens == 10
+        workspace.reset()
         assert workspace.prefill(plan_of(one, question)).encoded_tokens == 30
         assert workspace.prefill(Plan((Span(0, tokens),))).fresh_tokens == 100

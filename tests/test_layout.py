@@ -37,7 +37,7 @@ def text(layout: SchemaLayout, segment: Segment) -> str:
 def shown(layout: SchemaLayout) -> list[tuple[str, str, int, list[str]]]:
     """Module, text, home, and what is in sight, of every segment."""
     return [
-        (segment.module, text(layout, segment), segment.home, [text(layout, seen) for seen in segment.context])
+        (segment.module, text(layout, segment), segment.home, [text(layout, seen) for seen in segment.sees])
         for segment in layout.segments
     ]
 
@@ -94,7 +94,7 @@ def test_modules_that_are_not_cached_have_segments_that_others_see() -> None:
         ("c", True, False),
         (FILLER, False, True),
     ]
-    assert [text(layout, seen) for seen in layout.segments[2].context] == ["A", "b"]
+    assert [text(layout, seen) for seen in layout.segments[2].sees] == ["A", "b"]
     assert [extent.cache for extent in layout.extent.children] == [False]
 
 

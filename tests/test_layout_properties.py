@@ -191,11 +191,11 @@ def test_contexts_are_earlier_segments_that_lie_before(case: Case) -> None:
     visible = visible_modules(case.layout.schema, "", set())
     for segment in case.layout.segments:
         assert len(segment.tokens) > 0
-        assert earlier.issuperset(segment.context)
+        assert earlier.issuperset(segment.sees)
         # Each context is that of its last segment, and this segment: so contexts make a tree.
-        assert not segment.context or segment.context == (*segment.context[-1].context, segment.context[-1])
+        assert not segment.context or segment.sees == (*segment.sees[-1].sees, segment.sees[-1])
         assert segment.context_end == segment.home if case.layout.packed else segment.context_end <= segment.home
-        assert {seen.module for seen in segment.context} <= visible[segment.module]
+        assert {seen.module for seen in segment.sees} <= visible[segment.module]
         earlier.add(segment)
     assert all(segment.end <= case.layout.length for segment in case.layout.segments)
 
@@ -232,10 +232,10 @@ def test_binding_and_laying_are_deterministic(case: Case) -> None:
         (span.start, span.tokens.tolist(), span.delta) for span in plan.spans
     ]
     assert [
-        (segment.module, segment.home, segment.tokens.tolist(), [seen.home for seen in segment.context])
+        (segment.module, segment.home, segment.tokens.tolist(), [seen.home for seen in segment.sees])
         for segment in other.segments
     ] == [
-        (segment.module, segment.home, segment.tokens.tolist(), [seen.home for seen in segment.context])
+        (segment.module, segment.home, segment.tokens.tolist(), [seen.home for seen in segment.sees])
         for segment in case.layout.segments
     ]
 

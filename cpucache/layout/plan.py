@@ -7,30 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from cpucache.layout.segment import Segment
+from cpucache.layout.segment import Segment, Span
 from cpucache.layout.vocabulary import Tokens, empty, joined
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens at consecutive positions from ``start``: a slice to splice, or (no segment) fresh tokens to evaluate.
-
-    The tokens of a slice are its segment's, or the first of them.
-    """
-
-    start: int
-    tokens: Tokens
-    segment: Segment | None = None
-
-    @property
-    def end(self) -> int:
-        """The position behind the last token."""
-        return self.start + len(self.tokens)
-
-    @property
-    def delta(self) -> int:
-        """By how many positions the slice must be moved from where it was saved."""
-        return self.start - self.segment.home if self.segment else 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +16,8 @@ class Plan:
     """Spans in order of position. Gaps between them are positions left out; spans never overlap."""
 
     spans: tuple[Span, ...]
+    exact: bool = False
+    """Slices have seen all that stands before them, so that it makes no difference whether they were there before."""
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -65,7 +45,7 @@ class Plan:
 
     def without_reuse(self) -> Plan:
         """The same tokens, all fresh and back to back: a full prefill."""
-        return Plan((Span(0, self.tokens),))
+        return Plan((Span(0, self.tokens),), exact=True)
 
 
 Piece: TypeAlias = Segment | Tokens

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from cpucache.errors import PMLError
-from cpucache.layout.segment import Segment
+from cpucache.layout.segment import Segment, Span
 from cpucache.layout.template import ChatTemplate
 from cpucache.layout.vocabulary import Tokens, Vocabulary, joined
 from cpucache.pml.tree import Module, Parameter, Role, RoleName, Schema, SchemaNode, Scope, Text, Union
@@ -108,14 +108,14 @@ class _Laying:
         self.extent = Extent("schema", layout.schema.name, 0, 0)
         self._scope(layout.schema, [], self.extent, "", cache=True)
 
-    def _scope(self, scope: Scope, visible: list[Segment], extent: Extent, path: str, *, cache: bool) -> None:
+    def _scope(self, scope: Scope, visible: list[Span], extent: Extent, path: str, *, cache: bool) -> None:
         """Lay ``scope`` behind ``visible``, which grows by what later text of the same scope may see."""
         run: list[tuple[Place, Tokens]] = []
 
         def add(tokens: Tokens, *, placeholder: bool = False) -> Segment:
             start = (visible[-1].end if visible else 0) if self.packed else self._cursor
             segment = Segment(tokens, start, tuple(visible), path, cache, placeholder)
-            visible.append(segment)
+            visible.append(segment.span)
             self.segments.append(segment)
             self._cursor = segment.end
             return segment
@@ -150,7 +150,7 @@ class _Laying:
         flush()
         extent.end = max([self._cursor, *(child.end for child in extent.children)])
 
-    def _module(self, module: Module, visible: list[Segment], parent: Extent, path: str) -> list[Segment]:
+    def _module(self, module: Module, visible: list[Span], parent: Extent, path: str) -> list[Span]:
         """Lay a module in the sight of ``visible``; gives what may be seen behind it, itself included."""
         before = self._cursor
         inner = list(visible)
@@ -163,11 +163,11 @@ class _Laying:
         self._cursor = before if self.packed else extent.end
         return inner
 
-    def _union(self, union: Union, visible: list[Segment], parent: Extent, path: str) -> None:
+    def _union(self, union: Union, visible: list[Span], parent: Extent, path: str) -> None:
         start = (visible[-1].end if visible else 0) if self.packed else self._cursor
         extent = Extent("union", union.scaffold or "", start, start)
         parent.children.append(extent)
-        seen: list[Segment] = []
+        seen: list[Span] = []
         # Members are alternatives: none stands before another.
         first, last_role = self._first, self.last_role
         for member in union.members:

@@ -1,8 +1,9 @@
-"""Segments: runs of tokens whose KV state is one slice."""
+"""Segments: runs of tokens whose KV state is one slice; spans: where they stand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from cpucache.layout.vocabulary import Tokens
 
@@ -11,15 +12,15 @@ from cpucache.layout.vocabulary import Tokens
 class Segment:
     """A run of tokens evaluated together, in the sight of a fixed context.
 
-    ``home`` is the position of the first token in the saved slice. ``context`` are the segments that these tokens
-    attend to, in the order of their positions; the segment is evaluated right behind the last of them and then moved
-    home. Compared by identity: equal text in two modules makes two segments, which get one key if all that decides
-    their state is equal.
+    ``home`` is the position of the first token in the saved slice. ``context`` are the slices that these tokens attend
+    to, in the order of their positions, as they stand then; the segment is evaluated right behind the last of them and
+    then moved home. Compared by identity: equal text in two modules makes two segments, which get one key if all that
+    decides their state is equal.
     """
 
     tokens: Tokens
     home: int
-    context: tuple[Segment, ...]
+    context: tuple[Span, ...]
     module: str
     """Dotted path of the module that the text belongs to, empty for the schema itself."""
     cache: bool = True
@@ -36,3 +37,60 @@ class Segment:
     def context_end(self) -> int:
         """The position behind the last token in sight, where this segment is evaluated."""
         return self.context[-1].end if self.context else 0
+
+    @cached_property
+    def sees(self) -> tuple[Segment, ...]:
+        """The segments of the context."""
+        return tuple(span.segment for span in self.context if span.segment)
+
+    @cached_property
+    def chained(self) -> bool:
+        """Whether it stands right behind everything before it and sees all of that: no approximation, nothing moved."""
+        if not self.context:
+            return self.home == 0
+        last = self.context[-1]
+        before = last.segment
+        return (
+            before is not None
+            and self.home == last.end
+            and last.whole
+            and not last.delta
+            and before.context == self.context[:-1]
+            and before.chained
+        )
+
+    @cached_property
+    def span(self) -> Span:
+        """All of it, at home."""
+        return Span(self.home, self.tokens, self)
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Tokens at consecutive positions from ``start``: a slice to splice, or (no segment) fresh tokens to evaluate.
+
+    The tokens of a slice are its segment's, or the first of them. Compared by identity.
+    """
+
+    start: int
+    tokens: Tokens
+    segment: Segment | None = None
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.start + len(self.tokens)
+
+    @property
+    def delta(self) -> int:
+        """By how many positions the slice must be moved from where it was saved."""
+        return self.start - self.segment.home if self.segment else 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of its segment."""
+        return self.segment is not None and len(self.tokens) == len(self.segment.tokens)
+
+    def moved(self, delta: int) -> Span:
+        """The same tokens, ``delta`` positions further on."""
+        return Span(self.start + delta, self.tokens, self.segment) if delta else self

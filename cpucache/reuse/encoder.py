@@ -18,6 +18,8 @@ from cpucache.runtime.model import Tokens
 # Tokens evaluated before their slices are saved and their cells freed. Segments that are evaluated side by side are
 # only masked from one another, not skipped, so larger waves cost more than the rotation of keys that they save.
 _WAVE = 2048
+# Tokens of short segments that are evaluated in one go.
+_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Made:
 
 
 class Encoder:
-    """Makes slices in the splicer's context, which is empty of other things afterwards."""
+    """Makes slices in the splicer's context."""
 
     def __init__(self, splicer: Splicer) -> None:
         self._splicer = splicer
@@ -64,20 +66,54 @@ class Encoder:
         with the same context share a batch (15 to 35% faster for short modules), and all that were moved share one
         rotation of keys. ``progress`` is told about tokens evaluated.
         """
+        scattered = False
         for context, stretches in _by_context(segments):
-            for wave in self._waves(context, stretches):
-                sight = Plan(tuple(Span(segment.home, segment.tokens, segment) for segment in context))
+            sight = Plan(context)
+            if len(stretches) == 1 and not stretches[0].delta:
+                self._splicer.splice(sight, state)
+                yield from self._extend(stretches[0].segments, progress)
+                continue
+            scattered = True
+            for wave in self._waves(sight, stretches):
                 self._splicer.splice(sight, state)
                 try:
                     yield from self._evaluate(wave, progress)
                 except BaseException:
                     self._splicer.reset()
                     raise
-        self._splicer.reset()
+        if scattered:
+            # What lies in one piece loads faster.
+            self._splicer.reset()
 
-    def _waves(self, context: Sequence[Segment], stretches: Sequence[Stretch]) -> Iterator[list[Stretch]]:
+    def _extend(self, segments: Sequence[Segment], progress: Step | None) -> Iterator[Made]:
+        """Evaluate segments that each follow the one before where their context lies already, and leave them there.
+
+        What is finished is given away before more is evaluated, so that it is saved meanwhile, and Ctrl-C loses little.
+        """
+        for batch in self._batches(segments):
+            started = time.perf_counter()
+            tokens = np.concatenate([segment.tokens for segment in batch])
+            self._splicer.append(tokens, progress)
+            seconds = (time.perf_counter() - started) / len(tokens)
+            for segment in batch:
+                state = self._splicer.capture(segment)
+                assert state is not None, "a segment just evaluated behind its context"
+                yield Made(segment, state, seconds * len(segment.tokens))
+
+    def _batches(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+        batch: list[Segment] = []
+        for segment in segments:
+            batch.append(segment)
+            # A recurrent state must be saved before it goes on.
+            if self._context.model.recurrent or sum(len(segment.tokens) for segment in batch) >= _BATCH:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _waves(self, sight: Plan, stretches: Sequence[Stretch]) -> Iterator[list[Stretch]]:
         # One cell stays free for the token that applies a shift.
-        room = min(_WAVE, self._context.n_ctx - sum(len(segment.tokens) for segment in context) - 1)
+        room = min(_WAVE, self._context.n_ctx - sight.n_tokens - 1)
         wave: list[Stretch] = []
         used = 0
         for stretch in stretches:
@@ -117,28 +153,24 @@ class Encoder:
             context.remove(sequence)
 
 
-def _by_context(segments: Iterable[Segment]) -> list[tuple[tuple[Segment, ...], list[Stretch]]]:
+def _by_context(segments: Iterable[Segment]) -> list[tuple[tuple[Span, ...], list[Stretch]]]:
     """Stretches of segments grouped by the context that they share, short contexts first."""
-    groups: dict[tuple[int, ...], tuple[tuple[Segment, ...], list[Stretch]]] = {}
+    groups: dict[tuple[Span, ...], list[Stretch]] = {}
     run: list[Segment] = []
 
     def close() -> None:
         if run:
-            context = run[0].context
-            group = groups.setdefault(tuple(id(segment) for segment in context), (context, []))
-            group[1].append(Stretch(tuple(run)))
+            groups.setdefault(run[0].context, []).append(Stretch(tuple(run)))
             run.clear()
 
     for segment in segments:
         # A segment sees those before it at home. Only a stretch that need not be moved has them there.
         if run and not (
             run[0].home == run[0].context_end
-            and segment.context
-            and segment.context[-1] is run[-1]
-            and len(segment.context) == len(run[-1].context) + 1
+            and segment.context == (*run[-1].context, run[-1].span)
             and segment.home == run[-1].end
         ):
             close()
         run.append(segment)
     close()
-    return sorted(groups.values(), key=lambda group: len(group[0]))
+    return sorted(groups.items(), key=lambda group: len(group[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TypeAlias
 
 import numpy as np
@@ -86,11 +87,11 @@ class Splicer:
             raise
         return report
 
-    def append(self, tokens: Tokens) -> None:
+    def append(self, tokens: Tokens, progress: Step | None = None) -> None:
         """Evaluate tokens behind the target's last, keeping the logits of the last of them."""
         try:
             start = self.end
-            self.context.decode([Run(TARGET, start, tokens)], logits="last")
+            self.context.decode([Run(TARGET, start, tokens)], logits="last", progress=progress)
             if self._held and self._held[-1].segment is None:
                 last = self._held.pop()
                 start, tokens = last.start, np.concatenate([last.tokens, tokens])
@@ -99,13 +100,39 @@ class Splicer:
             self.reset()
             raise
 
+    def capture(self, segment: Segment) -> Bytes | None:
+        """The state of a segment that the target holds as fresh tokens: they count as its slice from then on.
+
+        ``None`` when it does not: other tokens stand there, or something else than the segment's context before them,
+        or the model's state has gone on since (a recurrent one is never that of earlier tokens).
+        """
+        index = len(segment.context)
+        if len(self._held) <= index or not all(map(_same, self._held, segment.context)):
+            return None
+        held = self._held[index]
+        count = len(segment.tokens)
+        if held.segment or held.start != segment.home or not np.array_equal(held.tokens[:count], segment.tokens):
+            return None
+        if not self.context.model.recurrent:
+            self.context.share(TARGET, SCRATCH, segment.home, segment.end)
+            state = self.context.save(SCRATCH)
+            self.context.remove(SCRATCH)
+        elif segment.end == self.end:
+            state = self.context.save(TARGET)
+        else:
+            return None
+        rest = Span(segment.end, held.tokens[count:])
+        self._held[index : index + 1] = [segment.span, rest] if len(rest.tokens) else [segment.span]
+        return state
+
+    def shared(self, plan: Plan) -> int:
+        """How many spans at the head of ``plan`` the target holds as they are."""
+        return sum(1 for _ in takewhile(lambda pair: _same(*pair), zip(self._held, plan.spans, strict=False)))
+
     def _keep(self, plan: Plan, report: Spliced) -> list[Span]:
         """Cut the target back to what it shares with ``plan``; gives the spans that are still to come."""
-        shared = 0
-        for held, wanted in zip(self._held, plan.spans, strict=False):
-            if not _same(held, wanted):
-                break
-            shared += 1
+        self._close_up(plan)
+        shared = self.shared(plan)
         rest = list(plan.spans[shared:])
         end = plan.spans[shared - 1].end if shared else 0
         if rest and shared < len(self._held):
@@ -123,6 +150,29 @@ class Splicer:
             return list(plan.spans)
         report.kept = plan.n_tokens - sum(len(span.tokens) for span in rest)
         return rest
+
+    def _close_up(self, plan: Plan) -> None:
+        """Where ``plan`` leaves out what stands in the middle of the target, move the rest down in place.
+
+        So a truncated conversation costs one rotation of keys: nothing is evaluated, and nothing loaded.
+        """
+        begin = self.shared(plan)
+        if begin >= min(len(self._held), len(plan.spans)) or not self.context.can_shift or self.context.model.window:
+            return
+        gap, first = self._held[begin].start, plan.spans[begin]
+        for index in range(begin + 1, len(self._held)):
+            held = self._held[index]
+            if held.segment is None or held.segment is not first.segment:
+                continue
+            delta = first.start - held.start
+            if delta < 0 and first.start >= gap:
+                # A slice is what it is wherever it stands. Fresh tokens have seen what is leaving.
+                staying = list(takewhile(lambda span: span.segment, self._held[index:]))
+                self.context.remove(TARGET, staying[-1].end)
+                self.context.remove(TARGET, gap, held.start)
+                self.context.shift(TARGET, delta, held.start)
+                self._held[begin:] = [span.moved(delta) for span in staying]
+            return
 
     def _cut(self, end: int) -> bool:
         """Drop the target's cells from position ``end`` on. False: everything had to go."""
@@ -149,9 +199,10 @@ class Splicer:
         """
         started = time.perf_counter()
         for park, stretch in zip((TARGET, *FREE), stretches, strict=False):
-            for span in stretch.slices:
+            # A recurrent state is that of all tokens up to its last.
+            for span in stretch.slices[-1:] if self.context.model.recurrent else stretch.slices:
                 self._load(span, park, state)
-                report.loaded += len(span.tokens)
+            report.loaded += sum(len(span.tokens) for span in stretch.slices)
         report.splice_ms += _since(started)
         for park, stretch in zip((TARGET, *FREE), stretches, strict=False):
             if park != TARGET and stretch.slices:
@@ -170,7 +221,7 @@ class Splicer:
         loaded = self.context.load(SCRATCH, state(span.segment))
         if not loaded or self.context.last_position(SCRATCH) != span.segment.end - 1:
             raise Refused(span.segment)
-        if len(span.tokens) < len(span.segment.tokens):
+        if not span.whole:
             self.context.remove(SCRATCH, span.segment.home + len(span.tokens))
         if span.delta:
             self.context.shift(SCRATCH, span.delta)

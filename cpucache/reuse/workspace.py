@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -32,7 +32,7 @@ class Prefill:
     """Tokens that were not evaluated: spliced, or in the context already."""
     fresh_tokens: int = 0
     encoded_tokens: int = 0
-    """Tokens evaluated to make slices that were missing."""
+    """Tokens evaluated to make slices that were missing. In an exact plan these are among the fresh ones."""
     encode_ms: float = 0.0
     splice_ms: float = 0.0
     prefill_ms: float = 0.0
@@ -46,6 +46,14 @@ class Encoded:
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    made: set[Segment] = field(default_factory=set, repr=False)
+
+    def add(self, made: Made) -> None:
+        """Count a slice that was made."""
+        self.slices += 1
+        self.tokens += len(made.segment.tokens)
+        self.bytes += made.state.nbytes
+        self.made.add(made.segment)
 
 
 class _Gone(Exception):
@@ -66,16 +74,31 @@ class Workspace:
         self._splicer = Splicer(context)
         self._encoder = Encoder(self._splicer)
         self._keys: WeakKeyDictionary[Segment, str] = WeakKeyDictionary()
+        self.prefill_rate: float | None = None
+        """Tokens evaluated in a second, as last measured over 32 tokens or more; ``None``: not yet."""
 
     # -- slices ------------------------------------------------------------------------------------------------------
     def key(self, segment: Segment) -> str:
         """The key of a segment's slice under this model and context."""
         key = self._keys.get(segment)
         if key is None:
-            context = context_key(self.key(other) for other in segment.context)
+            context = self._context_key(segment)
             key = slice_key(self._fingerprint, self.context.state_format, context, segment.tokens, segment.home)
             self._keys[segment] = key
         return key
+
+    def _context_key(self, segment: Segment) -> str:
+        return context_key(
+            (self.key(span.segment), span.start, len(span.tokens)) for span in segment.context if span.segment
+        )
+
+    def keys(self, plan: Plan) -> list[str]:
+        """The keys of the slices that a plan is made of."""
+        return [self.key(segment) for segment in self._loaded(plan.segments)]
+
+    def _loaded(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        """Those of consecutive segments whose slices are loaded: a recurrent state is that of all tokens before."""
+        return segments[-1:] if self.context.model.recurrent else segments
 
     def missing(self, segments: Iterable[Segment], held: Collection[Segment] = ()) -> list[Segment]:
         """Those of ``segments`` that have no slice, and what of their contexts is needed to make them, in order.
@@ -83,12 +106,17 @@ class Workspace:
         Those ``held`` count as had.
         """
         needed: dict[Segment, None] = {}
+        had = set(held)
 
         def add(segment: Segment) -> None:
-            if segment not in needed and segment not in held and self.key(segment) not in self.store:
-                for other in segment.context:
-                    add(other)
-                needed[segment] = None
+            if segment in needed or segment in had:
+                return
+            if self.key(segment) in self.store:
+                had.add(segment)
+                return
+            for other in self._loaded(segment.sees):
+                add(other)
+            needed[segment] = None
 
         for segment in segments:
             add(segment)
@@ -102,7 +130,7 @@ class Workspace:
 
         def make() -> None:
             missing = self.missing(segments, states)
-            self._make(missing, set(), states, schema, report, counting(progress, _tokens(missing)))
+            self._make(missing, (), (), states, schema, report, counting(progress, _tokens(missing)))
 
         self._mending(make, states)
         return report
@@ -110,7 +138,8 @@ class Workspace:
     def _make(
         self,
         missing: list[Segment],
-        wanted: set[Segment],
+        wanted: Collection[Segment],
+        held: Collection[Segment],
         states: dict[Segment, Bytes],
         schema: str,
         report: Encoded,
@@ -118,17 +147,18 @@ class Workspace:
     ) -> None:
         """Encode ``missing``; adds to ``states`` those ``wanted``, as far as they were made here.
 
+        Those ``held`` lie in the context, where they will be found.
         What another process is making already is waited for, up to the store's patience.
         """
         if not missing:
             return
-        self._check_spliceable()
+        self._check_can_be_made(missing)
         self.store.missed(len(missing))
         started = waiting = time.monotonic()
         # Kept at hand besides the wanted: contexts of what comes later. A small store may drop any of them for what is
         # made now.
-        keep = wanted | {other for segment in missing for other in segment.context}
-        for segment in keep.difference(missing):
+        keep = {*wanted, *(other for segment in missing for other in self._loaded(segment.sees))}
+        for segment in keep.difference(missing, held):
             self._held(states, segment)
         todo = missing
         while todo:
@@ -137,7 +167,8 @@ class Workspace:
                 mine = todo
             try:
                 for made in self._encoder.encode(mine, partial(self._held, states), progress):
-                    self._keep(made, schema, report)
+                    self._keep(made, schema)
+                    report.add(made)
                     if made.segment in keep:
                         states[made.segment] = made.state
             finally:
@@ -155,14 +186,14 @@ class Workspace:
         mine: dict[Segment, None] = {}
         elsewhere: set[Segment] = set()
         for segment in segments:
-            ready = elsewhere.isdisjoint(segment.context)
+            ready = elsewhere.isdisjoint(self._loaded(segment.sees))
             if ready and self.store.claim(self.key(segment)):
                 mine[segment] = None
             elif self.key(segment) not in self.store:
                 elsewhere.add(segment)
         return list(mine)
 
-    def _keep(self, made: Made, schema: str, report: Encoded) -> None:
+    def _keep(self, made: Made, schema: str) -> None:
         segment = made.segment
         info = SliceInfo(
             fingerprint=self._fingerprint,
@@ -172,13 +203,10 @@ class Workspace:
             tokens=len(segment.tokens),
             start=segment.home,
             state_format=self.context.state_format,
-            context=context_key(self.key(other) for other in segment.context),
+            context=self._context_key(segment),
             seconds=made.seconds,
         )
         self.store.put(self.key(segment), made.state, segment.tokens, info)
-        report.slices += 1
-        report.tokens += len(segment.tokens)
-        report.bytes += made.state.nbytes
 
     def _held(self, states: dict[Segment, Bytes], segment: Segment) -> Bytes:
         """The state of a segment, kept at hand in ``states`` from then on. Raises ``_Gone``."""
@@ -189,14 +217,27 @@ class Workspace:
             states[segment] = state
         return states[segment]
 
-    def _check_spliceable(self) -> None:
-        if not self.context.can_shift:
-            model = self.context.model
-            kind = "keeps a recurrent state" if model.recurrent else "ties what it knows to absolute positions"
-            raise ModelError(
-                f"{model.path.name}: a {model.architecture} model {kind}, so that modules can't be spliced into it; "
-                "use --no-cache (use_cache=False)"
-            )
+    def _check_can_be_made(self, segments: Iterable[Segment]) -> None:
+        """What sees everything before it is made where it stands, with any model. The rest has to be moved."""
+        if not self.context.can_shift and not all(segment.chained for segment in segments):
+            raise self._rigid()
+
+    def _check_can_be_spliced(self, plan: Plan) -> None:
+        if self.context.can_shift:
+            return
+        before: tuple[Segment | None, ...] = ()
+        for span in plan.spans:
+            if span.segment and not (span.whole and not span.delta and span.segment.sees == before):
+                raise self._rigid()
+            before = (*before, span.segment)
+
+    def _rigid(self) -> ModelError:
+        model = self.context.model
+        kind = "keeps a recurrent state" if model.recurrent else "ties what it knows to absolute positions"
+        return ModelError(
+            f"{model.path.name}: a {model.architecture} model {kind}, so that modules can't be spliced into it; "
+            "use --no-cache (use_cache=False)"
+        )
 
     # -- prompts -----------------------------------------------------------------------------------------------------
     def prefill(
@@ -209,23 +250,30 @@ class Workspace:
         """
         if fresh:
             self._splicer.reset()
+        self._check_can_be_spliced(plan)
         encoded = Encoded()
-        wanted = plan.segments
         states: dict[Segment, Bytes] = {}
 
         def splice() -> Spliced:
-            missing = self.missing(wanted, states)
+            shared = self._splicer.shared(plan)
+            held = {span.segment for span in plan.spans[:shared] if span.segment}
+            wanted = [segment for segment in self._loaded(plan.segments) if segment not in held]
+            missing = self.missing(wanted, states.keys() | held)
             step = counting(progress, _tokens(missing) + plan.n_tokens - plan.n_cached)
-            self._make(missing, set(wanted), states, schema, encoded, step)
+            self._make(missing, wanted, held, states, schema, encoded, step)
             with self.store.quiet():
                 return self._splicer.splice(plan, partial(self._held, states), step)
 
-        with self.store.using(self.key(segment) for segment in wanted):
+        with self.store.using(self.keys(plan)):
             spliced = self._mending(splice, states)
+        evaluated = spliced.evaluated
+        if plan.exact:
+            evaluated += sum(len(span.tokens) for span in plan.spans if span.segment in encoded.made)
+        self._learn_rate(encoded.tokens + spliced.evaluated, encoded.seconds + spliced.prefill_ms / 1000)
         return Prefill(
             prompt_tokens=plan.n_tokens,
-            cached_tokens=spliced.loaded + spliced.kept,
-            fresh_tokens=spliced.evaluated,
+            cached_tokens=plan.n_tokens - evaluated,
+            fresh_tokens=evaluated,
             encoded_tokens=encoded.tokens,
             encode_ms=encoded.seconds * 1000,
             splice_ms=spliced.splice_ms,
@@ -250,6 +298,25 @@ class Workspace:
                 refused.add(error.segment)
                 states.pop(error.segment, None)
                 self.store.discard(self.key(error.segment))
+
+    def _learn_rate(self, tokens: int, seconds: float) -> None:
+        if tokens >= 32 and seconds > 0:
+            self.prefill_rate = tokens / seconds
+
+    def capture(self, segments: Iterable[Segment], schema: str = "") -> int:
+        """Save what the context holds of ``segments``, evaluated as fresh text right behind their contexts.
+
+        Gives how many bytes there were. Writing goes on in the background.
+        """
+        taken = 0
+        for segment in segments:
+            state = self._splicer.capture(segment)
+            if state is not None:
+                # What making it again would take.
+                seconds = len(segment.tokens) / (self.prefill_rate or 100.0)
+                self._keep(Made(segment, state, seconds), schema)
+                taken += state.nbytes
+        return taken
 
     def append(self, tokens: Tokens) -> None:
         """Evaluate tokens behind everything else, with logits of the last."""

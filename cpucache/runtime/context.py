@@ -223,13 +223,13 @@ class Context:
         """Make the cells of ``source`` at positions [begin, end) belong to ``target`` as well. Copies no data."""
         api.llama_memory_seq_cp(self._memory, source, target, begin, end)
 
-    def shift(self, sequence: int, delta: int) -> None:
-        """Move every cell of a sequence by ``delta`` positions.
+    def shift(self, sequence: int, delta: int, begin: int = -1) -> None:
+        """Move the cells of a sequence, from position ``begin`` on (-1: all), by ``delta`` positions.
 
         Only noted by llama.cpp: keys are rotated by the next ``decode``, over all cells of the context at once. Saving
         before that would save new positions with old keys.
         """
-        api.llama_memory_seq_add(self._memory, sequence, -1, -1, delta)
+        api.llama_memory_seq_add(self._memory, sequence, begin, -1, delta)
 
     def last_position(self, sequence: int) -> int:
         """The highest position of a sequence, -1 when it is empty."""

@@ -23,9 +23,12 @@ def slice_key(model: str, state_format: str, context: str, tokens: npt.NDArray[n
     return digest.hexdigest()
 
 
-def context_key(slices: Iterable[str]) -> str:
-    """The key of a context: of the keys of the slices that could be attended to, in order."""
+def context_key(slices: Iterable[tuple[str, int, int]]) -> str:
+    """The key of a context: of the slices that could be attended to, in order.
+
+    Each comes as its key, the position where it stood then, and how many of its tokens were there.
+    """
     digest = xxhash.xxh3_128()
-    for key in slices:
-        digest.update(key.encode() + b"\0")
+    for key, start, count in slices:
+        digest.update(f"{key}/{start}/{count}\0".encode())
     return digest.hexdigest()

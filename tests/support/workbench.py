@@ -87,7 +87,7 @@ class Bench:
             if span.segment is None:
                 self.truth.decode([Run(0, span.start, span.tokens)], logits="last")
                 continue
-            sight = [segment.tokens for segment in span.segment.context]
+            sight = [segment.tokens for segment in span.segment.sees]
             before = sum(len(tokens) for tokens in sight)
             assert before == span.segment.context_end, "a gap in the context"
             # What matters is how far the tokens are from one another, so the context may begin anywhere, but not below
@@ -119,7 +119,9 @@ def bench(
 
 def segment(tokens: Tokens, context: Sequence[Segment] = (), *, home: int | None = None) -> Segment:
     """A slice to be, in the sight of ``context``; at home right behind it unless told."""
-    return Segment(tokens, context[-1].end if home is None and context else home or 0, tuple(context), "")
+    return Segment(
+        tokens, context[-1].end if home is None and context else home or 0, tuple(other.span for other in context), ""
+    )
 
 
 def chain(parts: Sequence[Tokens]) -> list[Segment]:
