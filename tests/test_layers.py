@@ -27,9 +27,13 @@ MAY_IMPORT = {
     "runtime": {"errors"},
     "layout": {"errors", "pml", "runtime", "store"},
     "reuse": {"errors", "pml", "runtime", "store", "layout"},
-    "engine": {"errors", "pml", "runtime", "store", "layout", "reuse", "models"},
+    "sessions": {"errors"},
+    "engine": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "sessions"},
     "bench": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "engine"},
-    "cli": {TOP, "errors", "resources", "pml", "runtime", "store", "layout", "reuse", "models", "engine", "bench"},
+    "cli": {
+        TOP,
+        *("errors", "resources", "pml", "runtime", "store", "layout", "reuse", "models", "sessions", "engine", "bench"),
+    },
     TOP: {"errors", "engine"},
 }
 
@@ -39,7 +43,7 @@ HOMES = {
     "lxml": {"pml"},
     "jinja2": {"layout"},
     "safetensors": {"store"},
-    "sqlite3": {"store"},
+    "sqlite3": {"store", "sessions"},
     "huggingface_hub": {"models"},
     "click": {"cli"},
 }

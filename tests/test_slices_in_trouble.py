@@ -318,7 +318,7 @@ def test_a_recurrent_model_takes_no_slices_but_answers(tiny: TinyModel) -> None:
     with opened(tiny("mamba")) as context, opened(tiny("mamba")) as truth:
         workspace = Workspace(context, Store(None, ram_budget=PLENTY), "mamba")
         b = Bench(workspace, truth)
-        plan = plan_of(segment(tokens[:40]), (segment(tokens[40:80]), 40), tokens[80:])
+        plan = plan_of(segment(tokens[:40]), segment(tokens[40:80], home=40), tokens[80:])
         with pytest.raises(ModelError, match="a mamba model keeps a recurrent state"):
             workspace.prefill(plan)
         with pytest.raises(ModelError, match="use_cache=False"):

@@ -2,6 +2,7 @@
 
 from cpucache.engine.engine import Engine
 from cpucache.engine.reply import Metrics, Reply
+from cpucache.engine.session import Session
 from cpucache.engine.stream import Stream
 
-__all__ = ["Engine", "Metrics", "Reply", "Stream"]
+__all__ = ["Engine", "Metrics", "Reply", "Session", "Stream"]

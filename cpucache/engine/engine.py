@@ -6,26 +6,35 @@ import difflib
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 import psutil
 
+from cpucache.engine.opening import Opening
 from cpucache.engine.reply import Reply
+from cpucache.engine.session import Session, WhenFull
 from cpucache.engine.stream import Stream
 from cpucache.errors import ContextFull, InputError
-from cpucache.layout import ChatTemplate, Plan, Positions, SchemaLayout, bind
+from cpucache.layout import BLOCK, Chains, ChatTemplate, Plan, Positions, SchemaLayout, Turns, bind, bind_opening
 from cpucache.models import default_model, resolve_model
 from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve
-from cpucache.pml.tree import Prompt, Schema
+from cpucache.pml.tree import Prompt, RoleName, Schema
 from cpucache.reuse import Encoded, OnProgress, Workspace
 from cpucache.runtime import Context, KVType, Model, Sampling
+from cpucache.sessions import Transcripts
 from cpucache.store import Fingerprints, Store, default_home
 
+Message: TypeAlias = Mapping[str, object]
+"""``role`` and ``content``."""
+PREFIX = "(text)"
+"""What slices of plain text and messages are listed under, as if it were their schema."""
 DEFAULT_CTX = 8192
 """Cells of a context, unless the model was trained on fewer or the caller asks for more."""
 
@@ -40,7 +49,8 @@ class Engine:
     a quarter of what is free there, and in the store already). ``paranoid``: check the hash of every slice each time
     that it is read from disk, not only the first. ``kv_type``: type of the saved keys, ``"f16"`` or ``"q8_0"`` (values
     too with ``flash="on"``). ``flash``: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU). ``positions``: how
-    schemas are laid out.
+    schemas are laid out. ``block_size``: tokens of the blocks that plain text and messages are cached in. ``sessions``:
+    the folder for conversations (default ``$CPUCACHE_SESSIONS``, else the platform's user data folder).
 
     Use it as a context manager, or ``close`` it. Calls from several threads take turns.
 
@@ -61,6 +71,8 @@ class Engine:
         kv_type: KVType = "f16",
         flash: str | None = None,
         positions: Positions = "auto",
+        block_size: int = BLOCK,
+        sessions: str | Path | None = None,
     ) -> None:
         path = resolve_model(str(model or default_model()))
         home = Path(store) if store else default_home()
@@ -80,19 +92,28 @@ class Engine:
         # What is free now that the weights and the context are there.
         free = psutil.virtual_memory().available
         self.store = Store(home, ram_budget=free // 4 if ram is None else ram, disk_budget=disk, paranoid=paranoid)
-        fingerprint = Fingerprints(home / "index.sqlite").of(path)
-        self.workspace = Workspace(self.context, self.store, fingerprint)
+        self.fingerprint = Fingerprints(home / "index.sqlite").of(path)
+        self.workspace = Workspace(self.context, self.store, self.fingerprint)
+        self.chains = Chains(block_size)
         self.schemas: dict[str, SchemaLayout] = {}
         self._positions = positions
-        self._template = ChatTemplate(
+        self.template = ChatTemplate(
             self.model.chat_template, bos=self.model.special_text("bos"), eos=self.model.special_text("eos")
         )
         self._lock = threading.RLock()
         self._stream: Stream | None = None
+        self._folder = Path(sessions) if sessions else None
+        self._transcripts: Transcripts | None = None
+        self._sessions: WeakSet[Session] = WeakSet()
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
         """Free the model and its context."""
+        for session in list(self._sessions):
+            session.close()
+        if self._transcripts is not None:
+            self._transcripts.close()
+            self._transcripts = None
         self.store.close()
         self.context.close()
         self.model.close()
@@ -112,7 +133,7 @@ class Engine:
         Raises ``PMLError``.
         """
         parsed = schema if isinstance(schema, Schema) else load_schema(Path(schema))
-        layout = SchemaLayout(parsed, self.model, self._template, self._positions)
+        layout = SchemaLayout(parsed, self.model, self.template, self._positions)
         self.schemas[parsed.name] = layout
         return layout
 
@@ -124,31 +145,50 @@ class Engine:
         layout = self._layout(schema)
         # Modules that are never cached have no slices of their own; as context of others they are found there.
         segments = [segment for segment in layout.segments if segment.cache and not segment.placeholder]
-        with self._alone():
+        with self.alone():
             return self.workspace.encode(segments, schema, progress)
 
     # -- prompts -----------------------------------------------------------------------------------------------------
-    def plan(self, prompt: str | Path | Prompt) -> Plan:
+    def plan(
+        self,
+        prompt: str | Path | Prompt | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        text: str | None = None,
+    ) -> Plan:
         """What a prompt consists of: its spans, and where each token comes from.
 
-        ``prompt``: PML text, the path of a file, or a parsed prompt. Its schema must have been added. Raises
-        ``PMLError``.
+        One of: ``prompt``, PML text, the path of a file, or a parsed prompt, whose schema must have been added;
+        ``messages``, each with ``role`` (system, user, assistant) and ``content``; ``text``, to go on with as it is.
+        The latter two are cached in blocks, each in the sight of all before it: exact, and found again by whatever
+        begins with the same text. Raises ``PMLError`` or ``InputError``.
         """
-        parsed = _parsed(prompt)
-        layout = self._layout(parsed.schema)
-        return bind(layout, resolve(parsed, layout.schema), file=parsed.file)
+        return self._request(prompt, messages, text).plan
 
     def encode_for(self, prompt: str | Path | Prompt, progress: OnProgress | None = None) -> Encoded:
         """Make the slices that one prompt needs and the store does not have."""
-        parsed = _parsed(prompt)
-        segments = self.plan(parsed).segments
-        with self._alone():
-            return self.workspace.encode(segments, parsed.schema, progress)
+        request = self._request(prompt, None, None)
+        with self.alone():
+            return self.workspace.encode(request.plan.segments, request.label, progress)
+
+    def prefetch(
+        self,
+        prompt: str | Path | Prompt | Session | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        text: str | None = None,
+    ) -> Future[None]:
+        """Read the slices that a session or a prompt is going to need into memory, in the background."""
+        if isinstance(prompt, Session):
+            return prompt.prefetch()
+        return self.store.prefetch(self.workspace.keys(self._request(prompt, messages, text).plan))
 
     def stream(
         self,
-        prompt: str | Path | Prompt,
+        prompt: str | Path | Prompt | None = None,
         *,
+        messages: Sequence[Message] | None = None,
+        text: str | None = None,
         max_tokens: int = 256,
         use_cache: bool = True,
         temperature: float = 0.0,
@@ -160,7 +200,7 @@ class Engine:
         stop: str | tuple[str, ...] | list[str] = (),
         progress: OnProgress | None = None,
     ) -> Stream:
-        """The answer to a prompt, piece by piece.
+        """The answer to a prompt, piece by piece. The prompt is given as for ``plan``.
 
         ``use_cache=False`` evaluates the same tokens from the first to the last, reusing nothing. ``temperature=0`` is
         greedy. Slices that are missing are made on the way. ``progress(done, total)`` is told about tokens evaluated
@@ -170,45 +210,137 @@ class Engine:
         sampling = Sampling(
             temperature, top_k, top_p, min_p, repeat_penalty, seed, (stop,) if isinstance(stop, str) else tuple(stop)
         )
-        parsed = _parsed(prompt)
-        plan = self.plan(parsed)
-        if plan.n_tokens >= self.context.n_ctx:
-            raise self._too_long(plan, parsed)
-        with self._alone():
-            self._stream = Stream(
-                self.workspace,
-                plan,
-                sampling,
-                max_tokens=max_tokens,
-                started=started,
-                lock=self._lock,
-                schema=parsed.schema,
-                use_cache=use_cache,
-                progress=progress,
-            )
-            return self._stream
+        request = self._request(prompt, messages, text)
+        if request.plan.n_tokens >= self.context.n_ctx:
+            raise self._too_long(request)
+        return self.answer(
+            request.plan,
+            sampling,
+            max_tokens=max_tokens,
+            started=started,
+            label=request.label,
+            use_cache=use_cache,
+            progress=progress,
+            at_end=self._keep_blocks if request.plan.exact and use_cache else None,
+        )
 
-    def generate(self, prompt: str | Path | Prompt, **settings: Any) -> Reply:
+    def answer(
+        self,
+        plan: Plan,
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        started: float,
+        label: str,
+        use_cache: bool = True,
+        progress: OnProgress | None = None,
+        at_first: Callable[[Stream], None] | None = None,
+        at_end: Callable[[Stream], None] | None = None,
+    ) -> Stream:
+        """The answer to a plan. What it needs is read into memory, and is not evicted, while it waits for its turn.
+
+        ``at_first`` and ``at_end`` are called when the first token has been handed over and when the answer ends.
+        """
+        keys = self.workspace.keys(plan) if use_cache else []
+        with self.store.using(keys):
+            if not self._lock.acquire(blocking=False):
+                self.store.prefetch(keys)
+                self._lock.acquire()
+            try:
+                with self.alone():
+                    self._stream = Stream(
+                        self.workspace,
+                        plan,
+                        sampling,
+                        max_tokens=max_tokens,
+                        started=started,
+                        lock=self._lock,
+                        schema=label,
+                        use_cache=use_cache,
+                        progress=progress,
+                        at_first=at_first,
+                        at_end=at_end,
+                    )
+                    return self._stream
+            finally:
+                self._lock.release()
+
+    def generate(self, prompt: str | Path | Prompt | None = None, **settings: Any) -> Reply:
         """The whole answer. Settings are those of ``stream``."""
-        with self._lock:
-            return self.stream(prompt, **settings).reply()
+        return self.stream(prompt, **settings).reply()
+
+    def session(
+        self,
+        name: str,
+        *,
+        system: str | None = None,
+        prompt: str | Path | Prompt | None = None,
+        when_full: WhenFull = "oldest",
+    ) -> Session:
+        """A conversation that is kept: opened where it stood, or begun.
+
+        ``system`` is the system text of a new one, ``prompt`` a PML prompt (whose schema has been added) that a new one
+        begins with. ``when_full`` says what happens when the context overflows: the ``"oldest"`` turns leave, as many
+        as must, or ``"half"`` of them at once, and the rest moves down without being evaluated again; ``"refuse"``
+        raises ``ContextFull``. Raises ``InputError`` when it is with another model, or has begun otherwise, and
+        ``CpucacheError`` when it is open elsewhere.
+        """
+        if self._transcripts is None:
+            self._transcripts = Transcripts(self._folder)
+        opening = None if prompt is None else self._opening(_parsed(prompt))
+        session = Session(self, self._transcripts, name, system=system, opening=opening, when_full=when_full)
+        self._sessions.add(session)
+        return session
 
     def warm_up(self) -> None:
         """Evaluate one token, so that the first prompt does not pay for reading the weights in."""
-        with self._alone():
+        with self.alone():
             self.workspace.reset()
             self.workspace.append(np.array([self.model.filler], np.int32))
             self.workspace.reset()
 
     # -- inside ------------------------------------------------------------------------------------------------------
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """Have the context to oneself: other threads wait, and an unfinished stream of this thread ends."""
         with self._lock:
             if self._stream is not None:
                 self._stream.close()
                 self._stream = None
             yield
+
+    def _request(
+        self, prompt: str | Path | Prompt | None, messages: Sequence[Message] | None, text: str | None
+    ) -> _Request:
+        if sum(given is not None for given in (prompt, messages, text)) != 1:
+            raise InputError("give one of prompt, messages and text")
+        if prompt is not None:
+            parsed = _parsed(prompt)
+            layout = self._layout(parsed.schema)
+            plan = bind(layout, resolve(parsed, layout.schema), file=parsed.file)
+            return _Request(plan, parsed.schema, parsed.file)
+        parts = [] if self.model.bos is None else [np.array([self.model.bos], np.int32)]
+        if messages is not None:
+            turns = Turns(self.template, self.model)
+            parts += [turns.turn(*_checked(message)) for message in messages]
+            parts.append(turns.answer())
+        elif text is not None:
+            parts.append(self.model.tokenize(text))
+        tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        if len(tokens) <= (self.model.bos is not None) or (messages is not None and not messages):
+            raise InputError("the prompt is empty")
+        return _Request(self.chains.plan((), tokens), PREFIX, "messages" if text is None else "text")
+
+    def _keep_blocks(self, stream: Stream) -> None:
+        """Save the blocks that the answer has filled: the next prompt may go on from there."""
+        answer = np.array(stream.tokens[: stream.evaluated], np.int32)
+        blocks = self.chains.blocks((), np.concatenate([stream.plan.tokens, answer]))
+        self.workspace.capture(blocks[len(stream.plan.segments) :], PREFIX)
+
+    def _opening(self, prompt: Prompt) -> Opening:
+        layout = self._layout(prompt.schema)
+        plan, turns, asks = bind_opening(layout, resolve(prompt, layout.schema), file=prompt.file)
+        return Opening(plan, turns, asks, prompt.schema)
 
     def _layout(self, name: str) -> SchemaLayout:
         layout = self.schemas.get(name)
@@ -218,16 +350,34 @@ class Engine:
             raise InputError(f"no schema '{name}' has been added ({known}); add it with add_schema()")
         return layout
 
-    def _too_long(self, plan: Plan, prompt: Prompt) -> ContextFull:
+    def _too_long(self, request: _Request) -> ContextFull:
         sizes: dict[str, int] = {}
-        for span in plan.spans:
+        for span in request.plan.spans:
             name = span.segment.module or "text of the schema" if span.segment else "new text"
             sizes[name] = sizes.get(name, 0) + len(span.tokens)
-        largest = ", ".join(f"{name} ({size})" for name, size in sorted(sizes.items(), key=lambda item: -item[1])[:3])
+        parts = sorted(sizes.items(), key=lambda item: -item[1])[:3]
+        largest = ", ".join(f"{name} ({size})" for name, size in parts)
         return ContextFull(
-            f"{prompt.file}: the prompt is {plan.n_tokens} tokens long and leaves no room for an answer in a context "
-            f"of {self.context.n_ctx}; its largest parts: {largest}; raise --ctx (n_ctx=…) or leave something out"
+            f"{request.name}: the prompt is {request.plan.n_tokens} tokens long and leaves no room for an answer in a "
+            f"context of {self.context.n_ctx}"
+            + ("" if request.plan.exact else f"; its largest parts: {largest}")
+            + "; raise --ctx (n_ctx=…) or leave something out"
         )
+
+
+class _Request(NamedTuple):
+    plan: Plan
+    label: str
+    """Under which its slices are listed."""
+    name: str
+    """For errors."""
+
+
+def _checked(message: Message) -> tuple[RoleName, str]:
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        raise InputError(f"a message has a role (system, user or assistant) and text as its content, not {message!r}")
+    return role, content
 
 
 def parse_size(text: int | str) -> int:

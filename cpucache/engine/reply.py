@@ -30,6 +30,10 @@ class Metrics:
     prefill_ms: float = 0.0
     """Part of it that evaluated fresh tokens."""
     total_ms: float = 0.0
+    left_out_tokens: int = 0
+    """In a session: tokens of old turns that had to leave the context for this one."""
+    recompute_ms: float = 0.0
+    """What evaluating the turns behind them again would have taken, going by how fast prompts are evaluated here."""
     finish: Finish = "stop"
 
     @property

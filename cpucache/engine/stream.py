@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
@@ -38,13 +38,19 @@ class Stream:
         schema: str = "",
         use_cache: bool = True,
         progress: OnProgress | None = None,
+        at_first: Callable[[Stream], None] | None = None,
+        at_end: Callable[[Stream], None] | None = None,
     ) -> None:
         if max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens}: must be at least 1")
         self.text = ""
+        self.tokens: list[int] = []
+        """The tokens of the answer so far."""
+        self.evaluated = 0
+        """How many of them the context holds: all but the last, or the last as well."""
         self.metrics = Metrics(model=workspace.context.model.path.stem)
         self._workspace = workspace
-        self._plan = plan if use_cache else plan.without_reuse()
+        self.plan = plan if use_cache else plan.without_reuse()
         self._sampling = sampling
         self._max_tokens = max_tokens
         self._started = started
@@ -52,6 +58,9 @@ class Stream:
         self._schema = schema
         self._use_cache = use_cache
         self._progress = progress
+        self._at_first = at_first
+        self._at_end = at_end
+        self._stopping = False
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -63,6 +72,11 @@ class Stream:
     def close(self) -> None:
         """End the answer here."""
         self._pieces.close()
+
+    def stop(self) -> None:
+        """End the answer as soon as possible. May be called from another thread, or while a signal is handled."""
+        self._stopping = True
+        self._workspace.context.cancel()
 
     def reply(self) -> Reply:
         """The whole answer; what has not come yet is waited for."""
@@ -80,31 +94,47 @@ class Stream:
         sampler = Sampler(self._sampling, context.model)
         out = TextStream(self._sampling.stop)
         try:
-            prefill = self._workspace.prefill(self._plan, self._schema, self._progress, fresh=not self._use_cache)
+            prefill = self._workspace.prefill(self.plan, self._schema, self._progress, fresh=not self._use_cache)
             for name, value in asdict(prefill).items():
                 setattr(metrics, name, value)
-            sampler.accept(self._plan.tokens)
+            sampler.accept(self.plan.tokens)
             room = min(self._max_tokens, context.n_ctx - metrics.prompt_tokens)
-            while True:
-                token = context.sample(sampler)
-                if not metrics.completion_tokens:
-                    metrics.ttft_ms = self._elapsed()
-                if context.model.ends_generation(token):
-                    metrics.finish = "stop"
-                    break
-                metrics.completion_tokens += 1
-                yield from self._say(out.feed(context.model.piece(token)))
-                if out.stopped:
-                    metrics.finish = "stop"
-                    break
-                if metrics.completion_tokens >= room:
-                    metrics.finish = "length"
-                    break
-                self._workspace.append(np.array([token], np.int32))
-            yield from self._say(out.finish())
+            try:
+                while not self._stopping:
+                    token = context.sample(sampler)
+                    if not metrics.ttft_ms:
+                        metrics.ttft_ms = self._elapsed()
+                    if context.model.ends_generation(token):
+                        metrics.finish = "stop"
+                        break
+                    self.tokens.append(token)
+                    metrics.completion_tokens += 1
+                    yield from self._say(out.feed(context.model.piece(token)))
+                    if out.stopped:
+                        metrics.finish = "stop"
+                        break
+                    if metrics.completion_tokens >= room:
+                        metrics.finish = "length"
+                        break
+                    self._first()
+                    self._workspace.append(np.array([token], np.int32))
+                    self.evaluated += 1
+                yield from self._say(out.finish())
+            finally:
+                metrics.total_ms = self._elapsed()
+                if metrics.ttft_ms:
+                    self._first()
+                    if self._at_end:
+                        self._at_end(self)
         finally:
             metrics.total_ms = self._elapsed()
             sampler.close()
+
+    def _first(self) -> None:
+        """Once, when the first token has been handed over: nothing that is done here delays it."""
+        at_first, self._at_first = self._at_first, None
+        if at_first:
+            at_first(self)
 
     def _say(self, text: str) -> Iterator[str]:
         if text:

@@ -6,8 +6,9 @@ from cpucache.errors import InputError, PMLError
 from cpucache.layout.plan import Piece, Plan, schedule
 from cpucache.layout.schema import SchemaLayout
 from cpucache.layout.segment import Segment
+from cpucache.layout.turns import Turns
 from cpucache.layout.vocabulary import Tokens
-from cpucache.pml.tree import Argument, Included, Module, NewText, RoleEnd, RoleName, RoleStart, Schema, Text, Turn
+from cpucache.pml.tree import Argument, Included, Module, NewText, RoleEnd, RoleStart, Schema, Text, Turn
 
 
 def bind(layout: SchemaLayout, included: Included, *, file: str = "<prompt>", packed: bool | None = None) -> Plan:
@@ -19,9 +20,19 @@ def bind(layout: SchemaLayout, included: Included, *, file: str = "<prompt>", pa
     binding = _Binding(layout, file)
     binding.scope(included)
     binding.answer()
-    if not binding.stands_before():
-        raise InputError(f"{file}: the prompt is empty: it includes no text of its schema and brings none")
+    binding.check()
     return schedule(binding.pieces, packed=layout.packed if packed is None else packed)
+
+
+def bind_opening(layout: SchemaLayout, included: Included, *, file: str = "<prompt>") -> tuple[Plan, Turns, bool]:
+    """The plan of a prompt that a conversation begins with, for more to follow.
+
+    Besides the plan, gives the turns to go on with, and whether the prompt waits for an answer.
+    """
+    binding = _Binding(layout, file)
+    binding.scope(included)
+    binding.check()
+    return schedule(binding.pieces, packed=layout.packed, ends=False), binding.turns, binding.turns.role == "user"
 
 
 class _Binding:
@@ -29,8 +40,7 @@ class _Binding:
         self.layout = layout
         self.file = file
         self.pieces: list[Piece] = []
-        self._role: RoleName | None = None  # the role before
-        self._open = False  # an assistant's turn is waiting to be continued
+        self.turns = Turns(layout.template, layout.vocabulary)
         self._answered = True  # nothing asks for an answer: the text simply goes on
 
     def scope(self, included: Included) -> None:
@@ -43,7 +53,7 @@ class _Binding:
                 self._segment(item)
                 self._answered = True
             elif isinstance(item, (RoleStart, RoleEnd)):
-                self._role = item.node.role
+                self.turns.role = item.node.role
                 self._answered = item.node.role == "assistant"
                 self._segment(item.node, end=isinstance(item, RoleEnd))
             elif isinstance(item, Argument):
@@ -57,7 +67,12 @@ class _Binding:
     def answer(self) -> None:
         """Open the model's answer, unless the prompt's last turn already did, or is plain text to go on with."""
         if not self._answered:
-            self.pieces.append(self._template_text(self.layout.template.generation(self._role)))
+            self.pieces.append(self.turns.answer())
+
+    def check(self) -> None:
+        """Raise ``InputError`` when there is no text at all."""
+        if not self.stands_before():
+            raise InputError(f"{self.file}: the prompt is empty: it includes no text of its schema and brings none")
 
     def _segment(self, node: Text | Schema | Module | object, *, end: bool = False) -> None:
         segment = self.layout.segment_at.get((node, "end" if end else ""))  # type: ignore[arg-type]
@@ -78,23 +93,12 @@ class _Binding:
         return tokens
 
     def _turn(self, turn: Turn) -> None:
-        template = self.layout.template
-        if self._open:
-            self.pieces.append(self._template_text(template.end("assistant")))
-        start = template.start(turn.role, previous=self._role, first=not self.stands_before())
-        if not self.stands_before() and self.layout.vocabulary.bos is not None:
-            start = start.removeprefix(self.layout.vocabulary.special_text("bos"))
-        self.pieces += [self._template_text(start), self.layout.vocabulary.tokenize(turn.text)]
-        self._role = turn.role
+        self.turns.begun = self.stands_before()
+        self.pieces.append(self.turns.turn(turn.role, turn.text))
         # The last turn may be the beginning of an answer, for the model to go on with.
-        self._open = self._answered = turn.role == "assistant"
-        if not self._open:
-            self.pieces.append(self._template_text(template.end(turn.role)))
+        self._answered = turn.role == "assistant"
 
     def stands_before(self) -> bool:
         """Whether there is any text so far."""
         tokens = sum(len(piece.tokens) if isinstance(piece, Segment) else len(piece) for piece in self.pieces)
         return tokens > (self.layout.vocabulary.bos is not None)
-
-    def _template_text(self, text: str) -> Tokens:
-        return self.layout.vocabulary.tokenize(text, special=True)

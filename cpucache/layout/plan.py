@@ -51,13 +51,14 @@ class Plan:
 Piece: TypeAlias = Segment | Tokens
 
 
-def schedule(pieces: Sequence[Piece], *, packed: bool) -> Plan:
+def schedule(pieces: Sequence[Piece], *, packed: bool, ends: bool = True) -> Plan:
     """Give every piece its position.
 
     A slice stands at home, or behind what stands before it where that reaches further (text that a prompt brings, or
     modules in another order). ``packed`` lets everything stand back to back. Fresh tokens always stand right behind
     what is before them: llama.cpp evaluates no tokens behind a gap, and this way none has to be moved. The last token
-    of all is fresh even when it belongs to a slice: the answer begins with its logits, which no slice holds.
+    of all is fresh even when it belongs to a slice: the answer begins with its logits, which no slice holds. Not so
+    when it is not the end (``ends=False``).
     """
     # Tokens may be missing altogether: an empty argument, or what a template does not add.
     pieces = [piece for piece in pieces if isinstance(piece, Segment) or len(piece)]
@@ -78,7 +79,7 @@ def schedule(pieces: Sequence[Piece], *, packed: bool) -> Plan:
             fresh.append(piece)
             continue
         reused = piece.tokens if piece.cache else empty()
-        if index == len(pieces) - 1:
+        if ends and index == len(pieces) - 1:
             reused = reused[:-1]
         if len(reused):
             flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Container
 from typing import TypeAlias
 
 import numpy as np
@@ -13,14 +14,15 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 
 class RAM:
-    """States by key, the least recently used dropped first. What is larger than the whole budget is not kept.
+    """States by key, the least recently used dropped first, but none that is ``needed``.
 
-    A state may be memory of this process or a mapping of a file: both count in full. May be used
-    from several threads.
+    What finds no room is not kept. A state may be memory of this process or a mapping of a file: both count in full.
+    May be used from several threads.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, needed: Container[str] = ()) -> None:
         self.budget = budget
+        self._needed = needed
         self.used = 0
         self._states: OrderedDict[str, Bytes] = OrderedDict()
         self._lock = threading.RLock()
@@ -43,13 +45,20 @@ class RAM:
         """Keep a state, dropping others as needed."""
         with self._lock:
             self.drop(key)
-            if state.nbytes > self.budget:
+            excess = self.used + state.nbytes - self.budget
+            leaving = []
+            for other, there in self._states.items():
+                if excess <= 0:
+                    break
+                if other not in self._needed:
+                    leaving.append(other)
+                    excess -= there.nbytes
+            if excess > 0:
                 return
+            for other in leaving:
+                self.drop(other)
             self._states[key] = state
             self.used += state.nbytes
-            while self.used > self.budget:
-                _, dropped = self._states.popitem(last=False)
-                self.used -= dropped.nbytes
 
     def drop(self, key: str) -> None:
         """Forget a state, if it is there."""

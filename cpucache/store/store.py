@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from cpucache.store.writer import Writer
 _log = logging.getLogger("cpucache.store")
 # States that may wait for the disk. More would only grow while the disk is slower than evaluation.
 WAITING = 256 << 20
+_PAGE = 4096  # bytes
 _NOTE_EVERY = 5.0  # seconds between entries of what was used
 _ABANDONED = 600.0  # seconds after which a slice that was never finished is given up
 _Job: TypeAlias = "tuple[Bytes, Ids, SliceInfo]"
@@ -62,7 +64,6 @@ class Store:
         patience: float = 300.0,
     ) -> None:
         self.home = home
-        self.ram = RAM(ram_budget)
         self.paranoid = paranoid
         self.patience = patience
         self.files = SliceFiles(home / "slices") if home else None
@@ -71,6 +72,8 @@ class Store:
         self._claims = Claims(home / "claims" if home else None)
         self._lock = threading.Lock()
         self._using: Counter[str] = Counter()
+        self.ram = RAM(ram_budget, needed=self._using)
+        self._reader: ThreadPoolExecutor | None = None
         self._uses: Counter[str] = Counter()
         self._misses = 0
         self._noted = time.monotonic()
@@ -79,6 +82,7 @@ class Store:
         self._writer: Writer[_Job] = Writer(self._write, self._note, limit=WAITING)
         self.writable = home is not None
         self._warned = False
+        self._closing = False
         if home is not None:
             try:
                 self.index = _open_index(home)
@@ -95,7 +99,12 @@ class Store:
 
     def close(self) -> None:
         """Write what is waiting and let go of the folder."""
+        self._closing = True
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+            self._reader = None
         self._writer.close()
+        self._closing = False
         self._note()
         if self.index is not None:
             self.index.close()
@@ -123,16 +132,21 @@ class Store:
         """The state of a slice: from RAM, from what waits to be written, else mapped from its file. ``None``: none."""
         state = self.ram.get(key)
         if state is None:
-            waiting = self._writer.get(key)
-            state = waiting[0] if waiting else self._mapped(key)
-            if state is not None:
-                self.ram.put(key, state)
+            state = self._fetch(key)
         if state is not None:
             with self._lock:
                 self._uses[key] += 1
                 due = time.monotonic() - self._noted > _NOTE_EVERY
             if due:
                 self._writer.poke()
+        return state
+
+    def _fetch(self, key: str) -> Bytes | None:
+        """Bring a slice into RAM."""
+        waiting = self._writer.get(key)
+        state = waiting[0] if waiting else self._mapped(key)
+        if state is not None:
+            self.ram.put(key, state)
         return state
 
     def _mapped(self, key: str) -> Bytes | None:
@@ -202,17 +216,43 @@ class Store:
         with self._lock:
             self._misses += count
 
+    def hold(self, keys: Iterable[str]) -> None:
+        """Evict none of these slices, here or on disk by this process, until they are let go as often as held."""
+        with self._lock:
+            self._using.update(keys)
+
+    def let_go(self, keys: Iterable[str]) -> None:
+        """They may be evicted again, as far as nobody else holds them."""
+        with self._lock:
+            self._using -= Counter(keys)
+
     @contextmanager
     def using(self, keys: Iterable[str]) -> Iterator[None]:
-        """While these slices are in use, nothing that this process writes evicts them."""
-        held = Counter(keys)
-        with self._lock:
-            self._using.update(held)
+        """Hold slices meanwhile."""
+        held = list(keys)
+        self.hold(held)
         try:
             yield
         finally:
-            with self._lock:
-                self._using -= held
+            self.let_go(held)
+
+    def prefetch(self, keys: Iterable[str]) -> Future[None]:
+        """Read slices from disk into RAM, checked, in the background. Stops when ``close`` is called."""
+        wanted = [key for key in keys if key not in self.ram]
+
+        def read() -> None:
+            for key in wanted:
+                if self._closing:
+                    break
+                state = self._fetch(key) if key not in self.ram else None
+                if state is not None:
+                    # A file that was checked before is only mapped: reading a byte of each page brings it in.
+                    state[::_PAGE].max(initial=0)
+
+        with self._lock:
+            if self._reader is None:
+                self._reader = ThreadPoolExecutor(1, thread_name_prefix="cpucache-reader")
+            return self._reader.submit(read)
 
     def quiet(self) -> AbstractContextManager[None]:
         """While an answer is on its way, nothing is written, so that saving never delays it."""

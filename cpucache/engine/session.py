@@ -1,0 +1,372 @@
+"""Sessions: conversations whose KV state outlives the context and the process (CachedAttention).
+
+Each message becomes slices in the sight of everything before, saved while the person reads and types. The next turn,
+today in this process or days later in another, evaluates what is new and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from cpucache.engine.opening import Opening, dump_spans, load_spans
+from cpucache.engine.reply import Reply
+from cpucache.engine.stream import Stream
+from cpucache.errors import ContextFull, InputError
+from cpucache.layout import History, Segment, Span, Turns
+from cpucache.layout.vocabulary import Tokens, empty, joined
+from cpucache.reuse import OnProgress
+from cpucache.runtime import Sampling
+from cpucache.sessions import Entry, Transcripts
+
+if TYPE_CHECKING:
+    from cpucache.engine.engine import Engine
+
+WhenFull: TypeAlias = Literal["oldest", "half", "refuse"]
+WHEN_FULL: tuple[WhenFull, ...] = ("oldest", "half", "refuse")
+MAX_TOKENS = 512
+
+
+class Session:
+    """A conversation. Made by ``Engine.session``; close it, or use it as a context manager, to let others open it.
+
+    While it is open its slices are evicted neither from memory nor (by this process) from disk. A turn is kept when its
+    answer ends: complete, stopped by ``max_tokens``, or interrupted. A crash loses at most the turn under way.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        transcripts: Transcripts,
+        name: str,
+        *,
+        system: str | None = None,
+        opening: Opening | None = None,
+        when_full: WhenFull = "oldest",
+    ) -> None:
+        if when_full not in WHEN_FULL:
+            raise InputError(f"when_full={when_full!r}: must be one of {', '.join(WHEN_FULL)}")
+        if system is not None and opening is not None:
+            raise InputError("a session begins with a system text or with a prompt, not with both")
+        self.name = name
+        self.when_full: WhenFull = when_full
+        self._engine = engine
+        self._workspace = engine.workspace
+        self._closed = False
+        self._held: list[str] = []
+        self._opening: list[Span] = []
+        self._transcript = transcripts.open(name, fingerprint=engine.fingerprint, model=engine.model.path.stem)
+        try:
+            first = self._first_entry(system, opening)
+            if not self._transcript.entries and first is not None:
+                self._transcript.put(0, [first])
+            elif first is not None:
+                self._check_same(first)
+            self._go_back(len(self.entries))
+        except BaseException:
+            self._transcript.close()
+            raise
+        self.prefetch()
+
+    # -- lifetime ----------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """End an answer that is under way, and let others open the session."""
+        if not self._closed:
+            with self._engine.alone():
+                self._closed = True
+                self._hold([])
+                self._transcript.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- what was said -----------------------------------------------------------------------------------------------
+    @property
+    def entries(self) -> list[Entry]:
+        """Every message, from the first on."""
+        return self._transcript.entries
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the next turn will see."""
+        return self._history.n_tokens
+
+    @property
+    def left_out(self) -> int:
+        """Messages that have left the context."""
+        return self._history.left_out
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the last message waits for an answer: the prompt that the session began with may end so."""
+        return bool(self.entries) and (self.entries[-1].role == "user" or self._asks)
+
+    # -- turns -------------------------------------------------------------------------------------------------------
+    def send(self, text: str | None = None, **settings: Any) -> Reply:
+        """The whole answer to a message. Settings are those of ``stream``."""
+        return self.stream(text, **settings).reply()
+
+    def stream(
+        self,
+        text: str | None = None,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        progress: OnProgress | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """The answer to a message, piece by piece; without ``text``, to the one that is ``unanswered``.
+
+        ``sampling`` are the settings of ``Engine.stream``: temperature, top_k, top_p, min_p, repeat_penalty, seed,
+        stop. Raises ``ContextFull`` when there is no room for it, and none that may be made.
+        """
+        return self._turn(text, len(self.entries), max_tokens, progress, sampling)
+
+    def regenerate(
+        self, *, max_tokens: int = MAX_TOKENS, progress: OnProgress | None = None, **sampling: Any
+    ) -> Stream:
+        """Another answer to the last message, in place of the one that there is."""
+        with self._engine.alone():
+            if not self.entries or self.entries[-1].role != "assistant":
+                raise InputError("there is no answer yet to be given again")
+            return self._turn(None, len(self.entries) - 1, max_tokens, progress, sampling)
+
+    def edit(
+        self,
+        number: int,
+        text: str,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        progress: OnProgress | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """Go back to the user's message ``number`` (1: the first), say ``text`` in its place, and go on from there."""
+        with self._engine.alone():
+            said = [index for index, entry in enumerate(self.entries) if entry.role == "user"]
+            if not 1 <= number <= len(said):
+                raise InputError(f"no message {number}: there are {len(said)} of yours")
+            return self._turn(text, said[number - 1], max_tokens, progress, sampling)
+
+    def fork(self, name: str, messages: int | None = None) -> None:
+        """Give the conversation so far, or its first ``messages``, another name too, under which it goes its own way.
+
+        What both share is on disk once. Raises ``InputError`` when there is a session of this name.
+        """
+        with self._engine.alone():
+            self._transcript.fork(name, messages)
+
+    def prefetch(self) -> Future[None]:
+        """Read the slices that the next turn needs into memory, in the background."""
+        return self._engine.store.prefetch(self._held)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+    def _turn(
+        self, text: str | None, keep: int, max_tokens: int, progress: OnProgress | None, settings: dict[str, Any]
+    ) -> Stream:
+        started = perf_counter()
+        sampling = _sampling(settings)
+        with self._engine.alone():
+            if self._closed:
+                raise InputError(f"session '{self.name}' has been closed")
+            if keep == len(self.entries):
+                history, turns, pending, asks = self._history.copy(), copy.copy(self._turns), self._pending, self._asks
+            else:
+                history, turns, pending, asks = self._replayed(keep)
+            if text is None and not asks:
+                raise InputError("there is no message to answer")
+            tokens = [pending, turns.turn("user", text) if text is not None else empty(), turns.answer()]
+            new = joined(tokens)
+            before, rate = history.n_tokens, self._workspace.prefill_rate
+            self._make_room(history, len(new), max_tokens)
+            number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
+            chains = self._engine.chains
+            plan = chains.plan(history.spans, new, f"turn {number}")
+            # The last token is evaluated in any case, and its logits give the answer: it goes with the answer.
+            message = chains.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
+            turn = _Turn(text, keep, history, turns, message, new[-1:] if text is not None else new, number)
+            stream = self._engine.answer(
+                plan,
+                sampling,
+                max_tokens=max_tokens,
+                started=started,
+                label=self._label,
+                progress=progress,
+                at_first=lambda _: self._save(message[len(plan.segments) - len(history.segments) :]),
+                at_end=lambda stream: self._keep(turn, stream),
+            )
+            stream.metrics.left_out_tokens = before - history.n_tokens
+            if stream.metrics.left_out_tokens and rate and self._engine.context.can_shift:
+                moved = sum(history.size(index) for index in range(history.fixed, len(history)))
+                stream.metrics.recompute_ms = moved / rate * 1000
+            return stream
+
+    def _make_room(self, history: History, new: int, max_tokens: int) -> None:
+        """Let the oldest turns leave until the new one fits, with room for its answer."""
+        context = self._engine.context
+        room = min(max_tokens, context.n_ctx // 4)
+
+        def fits() -> bool:
+            # Cells, and positions that the model knows: where modules were left out there are more of these.
+            return history.n_tokens + new + room <= context.n_ctx and history.end + new + room <= max(
+                context.model.n_ctx_train, context.n_ctx
+            )
+
+        roles = [entry.role for entry in self.entries[: len(history)]]
+        while not fits():
+            # A question leaves with its answer.
+            ends = [
+                index - history.fixed
+                for index in range(history.fixed + history.left_out + 1, len(history) + 1)
+                if roles[index : index + 1] != ["assistant"]
+            ]
+            if self.when_full == "refuse" or not ends:
+                break
+            history.leave_out(ends[0] if self.when_full == "oldest" else ends[(len(ends) - 1) // 2])
+        if history.n_tokens + new >= context.n_ctx or (self.when_full == "refuse" and not fits()):
+            raise ContextFull(
+                f"session '{self.name}': {history.n_tokens} tokens of conversation and {new} new ones leave no room "
+                f"for an answer in a context of {context.n_ctx}; raise --ctx (n_ctx=…)"
+                + (", or let old turns leave (when_full='oldest')" if self.when_full == "refuse" else "")
+            )
+
+    def _keep(self, turn: _Turn, stream: Stream) -> None:
+        """Write the turn down, and save the state of its answer."""
+        tokens, pending = self._answered(stream)
+        answer = joined([turn.opening, tokens])
+        history = turn.history
+        entries = []
+        if turn.text is not None:
+            history.add(segment.span for segment in turn.message)
+            pieces = {"parts": [part.tokens.tolist() for part in turn.message], "pending": turn.opening.tolist()}
+            size = sum(len(part.tokens) for part in turn.message) + len(turn.opening)
+            entries.append(Entry("user", turn.text, pieces, history.left_out, {"tokens": size}))
+        made = history.add_tokens([answer], f"turn {turn.number}")
+        pieces = {"parts": [answer.tolist()], "pending": pending.tolist()}
+        metrics = asdict(stream.metrics) | {"tokens": len(tokens) + len(pending)}
+        entries.append(Entry("assistant", stream.text, pieces, history.left_out, metrics))
+        self._transcript.put(turn.keep, entries)
+        self._save(made)
+        self._history, self._turns, self._pending, self._asks = history, turn.turns, pending, False
+        self._hold(history.segments)
+
+    def _answered(self, stream: Stream) -> tuple[Tokens, Tokens]:
+        """The tokens of the answer as it was shown: those that the context holds, and those still to be evaluated."""
+        model = self._engine.model
+        tokens, rest = list(stream.tokens), ""
+        if stream.metrics.finish == "stop" and len(tokens) > stream.evaluated:
+            # A text to stop at came up: what belongs to it was not shown and is not to be seen by later turns.
+            while tokens and not stream.text.startswith(model.text(tokens)):
+                tokens.pop()
+            rest = stream.text[len(model.text(tokens)) :]
+        ids = np.array(tokens, np.int32)
+        return ids[: stream.evaluated], joined([ids[stream.evaluated :], model.tokenize(rest)])
+
+    def _save(self, segments: Sequence[Segment]) -> None:
+        self._workspace.capture(segments, self._label)
+
+    @property
+    def _label(self) -> str:
+        """What its slices are listed under, as if it were their schema."""
+        return f"session {self.name}"
+
+    def _hold(self, segments: Sequence[Segment]) -> None:
+        keys = [self._workspace.key(segment) for segment in segments]
+        self._engine.store.hold(keys)
+        self._engine.store.let_go(self._held)
+        self._held = keys
+
+    # -- from the transcript -----------------------------------------------------------------------------------------
+    def _go_back(self, keep: int) -> None:
+        self._history, self._turns, self._pending, self._asks = self._replayed(keep)
+        self._hold(self._history.segments)
+
+    def _replayed(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
+        """The history of the first ``keep`` entries as it was then, and what follows from them for the next."""
+        engine = self._engine
+        history = History(engine.chains, movable=engine.context.can_shift)
+        turns = Turns(engine.template, engine.model)
+        # Where nothing stands before, every text begins with this.
+        pending = empty() if engine.model.bos is None else np.array([engine.model.bos], np.int32)
+        asks = False
+        for index, entry in enumerate(self.entries[:keep]):
+            pieces = entry.pieces
+            if index == 0 and entry.role in ("system", "prompt"):
+                history.fixed = 1
+            history.leave_out(entry.left_out)
+            turns.begun, asks = True, entry.role == "user"
+            if entry.role == "prompt":
+                self._opening = self._opening or load_spans(pieces)
+                history.add(self._opening)
+                turns.role, turns.open, asks = pieces["role"], pieces["open"], pieces["asks"]
+                pending = empty()
+                continue
+            history.add_tokens([np.array(part, np.int32) for part in pieces["parts"]])
+            pending = np.array(pieces["pending"], np.int32)
+            turns.role = "system" if entry.role == "system" else "assistant"
+            turns.open = entry.role != "system"
+        return history, turns, pending, asks
+
+    def _first_entry(self, system: str | None, opening: Opening | None) -> Entry | None:
+        engine = self._engine
+        bos = [] if engine.model.bos is None else [engine.model.bos]
+        if opening is not None:
+            pieces = dump_spans(engine.chains.chained(opening.plan, "opening")) | {
+                "role": opening.turns.role,
+                "open": opening.turns.open,
+                "asks": opening.asks,
+            }
+            return Entry("prompt", opening.text, pieces, metrics={"tokens": opening.plan.n_tokens})
+        if system is not None:
+            tokens = [*bos, *Turns(engine.template, engine.model).turn("system", system).tolist()]
+            parts = [tokens[begin : begin + engine.chains.size] for begin in range(0, len(tokens), engine.chains.size)]
+            return Entry("system", system, {"parts": parts, "pending": []}, metrics={"tokens": len(tokens)})
+        return None
+
+    def _check_same(self, first: Entry) -> None:
+        begun = self.entries[0]
+        if (begun.role, begun.pieces) != (first.role, first.pieces):
+            what = "system text" if first.role == "system" else "prompt"
+            raise InputError(f"session '{self.name}' has begun already, with another {what}; choose another name")
+
+
+class _Turn:
+    """A turn under way: what is to be written down when its answer ends."""
+
+    def __init__(
+        self,
+        text: str | None,
+        keep: int,
+        history: History,
+        turns: Turns,
+        message: Sequence[Segment],
+        opening: Tokens,
+        number: int,
+    ) -> None:
+        self.text = text
+        self.keep = keep
+        self.history = history
+        self.turns = turns
+        self.message = message
+        self.opening = opening
+        """What is evaluated together with the answer: at least the last token before it."""
+        self.number = number
+
+
+def _sampling(settings: dict[str, Any]) -> Sampling:
+    known = {"temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop"}
+    unknown = settings.keys() - known
+    if unknown:
+        raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    stop = settings.pop("stop", ())
+    return Sampling(**{"temperature": 0.0} | settings, stop=(stop,) if isinstance(stop, str) else tuple(stop))

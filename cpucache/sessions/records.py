@@ -1,0 +1,295 @@
+"""Transcripts: the conversations of one folder in one SQLite file, each entry written once and never changed.
+
+Entries form a tree: each names the one before it, and a conversation is a name for the last of its entries. So a fork
+shares what it has in common with the original, and editing or answering again leaves what was there before in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import filelock
+import platformdirs
+
+from cpucache.errors import CpucacheError, InputError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+    id INTEGER PRIMARY KEY,
+    before INTEGER REFERENCES entries (id),
+    role TEXT NOT NULL, text TEXT NOT NULL,
+    pieces TEXT NOT NULL,                 -- JSON: how its tokens were evaluated
+    left_out INTEGER NOT NULL,            -- entries from the beginning on that were out of sight by then
+    metrics TEXT NOT NULL,                -- JSON
+    created REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS by_before ON entries (before);
+CREATE TABLE IF NOT EXISTS sessions (
+    name TEXT PRIMARY KEY,
+    last INTEGER REFERENCES entries (id), -- none: nothing was said yet
+    fingerprint TEXT NOT NULL, model TEXT NOT NULL,
+    created REAL NOT NULL, used REAL NOT NULL
+) WITHOUT ROWID;
+"""
+_WAIT = 20.0  # seconds for another process to finish its transaction
+_LONGEST_NAME = 100
+
+
+def default_sessions() -> Path:
+    """``$CPUCACHE_SESSIONS``, else a folder of the platform's user data: unlike slices, nobody can make them again."""
+    named = os.environ.get("CPUCACHE_SESSIONS")
+    return Path(named).expanduser() if named else platformdirs.user_data_path("cpucache") / "sessions"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One message, as it was evaluated.
+
+    ``role``: ``system``, ``user``, ``assistant``, or ``prompt`` for the PML prompt that a conversation began with.
+    ``pieces`` (JSON) and ``left_out`` are for the one who evaluates, see ``engine.session``.
+    """
+
+    role: str
+    text: str
+    pieces: Any
+    left_out: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    created: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+    id: int = 0
+    """Given when it is written."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A conversation in a list. Times are seconds since the epoch."""
+
+    name: str
+    model: str
+    """Name of the model that it is with."""
+    fingerprint: str
+    messages: int
+    tokens: int
+    created: float
+    used: float
+    start: str
+    """How its first message begins."""
+
+
+class Transcripts:
+    """All conversations below ``folder``. Processes may share it; one at a time has a conversation open.
+
+    Raises ``CpucacheError`` when the folder or its file can't be used.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or default_sessions()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(
+                self.folder / "sessions.sqlite", timeout=_WAIT, isolation_level=None, check_same_thread=False
+            )
+            self._database.row_factory = sqlite3.Row
+            self._database.execute("PRAGMA journal_mode = WAL")
+            # What somebody wrote is not lost in a power cut.
+            self._database.execute("PRAGMA synchronous = FULL")
+            self._database.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise CpucacheError(f"can't keep conversations in {self.folder}: {error}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def __contains__(self, name: str) -> bool:
+        return self._row(name) is not None
+
+    def open(self, name: str, *, fingerprint: str = "", model: str = "") -> Transcript:
+        """A conversation, which nobody else may open until it is closed; one of this name is made if there is none.
+
+        Raises ``InputError`` for a bad name and when it is with another model, ``CpucacheError`` when it is open
+        elsewhere.
+        """
+        check_name(name)
+        lock = self._lock(name)
+        try:
+            with self._change() as database:
+                now = time.time()
+                database.execute(
+                    "INSERT OR IGNORE INTO sessions VALUES (?, NULL, ?, ?, ?, ?)", (name, fingerprint, model, now, now)
+                )
+                row = self._row(name)
+            assert row is not None
+            if row["fingerprint"] != fingerprint and fingerprint:
+                raise InputError(
+                    f"conversation '{name}' is with {row['model']}, not {model}: "
+                    f"open it with that model, or begin another"
+                )
+            return Transcript(self, name, lock, self._path(row["last"]))
+        except BaseException:
+            lock.release()
+            raise
+
+    def read(self, name: str) -> list[Entry]:
+        """The entries of a conversation, from the first on. Raises ``InputError`` when there is none of this name."""
+        return self._path(self._known(name)["last"])
+
+    def summaries(self) -> list[Summary]:
+        """Every conversation, the latest used first."""
+        rows = self._database.execute("SELECT * FROM sessions ORDER BY used DESC, name").fetchall()
+        return [self._summary(row) for row in rows]
+
+    def summary(self, name: str) -> Summary:
+        """One of them. Raises ``InputError`` when there is none of this name."""
+        return self._summary(self._known(name))
+
+    def remove(self, name: str) -> None:
+        """Delete a conversation, and what no other shares with it.
+
+        Raises ``InputError`` when there is none of this name, ``CpucacheError`` while it is open.
+        """
+        self._known(name)
+        lock = self._lock(name)
+        try:
+            with self._change() as database:
+                database.execute("DELETE FROM sessions WHERE name = ?", (name,))
+                database.execute(
+                    """
+                    WITH RECURSIVE needed (id) AS (
+                        SELECT last FROM sessions WHERE last IS NOT NULL
+                        UNION SELECT entries.before FROM entries JOIN needed USING (id) WHERE before IS NOT NULL)
+                    DELETE FROM entries WHERE id NOT IN needed
+                    """
+                )
+        finally:
+            lock.release()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+    def _row(self, name: str) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._database.execute("SELECT * FROM sessions WHERE name = ?", (name,)).fetchone()
+        return row
+
+    def _known(self, name: str) -> sqlite3.Row:
+        row = self._row(name)
+        if row is None:
+            raise InputError(f"no conversation '{name}' (see `cpucache sessions ls`)")
+        return row
+
+    def _summary(self, row: sqlite3.Row) -> Summary:
+        entries = self._path(row["last"])
+        said = [entry for entry in entries if entry.role != "system"]
+        return Summary(
+            name=row["name"],
+            model=row["model"],
+            fingerprint=row["fingerprint"],
+            messages=len(said),
+            tokens=sum(int(entry.metrics.get("tokens", 0)) for entry in entries),
+            created=row["created"],
+            used=row["used"],
+            start=" ".join(said[0].text.split())[:60] if said else "",
+        )
+
+    def _path(self, last: int | None) -> list[Entry]:
+        rows = self._database.execute(
+            """
+            WITH RECURSIVE path (id, depth) AS (
+                SELECT ?, 0 UNION ALL SELECT entries.before, depth + 1 FROM entries JOIN path USING (id))
+            SELECT entries.* FROM entries JOIN path USING (id) ORDER BY depth DESC
+            """,
+            (last,),
+        )
+        return [
+            Entry(
+                row["role"],
+                row["text"],
+                json.loads(row["pieces"]),
+                row["left_out"],
+                json.loads(row["metrics"]),
+                row["created"],
+                row["id"],
+            )
+            for row in rows
+        ]
+
+    def _lock(self, name: str) -> filelock.BaseFileLock:
+        # Names may hold what a file system does not take, and differ where it sees no difference.
+        path = self.folder / f"{sha256(name.encode()).hexdigest()[:32]}.lock"
+        lock = filelock.FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise CpucacheError(
+                f"conversation '{name}' is open in another window or program; close it there, or fork it under "
+                "another name"
+            ) from None
+        return lock
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._database
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+
+class Transcript:
+    """A conversation that is open here, and nowhere else."""
+
+    def __init__(
+        self, transcripts: Transcripts, name: str, lock: filelock.BaseFileLock, entries: Sequence[Entry]
+    ) -> None:
+        self._transcripts = transcripts
+        self._lock = lock
+        self.name = name
+        self.entries = list(entries)
+
+    def close(self) -> None:
+        """Let others open it."""
+        self._lock.release()
+
+    def put(self, keep: int, entries: Sequence[Entry]) -> None:
+        """Go on with ``entries`` behind the first ``keep``: all of them are written, or none."""
+        before = self.entries[:keep]
+        last = before[-1].id if before else None
+        with self._transcripts._change() as database:
+            for entry in entries:
+                values = (entry.role, entry.text, json.dumps(entry.pieces), entry.left_out, json.dumps(entry.metrics))
+                cursor = database.execute(
+                    "INSERT INTO entries (before, role, text, pieces, left_out, metrics, created) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (last, *values, entry.created),
+                )
+                last = cursor.lastrowid
+            database.execute("UPDATE sessions SET last = ?, used = ? WHERE name = ?", (last, time.time(), self.name))
+        self.entries = self._transcripts._path(last)
+
+    def fork(self, name: str, keep: int | None = None) -> None:
+        """Give the first ``keep`` entries (all) another name too. Raises ``InputError`` when it is taken."""
+        check_name(name)
+        entries = self.entries[:keep]
+        with self._transcripts._change() as database:
+            try:
+                database.execute(
+                    "INSERT INTO sessions SELECT ?, ?, fingerprint, model, ?, ? FROM sessions WHERE name = ?",
+                    (name, entries[-1].id if entries else None, time.time(), time.time(), self.name),
+                )
+            except sqlite3.IntegrityError:
+                raise InputError(f"there is a conversation '{name}' already") from None
+
+
+def check_name(name: str) -> None:
+    """Raise ``InputError`` for what can't name a conversation: nothing, line breaks, something very long."""
+    if not name.strip() or not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise InputError(f"{name!r} can't name a conversation: use 1 to {_LONGEST_NAME} printable characters")
