@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpucache.engine.engine import parse_size
+from cpucache.engine.size import parse_size
 from cpucache.engine.text import TextStream
 from cpucache.errors import InputError
 from cpucache.runtime import Sampling

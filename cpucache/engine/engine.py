@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 import psutil
 
-from cpucache.engine.opening import Opening
+from cpucache.engine.planner import PREFIX, Message, Planner
 from cpucache.engine.reply import Reply
 from cpucache.engine.session import Session, WhenFull
+from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
-from cpucache.errors import ContextFull, InputError
-from cpucache.layout import BLOCK, Chains, ChatTemplate, Plan, Positions, SchemaLayout, Turns, bind, bind_opening
+from cpucache.layout import BLOCK, Chains, ChatTemplate, Plan, Positions, SchemaLayout
 from cpucache.models import default_model, resolve_model
-from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve
-from cpucache.pml.tree import Prompt, RoleName, Schema
+from cpucache.pml.tree import Prompt, Schema
 from cpucache.reuse import Encoded, OnProgress, Workspace
 from cpucache.runtime import Context, KVType, Model, Sampling
 from cpucache.sessions import Transcripts
 from cpucache.store import Fingerprints, Store, default_home
 
-Message: TypeAlias = Mapping[str, object]
-"""``role`` and ``content``."""
-PREFIX = "(text)"
-"""What slices of plain text and messages are listed under, as if it were their schema."""
 DEFAULT_CTX = 8192
 """Cells of a context, unless the model was trained on fewer or the caller asks for more."""
 
@@ -95,11 +88,10 @@ class Engine:
         self.fingerprint = Fingerprints(home / "index.sqlite").of(path)
         self.workspace = Workspace(self.context, self.store, self.fingerprint)
         self.chains = Chains(block_size)
-        self.schemas: dict[str, SchemaLayout] = {}
-        self._positions = positions
         self.template = ChatTemplate(
             self.model.chat_template, bos=self.model.special_text("bos"), eos=self.model.special_text("eos")
         )
+        self.planner = Planner(self.model, self.template, self.chains, positions)
         self._lock = threading.RLock()
         self._stream: Stream | None = None
         self._folder = Path(sessions) if sessions else None
@@ -132,17 +124,14 @@ class Engine:
 
         Raises ``PMLError``.
         """
-        parsed = schema if isinstance(schema, Schema) else load_schema(Path(schema))
-        layout = SchemaLayout(parsed, self.model, self.template, self._positions)
-        self.schemas[parsed.name] = layout
-        return layout
+        return self.planner.add_schema(schema)
 
     def encode(self, schema: str, progress: OnProgress | None = None) -> Encoded:
         """Make every slice of a schema that is not in the store yet.
 
         ``progress(done, total)`` is told about tokens.
         """
-        layout = self._layout(schema)
+        layout = self.planner.layout(schema)
         # Modules that are never cached have no slices of their own; as context of others they are found there.
         segments = [segment for segment in layout.segments if segment.cache and not segment.placeholder]
         with self.alone():
@@ -163,11 +152,11 @@ class Engine:
         The latter two are cached in blocks, each in the sight of all before it: exact, and found again by whatever
         begins with the same text. Raises ``PMLError`` or ``InputError``.
         """
-        return self._request(prompt, messages, text).plan
+        return self.planner.request(prompt, messages, text).plan
 
     def encode_for(self, prompt: str | Path | Prompt, progress: OnProgress | None = None) -> Encoded:
         """Make the slices that one prompt needs and the store does not have."""
-        request = self._request(prompt, None, None)
+        request = self.planner.request(prompt, None, None)
         with self.alone():
             return self.workspace.encode(request.plan.segments, request.label, progress)
 
@@ -181,7 +170,7 @@ class Engine:
         """Read the slices that a session or a prompt is going to need into memory, in the background."""
         if isinstance(prompt, Session):
             return prompt.prefetch()
-        return self.store.prefetch(self.workspace.keys(self._request(prompt, messages, text).plan))
+        return self.store.prefetch(self.workspace.keys(self.planner.request(prompt, messages, text).plan))
 
     def stream(
         self,
@@ -210,9 +199,9 @@ class Engine:
         sampling = Sampling(
             temperature, top_k, top_p, min_p, repeat_penalty, seed, (stop,) if isinstance(stop, str) else tuple(stop)
         )
-        request = self._request(prompt, messages, text)
+        request = self.planner.request(prompt, messages, text)
         if request.plan.n_tokens >= self.context.n_ctx:
-            raise self._too_long(request)
+            raise request.too_long(self.context.n_ctx)
         return self.answer(
             request.plan,
             sampling,
@@ -287,7 +276,7 @@ class Engine:
         """
         if self._transcripts is None:
             self._transcripts = Transcripts(self._folder)
-        opening = None if prompt is None else self._opening(_parsed(prompt))
+        opening = None if prompt is None else self.planner.opening(prompt)
         session = Session(self, self._transcripts, name, system=system, opening=opening, when_full=when_full)
         self._sessions.add(session)
         return session
@@ -309,92 +298,8 @@ class Engine:
                 self._stream = None
             yield
 
-    def _request(
-        self, prompt: str | Path | Prompt | None, messages: Sequence[Message] | None, text: str | None
-    ) -> _Request:
-        if sum(given is not None for given in (prompt, messages, text)) != 1:
-            raise InputError("give one of prompt, messages and text")
-        if prompt is not None:
-            parsed = _parsed(prompt)
-            layout = self._layout(parsed.schema)
-            plan = bind(layout, resolve(parsed, layout.schema), file=parsed.file)
-            return _Request(plan, parsed.schema, parsed.file)
-        parts = [] if self.model.bos is None else [np.array([self.model.bos], np.int32)]
-        if messages is not None:
-            turns = Turns(self.template, self.model)
-            parts += [turns.turn(*_checked(message)) for message in messages]
-            parts.append(turns.answer())
-        elif text is not None:
-            parts.append(self.model.tokenize(text))
-        tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
-        if len(tokens) <= (self.model.bos is not None) or (messages is not None and not messages):
-            raise InputError("the prompt is empty")
-        return _Request(self.chains.plan((), tokens), PREFIX, "messages" if text is None else "text")
-
     def _keep_blocks(self, stream: Stream) -> None:
         """Save the blocks that the answer has filled: the next prompt may go on from there."""
         answer = np.array(stream.tokens[: stream.evaluated], np.int32)
         blocks = self.chains.blocks((), np.concatenate([stream.plan.tokens, answer]))
         self.workspace.capture(blocks[len(stream.plan.segments) :], PREFIX)
-
-    def _opening(self, prompt: Prompt) -> Opening:
-        layout = self._layout(prompt.schema)
-        plan, turns, asks = bind_opening(layout, resolve(prompt, layout.schema), file=prompt.file)
-        return Opening(plan, turns, asks, prompt.schema)
-
-    def _layout(self, name: str) -> SchemaLayout:
-        layout = self.schemas.get(name)
-        if layout is None:
-            near = difflib.get_close_matches(name, self.schemas, 1)
-            known = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(self.schemas) or 'none'}"
-            raise InputError(f"no schema '{name}' has been added ({known}); add it with add_schema()")
-        return layout
-
-    def _too_long(self, request: _Request) -> ContextFull:
-        sizes: dict[str, int] = {}
-        for span in request.plan.spans:
-            name = span.segment.module or "text of the schema" if span.segment else "new text"
-            sizes[name] = sizes.get(name, 0) + len(span.tokens)
-        parts = sorted(sizes.items(), key=lambda item: -item[1])[:3]
-        largest = ", ".join(f"{name} ({size})" for name, size in parts)
-        return ContextFull(
-            f"{request.name}: the prompt is {request.plan.n_tokens} tokens long and leaves no room for an answer in a "
-            f"context of {self.context.n_ctx}"
-            + ("" if request.plan.exact else f"; its largest parts: {largest}")
-            + "; raise --ctx (n_ctx=…) or leave something out"
-        )
-
-
-class _Request(NamedTuple):
-    plan: Plan
-    label: str
-    """Under which its slices are listed."""
-    name: str
-    """For errors."""
-
-
-def _checked(message: Message) -> tuple[RoleName, str]:
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant") or not isinstance(content, str):
-        raise InputError(f"a message has a role (system, user or assistant) and text as its content, not {message!r}")
-    return role, content
-
-
-def parse_size(text: int | str) -> int:
-    """Bytes from a number or text such as ``512MiB``, ``2GiB``, ``1.5GB``. Raises ``InputError``."""
-    if isinstance(text, int):
-        return text
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not found:
-        raise InputError(f"'{text}' is no size; write for example 512MiB or 2GiB")
-    number, unit, binary = found.groups()
-    power = " KMGT".index(unit.upper()) if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
-
-
-def _parsed(prompt: str | Path | Prompt) -> Prompt:
-    if isinstance(prompt, Prompt):
-        return prompt
-    if isinstance(prompt, str) and prompt.lstrip().startswith("<"):
-        return parse_prompt(prompt)
-    return load_prompt(Path(prompt))
