@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,8 +12,10 @@ from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
 
+from cpucache.bench.conversation import MESSAGES
 from cpucache.bench.memory import compare_memory
 from cpucache.bench.series import Series
+from cpucache.bench.sessions import SessionsReport, folder_options, measure_sessions
 from cpucache.bench.store import measure_store
 from cpucache.bench.ttft import Report, measure
 from cpucache.cli.console import err, out, seconds, times
@@ -142,6 +146,79 @@ def store_speed(model: str, tokens: int, repeat: int, as_json: bool, **options: 
         f"writing in the background makes the first token {ratios['busy_to_quiet_ttft']:.2f} times as late",
         soft_wrap=True,
     )
+
+
+@bench.command("sessions")
+@engine_options
+@click.option("--turns", type=click.IntRange(1, len(MESSAGES)), default=20, show_default=True, help="Turns.")
+@click.option("--answer", type=click.IntRange(1), default=64, show_default=True, help="Tokens of an answer, at most.")
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of what is quick.")
+@click.option("--recompute/--no-recompute", default=True, help="Also evaluate each turn from the beginning (slow).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def conversations(
+    model: str, turns: int, answer: int, repeat: int, recompute: bool, as_json: bool, **options: Any
+) -> None:
+    """Conversations: time to first token, turn by turn.
+
+    The same conversation about a garden, resumed in each way at each turn: evaluated from the beginning, lying in the
+    context, from RAM, and from disk in a new engine. Then the cost of saving, and what happens when it no longer fits.
+    """
+
+    def say(line: str) -> None:
+        if not as_json:
+            err.print(f"[dim]{line} …[/dim]")
+
+    with tempfile.TemporaryDirectory(prefix="cpucache-bench-") as folder:
+        options |= folder_options(Path(folder))
+
+        def open_engine(**more: Any) -> Engine:
+            return Engine(model, **options | more)
+
+        report = measure_sessions(open_engine, turns=turns, answer=answer, repeat=repeat, recompute=recompute, say=say)
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    out.print(f"{report.model}: {turns} turns; times to first token")
+    out.print(_turns(report))
+    ratios = report.ratios
+    lines = [
+        f"from disk {ratios['disk_to_in_context']:.2f} times as long as in context (median), "
+        f"{ratios['disk_to_in_context_worst']:.2f} times at worst",
+        f"1,000 tokens more add {ratios['growth_in_context_ms_per_1000']:.0f} ms in context, "
+        f"{ratios['growth_disk_ms_per_1000']:.0f} ms from disk",
+        f"saving takes {ratios['save_of_turn']:.1%} of a turn at most; a turn that is saved takes "
+        f"{ratios['saving_to_not_saving']:.3f} times as long as one that is not",
+    ]
+    lines += [
+        f"turn {number}: {ratios[name]:.1%} below recomputation"
+        for number in (10, 20)
+        if (name := f"below_recompute_turn_{number}") in ratios
+    ]
+    lines += [
+        f"overflow: {each.left_out:,} tokens left, {each.moved:,} moved, {each.evaluated} evaluated of which {each.new} "
+        f"new: {seconds(each.ttft_ms)}" + (f"; recomputed {seconds(each.recompute_ms)}" if recompute else "")
+        for each in report.truncations
+    ]
+    out.print("\n".join(lines), soft_wrap=True, highlight=False)
+
+
+def _turns(report: SessionsReport) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for name in ("turn", "tokens", "new", "recompute", "tok/s", "context", "RAM", "disk", "disk/ctx", "written"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, turn in enumerate(report.turns, 1):
+        recomputed = turn.recompute.values
+        table.add_row(
+            str(number),
+            f"{turn.tokens:,}",
+            str(turn.new),
+            seconds(turn.recompute.median) if recomputed else "",
+            f"{turn.prefill_rate:.0f}" if recomputed else "",
+            *(seconds(series.median) for series in (turn.in_context, turn.ram, turn.disk)),
+            f"{turn.disk.median / turn.in_context.median:.2f}",
+            decimal(turn.bytes),
+        )
+    return table
 
 
 def _table(report: Report) -> Table:

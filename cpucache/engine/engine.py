@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -93,7 +94,7 @@ class Engine:
         )
         self.planner = Planner(self.model, self.template, self.chains, positions)
         self._lock = threading.RLock()
-        self._stream: Stream | None = None
+        self._running: Stream | None = None
         self._folder = Path(sessions) if sessions else None
         self._transcripts: Transcripts | None = None
         self._sessions: WeakSet[Session] = WeakSet()
@@ -226,33 +227,23 @@ class Engine:
         at_first: Callable[[Stream], None] | None = None,
         at_end: Callable[[Stream], None] | None = None,
     ) -> Stream:
-        """The answer to a plan. What it needs is read into memory, and is not evicted, while it waits for its turn.
+        """The answer to a plan.
 
         ``at_first`` and ``at_end`` are called when the first token has been handed over and when the answer ends.
         """
-        keys = self.workspace.keys(plan) if use_cache else []
-        with self.store.using(keys):
-            if not self._lock.acquire(blocking=False):
-                self.store.prefetch(keys)
-                self._lock.acquire()
-            try:
-                with self.alone():
-                    self._stream = Stream(
-                        self.workspace,
-                        plan,
-                        sampling,
-                        max_tokens=max_tokens,
-                        started=started,
-                        lock=self._lock,
-                        schema=label,
-                        use_cache=use_cache,
-                        progress=progress,
-                        at_first=at_first,
-                        at_end=at_end,
-                    )
-                    return self._stream
-            finally:
-                self._lock.release()
+        return Stream(
+            self.workspace,
+            plan,
+            sampling,
+            max_tokens=max_tokens,
+            started=started,
+            turn=partial(self._turn, self.workspace.keys(plan) if use_cache else []),
+            schema=label,
+            use_cache=use_cache,
+            progress=progress,
+            at_first=at_first,
+            at_end=at_end,
+        )
 
     def generate(self, prompt: str | Path | Prompt | None = None, **settings: Any) -> Reply:
         """The whole answer. Settings are those of ``stream``."""
@@ -293,10 +284,26 @@ class Engine:
     def alone(self) -> Iterator[None]:
         """Have the context to oneself: other threads wait, and an unfinished stream of this thread ends."""
         with self._lock:
-            if self._stream is not None:
-                self._stream.close()
-                self._stream = None
+            if self._running is not None:
+                running, self._running = self._running, None
+                running.close()
             yield
+
+    @contextmanager
+    def _turn(self, keys: Sequence[str], stream: Stream) -> Iterator[None]:
+        """The turn of a stream to have the context. What it needs is read into memory, and kept, while it waits."""
+        with self.store.using(keys):
+            if not self._lock.acquire(blocking=False):
+                self.store.prefetch(keys)
+                self._lock.acquire()
+            try:
+                with self.alone():
+                    self._running = stream
+                    yield
+            finally:
+                if self._running is stream:
+                    self._running = None
+                self._lock.release()
 
     def _keep_blocks(self, stream: Stream) -> None:
         """Save the blocks that the answer has filled: the next prompt may go on from there."""

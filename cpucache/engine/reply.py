@@ -30,6 +30,9 @@ class Metrics:
     prefill_ms: float = 0.0
     """Part of it that evaluated fresh tokens."""
     total_ms: float = 0.0
+    save_ms: float = 0.0
+    """Time that it took to take new state out of the context, after the first token; writing goes on in the background.
+    """
     left_out_tokens: int = 0
     """In a session: tokens of old turns that had to leave the context for this one."""
     recompute_ms: float = 0.0

@@ -62,6 +62,7 @@ class Session:
         self._closed = False
         self._held: list[str] = []
         self._opening: list[Span] = []
+        self._stream: Stream | None = None
         self._transcript = transcripts.open(name, fingerprint=engine.fingerprint, model=engine.model.path.stem)
         try:
             first = self._first_entry(system, opening)
@@ -81,6 +82,8 @@ class Session:
         if not self._closed:
             with self._engine.alone():
                 self._closed = True
+                if self._stream is not None:
+                    self._stream.close()
                 self._hold([])
                 self._transcript.close()
 
@@ -102,6 +105,11 @@ class Session:
     def n_tokens(self) -> int:
         """Tokens that the next turn will see."""
         return self._history.n_tokens
+
+    @property
+    def keys(self) -> list[str]:
+        """The slices that the next turn needs."""
+        return list(self._held)
 
     @property
     def left_out(self) -> int:
@@ -179,6 +187,8 @@ class Session:
         with self._engine.alone():
             if self._closed:
                 raise InputError(f"session '{self.name}' has been closed")
+            if self._stream is not None:
+                self._stream.close()
             if keep == len(self.entries):
                 history, turns, pending, asks = self._history.copy(), copy.copy(self._turns), self._pending, self._asks
             else:
@@ -209,6 +219,7 @@ class Session:
             if stream.metrics.left_out_tokens and rate and self._engine.context.can_shift:
                 moved = sum(history.size(index) for index in range(history.fixed, len(history)))
                 stream.metrics.recompute_ms = moved / rate * 1000
+            self._stream = stream
             return stream
 
     def _make_room(self, history: History, new: int, max_tokens: int) -> None:

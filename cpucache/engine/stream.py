@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
@@ -34,7 +33,7 @@ class Stream:
         *,
         max_tokens: int,
         started: float,
-        lock: AbstractContextManager[Any],
+        turn: Callable[[Stream], AbstractContextManager[None]],
         schema: str = "",
         use_cache: bool = True,
         progress: OnProgress | None = None,
@@ -54,7 +53,7 @@ class Stream:
         self._sampling = sampling
         self._max_tokens = max_tokens
         self._started = started
-        self._lock = lock
+        self._turn = turn
         self._schema = schema
         self._use_cache = use_cache
         self._progress = progress
@@ -85,7 +84,7 @@ class Stream:
         return Reply(self.text, self.metrics)
 
     def _run(self) -> Generator[str, None, None]:
-        with self._lock:
+        with self._turn(self):
             yield from self._answer()
 
     def _answer(self) -> Iterator[str]:
@@ -125,7 +124,7 @@ class Stream:
                 if metrics.ttft_ms:
                     self._first()
                     if self._at_end:
-                        self._at_end(self)
+                        self._timed(self._at_end)
         finally:
             metrics.total_ms = self._elapsed()
             sampler.close()
@@ -134,7 +133,12 @@ class Stream:
         """Once, when the first token has been handed over: nothing that is done here delays it."""
         at_first, self._at_first = self._at_first, None
         if at_first:
-            at_first(self)
+            self._timed(at_first)
+
+    def _timed(self, hook: Callable[[Stream], None]) -> None:
+        started = time.perf_counter()
+        hook(self)
+        self.metrics.save_ms += (time.perf_counter() - started) * 1000
 
     def _say(self, text: str) -> Iterator[str]:
         if text:
