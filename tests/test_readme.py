@@ -1,4 +1,4 @@
-"""The README's Python example runs as it stands there."""
+"""The README's Python examples run as they stand there."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ _ROOT = Path(__file__).parent.parent
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_example_runs(
-    smollm2: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_python_examples_run(
+    smollm2: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
-    assert 'Engine("smollm2-135m-instruct")' in example
+    modules, conversations = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
+    assert 'Engine("smollm2-135m-instruct")' in modules
     monkeypatch.chdir(_ROOT)
     monkeypatch.setenv("CPUCACHE_MODELS", str(smollm2.parent))
-    exec(compile(example, "README.md", "exec"), {})
+    monkeypatch.setenv("CPUCACHE_SESSIONS", str(tmp_path))
+    exec(compile(modules, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     cached, prompt = map(int, re.search(r"(\d+) of (\d+) tokens from cache", printed).groups())  # type: ignore[union-attr]
     assert 0 < cached < prompt
     assert printed.rpartition("from cache")[2].strip(), "the streamed answer is missing"
+    exec(compile(conversations, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.split()) > 10
+    assert (tmp_path / "sessions.sqlite").exists()
 
 
 def test_pml_example_is_valid() -> None:

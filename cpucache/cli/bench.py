@@ -195,8 +195,9 @@ def conversations(
         if (name := f"below_recompute_turn_{number}") in ratios
     ]
     lines += [
-        f"overflow: {each.left_out:,} tokens left, {each.moved:,} moved, {each.evaluated} evaluated of which {each.new} "
-        f"new: {seconds(each.ttft_ms)}" + (f"; recomputed {seconds(each.recompute_ms)}" if recompute else "")
+        f"overflow: {each.left_out:,} tokens left, {each.moved:,} moved, {each.evaluated} evaluated ({each.new} new): "
+        + seconds(each.ttft_ms)
+        + (f"; recomputed {seconds(each.recompute_ms)}" if recompute else "")
         for each in report.truncations
     ]
     out.print("\n".join(lines), soft_wrap=True, highlight=False)

@@ -197,7 +197,7 @@ class Session:
                 raise InputError("there is no message to answer")
             tokens = [pending, turns.turn("user", text) if text is not None else empty(), turns.answer()]
             new = joined(tokens)
-            before, rate = history.n_tokens, self._workspace.prefill_rate
+            before = history.n_tokens
             self._make_room(history, len(new), max_tokens)
             number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
             chains = self._engine.chains
@@ -212,13 +212,10 @@ class Session:
                 started=started,
                 label=self._label,
                 progress=progress,
-                at_first=lambda _: self._save(message[len(plan.segments) - len(history.segments) :]),
+                at_first=lambda stream: self._prefilled(turn, stream),
                 at_end=lambda stream: self._keep(turn, stream),
             )
             stream.metrics.left_out_tokens = before - history.n_tokens
-            if stream.metrics.left_out_tokens and rate and self._engine.context.can_shift:
-                moved = sum(history.size(index) for index in range(history.fixed, len(history)))
-                stream.metrics.recompute_ms = moved / rate * 1000
             self._stream = stream
             return stream
 
@@ -250,6 +247,14 @@ class Session:
                 f"for an answer in a context of {context.n_ctx}; raise --ctx (n_ctx=…)"
                 + (", or let old turns leave (when_full='oldest')" if self.when_full == "refuse" else "")
             )
+
+    def _prefilled(self, turn: _Turn, stream: Stream) -> None:
+        """Save the state of the message, as far as it was not evaluated in whole blocks."""
+        history, rate = turn.history, self._workspace.prefill_rate
+        self._save(turn.message[len(stream.plan.segments) - len(history.segments) :])
+        if stream.metrics.left_out_tokens and rate and self._engine.context.can_shift:
+            moved = sum(history.size(index) for index in range(history.fixed, len(history)))
+            stream.metrics.recompute_ms = moved / rate * 1000
 
     def _keep(self, turn: _Turn, stream: Stream) -> None:
         """Write the turn down, and save the state of its answer."""

@@ -75,7 +75,7 @@ class Workspace:
         self._encoder = Encoder(self._splicer)
         self._keys: WeakKeyDictionary[Segment, str] = WeakKeyDictionary()
         self.prefill_rate: float | None = None
-        """Tokens evaluated in a second, as last measured over 32 tokens or more; ``None``: not yet."""
+        """Tokens evaluated in a second, as last measured over 32 tokens or more, or a few at first."""
 
     # -- slices ------------------------------------------------------------------------------------------------------
     def key(self, segment: Segment) -> str:
@@ -300,7 +300,7 @@ class Workspace:
                 self.store.discard(self.key(error.segment))
 
     def _learn_rate(self, tokens: int, seconds: float) -> None:
-        if tokens >= 32 and seconds > 0:
+        if seconds > 0 and tokens >= (8 if self.prefill_rate is None else 32):
             self.prefill_rate = tokens / seconds
 
     def capture(self, segments: Iterable[Segment], schema: str = "") -> int:

@@ -1,0 +1,61 @@
+"""One engine, several threads: each gets its own answer, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cpucache import Engine
+
+TinyModel = Callable[..., Path]
+
+
+@pytest.fixture
+def engine(tiny: TinyModel, tmp_path: Path) -> Engine:
+    with Engine(
+        tiny("llama"), store=tmp_path / "store", sessions=tmp_path / "sessions", threads=1, n_ctx=512
+    ) as opened:
+        yield opened  # type: ignore[misc]
+
+
+def test_threads_take_turns(engine: Engine) -> None:
+    texts = ["the sea", "a mill", "hay in the barn", "the old tin", "rain", "47"]
+    alone = [engine.generate(text=text, max_tokens=8).text for text in texts]
+    assert len(set(alone)) == len(alone)
+
+    def ask(text: str) -> list[str]:
+        whole = engine.generate(text=text, max_tokens=8).text
+        # A stream that another thread overtakes before its first piece is asked for.
+        stream = engine.stream(text=text, max_tokens=8)
+        return [whole, "".join(stream)]
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        for _ in range(5):
+            assert list(pool.map(ask, texts)) == [[text, text] for text in alone]
+
+
+def test_in_one_thread_a_stream_ends_where_the_next_one_begins(engine: Engine) -> None:
+    whole = engine.generate(text="one text", max_tokens=8).text
+    first, second = engine.stream(text="one text", max_tokens=8), engine.stream(text="other", max_tokens=8)
+    begun = next(first)
+    assert "".join(second) == second.text != ""
+    assert list(first) == []
+    assert whole.startswith(begun)
+    assert first.metrics.finish == "interrupted"
+    # Not begun, it is simply late.
+    third, fourth = engine.stream(text="one text", max_tokens=8), engine.stream(text="other", max_tokens=8)
+    assert (fourth.reply().text, third.reply().text) == (second.text, whole)
+
+
+def test_sessions_of_one_engine_take_turns(engine: Engine) -> None:
+    def talk(name: str, about: str) -> list[str]:
+        with engine.session(name) as session:
+            return [session.send(f"{about}, {number}", max_tokens=6).text for number in range(4)]
+
+    subjects = ["the sea", "a mill", "hay", "the old tin"]
+    with ThreadPoolExecutor(len(subjects)) as pool:
+        together = list(pool.map(talk, [f"on {subject}" for subject in subjects], subjects))
+    assert together == [talk(f"alone, on {subject}", subject) for subject in subjects]
