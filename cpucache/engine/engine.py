@@ -95,6 +95,7 @@ class Engine:
         self.planner = Planner(self.model, self.template, self.chains, positions)
         self._lock = threading.RLock()
         self._running: Stream | None = None
+        self._opening = threading.Lock()
         self._folder = Path(sessions) if sessions else None
         self._transcripts: Transcripts | None = None
         self._sessions: WeakSet[Session] = WeakSet()
@@ -265,11 +266,13 @@ class Engine:
         raises ``ContextFull``. Raises ``InputError`` when it is with another model, or has begun otherwise, and
         ``CpucacheError`` when it is open elsewhere.
         """
-        if self._transcripts is None:
-            self._transcripts = Transcripts(self._folder)
         opening = None if prompt is None else self.planner.opening(prompt)
-        session = Session(self, self._transcripts, name, system=system, opening=opening, when_full=when_full)
-        self._sessions.add(session)
+        # Not the lock of the context: a session is opened, and read ahead, while another one's answer is on its way.
+        with self._opening:
+            if self._transcripts is None:
+                self._transcripts = Transcripts(self._folder)
+            session = Session(self, self._transcripts, name, system=system, opening=opening, when_full=when_full)
+            self._sessions.add(session)
         return session
 
     def warm_up(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,13 +87,14 @@ class Summary:
 
 
 class Transcripts:
-    """All conversations below ``folder``. Processes may share it; one at a time has a conversation open.
+    """All conversations below ``folder``. Processes and threads may share it; one at a time has a conversation open.
 
     Raises ``CpucacheError`` when the folder or its file can't be used.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or default_sessions()
+        self._turn = threading.RLock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(
@@ -108,7 +110,8 @@ class Transcripts:
 
     def close(self) -> None:
         """Close the file."""
-        self._database.close()
+        with self._turn:
+            self._database.close()
 
     def __contains__(self, name: str) -> bool:
         return self._row(name) is not None
@@ -145,7 +148,8 @@ class Transcripts:
 
     def summaries(self) -> list[Summary]:
         """Every conversation, the latest used first."""
-        rows = self._database.execute("SELECT * FROM sessions ORDER BY used DESC, name").fetchall()
+        with self._turn:
+            rows = self._database.execute("SELECT * FROM sessions ORDER BY used DESC, name").fetchall()
         return [self._summary(row) for row in rows]
 
     def summary(self, name: str) -> Summary:
@@ -175,7 +179,9 @@ class Transcripts:
 
     # -- inside ------------------------------------------------------------------------------------------------------
     def _row(self, name: str) -> sqlite3.Row | None:
-        row: sqlite3.Row | None = self._database.execute("SELECT * FROM sessions WHERE name = ?", (name,)).fetchone()
+        with self._turn:
+            found = self._database.execute("SELECT * FROM sessions WHERE name = ?", (name,))
+            row: sqlite3.Row | None = found.fetchone()
         return row
 
     def _known(self, name: str) -> sqlite3.Row:
@@ -199,14 +205,15 @@ class Transcripts:
         )
 
     def _path(self, last: int | None) -> list[Entry]:
-        rows = self._database.execute(
-            """
-            WITH RECURSIVE path (id, depth) AS (
-                SELECT ?, 0 UNION ALL SELECT entries.before, depth + 1 FROM entries JOIN path USING (id))
-            SELECT entries.* FROM entries JOIN path USING (id) ORDER BY depth DESC
-            """,
-            (last,),
-        )
+        with self._turn:
+            rows = self._database.execute(
+                """
+                WITH RECURSIVE path (id, depth) AS (
+                    SELECT ?, 0 UNION ALL SELECT entries.before, depth + 1 FROM entries JOIN path USING (id))
+                SELECT entries.* FROM entries JOIN path USING (id) ORDER BY depth DESC
+                """,
+                (last,),
+            ).fetchall()
         return [
             Entry(
                 row["role"],
@@ -235,13 +242,14 @@ class Transcripts:
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._database
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
+        with self._turn:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
 
 
 class Transcript:
