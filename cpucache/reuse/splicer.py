@@ -106,24 +106,29 @@ class Splicer:
         ``None`` when it does not: other tokens stand there, or something else than the segment's context before them,
         or the model's state has gone on since (a recurrent one is never that of earlier tokens).
         """
-        index = len(segment.context)
-        if len(self._held) <= index or not all(map(_same, self._held, segment.context)):
+        if not self._recognise((*segment.context, segment.span)):
             return None
-        held = self._held[index]
-        count = len(segment.tokens)
-        if held.segment or held.start != segment.home or not np.array_equal(held.tokens[:count], segment.tokens):
-            return None
-        if not self.context.model.recurrent:
-            self.context.share(TARGET, SCRATCH, segment.home, segment.end)
-            state = self.context.save(SCRATCH)
-            self.context.remove(SCRATCH)
-        elif segment.end == self.end:
-            state = self.context.save(TARGET)
-        else:
-            return None
-        rest = Span(segment.end, held.tokens[count:])
-        self._held[index : index + 1] = [segment.span, rest] if len(rest.tokens) else [segment.span]
+        if self.context.model.recurrent:
+            return self.context.save(TARGET) if segment.end == self.end else None
+        self.context.share(TARGET, SCRATCH, segment.home, segment.end)
+        state = self.context.save(SCRATCH)
+        self.context.remove(SCRATCH)
         return state
+
+    def _recognise(self, spans: Sequence[Span]) -> bool:
+        """Whether the target begins with ``spans``; fresh tokens evaluated behind a slice's context count as its."""
+        left = list(self._held)
+        for index, span in enumerate(spans):
+            if not left:
+                return False
+            held = left.pop(0)
+            if not _same(held, span):
+                if not _evaluated(held, span, spans[:index]):
+                    return False
+                if held.end > span.end:
+                    left.insert(0, Span(span.end, held.tokens[len(span.tokens) :]))
+        self._held = [*spans, *left]
+        return True
 
     def shared(self, plan: Plan) -> int:
         """How many spans at the head of ``plan`` the target holds as they are."""
@@ -259,6 +264,19 @@ def _same(one: Span, other: Span) -> bool:
         and one.start == other.start
         and len(one.tokens) == len(other.tokens)
         and (one.segment is not None or bool(np.array_equal(one.tokens, other.tokens)))
+    )
+
+
+def _evaluated(held: Span, span: Span, before: Sequence[Span]) -> bool:
+    """Whether fresh tokens, evaluated behind ``before``, begin with a slice as it is evaluated."""
+    return (
+        held.segment is None
+        and span.segment is not None
+        and span.whole
+        and held.start == span.start == span.segment.home
+        and np.array_equal(held.tokens[: len(span.tokens)], span.tokens)
+        and len(span.segment.context) == len(before)
+        and all(map(_same, before, span.segment.context))
     )
 
 
