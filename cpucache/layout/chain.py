@@ -30,7 +30,7 @@ class Chains:
 
     def segment(self, before: Sequence[Span], tokens: Tokens, module: str = "") -> Segment:
         """``tokens`` right behind ``before``, in one piece."""
-        key = (*((span.segment, span.start, len(span.tokens)) for span in before), tokens.tobytes())
+        key = (*((span.segment, span.start, len(span.tokens), span.renewed) for span in before), tokens.tobytes())
         segment = self._known.get(key)
         if segment is None:
             segment = Segment(tokens, before[-1].end if before else 0, tuple(before), module)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from cpucache.layout.segment import Segment, Span
+from cpucache.layout.refresh import Refresh
+from cpucache.layout.segment import Runs, Segment, Span
 from cpucache.layout.vocabulary import Tokens, empty, joined
 
 
@@ -31,7 +33,7 @@ class Plan:
     @property
     def n_cached(self) -> int:
         """Tokens whose state comes from slices."""
-        return sum(len(span.tokens) for span in self.spans if span.segment)
+        return sum(len(span.tokens) - span.n_renewed for span in self.spans if span.segment)
 
     @property
     def segments(self) -> list[Segment]:
@@ -51,7 +53,7 @@ class Plan:
 Piece: TypeAlias = Segment | Tokens
 
 
-def schedule(pieces: Sequence[Piece], *, packed: bool, ends: bool = True) -> Plan:
+def schedule(pieces: Sequence[Piece], *, packed: bool, ends: bool = True, refresh: Refresh | None = None) -> Plan:
     """Give every piece its position.
 
     A slice stands at home, or behind what stands before it where that reaches further (text that a prompt brings, or
@@ -59,9 +61,13 @@ def schedule(pieces: Sequence[Piece], *, packed: bool, ends: bool = True) -> Pla
     what is before them: llama.cpp evaluates no tokens behind a gap, and this way none has to be moved. The last token
     of all is fresh even when it belongs to a slice: the answer begins with its logits, which no slice holds. Not so
     when it is not the end (``ends=False``).
+
+    ``refresh`` says which tokens of slices that have not seen what stands before them are evaluated afresh. Then
+    everything stands back to back: these could not be evaluated behind a gap either.
     """
     # Tokens may be missing altogether: an empty argument, or what a template does not add.
     pieces = [piece for piece in pieces if isinstance(piece, Segment) or len(piece)]
+    packed = packed or refresh is not None
     spans: list[Span] = []
     fresh: list[Tokens] = []
     cursor = 0
@@ -81,11 +87,21 @@ def schedule(pieces: Sequence[Piece], *, packed: bool, ends: bool = True) -> Pla
         reused = piece.tokens if piece.cache else empty()
         if ends and index == len(pieces) - 1:
             reused = reused[:-1]
+        renewed: Runs = ()
+        if refresh and len(reused):
+            renewed = refresh.runs(piece, len(reused), exact=_sees_all(piece, pieces[:index]))
+            if renewed == ((0, len(reused)),):
+                reused = empty()
         if len(reused):
             flush()
             start = cursor if packed else max(piece.home, cursor)
-            spans.append(Span(start, reused, piece))
+            spans.append(Span(start, reused, piece, renewed))
             cursor = start + len(reused)
         fresh.append(piece.tokens[len(reused) :])
     flush()
     return Plan(tuple(spans))
+
+
+def _sees_all(segment: Segment, before: Sequence[Piece]) -> bool:
+    """Whether a segment was evaluated in the sight of exactly what stands before it."""
+    return len(segment.sees) == len(before) and all(map(operator.is_, segment.sees, before))
