@@ -7,11 +7,17 @@ Nothing of ``cpucache.layout`` or ``cpucache.reuse`` is used here. The rules:
 - *Positions.* Runs follow one another in document order. The members of a union all start at the same position, and
   what follows it stands behind the longest. Packed, each run stands right behind what it sees.
 - *Sight.* A run sees an earlier one if it lies within the scope of that, or if all that parts it from the scope of
-  the earlier one are unions of which that one is in the scaffold member, and itself in no other.
-- *State.* A run is evaluated right behind the last that it sees, all of these at their own positions. Then it is moved.
+  the earlier one are unions of which that one is in the scaffold member, and itself in no other. Anchored on nothing,
+  a run inside a module sees none that lies outside that module.
+- *Scaffold sets.* A run inside a module of a set has a state in the set besides its own. There it sees what it sees
+  otherwise, and what else is parted from it by modules of the set as if by scaffold members. What it sees inside
+  modules of the set has its state in the set, too.
+- *State.* A run is evaluated right behind the last that it sees, all of these at their own positions (packed: back to
+  back, from position 0). Then it is moved.
 - *Prompts.* Runs stand at their positions, or behind what is before them if that reaches further; packed, always right
   behind it. Arguments, new text, turns, modules with ``cache="false"`` and the last token of all are evaluated there,
-  in the sight of everything before.
+  in the sight of everything before. Runs have their state in a set if the prompt includes all modules of the set in
+  the schema's order: in the set with the most modules, of several such sets around a run, and then in the first.
 """
 
 from __future__ import annotations
@@ -44,6 +50,10 @@ from tests.support.reference import KV, Floats, ReferenceLlama, causal
 Place = tuple[object, bool]
 """A node, and whether its end is meant (of a role)."""
 
+Together = frozenset[Module]
+"""The modules of a scaffold set; none for a run's own state."""
+APART: Together = frozenset()
+
 
 @dataclass(eq=False)
 class TextRun:
@@ -63,15 +73,31 @@ class TextRun:
     def cached(self) -> bool:
         return not self.path or self.path[-1][0].cache
 
-    def sees(self, other: TextRun) -> bool:
+    def inside(self, together: Together) -> bool:
+        return any(module in together for module, _ in self.path)
+
+    def sees(self, other: TextRun, together: Together = APART, *, anchored: bool = True) -> bool:
         """Whether ``other``, which stands before it in the document, is in sight."""
+        if not anchored and self.path and not (self._within(other) or other.inside(together)):
+            return False
         pairs = zip(self.path, other.path, strict=False)
         shared = next((i for i, (one, two) in enumerate(pairs) if one[0] is not two[0]), None)
         if shared is None:
             shared = min(len(self.path), len(other.path))
         elif other.path[shared][1] is not None and other.path[shared][1] is self.path[shared][1]:
             return False  # two members of one union
-        return all(union is not None and union.scaffold == module.name for module, union in other.path[shared:])
+        return all(
+            module in together or (union is not None and union.scaffold == module.name)
+            for module, union in other.path[shared:]
+        )
+
+    def _within(self, other: TextRun) -> bool:
+        """Whether ``other`` lies inside the innermost module around this run."""
+        return self.path[-1][0] in [module for module, _ in other.path]
+
+
+Part = tuple[int, list[int], tuple[TextRun, Together] | None]
+"""Tokens of a prompt: where they start, and whose state they have; ``None``: evaluated afresh."""
 
 
 class Oracle:
@@ -80,9 +106,12 @@ class Oracle:
     def __init__(self, schema: Schema, model: Model, *, packed: bool) -> None:
         self._model = model
         self._packed = packed
+        self._anchored = schema.anchor == "ancestors"
+        self._sets = [frozenset(scaffold.modules) for scaffold in schema.scaffolds]
+        self._order = {module: number for number, module in enumerate(_modules(schema))}
         self.runs: list[TextRun] = []
         self._run_of: dict[Place, TextRun] = {}
-        self._states: dict[TextRun, KV] = {}
+        self._states: dict[tuple[TextRun, Together], KV] = {}
         self._lay(schema, (), 0)
 
     # -- the schema --------------------------------------------------------------------------------------------------
@@ -95,7 +124,7 @@ class Oracle:
             if open_run is None or new:
                 open_run = TextRun(path, [], at)
                 if self._packed:
-                    open_run.home = max((run.end for run in self.runs if open_run.sees(run)), default=0)
+                    open_run.home = sum(len(run.tokens) for run in self.seen_by(open_run))
                 self.runs.append(open_run)
             open_run.tokens += tokens
             at += len(tokens)
@@ -118,18 +147,25 @@ class Oracle:
                 at = max(self._lay(module, (*path, (module, union)), at) for module, union in members)
         return at
 
-    def seen_by(self, run: TextRun) -> list[TextRun]:
+    def seen_by(self, run: TextRun, together: Together = APART) -> list[TextRun]:
         """The runs in its sight, in order."""
-        return [other for other in self.runs[: self.runs.index(run)] if run.sees(other)]
+        before = self.runs[: self.runs.index(run)] if run in self.runs else self.runs
+        return [other for other in before if run.sees(other, together, anchored=self._anchored)]
 
     # -- a prompt ----------------------------------------------------------------------------------------------------
-    def placed(self, included: Included, *, packed: bool) -> list[tuple[int, list[int], TextRun | None]]:
-        """Start, tokens, and the run whose state they have, of all parts of a prompt. ``None``: evaluated afresh."""
+    def placed(self, included: Included, *, packed: bool) -> list[Part]:
+        """Start, tokens, and the state that they have, of all parts of a prompt. ``None``: evaluated afresh."""
+        chosen = list(_included(included))
+        sets = [
+            together
+            for together in sorted(self._sets, key=len, reverse=True)
+            if [module for module in chosen if module in together] == sorted(together, key=self._order.__getitem__)
+        ]
         pieces: list[TextRun | list[int]] = []
         for item in self._items(included):
             if not (pieces and item is pieces[-1]):
                 pieces.append(item)
-        parts: list[tuple[int, list[int], TextRun | None]] = []
+        parts: list[Part] = []
         at = 0
         for number, piece in enumerate(pieces, 1):
             reused = piece.tokens if isinstance(piece, TextRun) and piece.cached else []
@@ -139,22 +175,23 @@ class Oracle:
             if reused:
                 assert isinstance(piece, TextRun)
                 at = at if packed else max(at, piece.home)
-                parts.append((at, reused, piece))
+                together = next((each for each in sets if piece.inside(each)), APART)
+                parts.append((at, reused, (piece, together)))
                 at += len(reused)
             if rest:
                 parts.append((at, rest, None))
                 at += len(rest)
         return parts
 
-    def logits(self, reference: ReferenceLlama, parts: list[tuple[int, list[int], TextRun | None]]) -> Floats:
+    def logits(self, reference: ReferenceLlama, parts: list[Part]) -> Floats:
         """Those of the last token of ``parts``."""
         state: KV | None = None
         positions: list[int] = []
         logits: NDArray[np.float64] = np.empty((0, 0))
-        for start, tokens, run in parts:
+        for start, tokens, reused in parts:
             here = list(range(start, start + len(tokens)))
-            if run is not None:
-                part = self._state(reference, run)[: len(tokens)]
+            if reused is not None:
+                part = self._state(reference, *reused)[: len(tokens)]
             else:
                 logits, part = reference.forward(
                     tokens,
@@ -168,19 +205,22 @@ class Oracle:
         last: Floats = logits[-1]
         return last
 
-    def _state(self, reference: ReferenceLlama, run: TextRun) -> KV:
-        if run not in self._states:
-            seen = [other for other in self.seen_by(run) if other.tokens]
+    def _state(self, reference: ReferenceLlama, run: TextRun, together: Together) -> KV:
+        if (run, together) not in self._states:
+            seen = [other for other in self.seen_by(run, together) if other.tokens]
             positions = [position for other in seen for position in range(other.home, other.end)]
+            if self._packed:
+                positions = list(range(len(positions)))
             start = max(positions, default=-1) + 1
-            self._states[run] = reference.forward(
+            states = [self._state(reference, other, together if other.inside(together) else APART) for other in seen]
+            self._states[run, together] = reference.forward(
                 run.tokens,
                 range(start, start + len(run.tokens)),
-                cache=KV.concat([self._state(reference, other) for other in seen]) if seen else None,
+                cache=KV.concat(states) if states else None,
                 cache_positions=positions,
                 visible=causal(len(run.tokens), before=len(positions)),
             )[1]
-        return self._states[run]
+        return self._states[run, together]
 
     def _items(self, included: Included) -> Iterator[TextRun | list[int]]:
         """The pieces of a prompt in reading order; runs once for each of the nodes that they are made of."""
@@ -225,6 +265,23 @@ def _reading_order(nodes: tuple[SchemaNode, ...]) -> Iterator[tuple[SchemaNode, 
         if isinstance(node, Role):
             yield from _reading_order(node.children)
             yield node, True
+
+
+def _modules(scope: Scope) -> Iterator[Module]:
+    """All modules inside a scope, in document order."""
+    for node, _ in _reading_order(scope.children):
+        for module in [node] if isinstance(node, Module) else node.members if isinstance(node, Union) else []:
+            yield module
+            yield from _modules(module)
+
+
+def _included(included: Included) -> Iterator[Module]:
+    """All modules that a prompt includes, in its order."""
+    for item in included.items:
+        if isinstance(item, Included):
+            assert isinstance(item.scope, Module)
+            yield item.scope
+            yield from _included(item)
 
 
 def _flat(included: Included) -> Iterator[Text | Argument | RoleStart | RoleEnd | NewText | Turn]:
