@@ -96,7 +96,8 @@ class Transcripts:
         self.folder = folder or default_sessions()
         self._turn = threading.RLock()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            # What people say to a model is nobody else's business.
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._database = sqlite3.connect(
                 self.folder / "sessions.sqlite", timeout=_WAIT, isolation_level=None, check_same_thread=False
             )
@@ -264,7 +265,10 @@ class Transcript:
         self.entries = list(entries)
 
     def close(self) -> None:
-        """Let others open it."""
+        """Let others open it. One in which nothing was said leaves no trace."""
+        if not self.entries:
+            with self._transcripts._change() as database:
+                database.execute("DELETE FROM sessions WHERE name = ? AND last IS NULL", (self.name,))
         self._lock.release()
 
     def put(self, keep: int, entries: Sequence[Entry]) -> None:
