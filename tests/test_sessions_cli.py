@@ -19,7 +19,7 @@ WORDS = "What is [bold]there[/bold] to eat?"
 
 @pytest.fixture(autouse=True)
 def conversations() -> None:
-    """``soup`` with four messages behind a system text, ``half`` with which it shares two, ``empty``, and one that leaves no trace."""
+    """``soup`` with four messages behind a system text, ``half`` with which it shares two, and ``empty``."""
     transcripts = Transcripts()
     with_soup = transcripts.open("soup", fingerprint="f", model="small")
     answered = {"tokens": 20, "finish": "stop"}

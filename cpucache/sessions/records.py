@@ -149,7 +149,7 @@ class Transcripts:
 
     def summaries(self) -> list[Summary]:
         """Every conversation, the latest used first."""
-        with self._turn:
+        with self._alone():
             rows = self._database.execute("SELECT * FROM sessions ORDER BY used DESC, name").fetchall()
         return [self._summary(row) for row in rows]
 
@@ -180,7 +180,7 @@ class Transcripts:
 
     # -- inside ------------------------------------------------------------------------------------------------------
     def _row(self, name: str) -> sqlite3.Row | None:
-        with self._turn:
+        with self._alone():
             found = self._database.execute("SELECT * FROM sessions WHERE name = ?", (name,))
             row: sqlite3.Row | None = found.fetchone()
         return row
@@ -206,7 +206,7 @@ class Transcripts:
         )
 
     def _path(self, last: int | None) -> list[Entry]:
-        with self._turn:
+        with self._alone():
             rows = self._database.execute(
                 """
                 WITH RECURSIVE path (id, depth) AS (
@@ -242,8 +242,19 @@ class Transcripts:
         return lock
 
     @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
+    def _alone(self) -> Iterator[None]:
+        """One thread at a time. Trouble with the file becomes a ``CpucacheError``."""
         with self._turn:
+            try:
+                yield
+            except sqlite3.IntegrityError:
+                raise
+            except sqlite3.Error as error:
+                raise CpucacheError(f"can't keep conversations in {self.folder}: {error}") from error
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        with self._alone():
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._database
