@@ -38,17 +38,19 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_user_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps fixtures that outlive a test off the user's store, too."""
+    """Keeps fixtures that outlive a test off the user's store and conversations, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CPUCACHE_HOME", str(tmp_path_factory.mktemp("store")))
+        patch.setenv("CPUCACHE_SESSIONS", str(tmp_path_factory.mktemp("sessions")))
         yield
 
 
 @pytest.fixture(autouse=True)
 def store_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty ``CPUCACHE_HOME`` for each test."""
+    """An empty ``CPUCACHE_HOME`` for each test, and an empty ``CPUCACHE_SESSIONS``."""
     home = tmp_path_factory.mktemp("store")
     monkeypatch.setenv("CPUCACHE_HOME", str(home))
+    monkeypatch.setenv("CPUCACHE_SESSIONS", str(tmp_path_factory.mktemp("sessions")))
     return home
 
 

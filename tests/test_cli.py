@@ -28,6 +28,9 @@ NAMES = {
     "splice_ms": float,
     "prefill_ms": float,
     "total_ms": float,
+    "save_ms": float,
+    "left_out_tokens": int,
+    "recompute_ms": float,
 }
 
 
@@ -82,7 +85,7 @@ def test_run_json_has_all_counts_and_times(model: Path) -> None:
     assert answer["prompt_tokens"] == answer["cached_tokens"] + answer["fresh_tokens"]
     assert answer["cached_tokens"] > answer["fresh_tokens"] > 0
     assert (answer["completion_tokens"], answer["finish"]) == (12, "length")
-    assert min(answer[name] for name in NAMES if name.endswith("_ms")) > 0
+    assert min(answer[name] for name in NAMES if name.endswith("_ms") and name not in ("save_ms", "recompute_ms")) > 0
     parts = answer["encode_ms"] + answer["splice_ms"] + answer["prefill_ms"]
     assert parts <= answer["ttft_ms"] <= answer["total_ms"]
 
@@ -183,6 +186,92 @@ def test_run_takes_the_options_of_the_engine(model: Path, store_home: Path, opti
     # Their slices are others, except where only places differ and these are the same.
     assert option[0] == "--positions" or not saved & (slices(store_home) - saved)
     assert option[0] == "--positions" or changed["encoded_tokens"] > 0
+
+
+def ask(model: Path, prompt: str, *options: str, stdin: str | None = None) -> dict[str, Any]:
+    """``run --json`` without a schema."""
+    settings = ("-m", model, "--json", "-n", "12", "--threads", "1")
+    answer: dict[str, Any] = json.loads(invoke("run", prompt, *settings, *options, stdin=stdin))
+    return answer
+
+
+LONG = "The quick brown fox jumps over the lazy dog, and nobody minds. " * 10
+
+
+def test_what_is_no_pml_is_a_message(model: Path, folder: Path) -> None:
+    (folder / "question.txt").write_text("What is there to eat?\n")
+    message = {"role": "user", "content": "What is there to eat?"}
+    (folder / "messages.json").write_text(json.dumps([message]))
+
+    answer = ask(model, "question.txt")
+
+    assert answer["text"]
+    assert ask(model, "-", stdin="What is there to eat?")["text"] == answer["text"]
+    assert ask(model, "messages.json")["prompt_tokens"] == answer["prompt_tokens"]
+    assert ask(model, "messages.json")["text"] == answer["text"]
+
+
+def test_messages_have_roles(model: Path, folder: Path) -> None:
+    messages = [{"role": role, "content": f"as {role}"} for role in ("system", "user", "assistant", "user")]
+    (folder / "messages.json").write_text(json.dumps(messages))
+    (folder / "last.json").write_text(json.dumps(messages[-1:]))
+
+    assert ask(model, "messages.json")["prompt_tokens"] > 3 * ask(model, "last.json")["prompt_tokens"]
+
+
+def test_raw_text_is_gone_on_with(model: Path, folder: Path) -> None:
+    (folder / "text.txt").write_text("abc")
+
+    raw, message = ask(model, "text.txt", "--raw"), ask(model, "text.txt")
+
+    assert raw["prompt_tokens"] == len("abc")
+    assert raw["prompt_tokens"] < message["prompt_tokens"]
+
+
+def test_text_is_cached_in_blocks(model: Path, folder: Path) -> None:
+    (folder / "one.txt").write_text(f"{LONG}Why?")
+    (folder / "other.txt").write_text(f"{LONG}When was that?")
+
+    first, again, other = ask(model, "one.txt"), ask(model, "one.txt"), ask(model, "other.txt")
+    uncached = ask(model, "one.txt", "--no-cache")
+
+    assert (first["cached_tokens"], uncached["cached_tokens"]) == (0, 0)
+    assert again["cached_tokens"] >= other["cached_tokens"] >= 256
+    assert first["text"] == again["text"] == uncached["text"]
+
+
+def test_text_is_compared_too(model: Path, folder: Path) -> None:
+    (folder / "one.txt").write_text(LONG)
+
+    result = ask(model, "one.txt", "--compare")
+
+    assert result["uncached"]["cached_tokens"] == 0
+    assert result["cached"]["cached_tokens"] >= 256
+    assert result["cached"]["text"] == result["uncached"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "parts"),
+    [
+        ("p.xml", f'<?xml version="1.0"?>\n<!-- a prompt -->\n{PROMPT}', (), ["--schema", "p.xml is a PML prompt"]),
+        ("q.txt", " \n", (), ["q.txt", "nothing in it"]),
+        ("m.json", "[", (), ["m.json", "not JSON"]),
+        ("m.json", '{"role": "user"}', (), ["m.json", "list of messages"]),
+        ("m.json", '[{"role": "user"}]', (), ["role", "content"]),
+        ("m.json", "[]", ("--raw",), ["--raw"]),
+        ("prompt.xml", PROMPT, ("--raw", "-s", "schema.xml"), ["--raw and --schema"]),
+    ],
+)
+def test_what_is_neither_text_nor_messages_is_refused(
+    model: Path, folder: Path, name: str, content: str, options: tuple[str, ...], parts: list[str]
+) -> None:
+    (folder / name).write_text(content)
+
+    done = cpucache("run", name, "-m", model, *options)
+
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    for part in parts:
+        assert part in done.err
 
 
 def test_an_example_is_answered_by_the_real_model(smollm2: Path) -> None:

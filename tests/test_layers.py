@@ -46,6 +46,7 @@ HOMES = {
     "sqlite3": {"store", "sessions"},
     "huggingface_hub": {"models"},
     "click": {"cli"},
+    "prompt_toolkit": {"cli"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from cpucache.cli.console import seconds, times, token_bar
 from cpucache.engine import Engine, Reply
+from cpucache.engine.planner import Message
 from cpucache.pml.tree import Prompt
 from cpucache.reuse import Encoded
 
@@ -37,14 +39,33 @@ class Comparison:
         }
 
 
-def compare(engine: Engine, prompt: Prompt, settings: dict[str, Any], *, quiet: bool = False) -> Comparison:
-    """Answer without the cache, make the slices that are missing, and answer from them."""
+def compare(
+    engine: Engine,
+    prompt: Prompt | None,
+    settings: dict[str, Any],
+    *,
+    messages: Sequence[Message] | None = None,
+    text: str | None = None,
+    quiet: bool = False,
+) -> Comparison:
+    """Answer without the cache, make the slices that are missing, and answer from them.
+
+    One of ``prompt``, ``messages`` and ``text`` is given, as for ``Engine.stream``.
+    """
+    asked: dict[str, Any] = {"prompt": prompt, "messages": messages, "text": text}
     engine.warm_up()
     with token_bar("without the cache", shown=not quiet) as progress:
-        uncached = engine.generate(prompt, use_cache=False, progress=progress, **settings)
+        uncached = engine.generate(**asked, use_cache=False, progress=progress, **settings)
     with token_bar("encoding, once", shown=not quiet) as progress:
-        encoded = engine.encode_for(prompt, progress)
-    cached = engine.generate(prompt, **settings)
+        if prompt is not None:
+            encoded = engine.encode_for(prompt, progress)
+        else:
+            # The blocks of what is no PML are saved by whoever evaluates them.
+            engine.generate(**asked, progress=progress, **settings | {"max_tokens": 1})
+            encoded = Encoded()
+            # The answer is to come from slices, and not from what is in the context by chance.
+            engine.warm_up()
+    cached = engine.generate(**asked, **settings)
     return Comparison(uncached, cached, encoded)
 
 

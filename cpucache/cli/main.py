@@ -18,6 +18,8 @@ from cpucache.errors import CpucacheError, InputError
 _COMMANDS = {
     "demo": ("cpucache.cli.demo", "demo", "See the main job: a long prompt, uncached against cached."),
     "run": ("cpucache.cli.run", "run", "Answer a prompt."),
+    "chat": ("cpucache.cli.chat", "chat", "Talk with a model; conversations go on where they stood."),
+    "sessions": ("cpucache.cli.sessions", "sessions", "List, delete and export conversations."),
     "encode": ("cpucache.cli.encode", "encode", "Evaluate and save every module of schemas."),
     "schema": ("cpucache.cli.schema", "schema", "Check schemas, and show how they are laid out."),
     "models": ("cpucache.cli.models", "models", "Fetch, list, find and remove model weights."),
@@ -66,8 +68,10 @@ def cli() -> None:
     cpucache models pull smollm2-135m-instruct     fetch a small model
     cpucache demo                                  see what it is about
     cpucache run PROMPT -s SCHEMA                  answer a prompt of your own
+    cpucache chat                                  talk, and go on another day
 
-    Slices are kept in $CPUCACHE_HOME, else in the platform's cache folder.
+    Slices are kept in $CPUCACHE_HOME, else in the platform's cache folder; conversations in $CPUCACHE_SESSIONS, else in
+    the platform's user data folder.
     """
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,56 +16,69 @@ from cpucache.cli.compare import compare, comparison_table
 from cpucache.cli.console import err, out, read_prompt, read_schema, seconds, token_bar
 from cpucache.cli.options import engine_options, sampling_options
 from cpucache.engine import Engine, Metrics
+from cpucache.errors import InputError
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop")
+_PML = re.compile(r"\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*<prompt[\s>]", re.DOTALL)
 
 
 @click.command()
 @click.argument("prompt")
-@click.option(
-    "-s", "--schema", "schema_file", metavar="FILE", required=True, help="The schema's file; - for standard input."
-)
+@click.option("-s", "--schema", "schema_file", metavar="FILE", help="The schema of a PML prompt; - for standard input.")
 @engine_options
 @sampling_options
+@click.option("--raw", is_flag=True, help="Go on with the text as it is, instead of answering it as a message.")
 @click.option("--no-cache", is_flag=True, help="Evaluate every token of the prompt, reusing nothing.")
 @click.option("--compare", "comparing", is_flag=True, help="Answer twice, without the cache and with it, and compare.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the answer, counts and times.")
 def run(
     prompt: str,
-    schema_file: str,
+    schema_file: str | None,
     model: str,
     max_tokens: int,
+    raw: bool,
     no_cache: bool,
     comparing: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer PROMPT, a PML file (- for standard input), written against a schema.
+    """Answer PROMPT, a file (- for standard input): PML written against a schema (-s), or anything else.
 
-    Modules whose state is not in the store yet are evaluated and saved on the way, so the second run is the fast one;
-    `cpucache encode` does that ahead of time. The answer is streamed to standard output, a line of figures to standard
-    error.
+    Without a schema it is a message to the model, as plain text, or, in a file that ends in .json, a list of messages
+    with role and content. Such a prompt is cached in blocks: the next that begins in the same way is evaluated from
+    where they part.
+
+    Modules of a schema whose state is not in the store yet are evaluated and saved on the way, so the second run is the
+    fast one; `cpucache encode` does that ahead of time. The answer is streamed to standard output, a line of figures to
+    standard error.
 
     \b
     cpucache run schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml
     cpucache run - -s schemas/trip/schema.xml --compare < prompt.xml
+    cpucache run question.txt
     """
     if no_cache and comparing:
         raise click.UsageError("--no-cache and --compare exclude each other")
-    names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop")
-    settings = {name: options.pop(name) for name in names} | {"max_tokens": max_tokens}
-    parsed = read_prompt(prompt, schema=schema_file)
-    schema = read_schema(schema_file)
+    settings = split_sampling(options) | {"max_tokens": max_tokens}
+    if schema_file is None:
+        asked, schema = _read_text(prompt, raw=raw), None
+    elif raw:
+        raise click.UsageError("--raw and --schema exclude each other")
+    else:
+        asked, schema = {"prompt": read_prompt(prompt, schema=schema_file)}, read_schema(schema_file)
     with Engine(model, **options) as engine:
-        engine.add_schema(schema)
+        if schema is not None:
+            engine.add_schema(schema)
         if comparing:
             settings["seed"] = secrets.randbits(32) if settings["seed"] is None else settings["seed"]
-            result = compare(engine, parsed, settings, quiet=as_json)
+            result = compare(engine, settings=settings, quiet=as_json, **{"prompt": None} | asked)
             if as_json:
                 click.echo(json.dumps(result.as_dict()))
             else:
                 out.print(comparison_table(result))
             return
         with token_bar("evaluating", shown=not as_json) as progress:
-            stream = engine.stream(parsed, use_cache=not no_cache, progress=progress, **settings)
+            stream = engine.stream(**asked, use_cache=not no_cache, progress=progress, **settings)
             first = next(stream, "")
         if as_json:
             click.echo(json.dumps(stream.reply().as_dict()))
@@ -75,6 +91,40 @@ def run(
             click.echo()
         figures = _figures(stream.metrics, saved=engine.store.writable)
         err.print(f"[dim]{escape(figures)}[/dim]", soft_wrap=True)
+
+
+def split_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of ``sampling_options`` but ``max_tokens`` out of all options."""
+    return {name: options.pop(name) for name in _SAMPLING}
+
+
+def _read_text(name: str, *, raw: bool) -> dict[str, Any]:
+    """A prompt that is no PML, as ``Engine.stream`` takes it. Raises ``InputError``."""
+    try:
+        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 text: {error}") from error
+    if _PML.match(text):
+        raise click.UsageError(f"missing option '-s' / '--schema': {name} is a PML prompt, written against a schema")
+    if name.endswith(".json"):
+        if raw:
+            raise click.UsageError("--raw is for text, not for a .json file of messages")
+        return {"messages": _messages(name, text)}
+    if not text.strip():
+        raise InputError(f"{name}: there is nothing in it")
+    return {"text": text} if raw else {"messages": [{"role": "user", "content": text.strip("\r\n")}]}
+
+
+def _messages(name: str, text: str) -> list[dict[str, Any]]:
+    try:
+        messages = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{name}: not JSON: {error}") from error
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise InputError(f"{name}: expected a list of messages, each with a role and content")
+    return messages
 
 
 def _figures(metrics: Metrics, *, saved: bool) -> str:

@@ -241,11 +241,16 @@ class Session:
             if self.when_full == "refuse" or not ends:
                 break
             history.leave_out(ends[0] if self.when_full == "oldest" else ends[(len(ends) - 1) // 2])
-        if history.n_tokens + new >= context.n_ctx or (self.when_full == "refuse" and not fits()):
+        if self.when_full == "refuse" and not fits():
             raise ContextFull(
                 f"session '{self.name}': {history.n_tokens} tokens of conversation and {new} new ones leave no room "
-                f"for an answer in a context of {context.n_ctx}; raise --ctx (n_ctx=…)"
-                + (", or let old turns leave (when_full='oldest')" if self.when_full == "refuse" else "")
+                f"for an answer in a context of {context.n_ctx}; raise --ctx (n_ctx=…), or let old turns leave "
+                "(when_full='oldest')"
+            )
+        if history.n_tokens + new >= context.n_ctx:
+            raise ContextFull(
+                f"session '{self.name}': a message of {new} tokens does not fit a context of {context.n_ctx}, not even "
+                "when every turn before it leaves; raise --ctx (n_ctx=…) or shorten it"
             )
 
     def _prefilled(self, turn: _Turn, stream: Stream) -> None:
@@ -327,7 +332,8 @@ class Session:
                 turns.role, turns.open, asks = pieces["role"], pieces["open"], pieces["asks"]
                 pending = empty()
                 continue
-            history.add_tokens([np.array(part, np.int32) for part in pieces["parts"]])
+            number = sum(other.role == "user" for other in self.entries[: index + 1])
+            history.add_tokens([np.array(part, np.int32) for part in pieces["parts"]], f"turn {number}")
             pending = np.array(pieces["pending"], np.int32)
             turns.role = "system" if entry.role == "system" else "assistant"
             turns.open = entry.role != "system"

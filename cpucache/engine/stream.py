@@ -93,7 +93,7 @@ class Stream:
         sampler = Sampler(self._sampling, context.model)
         out = TextStream(self._sampling.stop)
         try:
-            prefill = self._workspace.prefill(self.plan, self._schema, self._progress, fresh=not self._use_cache)
+            prefill = self._workspace.prefill(self.plan, self._schema, self._evaluated, fresh=not self._use_cache)
             for name, value in asdict(prefill).items():
                 setattr(metrics, name, value)
             sampler.accept(self.plan.tokens)
@@ -128,6 +128,13 @@ class Stream:
         finally:
             metrics.total_ms = self._elapsed()
             sampler.close()
+
+    def _evaluated(self, done: int, total: int) -> None:
+        # ``stop`` may have come while nothing was being evaluated.
+        if self._stopping:
+            raise KeyboardInterrupt
+        if self._progress:
+            self._progress(done, total)
 
     def _first(self) -> None:
         """Once, when the first token has been handed over: nothing that is done here delays it."""

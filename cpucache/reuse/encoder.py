@@ -70,8 +70,7 @@ class Encoder:
         for context, stretches in _by_context(segments):
             sight = Plan(context)
             if len(stretches) == 1 and not stretches[0].delta:
-                self._splicer.splice(sight, state)
-                yield from self._extend(stretches[0].segments, progress)
+                yield from self._extend(sight, stretches[0].segments, state, progress)
                 continue
             scattered = True
             for wave in self._waves(sight, stretches):
@@ -85,20 +84,23 @@ class Encoder:
             # What lies in one piece loads faster.
             self._splicer.reset()
 
-    def _extend(self, segments: Sequence[Segment], progress: Step | None) -> Iterator[Made]:
+    def _extend(self, sight: Plan, segments: Sequence[Segment], state: State, progress: Step | None) -> Iterator[Made]:
         """Evaluate segments that each follow the one before where their context lies already, and leave them there.
 
         What is finished is given away before more is evaluated, so that it is saved meanwhile, and Ctrl-C loses little.
         """
+        spans = list(sight.spans)
         for batch in self._batches(segments):
             started = time.perf_counter()
             tokens = np.concatenate([segment.tokens for segment in batch])
-            self._splicer.append(tokens, progress)
+            # The context may hold the first of these tokens already.
+            self._splicer.splice(Plan((*spans, Span(batch[0].home, tokens))), state, progress)
             seconds = (time.perf_counter() - started) / len(tokens)
             for segment in batch:
-                state = self._splicer.capture(segment)
-                assert state is not None, "a segment just evaluated behind its context"
-                yield Made(segment, state, seconds * len(segment.tokens))
+                captured = self._splicer.capture(segment)
+                assert captured is not None, "a segment just evaluated behind its context"
+                yield Made(segment, captured, seconds * len(segment.tokens))
+            spans += [segment.span for segment in batch]
 
     def _batches(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
         batch: list[Segment] = []
@@ -154,7 +156,7 @@ class Encoder:
 
 
 def _by_context(segments: Iterable[Segment]) -> list[tuple[tuple[Span, ...], list[Stretch]]]:
-    """Stretches of segments grouped by the context that they share, short contexts first."""
+    """Stretches of segments grouped by the context that they share; what needs others comes behind them, as before."""
     groups: dict[tuple[Span, ...], list[Stretch]] = {}
     run: list[Segment] = []
 
@@ -173,4 +175,4 @@ def _by_context(segments: Iterable[Segment]) -> list[tuple[tuple[Span, ...], lis
             close()
         run.append(segment)
     close()
-    return sorted(groups.items(), key=lambda group: len(group[0]))
+    return list(groups.items())

@@ -22,6 +22,7 @@ from cpucache.runtime.model import Tokens
 from cpucache.store import SliceInfo, Store, context_key, slice_key
 
 T = TypeVar("T")
+_FUTILE = 20  # attempts to get at slices none of which got any further than the one before
 _POLL = 0.05  # seconds between looks at what another process is making
 
 
@@ -291,11 +292,17 @@ class Workspace:
         that each attempt gets further than the one before.
         """
         refused: set[Segment] = set()
+        had, futile = -1, 0
         while True:
             try:
                 return action()
             except _Gone:
-                continue
+                futile = futile + 1 if len(states) == had else 0
+                had = len(states)
+                if futile == _FUTILE:
+                    raise CpucacheError(
+                        "slices are evicted faster than they are made; give the store more room"
+                    ) from None
             except Refused as error:
                 if error.segment in refused:
                     raise CpucacheError(f"{error}, not even when made anew; check the store's disk") from error

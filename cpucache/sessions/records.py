@@ -96,7 +96,8 @@ class Transcripts:
         self.folder = folder or default_sessions()
         self._turn = threading.RLock()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            # What people say to a model is nobody else's business.
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._database = sqlite3.connect(
                 self.folder / "sessions.sqlite", timeout=_WAIT, isolation_level=None, check_same_thread=False
             )
@@ -148,7 +149,7 @@ class Transcripts:
 
     def summaries(self) -> list[Summary]:
         """Every conversation, the latest used first."""
-        with self._turn:
+        with self._alone():
             rows = self._database.execute("SELECT * FROM sessions ORDER BY used DESC, name").fetchall()
         return [self._summary(row) for row in rows]
 
@@ -179,7 +180,7 @@ class Transcripts:
 
     # -- inside ------------------------------------------------------------------------------------------------------
     def _row(self, name: str) -> sqlite3.Row | None:
-        with self._turn:
+        with self._alone():
             found = self._database.execute("SELECT * FROM sessions WHERE name = ?", (name,))
             row: sqlite3.Row | None = found.fetchone()
         return row
@@ -205,7 +206,7 @@ class Transcripts:
         )
 
     def _path(self, last: int | None) -> list[Entry]:
-        with self._turn:
+        with self._alone():
             rows = self._database.execute(
                 """
                 WITH RECURSIVE path (id, depth) AS (
@@ -241,8 +242,19 @@ class Transcripts:
         return lock
 
     @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
+    def _alone(self) -> Iterator[None]:
+        """One thread at a time. Trouble with the file becomes a ``CpucacheError``."""
         with self._turn:
+            try:
+                yield
+            except sqlite3.IntegrityError:
+                raise
+            except sqlite3.Error as error:
+                raise CpucacheError(f"can't keep conversations in {self.folder}: {error}") from error
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        with self._alone():
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._database
@@ -264,7 +276,10 @@ class Transcript:
         self.entries = list(entries)
 
     def close(self) -> None:
-        """Let others open it."""
+        """Let others open it. One in which nothing was said leaves no trace."""
+        if not self.entries:
+            with self._transcripts._change() as database:
+                database.execute("DELETE FROM sessions WHERE name = ? AND last IS NULL", (self.name,))
         self._lock.release()
 
     def put(self, keep: int, entries: Sequence[Entry]) -> None:

@@ -1,0 +1,275 @@
+"""``cpucache chat``: a conversation that can be left and taken up again."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from rich.markup import escape
+from rich.table import Table
+
+from cpucache.cli.chat_input import COMMANDS, KEYS, Command, Lines, Reader, Terminal, parse, unechoed, unquoted
+from cpucache.cli.chat_screen import Answer, figures, markdown_answer, overflow, plain_answer
+from cpucache.cli.console import err, out, seconds, token_bar
+from cpucache.cli.options import engine_options, sampling_options
+from cpucache.cli.run import split_sampling
+from cpucache.engine import Engine
+from cpucache.engine.session import WHEN_FULL, Session
+from cpucache.engine.stream import Stream
+from cpucache.errors import InputError
+from cpucache.models import known_models
+from cpucache.models.weights import weights_file
+from cpucache.pml import load_prompt, load_schema
+from cpucache.sessions import Transcripts, default_sessions
+from cpucache.sessions.records import check_name
+
+_RECAP = 400  # characters of a message that are shown when a conversation is opened
+
+
+@click.command(context_settings={"default_map": {"max_tokens": 1024, "temperature": 0.7}})
+@click.argument("name", metavar="[SESSION]", default="default")
+@engine_options
+@sampling_options
+@click.option("--system", metavar="TEXT", help="The system text of a new conversation.")
+@click.option("--prompt", metavar="FILE", help="A PML prompt that a new conversation begins with; needs -s.")
+@click.option("-s", "--schema", metavar="FILE", help="The schema of that prompt.")
+@click.option(
+    "--when-full",
+    type=click.Choice(WHEN_FULL),
+    default="oldest",
+    show_default=True,
+    help="When the context overflows: let the oldest turns leave, or half of them at once, or refuse to go on.",
+)
+@click.option("--plain", is_flag=True, help="Show answers as they come, not as Markdown.  [default: unless a terminal]")
+def chat(
+    name: str,
+    model: str,
+    max_tokens: int,
+    system: str | None,
+    prompt: str | None,
+    schema: str | None,
+    when_full: Any,
+    plain: bool,
+    **options: Any,
+) -> None:
+    """Talk with a model. SESSION names the conversation ("default" unless given): a new one, or one to go on with.
+
+    Every turn is kept with the state that the model was in, so that a conversation goes on where it stood, days later
+    or in another window, without being evaluated again. /help shows what can be done besides talking. An existing
+    conversation finds its model unless -m says otherwise.
+
+    Messages may be piped in, one a line; answers go to standard output, everything else to standard error.
+
+    \b
+    cpucache chat
+    cpucache chat recipes --system "You answer in one sentence."
+    """
+    if (prompt is None) != (schema is None):
+        raise click.UsageError("--prompt and --schema go together")
+    if system is not None and prompt is not None:
+        raise click.UsageError("--system and --prompt exclude each other")
+    check_name(name)
+    if click.get_current_context().get_parameter_source("model") is ParameterSource.DEFAULT:
+        model = _model_of(name) or model
+    settings = split_sampling(options) | {"max_tokens": max_tokens}
+    opening = None if prompt is None else load_prompt(Path(prompt))
+    schema_tree = None if schema is None else load_schema(Path(schema))
+    plain = plain or not out.is_terminal or out.is_dumb_terminal
+    with Engine(model, **options) as engine:
+        if schema_tree is not None:
+            engine.add_schema(schema_tree)
+        with engine.session(name, system=system, prompt=opening, when_full=when_full) as session:
+            reader = Terminal(default_sessions()) if sys.stdin.isatty() else Lines()
+            _Chat(engine, session, reader, plain_answer if plain else markdown_answer(out), settings).run()
+
+
+def _model_of(name: str) -> str | None:
+    """The name of the model that a conversation is with: of the catalogue, or of a file beside its weights."""
+    transcripts = Transcripts()
+    try:
+        if name not in transcripts:
+            return None
+        stem = transcripts.summary(name).model
+    finally:
+        transcripts.close()
+    known = next((model.name for model in known_models().values() if Path(model.filename).stem == stem), None)
+    return known or (f"{stem}.gguf" if weights_file(f"{stem}.gguf") else None)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[Stream], None]]:
+    """Ctrl-C ends the answer that is named meanwhile, in good order: what has come is kept."""
+    answers: list[Stream] = []
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        if not answers:
+            raise KeyboardInterrupt
+        answers[-1].stop()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield answers.append
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _note(line: str) -> None:
+    err.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
+
+
+class _Chat:
+    """A conversation with somebody who types, or with a file."""
+
+    def __init__(
+        self, engine: Engine, session: Session, reader: Reader, answer: Answer, settings: dict[str, Any]
+    ) -> None:
+        self._engine = engine
+        self._session = session
+        self._reader = reader
+        self._show = answer
+        self._settings = settings
+        self._draft = ""
+        self._commands: dict[str, Callable[[str], None]] = {
+            "help": self._help,
+            "save": self._save,
+            "fork": self._fork,
+            "edit": self._edit,
+            "regen": self._regenerate,
+            "stats": self._stats,
+        }
+
+    def run(self) -> None:
+        """Until there is nothing more to say."""
+        session = self._session
+        if any(entry.role in ("user", "assistant") for entry in session.entries):
+            self._recap()
+        elif self._reader.interactive:
+            _note(f"conversation '{session.name}' with {self._engine.model.path.stem}; /help shows what there is")
+        if session.unanswered:
+            self._answer(session.stream)
+        while True:
+            draft, self._draft = self._draft, ""
+            typed = self._reader.read(f"{len(self._said()) + 1}> ", draft)
+            if typed is None:
+                return
+            try:
+                said = parse(typed)
+                if isinstance(said, Command):
+                    if said.name == "quit":
+                        return
+                    self._commands[said.name](said.argument)
+                elif said.strip():
+                    self._answer(lambda said=said, **settings: session.stream(said, **settings))
+            except InputError as error:
+                if not self._reader.interactive:
+                    raise
+                err.print(f"cpucache: {error}", markup=False, soft_wrap=True)
+
+    # -- turns -------------------------------------------------------------------------------------------------------
+    def _answer(self, ask: Callable[..., Stream], **changed: Any) -> None:
+        stream = None
+        with unechoed(), _interruptible() as begun:
+            try:
+                with token_bar("evaluating") as progress:
+                    stream = ask(progress=progress, **self._settings | changed)
+                    begun(stream)
+                    first = next(stream, "")
+                if stream.metrics.ttft_ms:
+                    with self._show() as show:
+                        show(first)
+                        for piece in stream:
+                            show(piece)
+            except KeyboardInterrupt:
+                pass
+        if stream is None or not stream.metrics.ttft_ms:
+            _note("interrupted before the answer began: nothing of this turn is kept")
+        else:
+            _note(figures(stream.metrics))
+            if stream.metrics.left_out_tokens:
+                _note(overflow(stream.metrics, moved=self._engine.context.can_shift))
+        if not self._reader.interactive and (stream is None or stream.metrics.finish == "interrupted"):
+            # Whoever pipes messages in wants to be rid of all of them.
+            raise KeyboardInterrupt
+
+    def _said(self) -> list[str]:
+        return [entry.text for entry in self._session.entries if entry.role == "user"]
+
+    def _recap(self) -> None:
+        session = self._session
+        said = [entry for entry in session.entries if entry.role in ("user", "assistant")]
+        gone = f", {session.left_out:,} messages have left the context" if session.left_out else ""
+        _note(
+            f"conversation '{session.name}' with {self._engine.model.path.stem}: "
+            f"{len(said):,} messages, the next turn sees {session.n_tokens:,} tokens{gone}"
+        )
+        for entry in said[-2:]:
+            text = entry.text.strip()
+            short = text if len(text) <= _RECAP else f"{text[:_RECAP].rstrip()} …"
+            _note(f"{'>' if entry.role == 'user' else '<'} {short}")
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+    def _help(self, _argument: str) -> None:
+        table = Table.grid(padding=(0, 2))
+        for name, (argument, about) in COMMANDS.items():
+            table.add_row(escape(f"/{name} {argument}"), about)
+        err.print(table)
+        err.print(KEYS, markup=False)
+
+    def _save(self, argument: str) -> None:
+        if argument:
+            self._fork(argument)
+        else:
+            _note(f"everything is saved already: `cpucache chat {self._session.name}` goes on from here")
+
+    def _fork(self, argument: str) -> None:
+        if not argument:
+            raise InputError("/fork NAME: say what the other conversation is to be called")
+        self._session.fork(argument)
+        _note(f"there is a conversation '{argument}' now: `cpucache chat {argument}` goes on from here")
+
+    def _edit(self, argument: str) -> None:
+        said = self._said()
+        number, text = re.fullmatch(r"(?:(\d+)(?:\s+|$))?(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+        index = len(said) if number is None else int(number)
+        if text:
+            self._answer(lambda **settings: self._session.edit(index, unquoted(text), **settings))
+        elif self._reader.interactive and 1 <= index <= len(said):
+            self._draft = f"/edit {index} {said[index - 1]}"
+        else:
+            raise InputError("/edit [N] TEXT: say which of your messages is to be another, and what it is to be")
+
+    def _regenerate(self, _argument: str) -> None:
+        if self._settings["temperature"] == 0:
+            _note("the likeliest answer is the same again: --temp above 0 lets it differ")
+        # A seed is for the same answer again.
+        self._answer(self._session.regenerate, seed=None)
+
+    def _stats(self, _argument: str) -> None:
+        session, engine = self._session, self._engine
+        turns = [entry.metrics for entry in session.entries if entry.role == "assistant"]
+        cached, fresh, answered = (
+            sum(turn[name] for turn in turns) for name in ("cached_tokens", "fresh_tokens", "completion_tokens")
+        )
+        rows = [
+            ("conversation", f"{session.name}, with {engine.model.path.stem}"),
+            ("messages", f"{len([entry for entry in session.entries if entry.role in ('user', 'assistant')]):,}"),
+            ("context", f"{session.n_tokens:,} of {engine.context.n_ctx:,} tokens"),
+            ("left the context", f"{session.left_out:,} messages"),
+            ("tokens of prompts", f"{cached:,} from cache, {fresh:,} evaluated"),
+            ("tokens of answers", f"{answered:,}"),
+        ]
+        if turns:
+            first = sum(turn["ttft_ms"] for turn in turns) / len(turns)
+            rows.append(("first token after", f"{seconds(first)} on average"))
+        table = Table.grid(padding=(0, 2))
+        for name, value in rows:
+            table.add_row(f"[dim]{name}[/dim]", escape(value))
+        err.print(table)

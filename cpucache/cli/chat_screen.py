@@ -1,0 +1,148 @@
+"""How ``chat`` shows an answer while it comes, and what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeAlias
+
+import click
+from markdown_it import MarkdownIt
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.segment import Segment
+from rich.text import Text
+
+from cpucache.cli.console import seconds
+from cpucache.engine import Metrics
+
+Answer: TypeAlias = Callable[[], AbstractContextManager[Callable[[str], None]]]
+"""Opens a place for an answer, which is given piece by piece."""
+
+_PARSER = MarkdownIt().enable("strikethrough").enable("table")  # as rich.markdown has it
+_PERIOD = 0.08  # seconds between two drawings of what is unfinished, at least
+_SHARE = 20  # and this many times what a drawing takes: the evaluation waits for it meanwhile
+
+
+def finished(text: str) -> int:
+    """The length of that part of a Markdown text which no more text can change: all blocks but the last.
+
+    Only whole lines count: "foo\\n-" may become a list behind a paragraph, or a heading.
+    """
+    whole = text[: text.rfind("\n") + 1]
+    starts = [token.map[0] for token in _PARSER.parse(whole) if token.level == 0 and token.map and token.nesting >= 0]
+    return sum(map(len, whole.splitlines(keepends=True)[: starts[-1]])) if starts else 0
+
+
+class _Block:
+    """Markdown without the empty lines that some blocks begin with, cut to its last lines if it is to be ``low``."""
+
+    def __init__(self, text: str, *, low: bool = False) -> None:
+        self._inner = Markdown(text)
+        self._low = low
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._inner, options.update(height=None), pad=False)
+        while lines and not any(_visible(segment) for segment in lines[0]):
+            del lines[0]
+        # What is drawn over again must not be higher than the screen: what has scrolled away can't be taken back.
+        for line in lines[-max(1, console.height - 2) :] if self._low else lines:
+            yield from line
+            yield Segment.line()
+
+
+def _visible(segment: Segment) -> bool:
+    return bool(segment.text.strip() or (segment.style and segment.style.bgcolor))
+
+
+class _Blocks:
+    """Prints the blocks of an answer for good as they are finished, and draws the last one until then."""
+
+    def __init__(self, console: Console, live: Live) -> None:
+        self._console = console
+        self._live = live
+        self._pending = ""
+        self._due = 0.0
+        self._begun = False
+
+    def add(self, piece: str) -> None:
+        """More of the answer."""
+        self._pending += piece
+        if "\n" in piece and (end := finished(self._pending)):
+            done, self._pending = self._pending[:end], self._pending[end:]
+            self._live.update(self._last())
+            self._print(done)
+        elif time.monotonic() < self._due:
+            return
+        began = time.monotonic()
+        self._live.update(self._last(), refresh=True)
+        ended = time.monotonic()
+        self._due = ended + max(_PERIOD, _SHARE * (ended - began))
+
+    def finish(self) -> None:
+        """There is no more."""
+        self._live.update(Text(""), refresh=True)
+        self._live.stop()
+        self._print(self._pending)
+
+    def _last(self) -> RenderableType:
+        return _Block(self._pending, low=True) if self._pending.strip() else Text("")
+
+    def _print(self, text: str) -> None:
+        if text.strip():
+            if self._begun:
+                self._console.print()
+            self._console.print(_Block(text.rstrip()))
+            self._begun = True
+
+
+def markdown_answer(console: Console) -> Answer:
+    """Answers as Markdown, on a terminal."""
+
+    @contextmanager
+    def answer() -> Iterator[Callable[[str], None]]:
+        # Drawn by the one who adds to it: a thread that does so would compete with the evaluation.
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            blocks = _Blocks(console, live)
+            try:
+                yield blocks.add
+            finally:
+                blocks.finish()
+
+    return answer
+
+
+@contextmanager
+def plain_answer() -> Iterator[Callable[[str], None]]:
+    """An answer as it comes."""
+    try:
+        yield lambda piece: click.echo(piece, nl=False)
+    finally:
+        click.echo()
+
+
+def figures(metrics: Metrics) -> str:
+    """What a turn took, in a line."""
+    parts = [
+        f"first token after {seconds(metrics.ttft_ms)}",
+        f"{metrics.cached_tokens:,} tokens from cache, {metrics.fresh_tokens:,} evaluated",
+    ]
+    if metrics.encoded_tokens:
+        parts.append(f"{metrics.encoded_tokens:,} encoded")
+    if metrics.completion_tokens > 1:
+        parts.append(f"{1000 / metrics.tpot_ms:.1f} tok/s")
+    if metrics.finish == "interrupted":
+        parts.append("interrupted")
+    if metrics.finish == "length":
+        parts.append(f"cut after {metrics.completion_tokens:,} tokens")
+    return " · ".join(parts)
+
+
+def overflow(metrics: Metrics, *, moved: bool) -> str:
+    """What became of turns that found no room any more, and what was saved by not evaluating the others again."""
+    if not moved:
+        return f"{metrics.left_out_tokens:,} tokens of old turns left the context; what follows was evaluated again"
+    cost = f" (evaluating it again: about {seconds(metrics.recompute_ms)})" if metrics.recompute_ms else ""
+    return f"{metrics.left_out_tokens:,} tokens of old turns left the context; what follows moved down{cost}"

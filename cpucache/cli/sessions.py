@@ -1,0 +1,109 @@
+"""``cpucache sessions``: the conversations that there are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cpucache.errors import InputError
+from cpucache.sessions import Summary, Transcripts
+from cpucache.sessions.export import as_json, as_markdown, iso
+
+
+@click.group()
+def sessions() -> None:
+    """List, delete and export conversations (see `cpucache chat`).
+
+    They lie in $CPUCACHE_SESSIONS, else in the platform's user data folder. What the model made of them is in the
+    store, with all other slices, and can be made again.
+    """
+
+
+@contextmanager
+def _transcripts() -> Iterator[Transcripts]:
+    transcripts = Transcripts()
+    try:
+        yield transcripts
+    finally:
+        transcripts.close()
+
+
+@sessions.command("ls")
+@click.option("--json", "in_json", is_flag=True, help="Print one JSON array instead of a table.")
+def list_sessions(in_json: bool) -> None:
+    """List conversations, the latest used first."""
+    with _transcripts() as transcripts:
+        summaries = transcripts.summaries()
+    if in_json:
+        click.echo(json.dumps([_as_dict(summary) for summary in summaries], indent=2))
+        return
+    console = Console(highlight=False)
+    if not summaries:
+        console.print("no conversations yet: `cpucache chat` begins one")
+        return
+    table = Table(box=SIMPLE_HEAD, expand=True)
+    table.add_column("conversation", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("model", no_wrap=True)
+    for name in ("messages", "tokens"):
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_column("last used", no_wrap=True)
+    for summary in summaries:
+        about = Text(summary.name).append(f"\n{summary.start}", style="dim")
+        used = datetime.fromtimestamp(summary.used).strftime("%Y-%m-%d %H:%M")
+        table.add_row(about, Text(summary.model), f"{summary.messages:,}", f"{summary.tokens:,}", used)
+    console.print(table)
+
+
+def _as_dict(summary: Summary) -> dict[str, object]:
+    return {**asdict(summary), "created": iso(summary.created), "used": iso(summary.used)}
+
+
+@sessions.command("rm")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.option("--yes", is_flag=True, help="Don't ask.")
+def remove_sessions(names: tuple[str, ...], yes: bool) -> None:
+    """Delete conversations, but for what others share with them."""
+    with _transcripts() as transcripts:
+        for summary in [transcripts.summary(name) for name in dict.fromkeys(names)]:
+            question = f"delete conversation '{summary.name}' ({summary.messages:,} messages)?"
+            if yes or click.confirm(question, err=True):
+                transcripts.remove(summary.name)
+
+
+@sessions.command("export")
+@click.argument("name")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["md", "json"]),
+    default="md",
+    show_default=True,
+    help="Markdown to be read, or JSON with counts and times.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A file.  [default: standard output]")
+def export_session(name: str, form: str, output: Path | None) -> None:
+    """Write a conversation down."""
+    with _transcripts() as transcripts:
+        entries, summary = transcripts.read(name), transcripts.summary(name)
+    text = (
+        as_markdown(entries, summary)
+        if form == "md"
+        else json.dumps(as_json(entries, summary), indent=2, ensure_ascii=False) + "\n"
+    )
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{output}: {error.strerror}") from error

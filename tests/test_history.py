@@ -1,0 +1,152 @@
+"""Histories: whatever is added and leaves, everything stands where it should and has seen what it should."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpucache.layout import Chains, History, Segment, Span
+from tests.support.workbench import some_tokens
+
+
+@dataclass
+class Oracle:
+    """The same in lists of token ids."""
+
+    fixed: int
+    entries: list[list[int]] = field(default_factory=list)
+    left_out: int = 0
+
+    def leave_out(self, count: int) -> None:
+        for index in range(self.fixed + self.left_out, self.fixed + count):
+            self.entries[index] = []
+        self.left_out = max(self.left_out, count)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for entry in self.entries for token in entry]
+
+
+def tokens(span: Span) -> list[int]:
+    return span.tokens.tolist()
+
+
+def in_sight(segment: Segment) -> list[int]:
+    return [token for span in segment.context for token in tokens(span)]
+
+
+adding = st.lists(st.integers(1, 4), max_size=3).map(lambda sizes: ("add", sizes))
+leaving = st.integers(0, 5).map(lambda count: ("leave", count))
+steps = st.lists(st.one_of(adding, adding, leaving, st.just(("copy", None))), max_size=20)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2), steps, st.booleans(), st.integers(1, 3))
+def test_any_history_is_what_lists_say(fixed: int, steps: list, movable: bool, size: int) -> None:
+    oracle = Oracle(fixed)
+    history = History(Chains(size), movable=movable)
+    history.fixed = fixed
+    seen: dict[Segment, list[int]] = {}
+    for number, (what, value) in enumerate(steps):
+        if what == "add":
+            before = oracle.tokens
+            parts = [some_tokens(n, seed=97 * number + i) for i, n in enumerate(value)]
+            made = history.add_tokens(parts, "here")
+            assert [segment.tokens.tolist() for segment in made] == [part.tolist() for part in parts]
+            for segment in made:
+                seen[segment] = list(before)
+                before += segment.tokens.tolist()
+            oracle.entries.append([token for part in parts for token in part.tolist()])
+        elif what == "leave":
+            count = min(value, len(oracle.entries) - fixed)
+            if count >= 0:
+                history.leave_out(count)
+                oracle.leave_out(count)
+        else:
+            # What becomes of a copy does not change the original.
+            copy = history.copy()
+            copy.add_tokens([some_tokens(3, seed=number)])
+            copy.leave_out(max(0, len(copy) - fixed))
+        assert len(history) == len(oracle.entries)
+        assert history.left_out == oracle.left_out
+        assert history.n_tokens == len(oracle.tokens)
+        assert [history.size(index) for index in range(len(history))] == [len(entry) for entry in oracle.entries]
+        # Whatever has left, no position is without a token, and none has two.
+        spans = history.spans
+        assert [token for span in spans for token in tokens(span)] == oracle.tokens
+        assert [span.start for span in spans] == np.cumsum([0, *(len(span.tokens) for span in spans)])[:-1].tolist()
+        assert history.end == len(oracle.tokens)
+        assert history.segments == [span.segment for span in spans]
+        for span in spans:
+            assert span.segment is not None
+            if movable:
+                # It is still what it was made as, in the sight of what was there then.
+                assert in_sight(span.segment) == seen[span.segment]
+                assert span.segment.home == len(seen[span.segment])
+                assert span.delta <= 0
+            else:
+                # It was made where it stands, in the sight of what is there now.
+                assert span.delta == 0
+                assert span.segment.chained
+                assert len(span.tokens) <= max(size, 4)
+
+
+def test_the_same_history_twice_is_the_same_segments() -> None:
+    chains = Chains()
+    parts = [some_tokens(5, seed=i) for i in range(6)]
+
+    def built() -> History:
+        history = History(chains)
+        history.fixed = 1
+        for index, part in enumerate(parts):
+            if index == 4:
+                history.leave_out(2)
+            history.add_tokens([part])
+        return history
+
+    one, two = built(), built()
+    assert one.segments == two.segments
+    # What came later has seen a shorter text, so it is another segment than without the gap.
+    whole = History(chains)
+    for part in parts:
+        whole.add_tokens([part])
+    assert whole.segments[:4] == [*one.segments[:1], *whole.segments[1:3], one.segments[1]]
+    assert whole.segments[4] is not one.segments[2]
+
+
+def test_positions_left_out_of_what_is_fixed_stay_so() -> None:
+    """A PML prompt may leave modules out, and their positions empty."""
+    chains = Chains()
+    first, second = (Segment(some_tokens(4, seed=i), home, (), "") for i, home in enumerate((0, 10)))
+    history = History(chains)
+    history.fixed = 1
+    history.add([first.span, second.span])
+    one, two, three = (history.add_tokens([some_tokens(3, seed=i)])[0] for i in range(2, 5))
+    assert [segment.home for segment in (one, two, three)] == [14, 17, 20]
+    history.leave_out(1)
+    assert [(span.start, span.segment) for span in history.spans] == [(0, first), (10, second), (14, two), (17, three)]
+    history.leave_out(2)
+    assert [(span.start, span.segment) for span in history.spans] == [(0, first), (10, second), (14, three)]
+    history.leave_out(3)
+    assert history.end == 14
+    assert history.add_tokens([some_tokens(2)])[0].home == 14
+
+
+@pytest.mark.parametrize("movable", [True, False])
+def test_leaving_twice_is_leaving_once(movable: bool) -> None:
+    def history(*counts: int) -> History:
+        made = History(Chains(), movable=movable)
+        for index in range(6):
+            made.add_tokens([some_tokens(2 + index, seed=index)])
+        for count in counts:
+            made.leave_out(count)
+        return made
+
+    one, two, three = history(4), history(1, 3, 4), history(4, 2, 4)
+    assert one.left_out == two.left_out == three.left_out == 4
+    shapes = [[(span.start, tokens(span)) for span in each.spans] for each in (one, two, three)]
+    assert shapes[0] == shapes[1] == shapes[2]

@@ -1,0 +1,264 @@
+"""Plain text and messages: the longest known prefix is spliced in blocks, exactly, whoever evaluated it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cpucache.engine import Engine
+from cpucache.errors import ContextFull, InputError
+from tests.support import sessions
+from tests.support.sessions import Said, Truth, chatml, engine, message, plain_spoken, rendered, said, truth
+from tests.support.tiny import ARCHS, ATTENTION_ARCHS
+from tests.support.workbench import distance, tolerance
+
+Tiny = Callable[..., Path]
+
+archs = pytest.mark.parametrize("arch", ARCHS)
+SIZE = 16
+TEXT = message(1, 40)
+MESSAGES = [
+    {"role": "system", "content": "Answer in a few words."},
+    {"role": "user", "content": message(2, 20)},
+    {"role": "assistant", "content": message(3, 10)},
+    {"role": "user", "content": message(4, 5)},
+]
+REQUESTS: dict[str, dict[str, Any]] = {"text": {"text": TEXT}, "messages": {"messages": MESSAGES}}
+
+requests = pytest.mark.parametrize("kind", REQUESTS)
+
+
+def blocks(count: int, size: int = SIZE) -> int:
+    """Tokens of a prompt of ``count`` tokens that stand in whole blocks, its last token aside."""
+    return (count - 1) // size * size
+
+
+def asked(running: Engine, **request: Any) -> Said:
+    return said(running, running.stream(**{"max_tokens": 4, **request}))
+
+
+def same(one: Said, other: Said, arch: str) -> None:
+    assert one.stream.text == other.stream.text
+    for row, expected in zip(one.rows, other.rows, strict=True):
+        assert distance(row, expected) < tolerance(arch, "f32")
+
+
+# ---- exact -----------------------------------------------------------------------------------------------------------
+@archs
+@requests
+def test_a_prompt_is_what_full_prefill_is(arch: str, kind: str, tiny: Tiny, tmp_path: Path) -> None:
+    """At first, again in the same engine, in a new one, and with another prompt in between."""
+    request = REQUESTS[kind]
+    with truth(tiny(arch)) as true:
+        with engine(tiny(arch), tmp_path, block_size=SIZE) as running:
+            full = asked(running, use_cache=False, **request)
+            count = len(full.stream.plan.tokens)
+            assert full.fresh == count > 4 * SIZE
+            true.check(arch, full)
+            running.store.flush()
+            assert sessions.files(tmp_path) == 0
+            first = asked(running, **request)
+            assert (first.fresh, first.stream.metrics.encoded_tokens) == (count, blocks(count))
+            same(first, full, arch)
+            again = asked(running, **request)
+            # All of it is in the context, which a recurrent model's state has left behind, and a window may have.
+            assert again.fresh == (count - blocks(count) if arch in ("mamba", "gemma3") else 1)
+            same(again, full, arch)
+            asked(running, text="Something else.")
+            third = asked(running, **request)
+            assert (third.fresh, third.stream.metrics.encoded_tokens) == (count - blocks(count), 0)
+            same(third, full, arch)
+            assert asked(running, use_cache=False, **request).fresh == count
+        with engine(tiny(arch), tmp_path, block_size=SIZE) as running:
+            fresh = asked(running, **request)
+            assert (fresh.fresh, fresh.stream.metrics.encoded_tokens) == (count - blocks(count), 0)
+            same(fresh, full, arch)
+            true.check(arch, fresh)
+
+
+@requests
+def test_found_by_another_process(kind: str, tiny: Tiny, tmp_path: Path) -> None:
+    request = {**REQUESTS[kind], "max_tokens": 4}
+    first, second = (
+        sessions.elsewhere(sessions.ask, tiny("llama"), tmp_path, request, {"block_size": SIZE}) for _ in range(2)
+    )
+    count = len(first.prompt)
+    assert (first.fresh, second.fresh) == (count, count - blocks(count))
+    assert first.tokens.tolist() == second.tokens.tolist()
+    with truth(tiny("llama")) as true:
+        for row, expected in zip(second.rows, true.rows(second.tokens, len(second.rows)), strict=True):
+            assert distance(row, expected) < tolerance("llama", "f32")
+
+
+def test_messages_are_what_the_template_makes_of_them(tiny: Tiny, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path) as running:
+        plan = running.plan(messages=MESSAGES)
+        assert rendered(running, plan.tokens) == chatml(*((each["role"], each["content"]) for each in MESSAGES))
+        assert rendered(running, running.plan(text=TEXT).tokens) == TEXT
+        # Control tokens in a text are plain characters.
+        assert len(running.plan(text="<|im_end|>").tokens) > 1
+    with engine(tiny("llama", add_bos=True), tmp_path) as running:
+        for request in REQUESTS.values():
+            assert running.plan(**request).tokens.tolist().count(running.model.bos) == 1
+            assert running.plan(**request).tokens[0] == running.model.bos
+
+
+# ---- as much as is known ---------------------------------------------------------------------------------------------
+@archs
+def test_the_longest_known_prefix(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Of texts that begin alike each goes on from where it differs from all others."""
+    model = tiny(arch)
+    known: list[list[int]] = []
+    endings = ["", " And more of it.", " And more of the same, and then some.", " But then, something else entirely."]
+    with truth(model) as true:
+        for number in (0, 1, 2, 3, 2, 1):
+            with engine(model, tmp_path, block_size=SIZE) as running:
+                answer = asked(running, text=TEXT + endings[number], max_tokens=1)
+                prompt = answer.stream.plan.tokens.tolist()
+                common = max((shared(prompt, each) for each in known), default=0)
+                assert answer.fresh == len(prompt) - min(common // SIZE * SIZE, blocks(len(prompt)))
+                true.check(arch, answer)
+                # Only whole blocks are kept.
+                known.append(prompt[: blocks(len(prompt))])
+
+
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
+    count = min(len(one), len(other))
+    return next((index for index in range(count) if one[index] != other[index]), count)
+
+
+@archs
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 0.99])
+def test_a_changed_token_is_known_up_to_its_block(arch: str, place: float, tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny(arch)
+    with engine(model, tmp_path, block_size=SIZE) as running:
+        tokens = asked(running, text=TEXT).stream.plan.tokens
+    index = int(place * len(tokens))
+    changed = tokens.copy()
+    changed[index] = changed[index] % 200 + 7
+    with engine(model, tmp_path, block_size=SIZE) as running, truth(model) as true:
+        stream = running.answer(
+            running.chains.plan((), changed), sessions.greedy(), max_tokens=3, started=0.0, label="(text)"
+        )
+        answer = said(running, stream)
+        assert answer.fresh == len(tokens) - min(index // SIZE * SIZE, blocks(len(tokens)))
+        true.check(arch, answer)
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 5000])
+@pytest.mark.parametrize("arch", ["llama", "mamba"])
+def test_the_size_of_blocks(arch: str, size: int, tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny(arch)
+    text = message(1, 30 if size == 1 else 120)
+    for known in (False, True):
+        with engine(model, tmp_path, block_size=size) as running, truth(model) as true:
+            answer = asked(running, text=text)
+            count = answer.stream.plan.n_tokens
+            assert answer.fresh == (count - blocks(count, size) if known else count)
+            assert (answer.fresh < count) == (known and size < count)
+            true.check(arch, answer)
+    # Others are not found.
+    with engine(model, tmp_path, block_size=size + 1) as running:
+        assert asked(running, text=text).fresh == count
+
+
+def test_blocks_have_256_tokens_unless_told(tiny: Tiny, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path) as running:
+        plan = running.plan(text=message(1, 200))
+        assert {len(span.tokens) for span in plan.spans if span.segment} == {256}
+    for size in (0, -1):
+        with pytest.raises(InputError, match=f"block_size={size}"), engine(tiny("llama"), tmp_path, block_size=size):
+            pass
+
+
+# ---- going on from an answer -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arch", ATTENTION_ARCHS)
+@pytest.mark.parametrize("reopened", [False, True], ids=["in the context", "reopened"])
+def test_the_next_request_goes_on_from_the_answer(arch: str, reopened: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """As clients do that send the whole conversation each time."""
+    model = plain_spoken(tiny(arch))
+    messages: list[dict[str, Any]] = []
+    held = np.empty(0, np.int32)
+    with truth(model) as true:
+        running = Engine(model, store=tmp_path, threads=1, n_ctx=1024, kv_type="f32", block_size=SIZE)
+        for number in range(4):
+            if reopened:
+                running.close()
+                running = Engine(model, store=tmp_path, threads=1, n_ctx=1024, kv_type="f32", block_size=SIZE)
+            messages.append({"role": "user", "content": message(number)})
+            answer = asked(running, messages=messages, max_tokens=30)
+            prompt = answer.stream.plan.tokens
+            assert prompt[: len(held)].tolist() == held.tolist()
+            # The last answer has left whole blocks; what was left behind them is less than one.
+            assert answer.fresh == len(prompt) - len(held) // SIZE * SIZE
+            true.check(arch, answer)
+            held = answer.tokens
+            messages.append({"role": "assistant", "content": answer.stream.text})
+        running.close()
+
+
+def test_a_recurrent_model_goes_on_from_its_prompt(tiny: Tiny, tmp_path: Path) -> None:
+    """States within an answer have gone by."""
+    model = plain_spoken(tiny("mamba"))
+    messages: list[dict[str, Any]] = []
+    known = 0
+    with truth(model) as true:
+        for number in range(4):
+            with engine(model, tmp_path, block_size=SIZE) as running:
+                messages.append({"role": "user", "content": message(number)})
+                answer = asked(running, messages=messages, max_tokens=30)
+                prompt = answer.stream.plan.tokens
+                assert answer.fresh <= len(prompt) - known
+                true.check("mamba", answer)
+                known = blocks(len(prompt))
+                messages.append({"role": "assistant", "content": answer.stream.text})
+
+
+# ---- random prompts --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "mamba"])
+def test_any_sequence_of_prompts_gives_what_each_gives_alone(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    words = ("rain", "and the", "fields of", "a mill", "were", "the same", "to them", "as", "the other", "town")
+    texts = [""]
+    with truth(tiny(arch)) as true, engine(tiny(arch), tmp_path, block_size=8) as running:
+        for _ in range(30):
+            start = texts[rng.integers(len(texts))]
+            texts.append(start[: rng.integers(len(start) + 1)] + " ".join(rng.choice(words, rng.integers(1, 12))))
+            answer = asked(running, text=texts[-1], max_tokens=int(rng.integers(1, 12)))
+            assert answer.fresh + answer.stream.metrics.cached_tokens == answer.stream.plan.n_tokens
+            true.check(arch, answer)
+
+
+# ---- what can't be ---------------------------------------------------------------------------------------------------
+def test_prompts_that_are_none(tiny: Tiny, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path, n_ctx=256) as running:
+        for request in ({}, {"text": "a", "messages": MESSAGES}, {"prompt": "<prompt/>", "text": "a"}):
+            with pytest.raises(InputError, match="give one of prompt, messages and text"):
+                running.generate(**request)
+        for request in ({"text": ""}, {"messages": []}):
+            with pytest.raises(InputError, match="the prompt is empty"):
+                running.generate(**request)
+        for bad in ({"role": "tool", "content": "a"}, {"role": "user"}, {"role": "user", "content": 3}):
+            with pytest.raises(InputError, match="a message has a role"):
+                running.generate(messages=[bad])
+        with pytest.raises(ContextFull, match=r"text: the prompt is \d+ tokens long .* context of 256; raise --ctx"):
+            running.generate(text=TEXT * 4)
+        assert running.generate(text="And yet", max_tokens=3).metrics.fresh_tokens > 0
+
+
+def test_the_truth_would_show_a_wrong_prefix(tiny: Tiny, tmp_path: Path) -> None:
+    """The tests above show something: a block that is not the right one is seen."""
+    with engine(tiny("llama"), tmp_path, block_size=SIZE) as running, truth(tiny("llama")) as true:
+        answer = asked(running, text=TEXT, max_tokens=1)
+        other = answer.tokens.copy()
+        other[SIZE : 2 * SIZE] = other[SIZE : 2 * SIZE][::-1]
+        assert distance(wrong(true, other), answer.rows[0]) > 0.04
+
+
+def wrong(true: Truth, tokens: np.ndarray) -> np.ndarray:
+    row: np.ndarray = true.rows(tokens, 1)[0]
+    return row

@@ -1,0 +1,171 @@
+"""``sessions``: what it lists, deletes and exports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from cpucache.sessions import Entry, Transcripts
+from tests.support.command import cpucache, invoke
+
+WORDS = "What is [bold]there[/bold] to eat?"
+
+
+@pytest.fixture(autouse=True)
+def conversations() -> None:
+    """``soup`` with four messages behind a system text, ``half`` with which it shares two, and ``empty``."""
+    transcripts = Transcripts()
+    with_soup = transcripts.open("soup", fingerprint="f", model="small")
+    answered = {"tokens": 20, "finish": "stop"}
+    with_soup.put(
+        0,
+        [
+            Entry("system", "You cook.", {}, metrics={"tokens": 5}),
+            Entry("user", WORDS, {}, metrics={"tokens": 10}),
+            Entry("assistant", "# Soup\n\n```\nwith onions\n```\n", {}, metrics=answered),
+        ],
+    )
+    with_soup.fork("half")
+    last = Entry("assistant", "In an", {}, metrics={"tokens": 3, "finish": "interrupted"})
+    with_soup.put(3, [Entry("user", "When?", {}, metrics={"tokens": 4}), last])
+    with_soup.close()
+    begun = transcripts.open("empty", fingerprint="f", model="small")
+    begun.put(0, [Entry("system", "You are quiet.", {}, metrics={"tokens": 5})])
+    begun.close()
+    transcripts.open("nothing said", fingerprint="f", model="small").close()
+    transcripts.close()
+
+
+def names() -> set[str]:
+    return {each["name"] for each in json.loads(invoke("sessions", "ls", "--json"))}
+
+
+def test_ls_lists_the_latest_first() -> None:
+    empty, soup, half = json.loads(invoke("sessions", "ls", "--json"))
+
+    assert [each["name"] for each in (empty, soup, half)] == ["empty", "soup", "half"]
+    assert (soup["model"], soup["messages"], soup["tokens"], soup["start"]) == ("small", 4, 42, WORDS)
+    assert (half["messages"], half["tokens"]) == (2, 35)
+    assert (empty["messages"], empty["start"]) == (0, "")
+    assert datetime.fromisoformat(soup["used"]) >= datetime.fromisoformat(soup["created"])
+
+
+def test_ls_draws_a_table() -> None:
+    done = cpucache("sessions", "ls", COLUMNS="120")
+
+    assert done.status == 0
+    lines = [line.strip() for line in done.out.splitlines()]
+    row = next(number for number, line in enumerate(lines) if line.startswith("soup"))
+    assert lines[row].split()[:4] == ["soup", "small", "4", "42"]
+    assert lines[row + 1] == WORDS
+
+
+def test_without_any_it_says_how_to_begin(tmp_path: Path) -> None:
+    done = cpucache("sessions", "ls", CPUCACHE_SESSIONS=str(tmp_path))
+
+    assert (done.status, done.out) == (0, "no conversations yet: `cpucache chat` begins one\n")
+    assert json.loads(cpucache("sessions", "ls", "--json", CPUCACHE_SESSIONS=str(tmp_path)).out) == []
+
+
+def test_rm_deletes_and_leaves_what_others_share() -> None:
+    invoke("sessions", "rm", "soup", "empty", "--yes")
+
+    assert names() == {"half"}
+    assert WORDS in invoke("sessions", "export", "half")
+
+
+def test_rm_asks() -> None:
+    invoke("sessions", "rm", "soup", "half", stdin="n\ny\n")
+
+    assert names() == {"soup", "empty"}
+
+
+def test_rm_deletes_none_when_it_does_not_know_one() -> None:
+    done = cpucache("sessions", "rm", "soup", "soap", "--yes")
+
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "no conversation 'soap'" in done.err
+    assert names() == {"soup", "half", "empty"}
+
+
+def test_one_that_is_open_is_not_deleted() -> None:
+    transcripts = Transcripts()
+    transcripts.open("soup").close()
+    opened = transcripts.open("soup")
+
+    done = cpucache("sessions", "rm", "soup", "--yes")
+
+    opened.close()
+    transcripts.close()
+    assert (done.status, done.err.count("\n")) == (1, 1)
+    assert "open" in done.err
+
+
+def test_export_as_markdown_keeps_what_was_said(tmp_path: Path) -> None:
+    text = invoke("sessions", "export", "soup")
+
+    assert text.startswith("# soup\n\nWith small, begun 2")
+    parts = ("## System\n\nYou cook.\n", f"## You\n\n{WORDS}\n", "## Answer\n\n# Soup\n\n```\nwith onions\n```\n")
+    places = [text.index(part) for part in (*parts, "## You\n\nWhen?\n", "## Answer (interrupted)\n\nIn an\n")]
+    assert places == sorted(places)
+    assert invoke("sessions", "export", "soup", "-o", tmp_path / "soup.md") == ""
+    assert (tmp_path / "soup.md").read_text() == text
+
+
+def test_export_as_json_has_times_and_counts() -> None:
+    conversation = json.loads(invoke("sessions", "export", "soup", "--format", "json"))
+
+    assert (conversation["name"], conversation["model"]) == ("soup", "small")
+    messages = conversation["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert messages[1]["content"] == WORDS
+    assert messages[2]["metrics"] == {"tokens": 20, "finish": "stop"}
+    times = [datetime.fromisoformat(message["created"]) for message in messages]
+    assert times == sorted(times)
+    assert all(time.tzinfo for time in times)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("export", "soap"), "no conversation 'soap'"),
+        (("export", "soup", "-o", "nowhere/soup.md"), "nowhere/soup.md: No such file"),
+        (("export", "soup", "--format", "pdf"), "'pdf'"),
+        (("rm",), "NAME"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(arguments: tuple[str, ...], part: str) -> None:
+    done = cpucache("sessions", *arguments)
+
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert part in done.err
+
+
+def test_looking_at_conversations_loads_no_llama_cpp() -> None:
+    code = "from cpucache.cli.main import cli; cli.main(['sessions', 'ls'], standalone_mode=False)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print('llama_cpp' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "soup" in done.stdout
+    assert done.stdout.split()[-1] == "False"
+
+
+def test_what_chat_wrote_is_exported(tiny: Callable[..., Path]) -> None:
+    done = cpucache("chat", "new", "-m", tiny("llama"), "-n", "8", "--temp", "0", "--threads", "1", stdin="hello\n")
+
+    conversation = json.loads(invoke("sessions", "export", "new", "--format", "json"))
+
+    assert done.status == 0
+    user, assistant = conversation["messages"]
+    assert user["content"] == "hello"
+    assert f"{assistant['content']}\n" == done.out
+    assert assistant["metrics"]["completion_tokens"] == 8

@@ -1,0 +1,295 @@
+"""Transcripts: written whole or not at all, shared by forks, and open in one place at a time."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cpucache.errors import CpucacheError, InputError
+from cpucache.sessions import Entry, Transcripts
+from cpucache.sessions.records import default_sessions
+
+
+@pytest.fixture
+def transcripts(tmp_path: Path) -> Iterator[Transcripts]:
+    made = Transcripts(tmp_path)
+    yield made
+    made.close()
+
+
+def entry(text: str, role: str = "user", **rest: object) -> Entry:
+    return Entry(role, text, {"parts": [[1, 2]], "pending": [3]}, **rest)  # type: ignore[arg-type]
+
+
+def texts(transcripts: Transcripts, name: str) -> list[str]:
+    return [each.text for each in transcripts.read(name)]
+
+
+def rows(folder: Path) -> int:
+    database = sqlite3.connect(folder / "sessions.sqlite")
+    count: int = database.execute("SELECT count(*) FROM entries").fetchone()[0]
+    database.close()
+    return count
+
+
+def test_what_was_put_is_there_for_the_next(tmp_path: Path) -> None:
+    first = Transcripts(tmp_path)
+    talk = first.open("talk", fingerprint="f", model="m")
+    talk.put(0, [entry("One", "system"), entry("Two", left_out=3, metrics={"tokens": 4})])
+    talk.put(2, [entry("Three", "assistant")])
+    assert [each.text for each in talk.entries] == ["One", "Two", "Three"]
+    talk.close()
+    first.close()
+    second = Transcripts(tmp_path)
+    found = second.open("talk", fingerprint="f", model="m").entries
+    assert found == talk.entries
+    assert (found[1].role, found[1].left_out, found[1].metrics) == ("user", 3, {"tokens": 4})
+    assert found[1].pieces == {"parts": [[1, 2]], "pending": [3]}
+    assert len({each.id for each in found}) == 3
+    assert "talk" in second
+    assert "other" not in second
+    second.close()
+
+
+def test_going_back_leaves_what_was_there(tmp_path: Path, transcripts: Transcripts) -> None:
+    talk = transcripts.open("talk")
+    talk.put(0, [entry("a"), entry("b"), entry("c")])
+    talk.fork("whole")
+    talk.put(1, [entry("d")])
+    assert texts(transcripts, "talk") == ["a", "d"]
+    assert texts(transcripts, "whole") == ["a", "b", "c"]
+    assert rows(tmp_path) == 4
+
+
+def test_all_of_a_turn_is_written_or_nothing(transcripts: Transcripts) -> None:
+    talk = transcripts.open("talk")
+    talk.put(0, [entry("a")])
+    with pytest.raises(TypeError):
+        talk.put(1, [entry("b"), Entry("assistant", "c", {"parts": object()})])
+    assert [each.text for each in talk.entries] == ["a"]
+    assert texts(transcripts, "talk") == ["a"]
+    # And there is no transaction left that would keep others waiting.
+    talk.put(1, [entry("d")])
+    assert texts(transcripts, "talk") == ["a", "d"]
+
+
+HALF_A_TURN = """
+import os, sys
+from pathlib import Path
+from cpucache.sessions import Entry, Transcripts
+transcripts = Transcripts(Path(sys.argv[1]))
+talk = transcripts.open("talk")
+talk.put(0, [Entry("user", "whole", {})])
+with transcripts._change() as database:
+    database.execute(
+        "INSERT INTO entries (before, role, text, pieces, left_out, metrics, created) "
+        "VALUES (1, '', 'half', '', 0, '', 0)"
+    )
+    database.execute("UPDATE sessions SET last = 2")
+    os._exit(9)
+"""
+
+
+def test_a_process_that_dies_within_a_turn_leaves_the_one_before(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", HALF_A_TURN, tmp_path], check=False)
+    assert done.returncode == 9
+    transcripts = Transcripts(tmp_path)
+    assert [each.text for each in transcripts.open("talk").entries] == ["whole"]
+    assert rows(tmp_path) == 1
+    transcripts.close()
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["", "  ", "a\nb", "a\tb", "\x00", "a\x1b[31m", "x" * 101])
+def test_what_can_name_nothing(name: str, transcripts: Transcripts) -> None:
+    with pytest.raises(InputError, match="can't name a conversation: use 1 to 100 printable characters"):
+        transcripts.open(name)
+    talk = transcripts.open("good")
+    with pytest.raises(InputError, match="can't name"):
+        talk.fork(name)
+    assert [each.name for each in transcripts.summaries()] == ["good"]
+
+
+def test_any_other_name_will_do(tmp_path: Path, transcripts: Transcripts) -> None:
+    names = [
+        "../../up",
+        "C:\\con",
+        "a/b",
+        "A",
+        "a",
+        "Über Wien & Rom",
+        "日本",
+        "--help",
+        "'; DROP TABLE sessions",
+        "x" * 100,
+    ]
+    for name in names:
+        transcripts.open(name).put(0, [entry(name)])
+    assert sorted(each.name for each in transcripts.summaries()) == sorted(names)
+    assert all(texts(transcripts, name) == [name] for name in names)
+    assert all(path.parent == tmp_path for path in tmp_path.rglob("*"))
+
+
+def test_a_name_nobody_has(transcripts: Transcripts) -> None:
+    for call in (transcripts.read, transcripts.summary, transcripts.remove):
+        with pytest.raises(InputError, match="no conversation 'nobody'"):
+            call("nobody")
+    assert transcripts.summaries() == []
+
+
+def test_another_model_is_refused_and_nothing_is_locked(transcripts: Transcripts) -> None:
+    talk = transcripts.open("talk", fingerprint="one", model="first")
+    talk.put(0, [entry("a")])
+    talk.close()
+    for _ in range(2):
+        with pytest.raises(InputError, match="'talk' is with first, not second: open it with that model, or begin"):
+            transcripts.open("talk", fingerprint="two", model="second")
+    transcripts.open("talk", fingerprint="one", model="renamed").close()
+
+
+def test_one_in_which_nothing_was_said_leaves_no_trace(transcripts: Transcripts) -> None:
+    transcripts.open("talk", fingerprint="one", model="first").close()
+    assert "talk" not in transcripts
+    transcripts.open("talk", fingerprint="two", model="second").close()
+
+
+# ---- several at once -------------------------------------------------------------------------------------------------
+def test_a_conversation_is_open_in_one_place(tmp_path: Path, transcripts: Transcripts) -> None:
+    other = Transcripts(tmp_path)
+    talk = transcripts.open("talk")
+    for folder in (transcripts, other):
+        with pytest.raises(CpucacheError, match="'talk' is open in another window or program; close it there, or fork"):
+            folder.open("talk")
+        with pytest.raises(CpucacheError, match="is open in another"):
+            folder.remove("talk")
+    # It may be read meanwhile, and others may be opened.
+    talk.put(0, [entry("a")])
+    assert texts(other, "talk") == ["a"]
+    other.open("talking").close()
+    talk.close()
+    assert [each.text for each in other.open("talk").entries] == ["a"]
+    other.close()
+
+
+def test_many_write_to_one_file(tmp_path: Path) -> None:
+    def write(name: str) -> None:
+        own = Transcripts(tmp_path)
+        talk = own.open(name)
+        for number in range(20):
+            talk.put(number, [entry(f"{name} {number}")])
+        own.close()
+
+    threads = [threading.Thread(target=write, args=(f"t{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    transcripts = Transcripts(tmp_path)
+    for i in range(4):
+        assert texts(transcripts, f"t{i}") == [f"t{i} {number}" for number in range(20)]
+    transcripts.close()
+
+
+# ---- removed ---------------------------------------------------------------------------------------------------------
+def test_removing_deletes_what_no_other_shares(tmp_path: Path, transcripts: Transcripts) -> None:
+    talk = transcripts.open("talk")
+    talk.put(0, [entry("a"), entry("b"), entry("c")])
+    talk.fork("short", 2)
+    talk.fork("nothing", 0)
+    talk.put(3, [entry("d")])
+    talk.close()
+    transcripts.remove("talk")
+    assert texts(transcripts, "short") == ["a", "b"]
+    assert texts(transcripts, "nothing") == []
+    assert rows(tmp_path) == 2
+    transcripts.remove("nothing")
+    assert rows(tmp_path) == 2
+    transcripts.remove("short")
+    assert rows(tmp_path) == 0
+    assert transcripts.summaries() == []
+    # The name is free again.
+    assert transcripts.open("talk").entries == []
+
+
+def test_a_removed_branch_does_not_take_the_trunk_along(tmp_path: Path, transcripts: Transcripts) -> None:
+    talk = transcripts.open("talk")
+    talk.put(0, [entry("a"), entry("b")])
+    talk.fork("branch")
+    branch = transcripts.open("branch")
+    branch.put(1, [entry("x"), entry("y")])
+    branch.close()
+    transcripts.remove("branch")
+    assert texts(transcripts, "talk") == ["a", "b"]
+    assert rows(tmp_path) == 2
+
+
+# ---- lists -----------------------------------------------------------------------------------------------------------
+def test_summaries(transcripts: Transcripts) -> None:
+    old = transcripts.open("old", fingerprint="f", model="m")
+    old.put(
+        0, [entry("Be brief", "system", metrics={"tokens": 5}), entry("What\n is  it? " * 9, metrics={"tokens": 7})]
+    )
+    new = transcripts.open("new", fingerprint="f", model="m")
+    assert [each.name for each in transcripts.summaries()] == ["new", "old"]
+    old.put(2, [entry("It is.", "assistant", metrics={"tokens": 2})])
+    first, second = transcripts.summaries()
+    assert (first.name, first.model, first.fingerprint, first.messages, first.tokens) == ("old", "m", "f", 2, 14)
+    assert first.start == ("What is it? " * 9)[:60]
+    assert first.created <= first.used
+    assert (second.messages, second.tokens, second.start) == (0, 0, "")
+    assert transcripts.summary("old") == first
+    assert new.entries == []
+
+
+# ---- trouble ---------------------------------------------------------------------------------------------------------
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "sessions.sqlite").write_bytes(b"This is no database, but some text. " * 100)
+    with pytest.raises(CpucacheError, match=f"can't keep conversations in {tmp_path}: "):
+        Transcripts(tmp_path)
+    # It is somebody's: it stays.
+    assert (tmp_path / "sessions.sqlite").read_bytes().startswith(b"This is no database")
+
+
+def damaged(folder: Path) -> None:
+    transcripts = Transcripts(folder)
+    talk = transcripts.open("talk")
+    for number in range(300):
+        talk.put(number, [entry(f"message {number} " * 10)])
+    talk.close()
+    transcripts.close()
+    path = folder / "sessions.sqlite"
+    content = bytearray(path.read_bytes())
+    page = 4096
+    # The schema on the first page is whole: it opens.
+    for begin in range(page, len(content), page):
+        content[begin : begin + page] = bytes(255 for _ in range(len(content[begin : begin + page])))
+    path.write_bytes(content)
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    damaged(tmp_path)
+    with pytest.raises(CpucacheError, match=r"sessions|conversations"):
+        transcripts = Transcripts(tmp_path)
+        transcripts.open("talk")
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CpucacheError, match="can't keep conversations in"):
+        Transcripts(tmp_path / "file" / "sessions")
+
+
+def test_where_they_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CPUCACHE_SESSIONS", str(tmp_path / "here"))
+    assert default_sessions() == tmp_path / "here"
+    made = Transcripts()
+    assert made.folder == tmp_path / "here"
+    made.close()
+    monkeypatch.delenv("CPUCACHE_SESSIONS")
+    assert default_sessions().name == "sessions"
