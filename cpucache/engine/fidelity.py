@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cpucache.layout import Plan, Span
 from cpucache.layout.vocabulary import Tokens
-from cpucache.reuse import OnProgress, Workspace
+from cpucache.reuse import Workspace
 
 Floats = npt.NDArray[np.float32]
 
@@ -83,26 +83,23 @@ def uncached(plan: Plan) -> Plan:
     return Plan(spans, exact=True)
 
 
-def truth(
-    workspace: Workspace,
-    plan: Plan,
-    answer: Sequence[int],
-    text: str,
-    ttft_ms: float,
-    progress: OnProgress | None = None,
-) -> Truth:
+def truth(workspace: Workspace, plan: Plan, answer: Sequence[int], text: str, ttft_ms: float) -> Truth:
     """What is said without reuse behind the fresh tokens at the end of ``plan`` and along ``answer``."""
     tokens = np.array(answer, np.int32)
-    rows = workspace.forced(uncached(plan), tokens[:-1], progress=progress)
-    return Truth(tokens, text, ttft_ms, plan.spans[-1].tokens, log_probabilities(rows))
+    asked = plan.spans[-1].tokens
+    rows = workspace.forced(uncached(plan), tokens[:-1])
+    # Behind the last token of all stands nothing to be predicted, when the answer is empty.
+    return Truth(tokens, text, ttft_ms, asked, log_probabilities(rows[: len(asked) - 1 + len(tokens)]))
 
 
 def distance(
     workspace: Workspace, plan: Plan, true: Truth, label: str = "", *, text: str = "", ttft_ms: float = 0.0
 ) -> Distance:
     """How far ``plan``, with its slices, is from the truth."""
-    rows = log_probabilities(workspace.forced(plan, true.answer[:-1], label))
     wanted = true.log_probabilities
+    # More may be fresh at the end of the plan than there: what is renewed entirely is part of it.
+    behind = len(true.asked) + max(0, len(true.answer) - 1)
+    rows = log_probabilities(workspace.forced(plan, true.answer[:-1], label)[-behind:][: len(wanted)])
     kl: Floats = (np.exp(wanted) * (wanted - rows)).sum(axis=1)
     at = np.arange(len(rows)), true.targets
     return Distance(

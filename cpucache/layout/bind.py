@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from cpucache.errors import InputError, PMLError
 from cpucache.layout.plan import Piece, Plan, schedule
+from cpucache.layout.refresh import Refresh
 from cpucache.layout.schema import SchemaLayout
 from cpucache.layout.segment import Segment
 from cpucache.layout.turns import Turns
@@ -21,21 +22,24 @@ def bind(
     file: str = "<prompt>",
     packed: bool | None = None,
     scaffolds: bool = True,
+    refresh: Refresh | None = None,
 ) -> Plan:
     """The plan of a prompt.
 
     ``packed`` lets slices stand back to back even where the layout reserves positions. ``scaffolds=False`` takes every
-    module as it is apart from the others, even where the prompt includes the whole of a scaffold set. ``file`` is what
-    errors call the prompt. Raises ``PMLError`` when an argument is longer than its parameter.
+    module as it is apart from the others, even where the prompt includes the whole of a scaffold set. ``refresh`` says
+    which tokens of slices are evaluated afresh. ``file`` is what errors call the prompt. Raises ``PMLError`` when an argument is longer than its parameter.
     """
     binding = _Binding(layout, included, file, scaffolds=scaffolds)
     binding.scope(included)
     binding.answer()
     binding.check()
-    return schedule(binding.pieces, packed=layout.packed if packed is None else packed)
+    return schedule(binding.pieces, packed=layout.packed if packed is None else packed, refresh=refresh)
 
 
-def bind_opening(layout: SchemaLayout, included: Included, *, file: str = "<prompt>") -> tuple[Plan, Turns, bool]:
+def bind_opening(
+    layout: SchemaLayout, included: Included, *, file: str = "<prompt>", refresh: Refresh | None = None
+) -> tuple[Plan, Turns, bool]:
     """The plan of a prompt that a conversation begins with, for more to follow.
 
     Besides the plan, gives the turns to go on with, and whether the prompt waits for an answer.
@@ -43,7 +47,8 @@ def bind_opening(layout: SchemaLayout, included: Included, *, file: str = "<prom
     binding = _Binding(layout, included, file)
     binding.scope(included)
     binding.check()
-    return schedule(binding.pieces, packed=layout.packed, ends=False), binding.turns, binding.turns.role == "user"
+    plan = schedule(binding.pieces, packed=layout.packed, ends=False, refresh=refresh)
+    return plan, binding.turns, binding.turns.role == "user"
 
 
 class _Binding:
