@@ -21,7 +21,7 @@ from tests.support.command import cpucache, invoke
 from tests.support.questions import MULTI_NEWS, MUSIQUE, ORACLE, TREC, write_data
 from tests.test_cli_interrupt import started, until
 
-VARIANTS = ("full", "alone", "anchored", "scaffold")
+VARIANTS = ("full", "alone", "anchored", "scaffold", "link:4", "recompute:0.2")
 """Those that are run."""
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from cpucache.engine.fidelity import Distance, Truth, distance, truth
-from cpucache.engine.tuning import tuning_of
-from cpucache.layout import Plan, Refresh, SchemaLayout, bind
+from cpucache.engine.fidelity import WATCHED, Distance, Truth, distance, truth
+from cpucache.engine.tuning import Tuning
+from cpucache.errors import ContextFull, PMLError
+from cpucache.layout import Plan, Refresh, bind
 from cpucache.pml import resolve
-from cpucache.pml.tree import Included, Module, Prompt, Scaffold, Schema, Union
+from cpucache.pml.tree import Included, Module, Prompt, Scaffold, Union, modules_of, parts
 from cpucache.runtime import Sampling
 
 if TYPE_CHECKING:
@@ -38,8 +40,7 @@ class Trial:
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        numbers = {name: round(value, 6) for name, value in self.distance.summary().items()}
-        return {"change": self.change, **numbers, "ttft_ms": round(self.distance.ttft_ms, 3), "bytes": self.bytes}
+        return {"change": self.change, **self.distance.as_dict(), "bytes": self.bytes}
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,40 @@ class FidelityReport:
     trials: list[Trial]
     """What was tried, the one that brings the most for its time first."""
 
+    def gain(self, trial: Trial) -> float:
+        """Nats that a change brings back, on average over all tokens."""
+        return self.now.distance.kl_mean - trial.distance.kl_mean
+
     def worth(self, trial: Trial) -> float:
-        """Nats that a change brings back, for each millisecond (at least one) that it costs."""
-        gained = self.now.distance.kl_mean - trial.distance.kl_mean
-        return gained / max(1.0, trial.distance.ttft_ms - self.now.distance.ttft_ms)
+        """Nats that a change brings back, for each millisecond that it costs.
+
+        A tenth of the time that it takes now, and a millisecond, are within what runs differ by, and cost the same.
+        """
+        return self.gain(trial) / max(1.0, self.now.distance.ttft_ms / 10, self.delay_ms(trial))
+
+    def delay_ms(self, trial: Trial) -> float:
+        """By how much later the first token comes."""
+        return trial.distance.ttft_ms - self.now.distance.ttft_ms
+
+    @property
+    def best(self) -> Trial | None:
+        """The change that brings the most for its time, if any helps at all."""
+        return next((trial for trial in self.trials if self.gain(trial) > 0), None)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for ``--json``."""
         now = self.now.distance
         return {
             "uncached": {"text": self.truth.text, "ttft_ms": round(self.truth.ttft_ms, 3)},
-            "cached": {"text": now.text, **self.now.as_dict()},
+            "cached": {"text": now.text, **now.as_dict()},
             "tokens": [
-                {"text": piece, "of": "prompt" if at < now.asked else "answer", "kl": kl, "top1": agrees, "nll_change": nll}
+                {
+                    "text": piece,
+                    "of": "prompt" if at < now.asked else "answer",
+                    "kl": round(kl, 6),
+                    "top1": agrees,
+                    "nll_change": round(nll, 6),
+                }
                 for at, (piece, kl, agrees, nll) in enumerate(
                     zip(self.pieces, now.kl.tolist(), now.agrees.tolist(), now.nll.tolist(), strict=True)
                 )
@@ -79,32 +101,41 @@ def examine(
     engine: Engine,
     prompt: Prompt,
     plan: Plan,
+    tuning: Tuning,
     *,
     max_tokens: int,
     advise: bool,
     progress: OnTrial | None = None,
 ) -> FidelityReport:
-    """Answer ``plan`` without reuse and with it, and then, to ``advise``, with one change at a time."""
-    layout = engine.planner.layout(prompt.schema)
-    changes = list(_changes(engine, layout, prompt)) if advise else []
+    """Answer ``plan``, which ``tuning`` gave, without reuse and with it, and, to ``advise``, with one change at a time.
+
+    Slices that only a change needs do not stay in the store.
+    """
+    changes = _Changes(engine, prompt, plan, tuning)
+    todo = list(changes) if advise else []
 
     def say(done: int, what: str) -> None:
         if progress:
-            progress(done, len(changes) + 2, what)
+            progress(done, len(todo) + 2, what)
 
     say(0, "without reuse")
+    engine.warm_up()
     stream = engine.answer(
         plan, Sampling(), max_tokens=max_tokens, started=perf_counter(), label=prompt.schema, use_cache=False
     )
     reply = stream.reply()
-    true = truth(engine.workspace, plan, stream.tokens, reply.text, reply.metrics.ttft_ms)
+    watched = min(WATCHED, len(changes.apart.spans[-1].tokens))
+    true = truth(engine.workspace, plan, watched, stream.tokens, reply.text, reply.metrics.ttft_ms)
     say(1, "as it is")
+    engine.workspace.encode(plan.segments, prompt.schema)
     now = _try(engine, plan, prompt.schema, true, "", max_tokens)
     trials = []
-    for done, (change, changed) in enumerate(changes, 2):
+    for done, (change, changed) in enumerate(todo, 2):
         say(done, change)
-        trials.append(_try(engine, changed, prompt.schema, true, change, 1))
-    say(len(changes) + 2, "")
+        # What is renewed takes cells besides; a change for which there are none is no advice.
+        with suppress(ContextFull):
+            trials.append(_try(engine, changed, prompt.schema, true, change, 1))
+    say(len(todo) + 2, "")
     pieces = [engine.model.text([token], special=True) for token in true.targets.tolist()]
     report = FidelityReport(true, pieces, now, trials)
     trials.sort(key=report.worth, reverse=True)
@@ -112,60 +143,96 @@ def examine(
 
 
 def _try(engine: Engine, plan: Plan, label: str, true: Truth, change: str, max_tokens: int) -> Trial:
-    made = engine.workspace.encode(plan.segments, label)
-    times, text = [], ""
-    for last in reversed(range(_TIMES)):
-        engine.workspace.reset()
-        stream = engine.answer(
-            plan, Sampling(), max_tokens=1 if last else max_tokens, started=perf_counter(), label=label
-        )
-        text = stream.reply().text
-        times.append(stream.metrics.ttft_ms)
-    apart = distance(engine.workspace, plan, true, label, text=text, ttft_ms=median(times))
+    workspace = engine.workspace
+    made = workspace.encode(plan.segments, label)
+    try:
+        times: list[float] = []
+        text = ""
+        for last in reversed(range(_TIMES)):
+            workspace.reset()
+            stream = engine.answer(
+                plan, Sampling(), max_tokens=1 if last else max_tokens, started=perf_counter(), label=label
+            )
+            text = stream.reply().text
+            times.append(stream.metrics.ttft_ms)
+        apart = distance(workspace, plan, true, label, text=text, ttft_ms=median(times))
+    finally:
+        for segment in made.made:
+            engine.store.discard(workspace.key(segment))
     return Trial(change, apart, made.bytes)
 
 
-def _changes(engine: Engine, layout: SchemaLayout, prompt: Prompt) -> Iterator[tuple[str, Plan]]:
+class _Changes:
     """What could be done about a prompt's modules, and the plans that it would give."""
-    schema = layout.schema
-    included = resolve(prompt, schema)
-    tuning = tuning_of(schema)
 
-    def plan(layout: SchemaLayout, refresh: Refresh | None) -> Plan:
-        return bind(layout, included, file=prompt.file, scaffolds=tuning.scaffolds, refresh=refresh)
+    def __init__(self, engine: Engine, prompt: Prompt, plan: Plan, tuning: Tuning) -> None:
+        self._engine = engine
+        self._prompt = prompt
+        self._now = plan
+        self._tuning = tuning
+        self._layout = engine.planner.layout(prompt.schema)
+        self._schema = self._layout.schema
+        self._included = resolve(prompt, self._schema)
+        self.apart = self._plan(None)
+        """The prompt with nothing renewed: every plan has what is fresh at its end."""
 
-    linked = plan(layout, Refresh(LINK))
-    modules = list(dict.fromkeys(span.segment.module for span in linked.spans if span.segment and span.renewed))
-    for module in modules:
-        yield f'link="{LINK}" on {module or "the schema"}', plan(layout, Refresh(0, {module: LINK}))
-    if len(modules) > 1:
-        yield f'link="{LINK}" on every module', linked
-    together = _can_be_scaffolded(schema, included)
-    sets = list(pairwise(together)) if len(together) > 2 else []
-    for chosen in [*sets, tuple(together)] if len(together) > 1 else []:
-        scaffolded = replace(schema, scaffolds=(*schema.scaffolds, Scaffold(tuple(chosen), schema.line)))
-        changed = plan(engine.planner.lay(scaffolded), tuning.refresh(layout, engine.model))
-        names = " ".join(module.name for module in chosen)
-        yield f'<scaffold modules="{names}"/>', changed
+    def __iter__(self) -> Iterator[tuple[str, Plan]]:
+        yield from self._links()
+        yield from self._scaffolds()
 
+    def _plan(self, refresh: Refresh | None) -> Plan:
+        return bind(
+            self._layout,
+            self._included,
+            file=self._prompt.file,
+            scaffolds=self._tuning.scaffolds,
+            refresh=refresh,
+        )
 
-def _can_be_scaffolded(schema: Schema, included: Included) -> list[Module]:
-    """The schema's own modules in a prompt that a scaffold set may hold."""
-    standing_in = {
-        member: member.name == node.scaffold
-        for node in _nodes(schema)
-        if isinstance(node, Union) and node.scaffold
-        for member in node.members
-    }
-    scopes = [item.scope for item in included.items if isinstance(item, Included)]
-    return [
-        scope for scope in scopes if isinstance(scope, Module) and scope.cache and standing_in.get(scope, True)
-    ]
+    def _links(self) -> Iterator[tuple[str, Plan]]:
+        base = self._tuning.refresh(self._layout, self._engine.model) or Refresh()
+        modules = dict.fromkeys(segment.module for segment in self.apart.segments if segment.module)
+        helped = 0
+        for module in modules:
+            linked = self._plan(replace(base, links={**base.links, module: LINK}))
+            if linked.n_cached < self._now.n_cached:
+                helped += 1
+                yield f'link="{LINK}" on {module}', linked
+        everywhere = self._plan(replace(base, link=LINK))
+        if helped > 1 and everywhere.n_cached < self._now.n_cached:
+            yield f'link="{LINK}" on the schema', everywhere
 
+    def _scaffolds(self) -> Iterator[tuple[str, Plan]]:
+        together = self._can_be_scaffolded()
+        order = {module: index for index, module in enumerate(modules_of(self._schema).values())}
+        there = [set(scaffold.modules) for scaffold in self._schema.scaffolds] if self._tuning.scaffolds else []
+        for modules in dict.fromkeys([*pairwise(together), tuple(together)]):
+            # A set is used where a prompt has its modules in the schema's order.
+            in_order = [order[module] for module in modules]
+            if len(modules) > 1 and in_order == sorted(in_order) and set(modules) not in there:
+                # Modules that the prompt leaves out may be nested in these, and be too much for the model.
+                with suppress(PMLError):
+                    plan = self._scaffolded(modules)
+                    yield f'<scaffold modules="{" ".join(module.name for module in modules)}"/>', plan
 
-def _nodes(schema: Schema) -> Iterator[object]:
-    todo: list[Any] = list(schema.children)
-    while todo:
-        node = todo.pop()
-        yield node
-        todo += getattr(node, "children", ()) if not isinstance(node, Module) else ()
+    def _scaffolded(self, modules: tuple[Module, ...]) -> Plan:
+        schema = replace(self._schema, scaffolds=(*self._schema.scaffolds, Scaffold(modules, self._schema.line)))
+        return bind(
+            self._engine.planner.lay(schema),
+            # What belongs to the schema itself is found under it.
+            replace(self._included, scope=schema),
+            file=self._prompt.file,
+            refresh=self._tuning.refresh(self._layout, self._engine.model),
+        )
+
+    def _can_be_scaffolded(self) -> list[Module]:
+        """The schema's own modules in the prompt that a scaffold set may hold."""
+        others = {
+            member
+            for node in parts(self._schema)
+            if isinstance(node, Union) and node.scaffold
+            for member in node.members
+            if member.name != node.scaffold
+        }
+        scopes = [item.scope for item in self._included.items if isinstance(item, Included)]
+        return [scope for scope in scopes if isinstance(scope, Module) and scope.cache and scope not in others]

@@ -22,7 +22,7 @@ from cpucache.engine.reply import Reply
 from cpucache.engine.session import Session, WhenFull
 from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
-from cpucache.engine.tuning import Level
+from cpucache.engine.tuning import Level, tuning_of
 from cpucache.layout import BLOCK, Chains, ChatTemplate, Plan, Positions, SchemaLayout
 from cpucache.models import default_model, resolve_model
 from cpucache.pml.tree import Prompt, Schema
@@ -286,8 +286,9 @@ class Engine:
         request = self.planner.request(parsed, fidelity=fidelity, link_tokens=link_tokens, recompute=recompute)
         if request.plan.n_tokens + max_tokens > self.context.n_ctx:
             raise request.too_long(self.context.n_ctx)
+        tuning = tuning_of(self.planner.layout(parsed.schema).schema, fidelity, link_tokens, recompute)
         with self._lock:
-            return examine(self, parsed, request.plan, max_tokens=max_tokens, advise=advise, progress=progress)
+            return examine(self, parsed, request.plan, tuning, max_tokens=max_tokens, advise=advise, progress=progress)
 
     def generate(self, prompt: str | Path | Prompt | None = None, **settings: Any) -> Reply:
         """The whole answer. Settings are those of ``stream``."""

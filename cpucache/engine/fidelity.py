@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from cpucache.layout.vocabulary import Tokens
 from cpucache.reuse import Workspace
 
 Floats = npt.NDArray[np.float32]
+Flags = npt.NDArray[np.bool_]
+WATCHED = 256
+"""Fresh tokens of a prompt that are looked at, at most: each costs a row of logits, twice."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Truth:
     text: str
     ttft_ms: float
     asked: Tokens
-    """The fresh tokens that the prompt ends with."""
+    """The fresh tokens that the prompt ends with, at most ``WATCHED``."""
     log_probabilities: Floats
     """Of shape (asked + answer - 1, vocabulary): behind each token but the answer's last."""
 
@@ -41,7 +44,7 @@ class Distance:
 
     kl: Floats
     """Kullback-Leibler divergence in nats: of what is said with reuse from what is said without."""
-    agrees: npt.NDArray[np.bool_]
+    agrees: Flags
     """Whether both think the same token the likeliest."""
     nll: Floats
     """By how much the token is less likely with reuse: the change of its negative log-likelihood, in nats."""
@@ -62,6 +65,11 @@ class Distance:
             "nll_change": float(self.nll[answer].sum()),
         }
 
+    def as_dict(self) -> dict[str, float]:
+        """The summary and the time to first token, for ``--json``."""
+        numbers = {name: round(value, 6) for name, value in self.summary().items()}
+        return {**numbers, "ttft_ms": round(self.ttft_ms, 3)}
+
     @property
     def kl_mean(self) -> float:
         """Over all tokens."""
@@ -75,41 +83,43 @@ def log_probabilities(logits: Floats) -> Floats:
     return result
 
 
-def uncached(plan: Plan) -> Plan:
-    """The same tokens without reuse, the fresh ones at the end apart."""
-    *_, last = plan.spans
-    before = plan.tokens[: plan.n_tokens - len(last.tokens)]
-    spans = (Span(0, before), Span(len(before), last.tokens)) if len(before) else (Span(0, last.tokens),)
-    return Plan(spans, exact=True)
+def between(wanted: Floats, found: Floats, targets: Tokens) -> tuple[Floats, Flags, Floats]:
+    """``Distance``'s divergence, agreement and change of likelihood for rows of log probabilities."""
+    # Row by row: a vocabulary is long, and what stands between is as large again as all of them.
+    kl = np.array([np.exp(true) @ (true - other) for true, other in zip(wanted, found, strict=True)], np.float32)
+    at = np.arange(len(targets)), targets
+    agrees: Flags = found.argmax(axis=1) == wanted.argmax(axis=1)
+    # Rounding may take what is nothing below nothing.
+    return np.maximum(kl, 0), agrees, wanted[at] - found[at]
 
 
-def truth(workspace: Workspace, plan: Plan, answer: Sequence[int], text: str, ttft_ms: float) -> Truth:
-    """What is said without reuse behind the fresh tokens at the end of ``plan`` and along ``answer``."""
+def truth(workspace: Workspace, plan: Plan, watched: int, answer: Sequence[int], text: str, ttft_ms: float) -> Truth:
+    """What is said without reuse behind the last tokens of ``plan``, so many ``watched``, and along ``answer``."""
     tokens = np.array(answer, np.int32)
-    asked = plan.spans[-1].tokens
-    rows = workspace.forced(uncached(plan), tokens[:-1])
+    rows = workspace.forced(_ending(plan.without_reuse(), watched), tokens[:-1])
+    asked = plan.tokens[-watched:]
     # Behind the last token of all stands nothing to be predicted, when the answer is empty.
-    return Truth(tokens, text, ttft_ms, asked, log_probabilities(rows[: len(asked) - 1 + len(tokens)]))
+    return Truth(tokens, text, ttft_ms, asked, log_probabilities(rows[: watched - 1 + len(tokens)]))
 
 
 def distance(
     workspace: Workspace, plan: Plan, true: Truth, label: str = "", *, text: str = "", ttft_ms: float = 0.0
 ) -> Distance:
-    """How far ``plan``, with its slices, is from the truth."""
+    """How far ``plan``, with its slices, is from the truth. It ends with the tokens asked, all of them fresh."""
     wanted = true.log_probabilities
-    # More may be fresh at the end of the plan than there: what is renewed entirely is part of it.
-    behind = len(true.asked) + max(0, len(true.answer) - 1)
-    rows = log_probabilities(workspace.forced(plan, true.answer[:-1], label)[-behind:][: len(wanted)])
-    kl: Floats = (np.exp(wanted) * (wanted - rows)).sum(axis=1)
-    at = np.arange(len(rows)), true.targets
-    return Distance(
-        kl=np.maximum(kl, 0),
-        agrees=rows.argmax(axis=1) == wanted.argmax(axis=1),
-        nll=wanted[at] - rows[at],
-        asked=len(true.asked) - 1,
-        text=text,
-        ttft_ms=ttft_ms,
-    )
+    rows = workspace.forced(_ending(plan, len(true.asked)), true.answer[:-1], label)
+    found = log_probabilities(rows[: len(wanted)])
+    return Distance(*between(wanted, found, true.targets), asked=len(true.asked) - 1, text=text, ttft_ms=ttft_ms)
+
+
+def _ending(plan: Plan, count: int) -> Plan:
+    """The same plan, with the last ``count`` tokens in a span of their own."""
+    *before, last = plan.spans
+    rest = len(last.tokens) - count
+    if not rest:
+        return plan
+    parts = Span(last.start, last.tokens[:rest]), Span(last.start + rest, last.tokens[rest:])
+    return replace(plan, spans=(*before, *parts))
 
 
 def _mean(values: npt.NDArray[Any]) -> float:

@@ -28,7 +28,7 @@ def dump_spans(spans: Sequence[Span]) -> dict[str, Any]:
 
     def placed(span: Span) -> list[Any]:
         assert span.segment is not None
-        return [number(span.segment), span.start, len(span.tokens), span.renewed]
+        return [number(span.segment), span.start, len(span.tokens), [list(run) for run in span.renewed]]
 
     def number(segment: Segment) -> int:
         if segment not in numbers:

@@ -119,9 +119,7 @@ class Planner:
         parsed = parsed_prompt(prompt)
         layout = self.layout(parsed.schema)
         refresh = tuning_of(layout.schema).refresh(layout, self._model)
-        plan, turns, asks = bind_opening(
-            layout, resolve(parsed, layout.schema), file=parsed.file, refresh=refresh
-        )
+        plan, turns, asks = bind_opening(layout, resolve(parsed, layout.schema), file=parsed.file, refresh=refresh)
         return Opening(plan, turns, asks, parsed.schema)
 
 

@@ -19,8 +19,8 @@ class Tuning:
     """What is done about modules that have not seen one another.
 
     ``link_tokens``: the first so many tokens of each are evaluated afresh behind what stands before it in the prompt.
-    ``recompute``: this share (0 to 1) of the tokens of each, chosen by ``layout.recompute``. ``scaffolds``: whether sets
-    that the schema has encoded together are used.
+    ``recompute``: this share (0 to 1) of the tokens of each, chosen by ``layout.recompute``. ``scaffolds``: whether
+    sets that the schema has encoded together are used.
     """
 
     link_tokens: int = 0
@@ -61,7 +61,7 @@ def tuning_of(
         raise InputError(f"fidelity={level!r}: must be one of {', '.join(LEVELS)}")
     base = LEVELS[level or "balanced"]
     if link_tokens is None:
-        link_tokens = schema.link if schema.link is not None and level is None else base.link_tokens
+        link_tokens = base.link_tokens if schema.link is None else schema.link
     return Tuning(link_tokens, base.recompute if recompute is None else recompute, base.scaffolds)
 
 

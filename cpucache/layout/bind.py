@@ -28,7 +28,8 @@ def bind(
 
     ``packed`` lets slices stand back to back even where the layout reserves positions. ``scaffolds=False`` takes every
     module as it is apart from the others, even where the prompt includes the whole of a scaffold set. ``refresh`` says
-    which tokens of slices are evaluated afresh. ``file`` is what errors call the prompt. Raises ``PMLError`` when an argument is longer than its parameter.
+    which tokens of slices are evaluated afresh. ``file`` is what errors call the prompt. Raises ``PMLError`` when an
+    argument is longer than its parameter.
     """
     binding = _Binding(layout, included, file, scaffolds=scaffolds)
     binding.scope(included)

@@ -103,5 +103,9 @@ def schedule(pieces: Sequence[Piece], *, packed: bool, ends: bool = True, refres
 
 
 def _sees_all(segment: Segment, before: Sequence[Piece]) -> bool:
-    """Whether a segment was evaluated in the sight of exactly what stands before it."""
-    return len(segment.sees) == len(before) and all(map(operator.is_, segment.sees, before))
+    """Whether a segment was evaluated in the sight of exactly what stands before it, without any gaps."""
+    return (
+        len(segment.sees) == len(before)
+        and all(map(operator.is_, segment.sees, before))
+        and segment.context_end == sum(len(seen.tokens) for seen in segment.sees)
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Protocol
 
 from cpucache.layout.segment import Runs, Segment
@@ -29,7 +29,7 @@ def first_tokens(share: float) -> Callable[[Segment], Runs]:
 def sentence_starts(model: Pieces, share: float) -> Callable[[Segment], Runs]:
     """The first tokens of each sentence, equally many of all, and those of the slice itself."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def ends(token: int) -> bool:
         return model.piece(token).rstrip().endswith((b".", b"!", b"?", b"\n", b":"))
 

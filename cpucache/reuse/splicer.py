@@ -134,8 +134,15 @@ class Splicer:
         return True
 
     def shared(self, plan: Plan) -> int:
-        """How many spans at the head of ``plan`` the target holds as they are."""
-        return sum(1 for _ in takewhile(lambda pair: _same(*pair), zip(self._held, plan.spans, strict=False)))
+        """How many spans at the head of ``plan`` the target holds as they can be gone on from."""
+        spans = plan.spans
+        count = sum(1 for _ in takewhile(lambda pair: _same(*pair), zip(self._held, spans, strict=False)))
+        # What is renewed sees the slices before it as they are saved, which renewed ones among them no longer are.
+        begin = next((index for index in range(count, 0, -1) if not spans[index - 1].segment), 0)
+        behind = takewhile(lambda span: span.segment, spans[count:])
+        if any(span.renewed for span in spans[begin:count]) and any(span.renewed for span in behind):
+            return begin
+        return count
 
     def _keep(self, plan: Plan, report: Spliced) -> list[Span]:
         """Cut the target back to what it shares with ``plan``; gives the spans that are still to come."""
@@ -233,21 +240,25 @@ class Splicer:
         all, which costs little more than a single token does.
         """
         runs = [Run(0, span.start + begin, span.tokens[begin:end]) for span in slices for begin, end in span.renewed]
+        if not runs:
+            return
         started = time.perf_counter()
-        for batch in (runs[first : first + len(spare)] for first in range(0, len(runs), len(spare))):
-            placed = [replace(run, sequence=sequence) for sequence, run in zip(spare, batch, strict=False)]
+        *places, done = spare
+        for batch in (runs[first : first + len(places)] for first in range(0, len(runs), len(places))):
+            placed = [replace(run, sequence=sequence) for run, sequence in zip(batch, places, strict=False)]
             for run in placed:
                 self.context.share(TARGET, run.sequence, 0, run.start)
             self.context.decode(placed, progress=progress)
             for run in placed:
-                end = run.start + len(run.tokens)
-                self.context.remove(TARGET, run.start, end)
-                self.context.share(run.sequence, TARGET, run.start, end)
+                self.context.share(run.sequence, done, run.start, run.start + len(run.tokens))
                 self.context.remove(run.sequence)
                 report.evaluated += len(run.tokens)
                 report.loaded -= len(run.tokens)
-        if runs:
-            report.prefill_ms += _since(started)
+        for run in runs:
+            self.context.remove(TARGET, run.start, run.start + len(run.tokens))
+        self.context.share(done, TARGET)
+        self.context.remove(done)
+        report.prefill_ms += _since(started)
 
     def _load(self, span: Span, sequence: int, state: State) -> None:
         assert span.segment is not None

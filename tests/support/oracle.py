@@ -18,12 +18,18 @@ Nothing of ``cpucache.layout`` or ``cpucache.reuse`` is used here. The rules:
   behind it. Arguments, new text, turns, modules with ``cache="false"`` and the last token of all are evaluated there,
   in the sight of everything before. Runs have their state in a set if the prompt includes all modules of the set in
   the schema's order: in the set with the most modules, of several such sets around a run, and then in the first.
+- *What is renewed.* Of each scope in a prompt, the first so many tokens (its link), and whatever else a rule picks
+  of a run, are evaluated again where they stand, unless the run has seen exactly what stands before it, back to back.
+  Everything is packed then. Renewed tokens that follow one another in a run are evaluated together; besides, they see
+  all that stands before them: slices since the last fresh token as they are saved, and what stands before that as it is
+  by then. Fresh tokens see what was renewed. A run of which all is renewed is fresh text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +105,13 @@ class TextRun:
 Part = tuple[int, list[int], tuple[TextRun, Together] | None]
 """Tokens of a prompt: where they start, and whose state they have; ``None``: evaluated afresh."""
 
+Renewal = tuple[Part, list[int]]
+"""A part, and which of its tokens are renewed."""
+
+
+def _nothing(tokens: list[int]) -> list[int]:
+    return []
+
 
 class Oracle:
     """A schema under a Llama with a ChatML template."""
@@ -155,16 +168,7 @@ class Oracle:
     # -- a prompt ----------------------------------------------------------------------------------------------------
     def placed(self, included: Included, *, packed: bool) -> list[Part]:
         """Start, tokens, and the state that they have, of all parts of a prompt. ``None``: evaluated afresh."""
-        chosen = list(_included(included))
-        sets = [
-            together
-            for together in sorted(self._sets, key=len, reverse=True)
-            if [module for module in chosen if module in together] == sorted(together, key=self._order.__getitem__)
-        ]
-        pieces: list[TextRun | list[int]] = []
-        for item in self._items(included):
-            if not (pieces and item is pieces[-1]):
-                pieces.append(item)
+        pieces, sets = self._chosen(included)
         parts: list[Part] = []
         at = 0
         for number, piece in enumerate(pieces, 1):
@@ -182,6 +186,104 @@ class Oracle:
                 parts.append((at, rest, None))
                 at += len(rest)
         return parts
+
+    def renewed(
+        self,
+        included: Included,
+        link: Callable[[TextRun], int],
+        choose: Callable[[list[int]], list[int]] = _nothing,
+    ) -> list[Renewal]:
+        """The parts of a prompt, packed, with what is renewed of each.
+
+        ``link`` says how many tokens of the scope of a run, ``choose`` which others of a run.
+        """
+        pieces, sets = self._chosen(included)
+        pieces = [piece for piece in pieces if (piece.tokens if isinstance(piece, TextRun) else piece)]
+        left: dict[tuple[Module, ...], int] = {}
+        found: list[Renewal] = []
+        before: list[object] = []
+        at = 0
+        for number, piece in enumerate(pieces, 1):
+            if not isinstance(piece, TextRun):
+                found.append(((at, piece, None), []))
+                before.append(None)
+                at += len(piece)
+                continue
+            together = next((each for each in sets if piece.inside(each)), APART)
+            sight = self._sight(piece, together)
+            size = len(piece.tokens) - (number == len(pieces)) if piece.cached else 0
+            chosen: set[int] = set()
+            if size:
+                scope = tuple(module for module, _ in piece.path)
+                first = min(left.setdefault(scope, link(piece)), size)
+                left[scope] -= first
+                if sight[1:] != tuple(before) or not self._back_to_back(piece, together):
+                    chosen = {*range(first), *(each for each in choose(piece.tokens) if each < size)}
+            if len(chosen) == size:
+                chosen, size = set(), 0
+            if size:
+                found.append(((at, piece.tokens[:size], (piece, together)), sorted(chosen)))
+            if piece.tokens[size:]:
+                found.append(((at + size, piece.tokens[size:], None), []))
+            before.append(sight)
+            at += len(piece.tokens)
+        return found
+
+    def _chosen(self, included: Included) -> tuple[list[TextRun | list[int]], list[Together]]:
+        """The pieces of a prompt, and the sets whose states it has, those first that come before others."""
+        chosen = list(_included(included))
+        sets = [
+            together
+            for together in sorted(self._sets, key=len, reverse=True)
+            if [module for module in chosen if module in together] == sorted(together, key=self._order.__getitem__)
+        ]
+        pieces: list[TextRun | list[int]] = []
+        for item in self._items(included):
+            if not (pieces and item is pieces[-1]):
+                pieces.append(item)
+        return pieces, sets
+
+    def _sight(self, run: TextRun, together: Together) -> tuple[object, ...]:
+        """A run and all that it sees, each with all that it sees itself."""
+        seen = [other for other in self.seen_by(run, together) if other.tokens]
+        return (run, *(self._sight(other, together if other.inside(together) else APART) for other in seen))
+
+    def _back_to_back(self, run: TextRun, together: Together) -> bool:
+        """Whether no gaps were in what it saw."""
+        seen = [other for other in self.seen_by(run, together) if other.tokens]
+        return self._packed or not seen or seen[-1].end == sum(len(other.tokens) for other in seen)
+
+    def renewed_logits(self, reference: ReferenceLlama, found: list[Renewal]) -> Floats:
+        """Those of the last token of parts of which some is renewed."""
+        last: Floats = np.empty(0)
+        state: KV | None = None
+        for reused, stretch in groupby(found, lambda each: each[0][2] is not None):
+            parts = list(stretch)
+            if not reused:
+                for (start, tokens, _), _chosen in parts:
+                    logits, new = self._behind(reference, tokens, start, state)
+                    state, last = new if state is None else KV.concat([state, new]), logits[-1]
+                continue
+            slices = [self._state(reference, *whose)[: len(tokens)] for (_, tokens, whose), _ in parts if whose]
+            saved = KV.concat([*([state] if state else []), *slices])
+            state = saved
+            for (start, tokens, _), chosen in parts:
+                for begin, end in _ranges(chosen):
+                    new = self._behind(reference, tokens[begin:end], start + begin, saved[: start + begin])[1]
+                    state = KV.concat([state[: start + begin], new, state[start + end :]])
+        return last
+
+    def _behind(self, reference: ReferenceLlama, tokens: list[int], start: int, state: KV | None) -> tuple[Floats, KV]:
+        """Tokens from position ``start`` on, behind a state that reaches up to there."""
+        before = 0 if state is None else len(state)
+        assert before == start
+        return reference.forward(
+            tokens,
+            range(start, start + len(tokens)),
+            cache=state,
+            cache_positions=range(before),
+            visible=causal(len(tokens), before=before),
+        )
 
     def logits(self, reference: ReferenceLlama, parts: list[Part]) -> Floats:
         """Those of the last token of ``parts``."""
@@ -257,6 +359,13 @@ class Oracle:
 
     def _control(self, text: str) -> list[int]:
         return [int(token) for token in self._model.tokenize(text, special=True)]
+
+
+def _ranges(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Begins and ends of what follows one another."""
+    for _, run in groupby(enumerate(numbers), lambda each: each[1] - each[0]):
+        members = [number for _, number in run]
+        yield members[0], members[-1] + 1
 
 
 def _reading_order(nodes: tuple[SchemaNode, ...]) -> Iterator[tuple[SchemaNode, bool]]:

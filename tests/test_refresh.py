@@ -1,0 +1,310 @@
+"""Link tokens and recomputed ones: spliced logits against a forward pass in NumPy under the mask that they imply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpucache.engine import Engine
+from cpucache.engine.tuning import LEVELS, Tuning, tuning_of
+from cpucache.errors import InputError
+from cpucache.layout import ChatTemplate, Plan, Positions, Refresh, SchemaLayout, Segment, bind
+from cpucache.layout.recompute import first_tokens, rare_tokens, sentence_starts
+from cpucache.pml import parse_prompt, parse_schema, resolve
+from cpucache.reuse import Workspace
+from cpucache.runtime import KVType, Model
+from cpucache.store import Store
+from tests.support.oracle import Oracle
+from tests.support.reference import ReferenceLlama, causal
+from tests.support.sessions import engine, said
+from tests.support.workbench import PLENTY, distance, opened, tolerance
+from tests.test_modular_reuse import ASK, CASES, TOLERANCE, Case
+from tests.test_sights import SETS, UNANCHORED
+
+TinyModel = Callable[..., Path]
+Choose = Callable[[Segment], tuple[tuple[int, int], ...]]
+
+MANY = 40
+"""Modules that are more than a context has sequences."""
+CROWD = Case(
+    "Root. " + "".join(f"<module name='m{n}'>{n}: the number {n * n} </module>" for n in range(MANY)),
+    (
+        ("", "".join(f"<m{n}/>" for n in range(MANY)) + ASK),
+        # Fresh text between them makes many stretches.
+        ("", "".join(f"<m{n}/> {n} " for n in range(0, MANY, 2)) + ASK),
+        ("", "".join(f"<m{n}/>{' and ' * (n == 20)}" for n in range(MANY)) + ASK),
+    ),
+)
+
+
+def check(
+    path: Path,
+    case: Case,
+    link: int,
+    choose: Callable[[Model], Choose] | None = None,
+    *,
+    kv_type: KVType = "f32",
+    positions: Positions = "reserved",
+) -> None:
+    """Every prompt of ``case``, one after the other on one workspace, against the oracle."""
+    reference = ReferenceLlama(path)
+    with opened(path, kv_type, n_ctx=2048) as context:
+        model = context.model
+        schema = parse_schema(f"<schema name='s' {case.attributes}>{case.schema}</schema>")
+        layout = SchemaLayout(schema, model, ChatTemplate(model.chat_template), positions)
+        oracle = Oracle(schema, model, packed=positions == "packed")
+        workspace = Workspace(context, Store(None, ram_budget=PLENTY), "model")
+        rule = choose(model) if choose else None
+
+        def chosen(tokens: list[int]) -> list[int]:
+            runs = rule(Segment(np.array(tokens, np.int32), 0, (), "")) if rule else ()
+            return [at for begin, end in runs for at in range(begin, end)]
+
+        for attributes, content in case.prompts:
+            included = resolve(parse_prompt(f"<prompt schema='s' {attributes}>{content}</prompt>"), schema)
+            plan = bind(layout, included, refresh=Refresh(link, {}, rule))
+            found = oracle.renewed(included, lambda run: link, chosen)
+            assert plan.tokens.tolist() == [token for (_, tokens, _), _ in found for token in tokens]
+            assert [start for span in plan.spans for start in range(span.start, span.end)] == list(range(plan.n_tokens))
+            renewed = sum(len(each) for _, each in found)
+            assert plan.n_cached == sum(len(tokens) for (_, tokens, run), _ in found if run) - renewed
+            spent = workspace.prefill(plan)
+            assert spent.cached_tokens <= plan.n_tokens
+            expected = oracle.renewed_logits(reference, found).astype(np.float32)
+            assert distance(context.last_logits(), expected) < TOLERANCE[kv_type], (attributes, content)
+            # Nothing that lay in the context before makes a difference.
+            workspace.reset()
+            spent = workspace.prefill(plan)
+            assert spent.cached_tokens == plan.n_cached
+            assert distance(context.last_logits(), expected) < TOLERANCE[kv_type], (attributes, content)
+
+
+# ---- against the model in NumPy --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("link", [1, 4, 12])
+def test_link_tokens(name: str, link: int, tiny: TinyModel) -> None:
+    check(tiny("llama"), CASES[name], link)
+
+
+@pytest.mark.parametrize("link", [1, 5])
+@pytest.mark.parametrize("positions", ["reserved", "packed"])
+def test_link_tokens_in_other_sights(link: int, positions: Positions, tiny: TinyModel) -> None:
+    for case in (*SETS.values(), *UNANCHORED.values()):
+        check(tiny("llama"), case, link, positions=positions)
+
+
+@pytest.mark.parametrize("name", ["siblings", "nesting", "parameters", "roles"])
+def test_link_tokens_with_bos(name: str, tiny: TinyModel) -> None:
+    check(tiny("llama", add_bos=True), CASES[name], 3)
+
+
+@pytest.mark.parametrize("name", ["siblings", "nesting", "unions", "parameters", "another order"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_link_tokens_with_smaller_keys(name: str, kv_type: KVType, tiny: TinyModel) -> None:
+    check(tiny("llama"), CASES[name], 3, kv_type=kv_type)
+
+
+@pytest.mark.parametrize("link", [2, 30])
+def test_more_modules_than_sequences(link: int, tiny: TinyModel) -> None:
+    check(tiny("llama"), CROWD, link)
+
+
+RULES: dict[str, Callable[[Model], Choose]] = {
+    "first tokens": lambda model: first_tokens(0.3),
+    "sentence starts": lambda model: sentence_starts(model, 0.3),
+    "rare tokens": lambda model: rare_tokens(0.3),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("link", [0, 3])
+def test_recomputed_tokens(rule: str, link: int, tiny: TinyModel) -> None:
+    for name in ("siblings", "text between modules", "nesting", "parameters", "unions", "another order", "roles"):
+        check(tiny("llama"), CASES[name], link, RULES[rule])
+
+
+# ---- what the rules choose -------------------------------------------------------------------------------------------
+
+TEXT = "One sentence. Then a longer one, with more in it! Three? And the last of them has no full stop"
+
+
+@pytest.mark.parametrize("share", [0.01, 0.15, 0.5])
+def test_rules_choose_about_their_share(share: float, tiny: TinyModel) -> None:
+    with Model(tiny("llama")) as model:
+        segment = Segment(model.tokenize(TEXT), 0, (), "")
+        count = len(segment.tokens)
+        for rule in (first_tokens(share), sentence_starts(model, share), rare_tokens(share)):
+            chosen = {at for begin, end in rule(segment) for at in range(begin, end)}
+            assert 0 < len(chosen) <= np.ceil(share * count)
+            assert max(chosen) < count
+
+
+def test_sentence_starts_are_the_starts_of_sentences(tiny: TinyModel) -> None:
+    with Model(tiny("llama")) as model:
+        segment = Segment(model.tokenize(TEXT), 0, (), "")
+        starts = [begin for begin, _ in sentence_starts(model, 0.2)(segment)]
+        assert starts[0] == 0 and len(starts) > 1
+        for start in starts[1:]:
+            assert model.text(segment.tokens[:start]).rstrip()[-1] in ".!?"
+
+
+# ---- where reuse ends ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["siblings", "text between modules", "nesting", "unions", "parameters", "roles"])
+def test_link_tokens_as_many_as_there_are_is_full_prefill(name: str, tiny: TinyModel) -> None:
+    path = tiny("llama")
+    reference = ReferenceLlama(path)
+    case = CASES[name]
+    with opened(path) as context:
+        model = context.model
+        schema = parse_schema(f"<schema name='s'>{case.schema}</schema>")
+        layout = SchemaLayout(schema, model, ChatTemplate(model.chat_template))
+        workspace = Workspace(context, Store(None, ram_budget=PLENTY), "model")
+        for attributes, content in case.prompts:
+            included = resolve(parse_prompt(f"<prompt schema='s' {attributes}>{content}</prompt>"), schema)
+            plan = bind(layout, included, refresh=Refresh(1000))
+            # Slices that have seen all before them are as good as new.
+            seen: list[Segment] = []
+            for segment in plan.segments:
+                assert list(segment.sees) == seen
+                seen.append(segment)
+            assert plan.n_cached == sum(len(span.tokens) for span in plan.spans if span.segment)
+            workspace.prefill(plan)
+            full = reference.evaluate(plan.tokens.tolist(), range(plan.n_tokens), causal(plan.n_tokens))[-1]
+            assert distance(context.last_logits(), full.astype(np.float32)) < TOLERANCE["f32"]
+
+
+def test_link_tokens_as_many_as_a_module_has_evaluate_it_afresh(tiny: TinyModel) -> None:
+    """The module is new text then, whatever becomes of those around it."""
+    with opened(tiny("llama")) as context:
+        model = context.model
+        text = "here another one."
+        modules = f"<module name='a'>the first, </module><module name='b' link='99'>{text}</module>"
+        schema = parse_schema(f"<schema name='s'>Root. {modules}</schema>")
+        layout = SchemaLayout(schema, model, ChatTemplate(model.chat_template), "packed")
+
+        def plan(content: str, refresh: Refresh | None) -> Plan:
+            included = resolve(parse_prompt(f"<prompt schema='s'>{content}</prompt>"), schema)
+            return bind(layout, included, refresh=refresh)
+
+        workspace = Workspace(context, Store(None, ram_budget=PLENTY), "model")
+        linked = plan("<a/><b/> So?", Tuning().refresh(layout, model))
+        assert [span.segment.module if span.segment else None for span in linked.spans] == ["", "a", None]
+        workspace.prefill(linked)
+        got = context.last_logits()
+        workspace.reset()
+        fresh = plan("<a/> So?", None)
+        tokens = np.concatenate([model.tokenize(text), fresh.spans[-1].tokens])
+        workspace.prefill(Plan((*fresh.spans[:-1], type(fresh.spans[-1])(fresh.spans[-1].start, tokens))))
+        assert distance(got, context.last_logits()) < TOLERANCE["f32"]
+
+
+# ---- who says how much -----------------------------------------------------------------------------------------------
+
+LINKED = """<schema name='s' {attributes}>Root text of it. <module name='a' link='5'>the first module of all
+<module name='in'>inside of it </module></module><module name='b'>here another one with text </module>
+<union><module name='c' link='0'>and one that stays as it is</module></union></schema>"""
+ALL = "<prompt schema='s'><a><in/></a><b/><c/><user>So?</user></prompt>"
+
+
+def renewed(running: Engine, **settings: object) -> dict[str, int]:
+    """How many tokens of each module of the prompt are renewed."""
+    found: dict[str, int] = {}
+    for span in running.plan(ALL, **settings).spans:  # type: ignore[arg-type]
+        if span.segment:
+            found[span.segment.module] = found.get(span.segment.module, 0) + span.n_renewed
+    return found
+
+
+def test_a_module_counts_before_the_call_the_call_before_the_schema_the_schema_before_the_level(
+    tiny: TinyModel, tmp_path: Path
+) -> None:
+    with engine(tiny("llama"), tmp_path) as running:
+        running.add_schema(parse_schema(LINKED.format(attributes="link='3'")))
+        # Its own number goes for what is inside a module, too, whose first text has seen all before it.
+        assert renewed(running) == {"": 0, "a": 0, "a.in": 0, "b": 3, "c": 0}
+        assert renewed(running, link_tokens=7) == {"": 0, "a": 0, "a.in": 0, "b": 7, "c": 0}
+        assert renewed(running, link_tokens=0) == {"": 0, "a": 0, "a.in": 0, "b": 0, "c": 0}
+        assert renewed(running, fidelity="high") == {"": 0, "a": 0, "a.in": 0, "b": 3, "c": 0}
+        running.add_schema(parse_schema(LINKED.format(attributes="anchor='none'")))
+        assert renewed(running)["b"] == 0
+        assert (renewed(running)["a"], renewed(running)["a.in"]) == (5, 5)
+        assert renewed(running, link_tokens=2) == {"": 0, "a": 5, "a.in": 5, "b": 2, "c": 0}
+        assert renewed(running, fidelity="high")["b"] == LEVELS["high"].link_tokens
+        assert renewed(running, fidelity="high", link_tokens=1)["b"] == 1
+        assert renewed(running, recompute=0.5)["b"] > 0 < renewed(running, recompute=0.5)["c"]
+
+
+def test_without_links_positions_are_the_schema_s(tiny: TinyModel, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path) as running:
+        running.add_schema(parse_schema("<schema name='s'><module name='a'>aaa</module><module name='b'/></schema>"))
+        layout = running.planner.layout("s")
+        assert Tuning().refresh(layout, running.model) is None
+        assert Tuning(link_tokens=1).refresh(layout, running.model) is not None
+
+
+def test_levels() -> None:
+    schema = parse_schema("<schema name='s' link='3'>x</schema>")
+    assert tuning_of(schema) == Tuning(3)
+    assert tuning_of(schema, "fast") == Tuning(3, scaffolds=False)
+    assert tuning_of(schema, "high", 0, 0.5) == Tuning(0, 0.5)
+    assert [tuning_of(parse_schema("<schema name='s'>x</schema>"), level) for level in LEVELS] == list(LEVELS.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"link_tokens": -1}, "link_tokens=-1: must be 0 or more"),
+        ({"recompute": -0.1}, "recompute=-0.1: must be a share, from 0 to 1"),
+        ({"recompute": 1.1}, "recompute=1.1: must be a share"),
+        ({"recompute": float("nan")}, "recompute=nan: must be a share"),
+        ({"fidelity": "best"}, "fidelity='best': must be one of fast, balanced, high"),
+    ],
+)
+def test_settings_that_can_not_be(settings: dict[str, object], message: str, tiny: TinyModel, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path) as running:
+        running.add_schema(parse_schema(LINKED.format(attributes="")))
+        for call in (running.plan, running.stream, running.fidelity):
+            with pytest.raises(InputError, match=message):
+                call(ALL, **settings)  # type: ignore[operator]
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_a_session_that_begins_with_linked_modules_is_found_again(arch: str, tiny: TinyModel, tmp_path: Path) -> None:
+    model = tiny(arch)
+    schema = parse_schema(LINKED.format(attributes="link='3' anchor='none'"))
+    with engine(model, tmp_path) as running:
+        running.add_schema(schema)
+        alone = said(running, running.stream(ALL, max_tokens=4))
+        with running.session("s", prompt=ALL) as session:
+            first = said(running, session.stream(max_tokens=4))
+            assert any(span.renewed for span in first.stream.plan.spans)
+            assert distance(first.rows[0], alone.rows[0]) < tolerance(arch, "f32")
+            keys = session.keys
+        # The same prompt, once more.
+        running.session("s", prompt=ALL).close()
+    rows = []
+    for name in ("kept", "made again"):
+        with engine(model, tmp_path) as running, running.session("s") as session:
+            assert session.keys == keys
+            if name == "made again":
+                for key in keys:
+                    running.store.discard(key)
+            answer = said(running, session.regenerate(max_tokens=4) if rows else session.stream("And?", max_tokens=4))
+            if name == "kept":
+                metrics = answer.stream.metrics
+                links = sum(span.n_renewed for span in answer.stream.plan.spans)
+                assert (metrics.encoded_tokens, links > 0) == (0, True)
+                assert metrics.cached_tokens == first.stream.plan.n_tokens + first.stream.evaluated - links
+                keys = session.keys
+            rows.append(answer.rows[0])
+    assert distance(*rows) < tolerance(arch, "f32")
