@@ -195,7 +195,7 @@ def ask(model: Path, prompt: str, *options: str, stdin: str | None = None) -> di
     return answer
 
 
-LONG = "The quick brown fox jumps over the lazy dog, and nobody minds. " * 10
+LONG = "The quick brown fox jumps over the lazy dog, and nobody minds. " * 12
 
 
 def test_what_is_no_pml_is_a_message(model: Path, folder: Path) -> None:
@@ -238,6 +238,8 @@ def test_text_is_cached_in_blocks(model: Path, folder: Path) -> None:
     assert (first["cached_tokens"], uncached["cached_tokens"]) == (0, 0)
     assert again["cached_tokens"] >= other["cached_tokens"] >= 256
     assert first["text"] == again["text"] == uncached["text"]
+    assert ask(model, "other.txt", "--block-size", "40")["cached_tokens"] == 0
+    assert ask(model, "one.txt", "--block-size", "40")["cached_tokens"] > other["cached_tokens"]
 
 
 def test_text_is_compared_too(model: Path, folder: Path) -> None:

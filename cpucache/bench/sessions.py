@@ -147,9 +147,13 @@ def measure_sessions(
                 turn.bytes = _bytes(engine, set(session.keys) - known)
                 report.turns.append(turn)
             say("the last turn with and without saving")
-            for _ in range(repeat):
-                report.saving.values.append(_whole(lambda: session.edit(turns, message, max_tokens=answer).reply()))
-                report.not_saving.values.append(_whole(lambda: _answer(engine, plan, answer)))
+            for seed in range(repeat):
+                for saving in (True, False):
+                    # Another answer just before: it is what is being written meanwhile.
+                    _last_turn(engine, session, plan, turns, message, answer, 100 + seed, saving=saving)
+                    series = report.saving if saving else report.not_saving
+                    series.values.append(_last_turn(engine, session, plan, turns, message, answer, seed, saving=saving))
+                    engine.store.flush()
             tokens = session.n_tokens
     say("conversations that no longer fit")
     with open_engine(n_ctx=max(256, tokens * 2 // 3)) as engine:
@@ -179,26 +183,28 @@ def _resumed(open_engine: Open, number: int, message: str) -> float:
             return fork.edit(number, message, max_tokens=1).reply().metrics.ttft_ms
 
 
-def _answer(engine: Engine, plan: Plan, max_tokens: int, *, use_cache: bool = True) -> float:
-    stream = engine.answer(
-        plan,
-        Sampling(),
-        max_tokens=max_tokens,
-        started=time.perf_counter(),
-        label=_NAME,
-        use_cache=use_cache,
-    )
-    return stream.reply().metrics.ttft_ms
+def _last_turn(
+    engine: Engine, session: Session, plan: Plan, number: int, message: str, answer: int, seed: int, *, saving: bool
+) -> float:
+    """Milliseconds from the question to the end of the answer, from RAM."""
+    engine.workspace.reset()
+    started = time.perf_counter()
+    if saving:
+        stream = session.edit(number, message, max_tokens=answer, temperature=1.0, seed=seed)
+    else:
+        sampling = Sampling(temperature=1.0, seed=seed)
+        stream = engine.answer(plan, sampling, max_tokens=answer, started=started, label=_NAME)
+    stream.reply()
+    return (time.perf_counter() - started) * 1000
 
 
 def _recomputed(engine: Engine, plan: Plan) -> float:
-    return _answer(engine, plan, 1, use_cache=False)
-
-
-def _whole(action: Callable[[], object]) -> float:
     started = time.perf_counter()
-    action()
-    return (time.perf_counter() - started) * 1000
+    return (
+        engine.answer(plan, Sampling(), max_tokens=1, started=started, label=_NAME, use_cache=False)
+        .reply()
+        .metrics.ttft_ms
+    )
 
 
 def _bytes(engine: Engine, keys: set[str]) -> int:

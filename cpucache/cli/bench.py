@@ -209,7 +209,7 @@ def conversations(
 
 def _turns(report: SessionsReport) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for name in ("turn", "tokens", "new", "recompute", "tok/s", "context", "RAM", "disk", "disk/ctx", "written"):
+    for name in ("turn", "tokens", "new", "full", "tok/s", "context", "RAM", "disk", "ratio", "written"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, turn in enumerate(report.turns, 1):
         recomputed = turn.recompute.values

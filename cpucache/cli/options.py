@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from cpucache.engine.tuning import LEVELS
+from cpucache.layout import BLOCK
 from cpucache.models import default_model
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -71,6 +72,13 @@ def engine_options(command: Command) -> Command:
             "disk_budget",
             metavar="SIZE",
             help="Disk for slices; what is worth least leaves.  [default: a quarter of what is free]",
+        ),
+        click.option(
+            "--block-size",
+            type=click.IntRange(1),
+            default=BLOCK,
+            show_default=True,
+            help="Tokens of the blocks that plain text and messages are cached in.",
         ),
         click.option("--paranoid", is_flag=True, help="Check slices each time they are read, not only the first."),
     )
