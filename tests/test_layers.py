@@ -20,14 +20,15 @@ TOP = ""
 # What each room may import of the others. A room that is added gets its place here.
 MAY_IMPORT = {
     "errors": set(),
+    "database": set(),
     "resources": {"errors"},
     "pml": {"errors"},
     "models": {"errors", "resources"},
-    "store": {"errors"},
+    "store": {"errors", "database"},
     "runtime": {"errors"},
     "layout": {"errors", "pml", "runtime", "store"},
     "reuse": {"errors", "pml", "runtime", "store", "layout"},
-    "sessions": {"errors"},
+    "sessions": {"errors", "database"},
     "engine": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "sessions"},
     "bench": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "engine"},
     "cli": {
@@ -43,7 +44,7 @@ HOMES = {
     "lxml": {"pml"},
     "jinja2": {"layout"},
     "safetensors": {"store"},
-    "sqlite3": {"store", "sessions"},
+    "sqlite3": {"database", "store", "sessions"},
     "huggingface_hub": {"models"},
     "click": {"cli"},
     "prompt_toolkit": {"cli"},

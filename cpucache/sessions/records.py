@@ -21,6 +21,7 @@ from typing import Any
 import filelock
 import platformdirs
 
+from cpucache.database import open_database
 from cpucache.errors import CpucacheError, InputError
 
 _SCHEMA = """
@@ -41,7 +42,6 @@ CREATE TABLE IF NOT EXISTS sessions (
     created REAL NOT NULL, used REAL NOT NULL
 ) WITHOUT ROWID;
 """
-_WAIT = 20.0  # seconds for another process to finish its transaction
 _LONGEST_NAME = 100
 
 
@@ -98,14 +98,9 @@ class Transcripts:
         try:
             # What people say to a model is nobody else's business.
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._database = sqlite3.connect(
-                self.folder / "sessions.sqlite", timeout=_WAIT, isolation_level=None, check_same_thread=False
-            )
-            self._database.row_factory = sqlite3.Row
-            self._database.execute("PRAGMA journal_mode = WAL")
             # What somebody wrote is not lost in a power cut.
-            self._database.execute("PRAGMA synchronous = FULL")
-            self._database.executescript(_SCHEMA)
+            self._database = open_database(self.folder / "sessions.sqlite", _SCHEMA, synchronous="FULL")
+            self._database.row_factory = sqlite3.Row
         except (OSError, sqlite3.Error) as error:
             raise CpucacheError(f"can't keep conversations in {self.folder}: {error}") from error
 

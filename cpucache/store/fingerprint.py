@@ -9,7 +9,12 @@ from pathlib import Path
 
 import xxhash
 
+from cpucache.database import open_database
+
 _CHUNK = 1 << 22
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, hash TEXT)
+"""
 
 
 class Fingerprints:
@@ -40,24 +45,14 @@ class Fingerprints:
         return None
 
     def _remember(self, row: tuple[str, int, int, int], value: str) -> None:
-        with contextlib.suppress(sqlite3.Error, OSError), self._open() as database, database:
+        with contextlib.suppress(sqlite3.Error, OSError), self._open() as database:
             database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", (*row, value))
 
     def _open(self) -> contextlib.closing[sqlite3.Connection]:
         if self._index is None:
             raise FileNotFoundError
         self._index.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(self._index, timeout=10)
-        try:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS files"
-                " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, hash TEXT)"
-            )
-        except sqlite3.Error:
-            database.close()
-            raise
-        return contextlib.closing(database)
+        return contextlib.closing(open_database(self._index, _SCHEMA, synchronous="NORMAL"))
 
 
 def _hash(path: Path, progress: Callable[[int], None] | None) -> str:

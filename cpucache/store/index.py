@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cpucache.database import open_database
 from cpucache.store.slicefile import SliceInfo
 
 _SCHEMA = """
@@ -41,7 +42,6 @@ CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON slices
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON slices
     BEGIN UPDATE totals SET number = number - old.bytes WHERE name = 'bytes'; END;
 """
-_WAIT = 20.0  # seconds for another process to finish its transaction
 # A slice is worth the seconds of evaluation that it saves for the room that it takes, times how often it is asked for.
 _WORTH = "(hits + before + 1) * seconds * 1e6 / bytes"
 _REMEMBERED = 20_000  # evicted slices whose uses are remembered: some 60 bytes each
@@ -77,16 +77,8 @@ class Index:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._database = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
-        try:
-            self._database.execute("PRAGMA journal_mode = WAL")
-            # With a write-ahead log this loses at most the last transactions in a power cut, never the file; a slice
-            # that is missing from the account is found again by its name.
-            self._database.execute("PRAGMA synchronous = NORMAL")
-            self._database.executescript(_SCHEMA)
-        except BaseException:
-            self._database.close()
-            raise
+        # A slice that a power cut leaves out of the account is found again by its name.
+        self._database = open_database(path, _SCHEMA, synchronous="NORMAL")
 
     @property
     def complete(self) -> bool:
