@@ -43,6 +43,7 @@ def added(content: str, positions: Positions = "reserved", attributes: str = "")
 def test_modules_of_a_scaffold_see_those_before_them() -> None:
     assert added("<scaffold modules='c a b'/>" + SET) == [
         [
+            ("S", 4, "R13"),
             ("4", 5, "R13S"),
             ("pq", 6, "R13S4"),
             ("5", 8, "R13S4pq"),
@@ -57,16 +58,13 @@ def test_what_a_scaffold_adds_stands_behind_what_it_sees_when_packed() -> None:
     layout = lay("<scaffold modules='a b c'/>" + SET, "packed")
     (scaffold,) = layout.scaffolds
     assert [(text(layout, segment), segment.home) for segment in scaffold.segments] == [
-        *[("4", 4), ("pq", 5), ("5", 7), ("6", 8), ("7", 9), ("8", 9)]
+        *[("S", 3), ("4", 4), ("pq", 5), ("5", 7), ("6", 8), ("7", 9), ("8", 9)]
     ]
     for segment in scaffold.segments:
         assert segment.home == segment.context_end
         assert [span.start for span in segment.context] == list(
             np.cumsum([0, *(len(span.tokens) for span in segment.context[:-1])])
         )
-    # The text between them has not seen the first, so it has moved up behind it.
-    between = scaffold.segments[0].context[3]
-    assert (between.start, between.delta) == (3, 2)
 
 
 def test_segments_of_scaffolds_come_last_and_the_others_are_as_without() -> None:
@@ -77,7 +75,7 @@ def test_segments_of_scaffolds_come_last_and_the_others_are_as_without() -> None
     assert [len(scaffold.modules) for scaffold in layout.scaffolds] == [3, 2]
     three, two = layout.scaffolds
     # They begin alike.
-    assert three.segments[:3] == two.segments
+    assert three.segments[:4] == two.segments
     assert layout.segments[len(layout.apart) :] == three.segments
 
 
@@ -90,17 +88,17 @@ def test_text_of_a_module_that_sees_no_other_is_the_schema_s_own() -> None:
 
 def test_nested_modules_of_a_scaffold_are_seen_and_others_are_not() -> None:
     assert added("<scaffold modules='a a.n c c.m'/>" + SET) == [
-        [("3", 3, "R12"), ("6", 9, "R123S"), ("7", 10, "R123S6"), ("8", 11, "R123S67")]
+        [("3", 3, "R12"), ("S", 4, "R123"), ("6", 9, "R123S"), ("7", 10, "R123S6"), ("8", 11, "R123S67")]
     ]
 
 
 def test_the_member_of_a_union_stands_for_it_in_a_scaffold() -> None:
     union = "<union><module name='x'>12</module><module name='y'>345</module></union>T<module name='z'>6</module>"
-    assert added("<scaffold modules='x z'/>" + union) == [[("6", 4, "12T")]]
+    assert added("<scaffold modules='x z'/>" + union) == [[("T", 3, "12"), ("6", 4, "12T")]]
     seen = union.replace("<union>", "<union scaffold='x'>")
     # It was seen already, and has seen nothing new itself.
     assert added("<scaffold modules='x z'/>" + seen) == [[]]
-    assert added("<scaffold modules='a z'/><module name='a'>0</module>" + seen) == [[("6", 5, "012T")]]
+    assert added("<scaffold modules='a z'/><module name='a'>0</module>" + seen) == [[("T", 4, "012"), ("6", 5, "012T")]]
 
 
 def test_anchored_on_nothing_modules_see_themselves_alone() -> None:
@@ -275,6 +273,11 @@ ALL = {
         "<parameter name='p' length='5' scaffold='12345'/> it </module><union><module name='u'>short</module><module "
         "name='v'>a longer one</module></union><scaffold modules='a.n b a u'/>",
         "<a><n/></a><b p='12345'/><u/>",
+    ),
+    "with the schema's own text between and behind": (
+        "<system>Root. <module name='a'>the first module, </module> and <module name='b'>here another one </module> "
+        "to end with</system>As I said. <scaffold modules='a b'/>",
+        "<a/><b/>",
     ),
     "anchored on nothing": (
         "<module name='a'>the first module, </module><module name='b'>here another one.</module>"

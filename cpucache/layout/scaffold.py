@@ -19,8 +19,8 @@ class ScaffoldLayout:
     segments: tuple[Segment, ...]
     """What it adds to the schema's own segments, contexts before what needs them."""
     segment_at: dict[Place, Segment]
-    """The segment for every piece of text in its modules: one of ``segments``, or the schema's own where that sees the
-    same, as that of the first module does."""
+    """The segment for every piece of text in its modules, and of the schema's own behind the first of them: one of
+    ``segments``, or the schema's own where that sees the same, as that of the first module does."""
 
     def fits(self, order: Mapping[Module, int]) -> bool:
         """Whether a prompt that has its modules in this ``order`` includes all of them, in the schema's order."""
@@ -33,8 +33,9 @@ def lay_scaffolds(
 ) -> tuple[ScaffoldLayout, ...]:
     """The scaffold sets of a schema, the largest first, then in the order of the schema.
 
-    In the modules of a set, and in what is nested in them, text sees what it sees otherwise and, besides, the text of
-    the set's modules that stands before it. ``outline`` and ``places`` have the schema's own segments.
+    In the modules of a set, in what is nested in them, and between and behind them in the schema's own text, text sees
+    what it sees otherwise and, besides, the text of the set's modules that stands before it: a set of all modules is
+    what full prefill gives. ``outline`` and ``places`` have the schema's own segments.
     """
     weaving = _Weaving(schema, outline, packed=packed)
     scaffolds = sorted(schema.scaffolds, key=lambda scaffold: -len(scaffold.modules))
@@ -71,17 +72,20 @@ class _Weaving:
         """
         sight = list(before)
         start = len(sight)
+        anchored = self._schema.anchor == "ancestors"
+        behind_member = False
         for part in self._outline[scope]:
             if isinstance(part, Segment):
-                if inside:
+                if inside or (anchored and behind_member):
                     sight.append(self._woven(part, sight))
-                elif self._schema.anchor == "ancestors":
+                elif anchored:
                     sight.append(part)
                 continue
             modules, scaffold = ((part,), None) if isinstance(part, Module) else (part.members, part.scaffold)
             seen: list[Segment] = []
             for module in modules:
                 member, stands_in = module in self._members, module.name == scaffold
+                behind_member |= member
                 if inside or member or stands_in:
                     behind = self._scope(module, sight, inside=inside or member)
                     seen += behind if member or stands_in else []

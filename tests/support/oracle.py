@@ -165,6 +165,11 @@ class Oracle:
         before = self.runs[: self.runs.index(run)] if run in self.runs else self.runs
         return [other for other in before if run.sees(other, together, anchored=self._anchored)]
 
+    def _joins(self, run: TextRun, together: Together) -> bool:
+        """Whether it has a state for the set: it lies in one of its modules, or is the schema's own text behind one."""
+        before = self.runs[: self.runs.index(run)] if self._anchored and not run.path else []
+        return any(other.inside(together) for other in (run, *before))
+
     # -- a prompt ----------------------------------------------------------------------------------------------------
     def placed(self, included: Included, *, packed: bool) -> list[Part]:
         """Start, tokens, and the state that they have, of all parts of a prompt. ``None``: evaluated afresh."""
@@ -179,7 +184,7 @@ class Oracle:
             if reused:
                 assert isinstance(piece, TextRun)
                 at = at if packed else max(at, piece.home)
-                together = next((each for each in sets if piece.inside(each)), APART)
+                together = next((each for each in sets if self._joins(piece, each)), APART)
                 parts.append((at, reused, (piece, together)))
                 at += len(reused)
             if rest:
@@ -209,7 +214,7 @@ class Oracle:
                 before.append(None)
                 at += len(piece)
                 continue
-            together = next((each for each in sets if piece.inside(each)), APART)
+            together = next((each for each in sets if self._joins(piece, each)), APART)
             sight = self._sight(piece, together)
             size = len(piece.tokens) - (number == len(pieces)) if piece.cached else 0
             chosen: set[int] = set()
@@ -246,7 +251,7 @@ class Oracle:
     def _sight(self, run: TextRun, together: Together) -> tuple[object, ...]:
         """A run and all that it sees, each with all that it sees itself."""
         seen = [other for other in self.seen_by(run, together) if other.tokens]
-        return (run, *(self._sight(other, together if other.inside(together) else APART) for other in seen))
+        return (run, *(self._sight(other, together if self._joins(other, together) else APART) for other in seen))
 
     def _back_to_back(self, run: TextRun, together: Together) -> bool:
         """Whether no gaps were in what it saw."""
@@ -314,7 +319,9 @@ class Oracle:
             if self._packed:
                 positions = list(range(len(positions)))
             start = max(positions, default=-1) + 1
-            states = [self._state(reference, other, together if other.inside(together) else APART) for other in seen]
+            states = [
+                self._state(reference, other, together if self._joins(other, together) else APART) for other in seen
+            ]
             self._states[run, together] = reference.forward(
                 run.tokens,
                 range(start, start + len(run.tokens)),
