@@ -12,7 +12,7 @@ from cpucache.engine import Engine
 from cpucache.engine.tuning import LEVELS, Tuning, tuning_of
 from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Plan, Positions, Refresh, SchemaLayout, Segment, bind
-from cpucache.layout.recompute import first_tokens, rare_tokens, sentence_starts
+from cpucache.layout.recompute import rare_tokens
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.reuse import Workspace
 from cpucache.runtime import KVType, Model
@@ -115,9 +115,9 @@ def test_more_modules_than_sequences(link: int, tiny: TinyModel) -> None:
 
 
 RULES: dict[str, Callable[[Model], Choose]] = {
-    "first tokens": lambda model: first_tokens(0.3),
-    "sentence starts": lambda model: sentence_starts(model, 0.3),
     "rare tokens": lambda model: rare_tokens(0.3),
+    # Runs of several, and slices of which all of it is chosen.
+    "first tokens": lambda model: lambda segment: ((0, 7),),
 }
 
 
@@ -130,27 +130,14 @@ def test_recomputed_tokens(rule: str, link: int, tiny: TinyModel) -> None:
 
 # ---- what the rules choose -------------------------------------------------------------------------------------------
 
-TEXT = "One sentence. Then a longer one, with more in it! Three? And the last of them has no full stop"
 
-
-@pytest.mark.parametrize("share", [0.01, 0.15, 0.5])
-def test_rules_choose_about_their_share(share: float, tiny: TinyModel) -> None:
-    with Model(tiny("llama")) as model:
-        segment = Segment(model.tokenize(TEXT), 0, (), "")
-        count = len(segment.tokens)
-        for rule in (first_tokens(share), sentence_starts(model, share), rare_tokens(share)):
-            chosen = {at for begin, end in rule(segment) for at in range(begin, end)}
-            assert 0 < len(chosen) <= np.ceil(share * count)
-            assert max(chosen) < count
-
-
-def test_sentence_starts_are_the_starts_of_sentences(tiny: TinyModel) -> None:
-    with Model(tiny("llama")) as model:
-        segment = Segment(model.tokenize(TEXT), 0, (), "")
-        starts = [begin for begin, _ in sentence_starts(model, 0.2)(segment)]
-        assert starts[0] == 0 and len(starts) > 1
-        for start in starts[1:]:
-            assert model.text(segment.tokens[:start]).rstrip()[-1] in ".!?"
+@pytest.mark.parametrize("share", [0.01, 0.15, 0.5, 1.0])
+def test_the_rarest_tokens_are_chosen(share: float) -> None:
+    tokens = np.random.default_rng(0).permutation(40).astype(np.int32)
+    chosen = [at for begin, end in rare_tokens(share)(Segment(tokens, 0, (), "")) for at in range(begin, end)]
+    assert len(chosen) == np.ceil(share * 40)
+    assert chosen == sorted(chosen)
+    assert set(tokens[chosen].tolist()) == set(range(40 - len(chosen), 40))
 
 
 # ---- where reuse ends ------------------------------------------------------------------------------------------------
@@ -194,7 +181,7 @@ def test_link_tokens_as_many_as_a_module_has_evaluate_it_afresh(tiny: TinyModel)
             return bind(layout, included, refresh=refresh)
 
         workspace = Workspace(context, Store(None, ram_budget=PLENTY), "model")
-        linked = plan("<a/><b/> So?", Tuning().refresh(layout, model))
+        linked = plan("<a/><b/> So?", Tuning().refresh(layout))
         assert [span.segment.module if span.segment else None for span in linked.spans] == ["", "a", None]
         workspace.prefill(linked)
         got = context.last_logits()
@@ -231,13 +218,15 @@ def test_a_module_counts_before_the_call_the_call_before_the_schema_the_schema_b
         assert renewed(running) == {"": 0, "a": 0, "a.in": 0, "b": 3, "c": 0}
         assert renewed(running, link_tokens=7) == {"": 0, "a": 0, "a.in": 0, "b": 7, "c": 0}
         assert renewed(running, link_tokens=0) == {"": 0, "a": 0, "a.in": 0, "b": 0, "c": 0}
-        assert renewed(running, fidelity="high") == {"": 0, "a": 0, "a.in": 0, "b": 3, "c": 0}
+        assert renewed(running, fidelity="fast") == {"": 0, "a": 0, "a.in": 0, "b": 3, "c": 0}
         running.add_schema(parse_schema(LINKED.format(attributes="anchor='none'")))
         assert renewed(running)["b"] == 0
         assert (renewed(running)["a"], renewed(running)["a.in"]) == (5, 5)
         assert renewed(running, link_tokens=2) == {"": 0, "a": 5, "a.in": 5, "b": 2, "c": 0}
-        assert renewed(running, fidelity="high")["b"] == LEVELS["high"].link_tokens
-        assert renewed(running, fidelity="high", link_tokens=1)["b"] == 1
+        assert renewed(running, fidelity="balanced")["b"] == LEVELS["balanced"].link_tokens
+        assert renewed(running, fidelity="balanced", link_tokens=1)["b"] == 1
+        # All have seen one another: there is nothing to renew.
+        assert not any(renewed(running, fidelity="high", link_tokens=1).values())
         assert renewed(running, recompute=0.5)["b"] > 0 < renewed(running, recompute=0.5)["c"]
 
 
@@ -245,15 +234,15 @@ def test_without_links_positions_are_the_schema_s(tiny: TinyModel, tmp_path: Pat
     with engine(tiny("llama"), tmp_path) as running:
         running.add_schema(parse_schema("<schema name='s'><module name='a'>aaa</module><module name='b'/></schema>"))
         layout = running.planner.layout("s")
-        assert Tuning().refresh(layout, running.model) is None
-        assert Tuning(link_tokens=1).refresh(layout, running.model) is not None
+        assert Tuning().refresh(layout) is None
+        assert Tuning(link_tokens=1).refresh(layout) is not None
 
 
 def test_levels() -> None:
     schema = parse_schema("<schema name='s' link='3'>x</schema>")
     assert tuning_of(schema) == Tuning(3)
-    assert tuning_of(schema, "fast") == Tuning(3, scaffolds=False)
-    assert tuning_of(schema, "high", 0, 0.5) == Tuning(0, 0.5)
+    assert tuning_of(schema, "fast") == Tuning(3, scaffolds="none")
+    assert tuning_of(schema, "high", 0, 0.5) == Tuning(0, 0.5, "whole")
     assert [tuning_of(parse_schema("<schema name='s'>x</schema>"), level) for level in LEVELS] == list(LEVELS.values())
 
 

@@ -105,7 +105,9 @@ def fidelity_options(command: Command) -> Command:
         click.option(
             "--fidelity",
             type=click.Choice(list(LEVELS)),
-            help="How much is done about modules not having seen one another.  [default: balanced]",
+            help="How much is done about modules not having seen one another: nothing (fast), the schema's scaffolds "
+            "(balanced), or everything (high): each combination of modules is evaluated whole the first time, and is "
+            "exact ever after.  [default: balanced]",
         ),
         click.option(
             "--link",
@@ -119,7 +121,7 @@ def fidelity_options(command: Command) -> Command:
             "--recompute",
             type=click.FloatRange(0, 1),
             metavar="R",
-            help="Evaluate this share of each module afresh, the tokens that sentences begin with first.",
+            help="Evaluate this share of each module afresh, the rarest tokens of it.",
         ),
     )
     for option in reversed(options):

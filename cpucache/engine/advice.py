@@ -15,7 +15,7 @@ from cpucache.engine.tuning import Tuning
 from cpucache.errors import ContextFull, PMLError
 from cpucache.layout import Plan, Refresh, bind
 from cpucache.pml import resolve
-from cpucache.pml.tree import Included, Module, Prompt, Scaffold, Union, modules_of, parts
+from cpucache.pml.tree import Included, Module, Prompt, Scaffold, modules_of
 from cpucache.runtime import Sampling
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class _Changes:
         )
 
     def _links(self) -> Iterator[tuple[str, Plan]]:
-        base = self._tuning.refresh(self._layout, self._engine.model) or Refresh()
+        base = self._tuning.refresh(self._layout) or Refresh()
         modules = dict.fromkeys(segment.module for segment in self.apart.segments if segment.module)
         helped = 0
         for module in modules:
@@ -205,7 +205,11 @@ class _Changes:
     def _scaffolds(self) -> Iterator[tuple[str, Plan]]:
         together = self._can_be_scaffolded()
         order = {module: index for index, module in enumerate(modules_of(self._schema).values())}
-        there = [set(scaffold.modules) for scaffold in self._schema.scaffolds] if self._tuning.scaffolds else []
+        there = (
+            [set(scaffold.modules) for scaffold in self._schema.scaffolds]
+            if self._tuning.scaffolds == "declared"
+            else []
+        )
         for modules in dict.fromkeys([*pairwise(together), tuple(together)]):
             # A set is used where a prompt has its modules in the schema's order.
             in_order = [order[module] for module in modules]
@@ -222,17 +226,10 @@ class _Changes:
             # What belongs to the schema itself is found under it.
             replace(self._included, scope=schema),
             file=self._prompt.file,
-            refresh=self._tuning.refresh(self._layout, self._engine.model),
+            refresh=self._tuning.refresh(self._layout),
         )
 
     def _can_be_scaffolded(self) -> list[Module]:
         """The schema's own modules in the prompt that a scaffold set may hold."""
-        others = {
-            member
-            for node in parts(self._schema)
-            if isinstance(node, Union) and node.scaffold
-            for member in node.members
-            if member.name != node.scaffold
-        }
         scopes = [item.scope for item in self._included.items if isinstance(item, Included)]
-        return [scope for scope in scopes if isinstance(scope, Module) and scope.cache and scope not in others]
+        return [scope for scope in scopes if isinstance(scope, Module) and scope.cache]

@@ -159,9 +159,12 @@ class Engine:
         The latter two are cached in blocks, each in the sight of all before it: exact, and found again by whatever
         begins with the same text.
 
-        Modules have not seen one another. How much is done about that, ``fidelity`` says: ``"fast"``, ``"balanced"``
-        (the default) or ``"high"``; ``link_tokens`` and ``recompute`` say it one by one: how many tokens at the start
-        of each module are evaluated afresh behind what stands before it, and which share of all of its tokens.
+        Modules have not seen one another. How much is done about that, ``fidelity`` says: ``"fast"``: nothing;
+        ``"balanced"`` (the default): the schema's scaffold sets are used; ``"high"``: all modules of the prompt are
+        encoded together, as if they were such a set, the first time that they come so, which takes as long as full
+        prefill, and is as good, as far as they follow one another in the schema's order. ``link_tokens`` and
+        ``recompute`` go further for modules that have not seen everything before them: how many tokens at the start of
+        each are evaluated afresh behind it, and which share of all of its tokens.
 
         Raises ``PMLError`` or ``InputError``.
         """

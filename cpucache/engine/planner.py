@@ -99,7 +99,7 @@ class Planner:
                 resolve(parsed, layout.schema),
                 file=parsed.file,
                 scaffolds=tuning.scaffolds,
-                refresh=tuning.refresh(layout, self._model),
+                refresh=tuning.refresh(layout),
             )
             return Request(plan, parsed.schema, parsed.file)
         parts = [] if self._model.bos is None else [np.array([self._model.bos], np.int32)]
@@ -118,7 +118,7 @@ class Planner:
         """What a conversation begins with that begins with a PML prompt."""
         parsed = parsed_prompt(prompt)
         layout = self.layout(parsed.schema)
-        refresh = tuning_of(layout.schema).refresh(layout, self._model)
+        refresh = tuning_of(layout.schema).refresh(layout)
         plan, turns, asks = bind_opening(layout, resolve(parsed, layout.schema), file=parsed.file, refresh=refresh)
         return Opening(plan, turns, asks, parsed.schema)
 

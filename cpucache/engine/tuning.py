@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from cpucache.errors import InputError
-from cpucache.layout import Refresh, SchemaLayout
-from cpucache.layout.recompute import sentence_starts
+from cpucache.layout import Refresh, SchemaLayout, UsedSets
+from cpucache.layout.recompute import rare_tokens
 from cpucache.pml.tree import Module, Role, Schema, Scope, Union
-from cpucache.runtime import Model
 
 Level: TypeAlias = Literal["fast", "balanced", "high"]
 
@@ -19,13 +18,13 @@ class Tuning:
     """What is done about modules that have not seen one another.
 
     ``link_tokens``: the first so many tokens of each are evaluated afresh behind what stands before it in the prompt.
-    ``recompute``: this share (0 to 1) of the tokens of each, chosen by ``layout.recompute``. ``scaffolds``: whether
-    sets that the schema has encoded together are used.
+    ``recompute``: this share (0 to 1) of the tokens of each, chosen by ``layout.recompute``. ``scaffolds``: which
+    of them are encoded together, see ``bind``.
     """
 
     link_tokens: int = 0
     recompute: float = 0.0
-    scaffolds: bool = True
+    scaffolds: UsedSets = "declared"
 
     def __post_init__(self) -> None:
         if self.link_tokens < 0:
@@ -33,13 +32,13 @@ class Tuning:
         if not 0 <= self.recompute <= 1:
             raise InputError(f"recompute={self.recompute}: must be a share, from 0 to 1")
 
-    def refresh(self, layout: SchemaLayout, model: Model) -> Refresh | None:
+    def refresh(self, layout: SchemaLayout) -> Refresh | None:
         """What is evaluated afresh in a prompt of this schema; ``None``: nothing.
 
         A module's own ``link`` counts before the call's, the call's before the schema's.
         """
         links = dict(_links(layout.schema, ""))
-        choose = sentence_starts(model, self.recompute) if self.recompute else None
+        choose = rare_tokens(self.recompute) if self.recompute else None
         if not (self.link_tokens or choose or any(links.values())):
             return None
         return Refresh(self.link_tokens, links, choose)
@@ -47,9 +46,9 @@ class Tuning:
 
 # Set by the evaluation in bench/RESULTS.md.
 LEVELS: dict[Level, Tuning] = {
-    "fast": Tuning(scaffolds=False),
+    "fast": Tuning(scaffolds="none"),
     "balanced": Tuning(),
-    "high": Tuning(link_tokens=16),
+    "high": Tuning(scaffolds="whole"),
 }
 
 

@@ -85,8 +85,4 @@ class _Named:
         if (other := unions.setdefault(union, module)) is not module:
             both = f"{quote(self._path[other])} and {name}"
             return f"{both} are members of one union (line {union.line}), of which a prompt takes at most one"
-        if union.scaffold not in (None, module.name):
-            # What follows the union has seen that one in its place.
-            stands = f"{quote(union.scaffold)} stands in for its union (line {union.line})"
-            return f"{name} can't be in a scaffold, because {stands}: name that, or no member"
         return None

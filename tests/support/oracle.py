@@ -93,7 +93,9 @@ class TextRun:
         elif other.path[shared][1] is not None and other.path[shared][1] is self.path[shared][1]:
             return False  # two members of one union
         return all(
-            module in together or (union is not None and union.scaffold == module.name)
+            module in together
+            # Nothing stands in for a member of the set.
+            or (union is not None and union.scaffold == module.name and together.isdisjoint(union.members))
             for module, union in other.path[shared:]
         )
 
