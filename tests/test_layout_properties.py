@@ -270,7 +270,7 @@ def test_sets_add_to_sight_what_their_modules_hold(case: Case) -> None:
 @quick
 @given(cases())
 def test_sets_do_not_change_what_is_read(case: Case) -> None:
-    apart = bind(case.layout, case.included, scaffolds="none")
+    apart = bind(case.layout, case.included, scaffolds=False)
     assert set(apart.segments) <= set(case.layout.apart)
     assert np.array_equal(apart.tokens, case.plan().tokens)
 

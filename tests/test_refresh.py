@@ -241,8 +241,8 @@ def test_without_links_positions_are_the_schema_s(tiny: TinyModel, tmp_path: Pat
 def test_levels() -> None:
     schema = parse_schema("<schema name='s' link='3'>x</schema>")
     assert tuning_of(schema) == Tuning(3)
-    assert tuning_of(schema, "fast") == Tuning(3, scaffolds="none")
-    assert tuning_of(schema, "high", 0, 0.5) == Tuning(0, 0.5, "whole")
+    assert tuning_of(schema, "fast") == Tuning(3, scaffolds=False)
+    assert tuning_of(schema, "high", 0, 0.5) == Tuning(0, 0.5, exact=True)
     assert [tuning_of(parse_schema("<schema name='s'>x</schema>"), level) for level in LEVELS] == list(LEVELS.values())
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cpucache.errors import PMLError
-from cpucache.layout import ChatTemplate, Plan, Positions, SchemaLayout, Segment, UsedSets, bind
+from cpucache.layout import ChatTemplate, Plan, Positions, SchemaLayout, bind
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.reuse import Workspace
 from cpucache.store import Store
@@ -179,7 +177,7 @@ def test_a_prompt_with_a_whole_set_in_order_takes_its_states(sets: list[str], pr
 
     included = resolve(parse_prompt(f"<prompt schema='s'>{prompt}<user>?</user></prompt>"), layout.schema)
     assert sights(bind(layout, included)) == seen
-    apart = bind(layout, included, scaffolds="none")
+    apart = bind(layout, included, scaffolds=False)
     assert set(apart.segments) <= set(layout.apart)
     assert np.array_equal(apart.tokens, bind(layout, included).tokens)
 
@@ -299,97 +297,26 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("sets", ["declared", "whole"])
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("positions", ["reserved", "packed"])
-def test_a_scaffold_of_all_modules_is_full_prefill(
-    name: str, positions: Positions, sets: UsedSets, tiny: TinyModel
-) -> None:
+def test_a_scaffold_of_all_modules_is_full_prefill(name: str, positions: Positions, tiny: TinyModel) -> None:
+    path = tiny("llama")
     content, chosen = ALL[name]
     anchor = "none" if name.startswith("anchored") else "ancestors"
-    if sets == "whole":
-        content = re.sub("<scaffold modules=[^>]*>", "", content)
-    check_full_prefill(tiny("llama"), f"anchor='{anchor}'", content, chosen, positions, sets)
-
-
-def test_all_modules_of_a_prompt_see_one_another_and_the_text_around_them(tiny: TinyModel) -> None:
-    content = (
-        "Root text. <module name='a'>the first module, </module><module name='left'/><module name='b'>here another "
-        "one.</module>"
-    )
-    check_full_prefill(tiny("llama"), "anchor='none'", content, "<a/><b/>", "packed", "whole")
-
-
-def check_full_prefill(
-    path: Path, attributes: str, content: str, chosen: str, positions: Positions, sets: UsedSets
-) -> None:
-    """That a prompt is what full prefill gives with ``sets``, and is not without."""
     with opened(path) as context:
         model = context.model
-        schema = parse_schema(f"<schema name='s' {attributes}>{content}</schema>")
+        schema = parse_schema(f"<schema name='s' anchor='{anchor}'>{content}</schema>")
         layout = SchemaLayout(schema, model, ChatTemplate(model.chat_template), positions)
         included = resolve(parse_prompt(f"<prompt schema='s'>{chosen}{ASK}</prompt>"), schema)
         workspace = Workspace(context, Store(None, ram_budget=PLENTY), "model")
-        # Reserved positions leave room where another member of a union would be longer.
-        plan = bind(layout, included, packed=True, scaffolds=sets)
+        plan = bind(layout, included, packed=True)
         n = plan.n_tokens
         full = ReferenceLlama(path).evaluate(plan.tokens.tolist(), range(n), causal(n))[-1].astype(np.float32)
         workspace.prefill(plan)
         assert plan.n_cached > 0.5 * n
         assert distance(context.last_logits(), full) < TOLERANCE["f32"]
-        workspace.prefill(bind(layout, included, packed=True, scaffolds="none"))
+        workspace.prefill(bind(layout, included, packed=True, scaffolds=False))
         assert distance(context.last_logits(), full) > 0.05
-
-
-ORDER = (
-    "R"
-    + "".join(f"<module name='{name}'>{name * 2}</module>" for name in "abc")
-    + ("<module name='d' cache='false'>dd<module name='in'>ii</module></module><module name='e'>ee</module>")
-)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "seen"),
-    [
-        ("<a/><b/><c/>", ["", "R", "Raa", "Raabb"]),
-        ("<a/><c/>", ["", "R", "Raa"]),
-        # What stands before where it is laid stays apart.
-        ("<b/><a/><c/>", ["", "R", "R", "Rbb"]),
-        # What is never encoded is seen by nothing, and neither is what is inside it.
-        ("<a/><d><in/></d><e/>", ["", "R", "Rdd", "Raa"]),
-        ("", [""]),
-    ],
-)
-def test_the_set_of_a_prompt_are_its_modules_that_follow_one_another(prompt: str, seen: list[str]) -> None:
-    layout = lay(ORDER)
-    included = resolve(parse_prompt(f"<prompt schema='s'>{prompt}<user>x</user></prompt>"), layout.schema)
-
-    def planned() -> list[Segment]:
-        spans = bind(layout, included, scaffolds="whole").spans
-        return [span.segment for span in spans if span.segment]
-
-    assert ["".join(text(layout, each) for each in segment.sees) for segment in planned()] == seen
-    assert planned() == planned()
-
-
-def test_sets_of_prompts_that_begin_alike_share_segments_and_are_forgotten_in_the_end() -> None:
-    layout = lay(ORDER)
-
-    def planned(prompt: str) -> tuple[Segment, ...]:
-        included = resolve(parse_prompt(f"<prompt schema='s'>{prompt}<user>x</user></prompt>"), layout.schema)
-        return bind(layout, included, scaffolds="whole").segments
-
-    first = planned("<a/><b/><e/>")
-    assert planned("<a/><b/><c/>")[:3] == first[:3]
-    wide = lay("R" + "".join(f"<module name='{name}'>{name}</module>" for name in "abcdefg"))
-    for size in (1, 2, 3, 4):
-        for names in combinations("abcdefg", size):
-            references = "".join(f"<{name}/>" for name in names)
-            included = resolve(parse_prompt(f"<prompt schema='s'>{references} x</prompt>"), wide.schema)
-            spans = bind(wide, included, scaffolds="whole").spans
-            seen = [text(wide, each) for each in spans[-2].segment.sees] if spans[-2].segment else []
-            assert seen == ["R", *names[:-1]]
-    assert len(wide.sets._whole) < 98
 
 
 @pytest.mark.parametrize("positions", ["reserved", "packed"])

@@ -112,7 +112,7 @@ def examine(
     Slices that only a change needs do not stay in the store.
     """
     changes = _Changes(engine, prompt, plan, tuning)
-    todo = list(changes) if advise else []
+    todo = list(changes) if advise and not tuning.exact else []
 
     def say(done: int, what: str) -> None:
         if progress:
@@ -205,11 +205,7 @@ class _Changes:
     def _scaffolds(self) -> Iterator[tuple[str, Plan]]:
         together = self._can_be_scaffolded()
         order = {module: index for index, module in enumerate(modules_of(self._schema).values())}
-        there = (
-            [set(scaffold.modules) for scaffold in self._schema.scaffolds]
-            if self._tuning.scaffolds == "declared"
-            else []
-        )
+        there = [set(scaffold.modules) for scaffold in self._schema.scaffolds] if self._tuning.scaffolds else []
         for modules in dict.fromkeys([*pairwise(together), tuple(together)]):
             # A set is used where a prompt has its modules in the schema's order.
             in_order = [order[module] for module in modules]

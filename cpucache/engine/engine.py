@@ -160,11 +160,11 @@ class Engine:
         begins with the same text.
 
         Modules have not seen one another. How much is done about that, ``fidelity`` says: ``"fast"``: nothing;
-        ``"balanced"`` (the default): the schema's scaffold sets are used; ``"high"``: all modules of the prompt are
-        encoded together, as if they were such a set, the first time that they come so, which takes as long as full
-        prefill, and is as good, as far as they follow one another in the schema's order. ``link_tokens`` and
-        ``recompute`` go further for modules that have not seen everything before them: how many tokens at the start of
-        each are evaluated afresh behind it, and which share of all of its tokens.
+        ``"balanced"`` (the default): the schema's scaffold sets are used; ``"high"``: each combination of modules,
+        arguments and text before the last module is evaluated as a whole the first time it comes, which takes as long
+        as full prefill, and reused as a whole from then on, with nothing approximated. ``link_tokens`` and
+        ``recompute`` make up for some of it with the other two: how many tokens at the start of each module are
+        evaluated afresh behind what stands before it, and which share of all of its tokens.
 
         Raises ``PMLError`` or ``InputError``.
         """
@@ -235,7 +235,7 @@ class Engine:
             label=request.label,
             use_cache=use_cache,
             progress=progress,
-            at_end=self._keep_blocks if request.plan.exact and use_cache else None,
+            at_end=self._keep_blocks if prompt is None and use_cache else None,
         )
 
     def answer(

@@ -100,6 +100,7 @@ class Planner:
                 file=parsed.file,
                 scaffolds=tuning.scaffolds,
                 refresh=tuning.refresh(layout),
+                exact=self._chains if tuning.exact else None,
             )
             return Request(plan, parsed.schema, parsed.file)
         parts = [] if self._model.bos is None else [np.array([self._model.bos], np.int32)]

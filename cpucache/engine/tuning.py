@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from cpucache.errors import InputError
-from cpucache.layout import Refresh, SchemaLayout, UsedSets
+from cpucache.layout import Refresh, SchemaLayout
 from cpucache.layout.recompute import rare_tokens
 from cpucache.pml.tree import Module, Role, Schema, Scope, Union
 
@@ -18,13 +18,15 @@ class Tuning:
     """What is done about modules that have not seen one another.
 
     ``link_tokens``: the first so many tokens of each are evaluated afresh behind what stands before it in the prompt.
-    ``recompute``: this share (0 to 1) of the tokens of each, chosen by ``layout.recompute``. ``scaffolds``: which
-    of them are encoded together, see ``bind``.
+    ``recompute``: this share (0 to 1) of the tokens of each, chosen by ``layout.recompute``. ``scaffolds``: whether
+    sets that the schema has encoded together are used. ``exact``: whether every combination of them is evaluated as a
+    whole, with nothing left to make up for.
     """
 
     link_tokens: int = 0
     recompute: float = 0.0
-    scaffolds: UsedSets = "declared"
+    scaffolds: bool = True
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.link_tokens < 0:
@@ -46,9 +48,9 @@ class Tuning:
 
 # Set by the evaluation in bench/RESULTS.md.
 LEVELS: dict[Level, Tuning] = {
-    "fast": Tuning(scaffolds="none"),
+    "fast": Tuning(scaffolds=False),
     "balanced": Tuning(),
-    "high": Tuning(scaffolds="whole"),
+    "high": Tuning(exact=True),
 }
 
 
@@ -61,7 +63,7 @@ def tuning_of(
     base = LEVELS[level or "balanced"]
     if link_tokens is None:
         link_tokens = base.link_tokens if schema.link is None else schema.link
-    return Tuning(link_tokens, base.recompute if recompute is None else recompute, base.scaffolds)
+    return Tuning(link_tokens, base.recompute if recompute is None else recompute, base.scaffolds, base.exact)
 
 
 def _links(scope: Scope, path: str) -> list[tuple[str, int]]:

@@ -1,6 +1,6 @@
 """From trees and a tokenizer to tokens at positions: the layout of a schema, and the plan of one prompt."""
 
-from cpucache.layout.bind import UsedSets, bind, bind_opening
+from cpucache.layout.bind import bind, bind_opening
 from cpucache.layout.chain import BLOCK, Chains
 from cpucache.layout.history import History
 from cpucache.layout.plan import Plan
@@ -26,7 +26,6 @@ __all__ = [
     "Segment",
     "Span",
     "Turns",
-    "UsedSets",
     "Vocabulary",
     "bind",
     "bind_opening",

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterator
-from typing import Literal, TypeAlias
 
 from cpucache.errors import InputError, PMLError
+from cpucache.layout.chain import Chains
 from cpucache.layout.plan import Piece, Plan, schedule
 from cpucache.layout.refresh import Refresh
-from cpucache.layout.scaffold import ScaffoldLayout
 from cpucache.layout.schema import SchemaLayout
 from cpucache.layout.segment import Segment
 from cpucache.layout.turns import Turns
 from cpucache.layout.vocabulary import Tokens
 from cpucache.pml.tree import Argument, Included, Module, NewText, Role, RoleEnd, RoleStart, Schema, Text, Turn
-
-UsedSets: TypeAlias = Literal["none", "declared", "whole"]
 
 
 def bind(
@@ -25,21 +22,24 @@ def bind(
     *,
     file: str = "<prompt>",
     packed: bool | None = None,
-    scaffolds: UsedSets = "declared",
+    scaffolds: bool = True,
     refresh: Refresh | None = None,
+    exact: Chains | None = None,
 ) -> Plan:
     """The plan of a prompt.
 
-    ``packed`` lets slices stand back to back even where the layout reserves positions. ``scaffolds`` says which modules
-    have seen one another: ``"declared"``: those of the schema's scaffold sets that the prompt includes the whole of;
-    ``"whole"``: all of the prompt; ``"none"``: none. ``refresh`` says which tokens of slices are evaluated afresh.
-    ``file`` is what errors call the prompt. Raises ``PMLError`` when an
-    argument is longer than its parameter.
+    ``packed`` lets slices stand back to back even where the layout reserves positions. ``scaffolds=False`` takes every
+    module as it is apart from the others, even where the prompt includes the whole of a scaffold set. ``refresh`` says
+    which tokens of slices are evaluated afresh. ``exact`` makes slices of this combination of modules, arguments and
+    text instead, each in the sight of all before it, back to back. ``file`` is what errors call the prompt. Raises
+    ``PMLError`` when an argument is longer than its parameter.
     """
-    binding = _Binding(layout, included, file, scaffolds)
+    binding = _Binding(layout, included, file, scaffolds=scaffolds)
     binding.scope(included)
     binding.answer()
     binding.check()
+    if exact:
+        return exact.exact(binding.pieces)
     return schedule(binding.pieces, packed=layout.packed if packed is None else packed, refresh=refresh)
 
 
@@ -58,13 +58,14 @@ def bind_opening(
 
 
 class _Binding:
-    def __init__(self, layout: SchemaLayout, included: Included, file: str, scaffolds: UsedSets = "declared") -> None:
+    def __init__(self, layout: SchemaLayout, included: Included, file: str, *, scaffolds: bool = True) -> None:
         self.layout = layout
         self.file = file
         self.pieces: list[Piece] = []
+        order = {module: index for index, module in enumerate(_modules(included))}
         # Where sets overlap, the text of a module is that of the first of them.
-        sets = _sets(layout, included, scaffolds)
-        self._segment_at = ChainMap(*(each.segment_at for each in sets), layout.segment_at)
+        used = [each.segment_at for each in layout.scaffolds if each.fits(order)] if scaffolds else []
+        self._segment_at = ChainMap(*used, layout.segment_at)
         self.turns = Turns(layout.template, layout.vocabulary)
         self._answered = True  # nothing asks for an answer: the text simply goes on
 
@@ -127,15 +128,6 @@ class _Binding:
         """Whether there is any text so far."""
         tokens = sum(len(piece.tokens) if isinstance(piece, Segment) else len(piece) for piece in self.pieces)
         return tokens > (self.layout.vocabulary.bos is not None)
-
-
-def _sets(layout: SchemaLayout, included: Included, scaffolds: UsedSets) -> list[ScaffoldLayout]:
-    if scaffolds == "none":
-        return []
-    if scaffolds == "whole":
-        return [layout.sets.whole(included)]
-    order = {module: index for index, module in enumerate(_modules(included))}
-    return [each for each in layout.scaffolds if each.fits(order)]
 
 
 def _modules(included: Included) -> Iterator[Module]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from cpucache.layout.place import Contexts, Outline, Place
 from cpucache.layout.segment import Segment
-from cpucache.pml.tree import Included, Module, Schema, Scope, modules_of
-
-_REMEMBERED = 64  # sets that prompts have made
+from cpucache.pml.tree import Module, Scaffold, Schema, Scope
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,82 +28,39 @@ class ScaffoldLayout:
         return len(found) == len(self.modules) and found == sorted(found)
 
 
-class ScaffoldSets:
-    """The scaffold sets of a schema, laid out: those that it names, and those that prompts make.
+def lay_scaffolds(
+    schema: Schema, outline: Outline, places: Mapping[Place, Segment], *, packed: bool
+) -> tuple[ScaffoldLayout, ...]:
+    """The scaffold sets of a schema, the largest first, then in the order of the schema.
 
     In the modules of a set, in what is nested in them, and between and behind them in the schema's own text, text sees
     what it sees otherwise and, besides, the text of the set's modules that stands before it: a set of all modules is
     what full prefill gives. ``outline`` and ``places`` have the schema's own segments.
     """
-
-    def __init__(self, schema: Schema, outline: Outline, places: Mapping[Place, Segment], *, packed: bool) -> None:
-        self._schema = schema
-        self._outline = outline
-        self._places = places
-        self._packed = packed
-        self._order = {module: number for number, module in enumerate(_modules(schema))}
-        self._woven = self._weaving()
-        self._whole: dict[tuple[Module, ...], ScaffoldLayout] = {}
-        ordered = sorted(schema.scaffolds, key=lambda scaffold: -len(scaffold.modules))
-        weaving = _Weaving(schema, outline, packed=packed, anchored=schema.anchor == "ancestors")
-        self.declared = tuple(weaving.layout(scaffold.modules, places) for scaffold in ordered)
-        """Those that the schema names, the largest first, then in its order."""
-
-    def whole(self, included: Included) -> ScaffoldLayout:
-        """The set of a prompt's modules: of as many as follow one another as in the schema."""
-        modules: list[Module] = []
-
-        def add(scope: Included) -> None:
-            for item in scope.items:
-                if isinstance(item, Included) and isinstance(item.scope, Module):
-                    after = self._order[modules[-1]] if modules else -1
-                    # What is never encoded can't be seen, nor what stands before where it is laid.
-                    if item.scope.cache and self._order[item.scope] > after:
-                        modules.append(item.scope)
-                        add(item)
-
-        add(included)
-        chosen = tuple(modules)
-        if chosen not in self._whole:
-            if len(self._whole) == _REMEMBERED:
-                # Sets that begin alike share segments, so that they go together.
-                self._whole.clear()
-                self._woven = self._weaving()
-            self._whole[chosen] = self._woven.layout(chosen, self._places)
-        return self._whole[chosen]
-
-    def _weaving(self) -> _Weaving:
-        # Slices that only one combination of modules has use for are not for other schemas.
-        return _Weaving(self._schema, self._outline, packed=self._packed, anchored=True)
-
-
-def _modules(scope: Scope) -> Iterator[Module]:
-    """Every module in a scope, in the order of the schema."""
-    for module in modules_of(scope).values():
-        yield module
-        yield from _modules(module)
+    weaving = _Weaving(schema, outline, packed=packed)
+    scaffolds = sorted(schema.scaffolds, key=lambda scaffold: -len(scaffold.modules))
+    return tuple(weaving.layout(scaffold, places) for scaffold in scaffolds)
 
 
 class _Weaving:
-    """Walks through the schema once for every set. Sets that begin alike share segments."""
+    """Walks through the schema once for every set."""
 
-    def __init__(self, schema: Schema, outline: Outline, *, packed: bool, anchored: bool) -> None:
+    def __init__(self, schema: Schema, outline: Outline, *, packed: bool) -> None:
         self._schema = schema
-        self._anchored = anchored
         self._outline = outline
         self._packed = packed
         self._contexts = Contexts(packed=packed)
+        # Sets may begin alike: what sees the same is the same.
         self._made: dict[tuple[Segment, ...], Segment] = {}
         self._members: frozenset[Module] = frozenset()
         self._instead: dict[Segment, Segment] = {}
 
-    def layout(self, modules: tuple[Module, ...], places: Mapping[Place, Segment]) -> ScaffoldLayout:
-        """The set of these modules, given in the order of the schema."""
-        self._members = frozenset(modules)
+    def layout(self, scaffold: Scaffold, places: Mapping[Place, Segment]) -> ScaffoldLayout:
+        self._members = frozenset(scaffold.modules)
         self._instead = {}
         self._scope(self._schema, (), inside=False)
         return ScaffoldLayout(
-            modules,
+            scaffold.modules,
             tuple(new for old, new in self._instead.items() if new is not old),
             {place: self._instead[old] for place, old in places.items() if old in self._instead},
         )
@@ -117,12 +72,13 @@ class _Weaving:
         """
         sight = list(before)
         start = len(sight)
+        anchored = self._schema.anchor == "ancestors"
         behind_member = False
         for part in self._outline[scope]:
             if isinstance(part, Segment):
-                if inside or (self._anchored and behind_member):
+                if inside or (anchored and behind_member):
                     sight.append(self._woven(part, sight))
-                elif self._anchored:
+                elif anchored:
                     sight.append(part)
                 continue
             modules, scaffold = ((part,), None) if isinstance(part, Module) else (part.members, part.scaffold)

@@ -10,7 +10,7 @@ import numpy as np
 
 from cpucache.errors import PMLError
 from cpucache.layout.place import Contexts, Edge, Outline, Place
-from cpucache.layout.scaffold import ScaffoldLayout, ScaffoldSets
+from cpucache.layout.scaffold import lay_scaffolds
 from cpucache.layout.segment import Segment
 from cpucache.layout.template import ChatTemplate
 from cpucache.layout.vocabulary import Tokens, Vocabulary, joined
@@ -66,16 +66,12 @@ class SchemaLayout:
         longest = max((segment.end for segment in self.apart), default=0)
         if longest > limit:
             self._too_long(longest, limit)
-        self.sets = ScaffoldSets(schema, laid.outline, laid.places, packed=laid.packed)
+        self.scaffolds = lay_scaffolds(schema, laid.outline, laid.places, packed=laid.packed)
+        """The scaffold sets, those first that come before others in a prompt that includes several."""
         together = dict.fromkeys(segment for scaffold in self.scaffolds for segment in scaffold.segments)
         self.segments: tuple[Segment, ...] = (*self.apart, *together)
         """Every segment, those of scaffold sets last: contexts before what needs them."""
         self._check_scaffolds(limit)
-
-    @property
-    def scaffolds(self) -> tuple[ScaffoldLayout, ...]:
-        """The scaffold sets of the schema, those first that come before others in a prompt that includes several."""
-        return self.sets.declared
 
     @property
     def length(self) -> int:

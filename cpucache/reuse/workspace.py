@@ -241,7 +241,7 @@ class Workspace:
         kind = "keeps a recurrent state" if model.recurrent else "ties what it knows to absolute positions"
         return ModelError(
             f"{model.path.name}: a {model.architecture} model {kind}, so that modules can't be spliced into it; "
-            "use --no-cache (use_cache=False)"
+            "use --fidelity high, which reuses whole combinations of them, or --no-cache (use_cache=False)"
         )
 
     # -- prompts -----------------------------------------------------------------------------------------------------
