@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +12,24 @@ from cpucache.engine import Engine
 from cpucache.engine.tuning import LEVELS, Tuning, tuning_of
 from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Plan, Positions, Refresh, SchemaLayout, Segment, bind
-from cpucache.layout.recompute import rare_tokens
+from cpucache.layout.recompute import Relevance
+from cpucache.layout.refresh import Reused
+from cpucache.layout.segment import Runs
+from cpucache.layout.vocabulary import Tokens
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.reuse import Workspace
-from cpucache.runtime import KVType, Model
+from cpucache.runtime import KVType
 from cpucache.store import Store
 from tests.support.oracle import Oracle
 from tests.support.reference import ReferenceLlama, causal
 from tests.support.sessions import engine, said
 from tests.support.workbench import PLENTY, distance, opened, tolerance
+from tests.test_layout import Letters, lay
 from tests.test_modular_reuse import ASK, CASES, TOLERANCE, Case
 from tests.test_sights import SETS, UNANCHORED
 
 TinyModel = Callable[..., Path]
-Choose = Callable[[Segment], tuple[tuple[int, int], ...]]
+Choose = Callable[[list[int]], list[int]]
 
 MANY = 40
 """Modules that are more than a context has sequences."""
@@ -44,7 +48,7 @@ def check(
     path: Path,
     case: Case,
     link: int,
-    choose: Callable[[Model], Choose] | None = None,
+    choose: Choose = lambda tokens: [],
     *,
     kv_type: KVType = "f32",
     positions: Positions = "reserved",
@@ -57,16 +61,14 @@ def check(
         layout = SchemaLayout(schema, model, ChatTemplate(model.chat_template), positions)
         oracle = Oracle(schema, model, packed=positions == "packed")
         workspace = Workspace(context, Store(None, ram_budget=PLENTY), "model")
-        rule = choose(model) if choose else None
 
-        def chosen(tokens: list[int]) -> list[int]:
-            runs = rule(Segment(np.array(tokens, np.int32), 0, (), "")) if rule else ()
-            return [at for begin, end in runs for at in range(begin, end)]
+        def rule(reused: Sequence[Reused], new: Sequence[Tokens]) -> dict[Segment, Runs]:
+            return {each.segment: tuple((at, at + 1) for at in choose(each.segment.tokens.tolist())) for each in reused}
 
         for attributes, content in case.prompts:
             included = resolve(parse_prompt(f"<prompt schema='s' {attributes}>{content}</prompt>"), schema)
             plan = bind(layout, included, refresh=Refresh(link, {}, rule))
-            found = oracle.renewed(included, lambda run: link, chosen)
+            found = oracle.renewed(included, lambda run: link, choose)
             assert plan.tokens.tolist() == [token for (_, tokens, _), _ in found for token in tokens]
             assert [start for span in plan.spans for start in range(span.start, span.end)] == list(range(plan.n_tokens))
             renewed = sum(len(each) for _, each in found)
@@ -114,10 +116,10 @@ def test_more_modules_than_sequences(link: int, tiny: TinyModel) -> None:
     check(tiny("llama"), CROWD, link)
 
 
-RULES: dict[str, Callable[[Model], Choose]] = {
-    "rare tokens": lambda model: rare_tokens(0.3),
-    # Runs of several, and slices of which all of it is chosen.
-    "first tokens": lambda model: lambda segment: ((0, 7),),
+RULES: dict[str, Choose] = {
+    "here and there": lambda tokens: [at for at, token in enumerate(tokens) if token % 3 == 0],
+    "all of some": lambda tokens: list(range(len(tokens) if tokens[0] % 2 else 0)),
+    "the end": lambda tokens: list(range(len(tokens) - 4, len(tokens))) if len(tokens) > 4 else [],
 }
 
 
@@ -128,16 +130,59 @@ def test_recomputed_tokens(rule: str, link: int, tiny: TinyModel) -> None:
         check(tiny("llama"), CASES[name], link, RULES[rule])
 
 
-# ---- what the rules choose -------------------------------------------------------------------------------------------
+# ---- what the rule chooses -------------------------------------------------------------------------------------------
+
+PLACES = (
+    "Root. <module name='a'>The harbour of Lisbon is large.</module><module name='b'>Kyoto has temples, and Kyoto has "
+    "gardens.<module name='in'>The gardens are quiet.</module></module><module name='c'>The river of Porto is "
+    "deep.</module><module name='d'>The river of Basel is deep.</module> So much for the places."
+)
+WHOLE = "<prompt schema='s'><a/><b><in/></b><c/><d/>{}</prompt>"
 
 
-@pytest.mark.parametrize("share", [0.01, 0.15, 0.5, 1.0])
-def test_the_rarest_tokens_are_chosen(share: float) -> None:
-    tokens = np.random.default_rng(0).permutation(40).astype(np.int32)
-    chosen = [at for begin, end in rare_tokens(share)(Segment(tokens, 0, (), "")) for at in range(begin, end)]
-    assert len(chosen) == np.ceil(share * 40)
-    assert chosen == sorted(chosen)
-    assert set(tokens[chosen].tolist()) == set(range(40 - len(chosen), 40))
+def chosen(question: str, share: float, content: str = PLACES, prompt: str = WHOLE) -> list[tuple[str, int]]:
+    """What is renewed or evaluated afresh of which modules, and how many characters of it."""
+    layout = lay(content, n_ctx_train=8192)
+    included = resolve(parse_prompt(prompt.format(question)), layout.schema)
+    vocabulary = layout.vocabulary
+    assert isinstance(vocabulary, Letters)
+    found: dict[str, int] = {}
+
+    def rule(reused: Sequence[Reused], new: Sequence[Tokens]) -> Mapping[Segment, Runs]:
+        assert not any(each.exact for each in reused)
+        runs = Relevance(vocabulary.text).rule(share)(reused, new)
+        for segment, ((begin, end),) in runs.items():
+            assert begin == 0
+            found[segment.module] = found.get(segment.module, 0) + end
+        return runs
+
+    plan = bind(layout, included, refresh=Refresh(rule=rule))
+    assert plan.n_cached == bind(layout, included).n_cached - sum(found.values())
+    return [(module, count) for module, count in found.items() if count]
+
+
+def test_the_module_that_the_question_is_about_comes_first_from_its_beginning() -> None:
+    assert chosen("How deep is the river in Basel?", 0.1) == [("d", 15)]
+    assert chosen("How deep is the RIVER in PORTO?", 0.1) == [("c", 15)]
+    # A word that few modules have says more than many that most have.
+    assert chosen("Is the Kyoto?", 0.1) == [("b", 15)]
+    # Then the next, as far as it goes.
+    assert chosen("How deep is the river in Basel?", 0.3) == [("d", 27), ("c", 17)]
+    assert chosen("How deep is the river in Basel?", 0.3)[0][1] == len("The river of Basel is deep.")
+    # Of modules that share as much, the first; a module has the text around what is nested in it.
+    assert chosen("Where are gardens?", 0.1) == [("b.in", 15)]
+
+
+def test_all_of_it_is_all_of_it_and_what_has_seen_everything_before_it_is_no_part_of_it() -> None:
+    everything = chosen("Basel?", 1)
+    # The first module stands right behind what it has seen.
+    assert {module for module, _ in everything} == {"b", "b.in", "c", "d", ""}
+    assert chosen("Basel?", 0.5, prompt="<prompt schema='s'><a/>{}</prompt>") == [("", 12)]
+    assert chosen("", 0.2)
+
+
+def test_nothing_in_common_is_the_first_that_have_not_seen_what_stands_before_them() -> None:
+    assert chosen("?", 0.1) == [("b", 15)]
 
 
 # ---- where reuse ends ------------------------------------------------------------------------------------------------
@@ -181,7 +226,7 @@ def test_link_tokens_as_many_as_a_module_has_evaluate_it_afresh(tiny: TinyModel)
             return bind(layout, included, refresh=refresh)
 
         workspace = Workspace(context, Store(None, ram_budget=PLENTY), "model")
-        linked = plan("<a/><b/> So?", Tuning().refresh(layout))
+        linked = plan("<a/><b/> So?", Tuning().refresh(layout, Relevance(model.text)))
         assert [span.segment.module if span.segment else None for span in linked.spans] == ["", "a", None]
         workspace.prefill(linked)
         got = context.last_logits()
@@ -234,8 +279,8 @@ def test_without_links_positions_are_the_schema_s(tiny: TinyModel, tmp_path: Pat
     with engine(tiny("llama"), tmp_path) as running:
         running.add_schema(parse_schema("<schema name='s'><module name='a'>aaa</module><module name='b'/></schema>"))
         layout = running.planner.layout("s")
-        assert Tuning().refresh(layout) is None
-        assert Tuning(link_tokens=1).refresh(layout) is not None
+        assert Tuning().refresh(layout, running.planner.relevance) is None
+        assert Tuning(link_tokens=1).refresh(layout, running.planner.relevance) is not None
 
 
 def test_levels() -> None:

@@ -121,7 +121,8 @@ def fidelity_options(command: Command) -> Command:
             "--recompute",
             type=click.FloatRange(0, 1),
             metavar="R",
-            help="Evaluate this share of each module afresh, the rarest tokens of it.",
+            help="Evaluate this share of the modules' tokens afresh: of the modules that have most words in common "
+            "with the question.",
         ),
     )
     for option in reversed(options):

@@ -190,7 +190,7 @@ class _Changes:
         )
 
     def _links(self) -> Iterator[tuple[str, Plan]]:
-        base = self._tuning.refresh(self._layout) or Refresh()
+        base = self._tuning.refresh(self._layout, self._engine.planner.relevance) or Refresh()
         modules = dict.fromkeys(segment.module for segment in self.apart.segments if segment.module)
         helped = 0
         for module in modules:
@@ -222,7 +222,7 @@ class _Changes:
             # What belongs to the schema itself is found under it.
             replace(self._included, scope=schema),
             file=self._prompt.file,
-            refresh=self._tuning.refresh(self._layout),
+            refresh=self._tuning.refresh(self._layout, self._engine.planner.relevance),
         )
 
     def _can_be_scaffolded(self) -> list[Module]:

@@ -13,6 +13,7 @@ from cpucache.engine.opening import Opening
 from cpucache.engine.tuning import Level, tuning_of
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Chains, ChatTemplate, Plan, Positions, SchemaLayout, Turns, bind, bind_opening
+from cpucache.layout.recompute import Relevance
 from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve
 from cpucache.pml.tree import Prompt, RoleName, Schema
 from cpucache.runtime import Model
@@ -56,6 +57,7 @@ class Planner:
         self._template = template
         self._chains = chains
         self._positions = positions
+        self.relevance = Relevance(model.text)
         self.schemas: dict[str, SchemaLayout] = {}
 
     def add_schema(self, schema: str | Path | Schema) -> SchemaLayout:
@@ -99,7 +101,7 @@ class Planner:
                 resolve(parsed, layout.schema),
                 file=parsed.file,
                 scaffolds=tuning.scaffolds,
-                refresh=tuning.refresh(layout),
+                refresh=tuning.refresh(layout, self.relevance),
                 exact=self._chains if tuning.exact else None,
             )
             return Request(plan, parsed.schema, parsed.file)
@@ -119,7 +121,7 @@ class Planner:
         """What a conversation begins with that begins with a PML prompt."""
         parsed = parsed_prompt(prompt)
         layout = self.layout(parsed.schema)
-        refresh = tuning_of(layout.schema).refresh(layout)
+        refresh = tuning_of(layout.schema).refresh(layout, self.relevance)
         plan, turns, asks = bind_opening(layout, resolve(parsed, layout.schema), file=parsed.file, refresh=refresh)
         return Opening(plan, turns, asks, parsed.schema)
 

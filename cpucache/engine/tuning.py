@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from cpucache.errors import InputError
 from cpucache.layout import Refresh, SchemaLayout
-from cpucache.layout.recompute import rare_tokens
+from cpucache.layout.recompute import Relevance
 from cpucache.pml.tree import Module, Role, Schema, Scope, Union
 
 Level: TypeAlias = Literal["fast", "balanced", "high"]
@@ -18,7 +18,7 @@ class Tuning:
     """What is done about modules that have not seen one another.
 
     ``link_tokens``: the first so many tokens of each are evaluated afresh behind what stands before it in the prompt.
-    ``recompute``: this share (0 to 1) of the tokens of each, chosen by ``layout.recompute``. ``scaffolds``: whether
+    ``recompute``: this share (0 to 1) of their tokens, chosen by ``layout.recompute``. ``scaffolds``: whether
     sets that the schema has encoded together are used. ``exact``: whether every combination of them is evaluated as a
     whole, with nothing left to make up for.
     """
@@ -34,16 +34,16 @@ class Tuning:
         if not 0 <= self.recompute <= 1:
             raise InputError(f"recompute={self.recompute}: must be a share, from 0 to 1")
 
-    def refresh(self, layout: SchemaLayout) -> Refresh | None:
+    def refresh(self, layout: SchemaLayout, relevance: Relevance) -> Refresh | None:
         """What is evaluated afresh in a prompt of this schema; ``None``: nothing.
 
         A module's own ``link`` counts before the call's, the call's before the schema's.
         """
         links = dict(_links(layout.schema, ""))
-        choose = rare_tokens(self.recompute) if self.recompute else None
-        if not (self.link_tokens or choose or any(links.values())):
+        rule = relevance.rule(self.recompute) if self.recompute else None
+        if not (self.link_tokens or rule or any(links.values())):
             return None
-        return Refresh(self.link_tokens, links, choose)
+        return Refresh(self.link_tokens, links, rule)
 
 
 # Set by the evaluation in bench/RESULTS.md.

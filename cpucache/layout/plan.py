@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from cpucache.layout.refresh import Refresh
+from cpucache.layout.refresh import Refresh, Reused
 from cpucache.layout.segment import Runs, Segment, Span
-from cpucache.layout.vocabulary import Tokens, empty, joined
+from cpucache.layout.vocabulary import Tokens, joined
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def schedule(pieces: Sequence[Piece], *, packed: bool, ends: bool = True, refres
     # Tokens may be missing altogether: an empty argument, or what a template does not add.
     pieces = [piece for piece in pieces if isinstance(piece, Segment) or len(piece)]
     packed = packed or refresh is not None
+    reused = [_reusable(piece, last=ends and index == len(pieces) - 1) for index, piece in enumerate(pieces)]
+    renewed = _renewed(pieces, reused, refresh) if refresh else {}
     spans: list[Span] = []
     fresh: list[Tokens] = []
     cursor = 0
@@ -80,26 +82,36 @@ def schedule(pieces: Sequence[Piece], *, packed: bool, ends: bool = True, refres
             spans.append(Span(cursor, tokens))
             cursor += len(tokens)
 
-    for index, piece in enumerate(pieces):
+    for piece, most in zip(pieces, reused, strict=True):
         if not isinstance(piece, Segment):
             fresh.append(piece)
             continue
-        reused = piece.tokens if piece.cache else empty()
-        if ends and index == len(pieces) - 1:
-            reused = reused[:-1]
-        renewed: Runs = ()
-        if refresh and len(reused):
-            renewed = refresh.runs(piece, len(reused), exact=_sees_all(piece, pieces[:index]))
-            if renewed == ((0, len(reused)),):
-                reused = empty()
-        if len(reused):
+        runs = renewed.get(piece, ())
+        size = 0 if runs == ((0, most),) else most
+        if size:
             flush()
             start = cursor if packed else max(piece.home, cursor)
-            spans.append(Span(start, reused, piece, renewed))
-            cursor = start + len(reused)
-        fresh.append(piece.tokens[len(reused) :])
+            spans.append(Span(start, piece.tokens[:size], piece, runs))
+            cursor = start + size
+        fresh.append(piece.tokens[size:])
     flush()
     return Plan(tuple(spans))
+
+
+def _reusable(piece: Piece, *, last: bool) -> int:
+    """How many tokens of a piece may come from a slice."""
+    return len(piece.tokens) - last if isinstance(piece, Segment) and piece.cache else 0
+
+
+def _renewed(pieces: Sequence[Piece], sizes: Sequence[int], refresh: Refresh) -> dict[Segment, Runs]:
+    """What of the slices is evaluated afresh."""
+    reused = [
+        Reused(piece, size, exact=_sees_all(piece, pieces[:index]))
+        for index, (piece, size) in enumerate(zip(pieces, sizes, strict=True))
+        if isinstance(piece, Segment) and size > 0
+    ]
+    runs = refresh.runs(reused, [piece for piece in pieces if not isinstance(piece, Segment)])
+    return {each.segment: chosen for each, chosen in zip(reused, runs, strict=True)}
 
 
 def _sees_all(segment: Segment, before: Sequence[Piece]) -> bool:
