@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cpucache.engine import Engine
-from cpucache.engine.tuning import LEVELS, Tuning, tuning_of
+from cpucache.engine.tuning import DEFAULT, LEVELS, Tuning, tuning_of
 from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Plan, Positions, Refresh, SchemaLayout, Segment, bind
 from cpucache.layout.recompute import Relevance
@@ -167,7 +167,7 @@ def test_the_module_that_the_question_is_about_comes_first_from_its_beginning() 
     # A word that few modules have says more than many that most have.
     assert chosen("Is the Kyoto?", 0.1) == [("b", 15)]
     # Then the next, as far as it goes.
-    assert chosen("How deep is the river in Basel?", 0.3) == [("d", 27), ("c", 17)]
+    assert chosen("How deep is the river in Basel?", 0.3) == [("d", 27), ("c", 16)]
     assert chosen("How deep is the river in Basel?", 0.3)[0][1] == len("The river of Basel is deep.")
     # Of modules that share as much, the first; a module has the text around what is nested in it.
     assert chosen("Where are gardens?", 0.1) == [("b.in", 15)]
@@ -268,11 +268,11 @@ def test_a_module_counts_before_the_call_the_call_before_the_schema_the_schema_b
         assert renewed(running)["b"] == 0
         assert (renewed(running)["a"], renewed(running)["a.in"]) == (5, 5)
         assert renewed(running, link_tokens=2) == {"": 0, "a": 5, "a.in": 5, "b": 2, "c": 0}
-        assert renewed(running, fidelity="balanced")["b"] == LEVELS["balanced"].link_tokens
-        assert renewed(running, fidelity="balanced", link_tokens=1)["b"] == 1
+        assert renewed(running, fidelity="fast", link_tokens=1)["b"] == 1
         # All have seen one another: there is nothing to renew.
         assert not any(renewed(running, fidelity="high", link_tokens=1).values())
-        assert renewed(running, recompute=0.5)["b"] > 0 < renewed(running, recompute=0.5)["c"]
+        # Nothing in it asks for a module, so that these are the first.
+        assert renewed(running, recompute=0.25)["a"] > 5
 
 
 def test_without_links_positions_are_the_schema_s(tiny: TinyModel, tmp_path: Path) -> None:
@@ -285,10 +285,14 @@ def test_without_links_positions_are_the_schema_s(tiny: TinyModel, tmp_path: Pat
 
 def test_levels() -> None:
     schema = parse_schema("<schema name='s' link='3'>x</schema>")
-    assert tuning_of(schema) == Tuning(3)
-    assert tuning_of(schema, "fast") == Tuning(3, scaffolds=False)
+    assert tuning_of(schema) == tuning_of(schema, DEFAULT)
+    assert tuning_of(schema, "fast") == Tuning(3)
+    assert tuning_of(schema, "balanced", recompute=0) == Tuning(3)
     assert tuning_of(schema, "high", 0, 0.5) == Tuning(0, 0.5, exact=True)
     assert [tuning_of(parse_schema("<schema name='s'>x</schema>"), level) for level in LEVELS] == list(LEVELS.values())
+    assert [(LEVELS[level].recompute > 0, LEVELS[level].exact) for level in LEVELS] == [
+        *[(False, False), (True, False), (False, True)]
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from cpucache.engine.tuning import LEVELS
+from cpucache.engine.tuning import DEFAULT, LEVELS
 from cpucache.layout import BLOCK
 from cpucache.models import default_model
 
@@ -105,9 +105,9 @@ def fidelity_options(command: Command) -> Command:
         click.option(
             "--fidelity",
             type=click.Choice(list(LEVELS)),
-            help="How much is done about modules not having seen one another: nothing (fast), the schema's scaffolds "
-            "(balanced), or everything (high): each combination of modules is evaluated whole the first time, and is "
-            "exact ever after.  [default: balanced]",
+            help="How much is done about modules not having seen one another: nothing but the schema's scaffolds "
+            "(fast); a tenth of their tokens is evaluated afresh, where the question points (balanced); each combination "
+            f"is evaluated whole the first time, and is exact ever after (high).  [default: {DEFAULT}]",
         ),
         click.option(
             "--link",

@@ -185,7 +185,6 @@ class _Changes:
             self._layout,
             self._included,
             file=self._prompt.file,
-            scaffolds=self._tuning.scaffolds,
             refresh=refresh,
         )
 
@@ -205,7 +204,7 @@ class _Changes:
     def _scaffolds(self) -> Iterator[tuple[str, Plan]]:
         together = self._can_be_scaffolded()
         order = {module: index for index, module in enumerate(modules_of(self._schema).values())}
-        there = [set(scaffold.modules) for scaffold in self._schema.scaffolds] if self._tuning.scaffolds else []
+        there = [set(scaffold.modules) for scaffold in self._schema.scaffolds]
         for modules in dict.fromkeys([*pairwise(together), tuple(together)]):
             # A set is used where a prompt has its modules in the schema's order.
             in_order = [order[module] for module in modules]

@@ -159,12 +159,13 @@ class Engine:
         The latter two are cached in blocks, each in the sight of all before it: exact, and found again by whatever
         begins with the same text.
 
-        Modules have not seen one another. How much is done about that, ``fidelity`` says: ``"fast"``: nothing;
-        ``"balanced"`` (the default): the schema's scaffold sets are used; ``"high"``: each combination of modules,
-        arguments and text before the last module is evaluated as a whole the first time it comes, which takes as long
-        as full prefill, and reused as a whole from then on, with nothing approximated. ``link_tokens`` and
-        ``recompute`` make up for some of it with the other two: how many tokens at the start of each module are
-        evaluated afresh behind what stands before it, and which share of all of its tokens.
+        Modules have not seen one another. How much is done about that, ``fidelity`` says: ``"fast"`` (the default):
+        the schema's scaffold sets are used; ``"balanced"``: besides, a tenth of the modules' tokens is evaluated afresh
+        behind what stands before them; ``"high"``: each combination of modules, arguments and text before the last
+        module is evaluated as a whole the first time it comes, which takes as long as full prefill, and reused as a
+        whole from then on, with nothing approximated. For the others, ``recompute`` gives that share, which goes to the
+        modules that have the most words in common with the prompt's new text, and ``link_tokens`` evaluates so many
+        tokens at the start of each module afresh.
 
         Raises ``PMLError`` or ``InputError``.
         """

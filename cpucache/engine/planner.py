@@ -100,7 +100,6 @@ class Planner:
                 layout,
                 resolve(parsed, layout.schema),
                 file=parsed.file,
-                scaffolds=tuning.scaffolds,
                 refresh=tuning.refresh(layout, self.relevance),
                 exact=self._chains if tuning.exact else None,
             )

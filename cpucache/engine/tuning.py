@@ -18,14 +18,12 @@ class Tuning:
     """What is done about modules that have not seen one another.
 
     ``link_tokens``: the first so many tokens of each are evaluated afresh behind what stands before it in the prompt.
-    ``recompute``: this share (0 to 1) of their tokens, chosen by ``layout.recompute``. ``scaffolds``: whether
-    sets that the schema has encoded together are used. ``exact``: whether every combination of them is evaluated as a
-    whole, with nothing left to make up for.
+    ``recompute``: this share (0 to 1) of their tokens, chosen by ``layout.recompute``. ``exact``: whether
+    every combination of them is evaluated as a whole instead, with nothing left to make up for.
     """
 
     link_tokens: int = 0
     recompute: float = 0.0
-    scaffolds: bool = True
     exact: bool = False
 
     def __post_init__(self) -> None:
@@ -48,22 +46,23 @@ class Tuning:
 
 # Set by the evaluation in bench/RESULTS.md.
 LEVELS: dict[Level, Tuning] = {
-    "fast": Tuning(scaffolds=False),
-    "balanced": Tuning(),
+    "fast": Tuning(),
+    "balanced": Tuning(recompute=0.1),
     "high": Tuning(exact=True),
 }
+DEFAULT: Level = "fast"
 
 
 def tuning_of(
     schema: Schema, level: Level | None = None, link_tokens: int | None = None, recompute: float | None = None
 ) -> Tuning:
-    """Settings of a call: what it says, else what the schema says, else those of its level (default balanced)."""
+    """Settings of a call: what it says, else what the schema says, else those of its level (default: fast)."""
     if level is not None and level not in LEVELS:
         raise InputError(f"fidelity={level!r}: must be one of {', '.join(LEVELS)}")
-    base = LEVELS[level or "balanced"]
+    base = LEVELS[level or DEFAULT]
     if link_tokens is None:
         link_tokens = base.link_tokens if schema.link is None else schema.link
-    return Tuning(link_tokens, base.recompute if recompute is None else recompute, base.scaffolds, base.exact)
+    return Tuning(link_tokens, base.recompute if recompute is None else recompute, base.exact)
 
 
 def _links(scope: Scope, path: str) -> list[tuple[str, int]]:
