@@ -105,9 +105,9 @@ def fidelity_options(command: Command) -> Command:
         click.option(
             "--fidelity",
             type=click.Choice(list(LEVELS)),
-            help="How much is done about modules not having seen one another: nothing but the schema's scaffolds "
-            "(fast); a tenth of their tokens is evaluated afresh, where the question points (balanced); each combination "
-            f"is evaluated whole the first time, and is exact ever after (high).  [default: {DEFAULT}]",
+            help="How much is done about modules not having seen one another. fast: the schema's scaffolds are used; "
+            "balanced: a tenth of their tokens is evaluated afresh, where the question points; high: a combination of "
+            f"them is evaluated whole the first time, and is exact ever after.  [default: {DEFAULT}]",
         ),
         click.option(
             "--link",
