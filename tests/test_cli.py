@@ -365,10 +365,28 @@ def test_show_draws_every_module_on_a_line_of_its_own(model: Path, columns: int)
     labels = [row["label"].strip("│├└─ ") for row in rows if row]
     assert labels == ["shop", "hours", "{opens}", "one of 2", "summer", "winter", "news not cached"]
     total = sum(_number(row["own"]) for row in rows if row)
-    assert re.fullmatch(rf"{total:,} tokens in \d+ segments, reserved positions", last)
+    assert re.fullmatch(rf"{total:,} tokens in \d+ segments, [\d.]+ MiB, reserved positions", last)
     assert all(len(line) <= columns for line in lines)
     starts = {label: _number(row["start"]) for label, row in zip(labels, rows, strict=True) if row}
     assert starts["summer"] == starts["winter"] > starts["hours"]
+
+
+def test_show_draws_scaffolds_with_what_they_cost(model: Path, folder: Path) -> None:
+    modules = "".join(f'<module name="{name}">{name} is a day of the week. </module>' for name in ("monday", "friday"))
+    content = f'<scaffold modules="friday monday"/>Root. {modules}'
+    (folder / "week.xml").write_text(f'<schema name="week" anchor="none">{content}</schema>')
+    assert invoke("schema", "check", "week.xml") == "week.xml: schema 'week' is fine\n"
+
+    lines = cpucache("schema", "show", "week.xml", "-m", model, COLUMNS="100").out.splitlines()
+
+    row = re.fullmatch(r"scaffold monday \+ friday +(\d+) +(\d+)-(\d+) +[·█]+ *", lines[-3])
+    friday = re.fullmatch(r"└─ friday +(\d+) +\d+-(\d+) .*", lines[-4])
+    assert row and friday
+    assert (row[1], row[3]) == friday.groups(), "of monday there is nothing to add"
+    whole, cost = lines[-2:]
+    size = re.search(r", ([\d.]+) MiB, reserved positions, anchor none", whole)
+    assert size and float(size[1]) > 0
+    assert re.fullmatch(rf"scaffold monday \+ friday: {row[1]} tokens in 1 segment, [\d.]+ MiB", cost)
 
 
 def _number(text: str | None) -> int:

@@ -22,10 +22,10 @@ WITH_DEFAULT = (
 
 
 def lay(
-    content: str, positions: Positions = "auto", *, template: str | None = None, name: str = "s", **vocabulary: Any
+    content: str, positions: Positions = "auto", *, template: str | None = None, attributes: str = "", **vocabulary: Any
 ) -> SchemaLayout:
     letters = Letters(**vocabulary)
-    schema = parse_schema(f"<schema name='{name}'>{content}</schema>", file="s.xml")
+    schema = parse_schema(f"<schema name='s' {attributes}>{content}</schema>", file="s.xml")
     return SchemaLayout(schema, letters, ChatTemplate(template, bos=letters.bos_text or "", eos="</s>"), positions)
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cpucache.layout import ChatTemplate, Plan, Positions, SchemaLayout, bind
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import (
+    ANCHORS,
     Argument,
     Included,
+    Module,
     NewText,
     Prompt,
     RoleEnd,
     RoleStart,
+    Scaffold,
+    Schema,
     Scope,
     Text,
     Turn,
@@ -26,6 +30,7 @@ from cpucache.pml.tree import (
     parts,
 )
 from tests.support.letters import Letters
+from tests.support.oracle import Oracle
 from tests.support.tiny import CHATML
 from tests.test_pml_properties import choose, scopes, write
 
@@ -68,12 +73,34 @@ def without_parameters(nodes: list) -> list:
 
 
 @st.composite
+def sets(draw: st.DrawFn, schema: Schema) -> Scaffold | None:
+    """A scaffold set, of any modules that may be in one."""
+
+    def members(scope: Scope) -> list[Module]:
+        found: list[Module] = []
+        for node in parts(scope):
+            others = [node] if isinstance(node, Module) else list(node.members) if isinstance(node, Union) else []
+            if isinstance(node, Union) and node.scaffold is not None:
+                others = [member for member in others if member.name == node.scaffold]
+            others = [module for module in others if module.cache]
+            if others and draw(st.integers(0, 3)):
+                found.append(draw(st.sampled_from(others)))
+                found += members(found[-1])
+        return found
+
+    modules = members(schema)
+    return Scaffold(tuple(modules), 1) if len(modules) > 1 else None
+
+
+@st.composite
 def cases(draw: st.DrawFn, positions: tuple[Positions, ...] = ("reserved", "packed")) -> Case:
     nodes = draw(scopes())
     # With 16 characters to a token, scaffolds and arguments are one token long and fit any parameter.
     size = draw(st.sampled_from([1, 3, 16]))
     content = "".join(map(write, nodes if size == 16 else without_parameters(nodes)))
     schema = parse_schema(f"<schema name='s'>x{content}</schema>")
+    scaffolds = [drawn for _ in range(draw(st.integers(0, 3))) if (drawn := draw(sets(schema)))]
+    schema = replace(schema, scaffolds=tuple(scaffolds), anchor=draw(st.sampled_from(ANCHORS)))
     letters = Letters(size=size, n_ctx_train=100_000, bos_text=draw(st.sampled_from([None, "<s>"])))
     chatml = draw(st.booleans())
     chosen = choose(draw, schema)
@@ -188,16 +215,64 @@ def visible_modules(scope: Scope, path: str, around: set[str]) -> dict[str, set[
 @given(cases())
 def test_contexts_are_earlier_segments_that_lie_before(case: Case) -> None:
     earlier: set[Any] = set()
-    visible = visible_modules(case.layout.schema, "", set())
     for segment in case.layout.segments:
         assert len(segment.tokens) > 0
         assert earlier.issuperset(segment.sees)
-        # Each context is that of its last segment, and this segment: so contexts make a tree.
-        assert not segment.context or segment.sees == (*segment.sees[-1].sees, segment.sees[-1])
-        assert segment.context_end == segment.home if case.layout.packed else segment.context_end <= segment.home
-        assert {seen.module for seen in segment.sees} <= visible[segment.module]
         earlier.add(segment)
-    assert all(segment.end <= case.layout.length for segment in case.layout.segments)
+        end = 0
+        for span in segment.context:
+            assert span.segment and span.whole
+            assert span.start == end if case.layout.packed else span.start >= end and not span.delta
+            end = span.end
+        assert segment.context_end == segment.home if case.layout.packed else segment.context_end <= segment.home
+        # What is in sight has seen nothing that is not, and less than this segment: so it can be made before.
+        sight = {id(seen.tokens) for seen in segment.sees}
+        assert len(sight) == len(segment.sees)
+        for seen in segment.sees:
+            assert sight >= {id(other.tokens) for other in seen.sees}
+            assert len(seen.sees) < len(segment.sees)
+
+
+@quick
+@given(cases())
+def test_segments_see_what_their_anchor_lets_them(case: Case) -> None:
+    visible = visible_modules(case.layout.schema, "", set())
+    for segment in case.layout.apart:
+        modules = {seen.module for seen in segment.sees}
+        assert modules <= visible[segment.module]
+        if case.layout.schema.anchor == "ancestors":
+            # Each context is that of its last segment, and this segment: so contexts make a tree.
+            assert not segment.context or segment.sees == (*segment.sees[-1].sees, segment.sees[-1])
+        elif segment.module:
+            assert all(module == segment.module or module.startswith(f"{segment.module}.") for module in modules)
+    assert all(segment.end <= case.layout.length for segment in case.layout.apart)
+
+
+@quick
+@given(cases())
+def test_sets_add_to_sight_what_their_modules_hold(case: Case) -> None:
+    layout = case.layout
+    apart = {id(segment.tokens): segment for segment in layout.apart}
+    place_of = {id(segment.tokens): index for index, segment in enumerate(layout.apart)}
+    for scaffold in layout.scaffolds:
+        mine = {id(segment.tokens) for segment in (*scaffold.segment_at.values(), *scaffold.segments)}
+        for segment in scaffold.segments:
+            old = apart[id(segment.tokens)]
+            assert (segment.module, segment.cache, segment.placeholder) == (old.module, old.cache, old.placeholder)
+            assert layout.packed or segment.home == old.home
+            new, before = ([id(seen.tokens) for seen in each.sees] for each in (segment, old))
+            assert set(before) < set(new) or (set(before) == set(new) and set(segment.sees) != set(old.sees))
+            assert sorted(new, key=place_of.__getitem__) == new
+            added = set(new) - set(before)
+            assert all(each in mine or apart[each].placeholder for each in added)
+
+
+@quick
+@given(cases())
+def test_sets_do_not_change_what_is_read(case: Case) -> None:
+    apart = bind(case.layout, case.included, scaffolds=False)
+    assert set(apart.segments) <= set(case.layout.apart)
+    assert np.array_equal(apart.tokens, case.plan().tokens)
 
 
 @quick
@@ -247,3 +322,19 @@ def test_positions_do_not_change_what_is_read(case: Case) -> None:
     layout = laid(case.layout.schema, case.letters, case.chatml, other)
     assert np.array_equal(bind(layout, case.included).tokens, case.plan().tokens)
     assert np.array_equal(case.plan(packed=True).tokens, case.plan().tokens)
+
+
+@quick
+@given(cases())
+def test_sights_are_those_of_the_oracle(case: Case) -> None:
+    assume(case.chatml)
+    layout = case.layout
+    oracle = Oracle(layout.schema, case.letters, packed=layout.packed)  # type: ignore[arg-type]
+    runs = [run for run in oracle.runs if run.tokens]
+    number = {run: index for index, run in enumerate(runs)}
+    assert [(run.tokens, run.home) for run in runs] == [(each.tokens.tolist(), each.home) for each in layout.apart]
+    apart = {id(segment.tokens): index for index, segment in enumerate(layout.apart)}
+    for modules, segments in [((), layout.apart), *((each.modules, each.segments) for each in layout.scaffolds)]:
+        for segment in segments:
+            seen = oracle.seen_by(runs[apart[id(segment.tokens)]], frozenset(modules))
+            assert [number[run] for run in seen if run.tokens] == [apart[id(other.tokens)] for other in segment.sees]

@@ -30,6 +30,8 @@ class Case:
 
     schema: str
     prompts: tuple[tuple[str, str], ...]
+    attributes: str = ""
+    """Of the schema."""
 
 
 ASK = "<user>and where is it?</user>"
@@ -185,7 +187,7 @@ def check(
     reference = ReferenceLlama(path)
     with opened(path, kv_type) as context:
         model = context.model
-        schema = parse_schema(f"<schema name='s'>{case.schema}</schema>")
+        schema = parse_schema(f"<schema name='s' {case.attributes}>{case.schema}</schema>")
         layout = SchemaLayout(schema, model, ChatTemplate(model.chat_template), positions)
         oracle = Oracle(schema, model, packed=positions == "packed")
         workspace = Workspace(context, Store(None, ram_budget=PLENTY), "model")
@@ -244,7 +246,7 @@ def test_reuse_is_not_full_prefill(name: str, tiny: TinyModel) -> None:
     reference = ReferenceLlama(path)
     case = CASES[name]
     with Model(path) as model:
-        schema = parse_schema(f"<schema name='s'>{case.schema}</schema>")
+        schema = parse_schema(f"<schema name='s' {case.attributes}>{case.schema}</schema>")
         oracle = Oracle(schema, model, packed=False)
         attributes, content = case.prompts[0]
         included = resolve(parse_prompt(f"<prompt schema='s' {attributes}>{content}</prompt>"), schema)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -302,11 +303,88 @@ def test_mistakes_in_a_schema(content: str, words: list[str]) -> None:
         ("<schema name='a/b'>x</schema>", ["'a/b'", "letters"]),
         ("<schema name='s' nmae='t'>x</schema>", ["'nmae'", "did you mean 'name'"]),
         ("<schema name='s'/>", ["'s'", "empty"]),
+        ("<schema name='s'><scaffold modules='a b'/></schema>", ["'s'", "empty"]),
+        ("<schema name='s' anchor='parents'>x</schema>", ["'parents'", "'anchor'", "'ancestors'"]),
+        ("<schema name='s' anchor=''>x</schema>", ["'anchor'", "'none'"]),
+        ("<schema name='s' link='1.5'>x</schema>", ["'1.5'", "link", "tokens"]),
         ("<schema name='s'> <system> </system> </schema>", ["'s'", "empty"]),
     ],
 )
 def test_mistakes_in_the_root(source: str, words: list[str]) -> None:
     fails(source, 1, *words)
+
+
+SCAFFOLDED = """<schema name="s" anchor="none" link="4">
+Before
+<scaffold modules=" third.one first
+  unit.py third"/>
+and after.
+<module name="first" link="0">1</module>
+<system><union><module name="unit.py">2</module><module name="other" link="12">3</module></union></system>
+<module name="third"><module name="one">4</module></module>
+<scaffold modules="other first"/>
+</schema>"""
+
+
+def test_scaffolds_anchor_and_link() -> None:
+    schema = parse_schema(SCAFFOLDED)
+    assert (schema.anchor, schema.link) == ("none", 4)
+    assert [(each.line, [module.name for module in each.modules]) for each in schema.scaffolds] == [
+        (3, ["first", "unit.py", "third", "one"]),
+        (9, ["first", "other"]),
+    ]
+    modules = modules_of(schema)
+    assert schema.scaffolds[0].modules[2:] == (modules["third"], modules_of(modules["third"])["one"])
+    assert {name: module.link for name, module in modules.items()} == {
+        "first": 0,
+        "unit.py": None,
+        "other": 12,
+        "third": None,
+    }
+    plain = parse_schema("<schema name='s'>x<module name='m'/></schema>")
+    assert (plain.anchor, plain.link, plain.scaffolds) == ("ancestors", None, ())
+
+
+def test_a_scaffold_is_no_text_and_parts_none() -> None:
+    with_scaffolds = parse_schema(SCAFFOLDED)
+    without = parse_schema(re.sub(r"<scaffold[^>]*>", "", SCAFFOLDED))
+    assert [type(node) for node in with_scaffolds.children] == [type(node) for node in without.children]
+    assert only(with_scaffolds, Text)[0].text == only(without, Text)[0].text == "\nBefore\n\nand after.\n"
+    assert [node.line for node in only(with_scaffolds, Module)] == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("scaffolds", "words"),
+    [
+        ("<scaffold/>", ["<scaffold>", "'modules'"]),
+        ("<scaffold names='a b'/>", ["'names'", "'modules'"]),
+        ("<scaffold modules='a b'>text</scaffold>", ["<scaffold>", "content"]),
+        ("<scaffold modules='a b'><module name='z'/></scaffold>", ["<scaffold>", "content"]),
+        ("<scaffold modules=''/>", ["two modules or more", "none"]),
+        ("<scaffold modules='a'/>", ["two modules or more", "1"]),
+        ("<scaffold modules='a b a'/>", ["'a'", "twice"]),
+        ("<scaffold modules='a alpine'/>", ["'alpine'", "did you mean 'alpin'"]),
+        ("<scaffold modules='a a.inn'/>", ["'a.inn'", "did you mean 'a.in'"]),
+        ("<scaffold modules='a in'/>", ["'in'", "no module"]),
+        ("<scaffold modules='b a.in'/>", ["'a.in'", "inside 'a'", "must name"]),
+        ("<scaffold modules='b x y'/>", ["'x' and 'y'", "one union", "line 3"]),
+        ("<scaffold modules='a now'/>", ["'now'", 'cache="false"', "line 3"]),
+        ("<scaffold modules='a b'/><scaffold modules='b a'/>", ["same modules", "line 2"]),
+        ("<system><scaffold modules='a b'/></system>", ["<scaffold>", "<system>", "directly under <schema>"]),
+        ("<module name='m'><scaffold modules='a b'/></module>", ["<module>", "directly under <schema>"]),
+        ("<union><scaffold modules='a b'/><module name='m'/></union>", ["<scaffold>", "<union>", "modules only"]),
+        ("<scafold modules='a b'/>", ["did you mean <scaffold>"]),
+        ("<module name='m' link='-1'/>", ["'-1'", "link", "tokens"]),
+        ("<module name='m' link='few'/>", ["'few'", "link"]),
+    ],
+)
+def test_mistakes_in_scaffolds(scaffolds: str, words: list[str]) -> None:
+    modules = (
+        "<module name='a'>1<module name='in'>2</module></module><module name='b'/><module name='alpin'/>"
+        "<union><module name='x'/><module name='y'/></union><module name='now' cache='false'>3</module>"
+        "<union scaffold='v'><module name='v'/><module name='w'/></union>"
+    )
+    fails(f"<schema name='s'>text\n{scaffolds}\n{modules}</schema>", 2, *words)
 
 
 def test_text_in_a_union_is_reported_on_its_own_line() -> None:

@@ -279,12 +279,12 @@ def test_the_default_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 def test_every_part_of_what_decides_a_state_is_in_its_key() -> None:
     tokens = np.arange(5, dtype=np.int32)
-    base = ("model", "format", context_key([("a", 0, 3)]), tokens, 7)
+    base = ("model", "format", context_key([("a", 0, 3, ())]), tokens, 7)
     keys = {
         slice_key(*base),
         slice_key("model2", *base[1:]),
         slice_key(base[0], "format2", *base[2:]),
-        slice_key(*base[:2], context_key([("b", 0, 3)]), *base[3:]),
+        slice_key(*base[:2], context_key([("b", 0, 3, ())]), *base[3:]),
         slice_key(*base[:2], context_key([]), *base[3:]),
         slice_key(*base[:3], tokens[:4], 7),
         slice_key(*base[:3], tokens[::-1], 7),
@@ -301,7 +301,7 @@ def test_every_part_of_what_decides_a_state_is_in_its_key() -> None:
 
 
 def test_contexts_are_told_apart_by_what_is_in_them_and_in_which_order() -> None:
-    one, other = ("a", 0, 5), ("b", 5, 5)
+    one, other = ("a", 0, 5, ()), ("b", 5, 5, ())
     lists = [
         [],
         [one],
@@ -309,9 +309,11 @@ def test_contexts_are_told_apart_by_what_is_in_them_and_in_which_order() -> None
         [one, other],
         [other, one],
         [one, one],
-        [("a", 1, 5)],
-        [("a", 0, 4)],
-        [("a", 0, 5), ("b", 6, 5)],
+        [("a", 1, 5, ())],
+        [("a", 0, 4, ())],
+        [("a", 0, 5, ((0, 2),))],
+        [("a", 0, 5, ((0, 2), (3, 4)))],
+        [("a", 0, 5, ()), ("b", 6, 5, ())],
     ]
     assert len({context_key(slices) for slices in lists}) == len(lists)
     assert context_key(iter([one, other])) == context_key([one, other])

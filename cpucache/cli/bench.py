@@ -18,6 +18,7 @@ from cpucache.bench.series import Series
 from cpucache.bench.sessions import SessionsReport, folder_options, measure_sessions
 from cpucache.bench.store import measure_store
 from cpucache.bench.ttft import Report, measure
+from cpucache.cli.accuracy import accuracy
 from cpucache.cli.console import err, out, seconds, times
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
@@ -26,6 +27,9 @@ from cpucache.engine import Engine
 @click.group()
 def bench() -> None:
     """Measure on this machine. What counts are the ratios: absolute times vary with the machine and its load."""
+
+
+bench.add_command(accuracy)
 
 
 @bench.command(short_help="Time to first token, with and without the cache.")

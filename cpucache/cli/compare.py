@@ -58,7 +58,7 @@ def compare(
         uncached = engine.generate(**asked, use_cache=False, progress=progress, **settings)
     with token_bar("encoding, once", shown=not quiet) as progress:
         if prompt is not None:
-            encoded = engine.encode_for(prompt, progress)
+            encoded = engine.encode_for(prompt, progress, fidelity=settings.get("fidelity"))
         else:
             # The blocks of what is no PML are saved by whoever evaluates them.
             engine.generate(**asked, progress=progress, **settings | {"max_tokens": 1})

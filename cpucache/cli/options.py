@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from cpucache.engine.tuning import DEFAULT, LEVELS
 from cpucache.layout import BLOCK
 from cpucache.models import default_model
 
@@ -96,6 +97,42 @@ def positions_option(command: Command) -> Command:
         help="Where modules stand: each at a fixed place of its own (reserved), or back to back with what is included "
         "(packed). auto: reserved while the whole schema fits what the model was trained on.",
     )(command)
+
+
+def fidelity_options(command: Command) -> Command:
+    """How exact a prompt is to be, see ``split_fidelity``."""
+    options = (
+        click.option(
+            "--fidelity",
+            type=click.Choice(list(LEVELS)),
+            help="How much is done about modules not having seen one another. fast: the schema's scaffolds are used; "
+            "balanced: a tenth of their tokens is evaluated afresh, where the question points; high: a combination of "
+            f"them is evaluated whole the first time, and is exact ever after.  [default: {DEFAULT}]",
+        ),
+        click.option(
+            "--link",
+            "link_tokens",
+            type=click.IntRange(0),
+            metavar="K",
+            help="Evaluate the first K tokens of each module afresh, behind what stands before it.  [default: as the "
+            "schema says]",
+        ),
+        click.option(
+            "--recompute",
+            type=click.FloatRange(0, 1),
+            metavar="R",
+            help="Evaluate this share of the modules' tokens afresh: of the modules that have most words in common "
+            "with the question.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def split_fidelity(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of ``fidelity_options`` out of all options, as ``Engine.plan`` takes them."""
+    return {name: options.pop(name) for name in ("fidelity", "link_tokens", "recompute")}
 
 
 def sampling_options(command: Command) -> Command:

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from cpucache.cli.compare import compare, comparison_table
 from cpucache.cli.console import err, out, read_prompt, read_schema, seconds, token_bar
-from cpucache.cli.options import engine_options, sampling_options
+from cpucache.cli.options import engine_options, fidelity_options, sampling_options, split_fidelity
 from cpucache.engine import Engine, Metrics
 from cpucache.errors import InputError
 
@@ -27,6 +27,7 @@ _PML = re.compile(r"\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*<prompt[\s>]", re.DOTAL
 @click.option("-s", "--schema", "schema_file", metavar="FILE", help="The schema of a PML prompt; - for standard input.")
 @engine_options
 @sampling_options
+@fidelity_options
 @click.option("--raw", is_flag=True, help="Go on with the text as it is, instead of answering it as a message.")
 @click.option("--no-cache", is_flag=True, help="Evaluate every token of the prompt, reusing nothing.")
 @click.option("--compare", "comparing", is_flag=True, help="Answer twice, without the cache and with it, and compare.")
@@ -60,12 +61,16 @@ def run(
     if no_cache and comparing:
         raise click.UsageError("--no-cache and --compare exclude each other")
     settings = split_sampling(options) | {"max_tokens": max_tokens}
+    exactness = split_fidelity(options)
     if schema_file is None:
+        if any(value is not None for value in exactness.values()):
+            raise click.UsageError("--fidelity, --link and --recompute are for PML prompts, which need --schema")
         asked, schema = _read_text(prompt, raw=raw), None
     elif raw:
         raise click.UsageError("--raw and --schema exclude each other")
     else:
         asked, schema = {"prompt": read_prompt(prompt, schema=schema_file)}, read_schema(schema_file)
+        settings |= exactness
     with Engine(model, **options) as engine:
         if schema is not None:
             engine.add_schema(schema)

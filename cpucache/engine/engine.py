@@ -16,11 +16,13 @@ from weakref import WeakSet
 import numpy as np
 import psutil
 
-from cpucache.engine.planner import PREFIX, Message, Planner
+from cpucache.engine.advice import FidelityReport, OnTrial, examine
+from cpucache.engine.planner import PREFIX, Message, Planner, parsed_prompt
 from cpucache.engine.reply import Reply
 from cpucache.engine.session import Session, WhenFull
 from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
+from cpucache.engine.tuning import Level, tuning_of
 from cpucache.layout import BLOCK, Chains, ChatTemplate, Plan, Positions, SchemaLayout
 from cpucache.models import default_model, resolve_model
 from cpucache.pml.tree import Prompt, Schema
@@ -146,19 +148,36 @@ class Engine:
         *,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
+        fidelity: Level | None = None,
+        link_tokens: int | None = None,
+        recompute: float | None = None,
     ) -> Plan:
         """What a prompt consists of: its spans, and where each token comes from.
 
         One of: ``prompt``, PML text, the path of a file, or a parsed prompt, whose schema must have been added;
         ``messages``, each with ``role`` (system, user, assistant) and ``content``; ``text``, to go on with as it is.
         The latter two are cached in blocks, each in the sight of all before it: exact, and found again by whatever
-        begins with the same text. Raises ``PMLError`` or ``InputError``.
-        """
-        return self.planner.request(prompt, messages, text).plan
+        begins with the same text.
 
-    def encode_for(self, prompt: str | Path | Prompt, progress: OnProgress | None = None) -> Encoded:
+        Modules have not seen one another. How much is done about that, ``fidelity`` says: ``"fast"`` (the default):
+        the schema's scaffold sets are used; ``"balanced"``: besides, a tenth of the modules' tokens is evaluated afresh
+        behind what stands before them; ``"high"``: each combination of modules, arguments and text before the last
+        module is evaluated as a whole the first time it comes, which takes as long as full prefill, and reused as a
+        whole from then on, with nothing approximated. For the others, ``recompute`` gives that share, which goes to the
+        modules that have the most words in common with the prompt's new text, and ``link_tokens`` evaluates so many
+        tokens at the start of each module afresh.
+
+        Raises ``PMLError`` or ``InputError``.
+        """
+        return self.planner.request(
+            prompt, messages, text, fidelity=fidelity, link_tokens=link_tokens, recompute=recompute
+        ).plan
+
+    def encode_for(
+        self, prompt: str | Path | Prompt, progress: OnProgress | None = None, *, fidelity: Level | None = None
+    ) -> Encoded:
         """Make the slices that one prompt needs and the store does not have."""
-        request = self.planner.request(prompt, None, None)
+        request = self.planner.request(prompt, fidelity=fidelity)
         with self.alone():
             return self.workspace.encode(request.plan.segments, request.label, progress)
 
@@ -189,9 +208,12 @@ class Engine:
         repeat_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | tuple[str, ...] | list[str] = (),
+        fidelity: Level | None = None,
+        link_tokens: int | None = None,
+        recompute: float | None = None,
         progress: OnProgress | None = None,
     ) -> Stream:
-        """The answer to a prompt, piece by piece. The prompt is given as for ``plan``.
+        """The answer to a prompt, piece by piece. The prompt, and how exact it is to be, are given as for ``plan``.
 
         ``use_cache=False`` evaluates the same tokens from the first to the last, reusing nothing. ``temperature=0`` is
         greedy. Slices that are missing are made on the way. ``progress(done, total)`` is told about tokens evaluated
@@ -201,7 +223,9 @@ class Engine:
         sampling = Sampling(
             temperature, top_k, top_p, min_p, repeat_penalty, seed, (stop,) if isinstance(stop, str) else tuple(stop)
         )
-        request = self.planner.request(prompt, messages, text)
+        request = self.planner.request(
+            prompt, messages, text, fidelity=fidelity, link_tokens=link_tokens, recompute=recompute
+        )
         if request.plan.n_tokens >= self.context.n_ctx:
             raise request.too_long(self.context.n_ctx)
         return self.answer(
@@ -212,7 +236,7 @@ class Engine:
             label=request.label,
             use_cache=use_cache,
             progress=progress,
-            at_end=self._keep_blocks if request.plan.exact and use_cache else None,
+            at_end=self._keep_blocks if prompt is None and use_cache else None,
         )
 
     def answer(
@@ -245,6 +269,30 @@ class Engine:
             at_first=at_first,
             at_end=at_end,
         )
+
+    def fidelity(
+        self,
+        prompt: str | Path | Prompt,
+        *,
+        max_tokens: int = 64,
+        advise: bool = True,
+        fidelity: Level | None = None,
+        link_tokens: int | None = None,
+        recompute: float | None = None,
+        progress: OnTrial | None = None,
+    ) -> FidelityReport:
+        """How far the cached answer to a prompt is from the uncached one, and (``advise``) what would bring it nearer.
+
+        Takes as long as some full prefills. How exact the cached one is to be is given as for ``plan``; ``max_tokens``
+        are those of the answer that are compared. Raises ``PMLError`` or ``ContextFull``.
+        """
+        parsed = parsed_prompt(prompt)
+        request = self.planner.request(parsed, fidelity=fidelity, link_tokens=link_tokens, recompute=recompute)
+        if request.plan.n_tokens + max_tokens > self.context.n_ctx:
+            raise request.too_long(self.context.n_ctx)
+        tuning = tuning_of(self.planner.layout(parsed.schema).schema, fidelity, link_tokens, recompute)
+        with self._lock:
+            return examine(self, parsed, request.plan, tuning, max_tokens=max_tokens, advise=advise, progress=progress)
 
     def generate(self, prompt: str | Path | Prompt | None = None, **settings: Any) -> Reply:
         """The whole answer. Settings are those of ``stream``."""

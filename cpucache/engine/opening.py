@@ -26,9 +26,9 @@ def dump_spans(spans: Sequence[Span]) -> dict[str, Any]:
     numbers: dict[Segment, int] = {}
     segments: list[dict[str, Any]] = []
 
-    def placed(span: Span) -> list[int]:
+    def placed(span: Span) -> list[Any]:
         assert span.segment is not None
-        return [number(span.segment), span.start, len(span.tokens)]
+        return [number(span.segment), span.start, len(span.tokens), [list(run) for run in span.renewed]]
 
     def number(segment: Segment) -> int:
         if segment not in numbers:
@@ -51,14 +51,10 @@ def load_spans(pieces: dict[str, Any]) -> list[Span]:
     """The spans that ``dump_spans`` was given."""
     segments: list[Segment] = []
 
-    def placed(number: int, start: int, count: int) -> Span:
+    def placed(number: int, start: int, count: int, renewed: Sequence[Sequence[int]]) -> Span:
         segment = segments[number]
-        whole = segment.span
-        return (
-            whole
-            if (whole.start, len(whole.tokens)) == (start, count)
-            else Span(start, segment.tokens[:count], segment)
-        )
+        span = Span(start, segment.tokens[:count], segment, tuple((begin, end) for begin, end in renewed))
+        return segment.span if span.whole and not span.delta and not span.renewed else span
 
     for each in pieces["segments"]:
         context = tuple(placed(*place) for place in each["context"])

@@ -10,8 +10,10 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from cpucache.engine.opening import Opening
+from cpucache.engine.tuning import Level, tuning_of
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Chains, ChatTemplate, Plan, Positions, SchemaLayout, Turns, bind, bind_opening
+from cpucache.layout.recompute import Relevance
 from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve
 from cpucache.pml.tree import Prompt, RoleName, Schema
 from cpucache.runtime import Model
@@ -55,14 +57,18 @@ class Planner:
         self._template = template
         self._chains = chains
         self._positions = positions
+        self.relevance = Relevance(model.text)
         self.schemas: dict[str, SchemaLayout] = {}
 
     def add_schema(self, schema: str | Path | Schema) -> SchemaLayout:
         """Read and lay out a schema; prompts then find it by its name. Raises ``PMLError``."""
         parsed = schema if isinstance(schema, Schema) else load_schema(Path(schema))
-        layout = SchemaLayout(parsed, self._model, self._template, self._positions)
-        self.schemas[parsed.name] = layout
+        layout = self.schemas[parsed.name] = self.lay(parsed)
         return layout
+
+    def lay(self, schema: Schema) -> SchemaLayout:
+        """The layout of a schema, which is not added. Raises ``PMLError``."""
+        return SchemaLayout(schema, self._model, self._template, self._positions)
 
     def layout(self, name: str) -> SchemaLayout:
         """The layout of a schema that has been added. Raises ``InputError``."""
@@ -74,7 +80,14 @@ class Planner:
         return layout
 
     def request(
-        self, prompt: str | Path | Prompt | None, messages: Sequence[Message] | None, text: str | None
+        self,
+        prompt: str | Path | Prompt | None,
+        messages: Sequence[Message] | None = None,
+        text: str | None = None,
+        *,
+        fidelity: Level | None = None,
+        link_tokens: int | None = None,
+        recompute: float | None = None,
     ) -> Request:
         """What a prompt consists of, see ``Engine.plan``."""
         if sum(given is not None for given in (prompt, messages, text)) != 1:
@@ -82,7 +95,14 @@ class Planner:
         if prompt is not None:
             parsed = parsed_prompt(prompt)
             layout = self.layout(parsed.schema)
-            plan = bind(layout, resolve(parsed, layout.schema), file=parsed.file)
+            tuning = tuning_of(layout.schema, fidelity, link_tokens, recompute)
+            plan = bind(
+                layout,
+                resolve(parsed, layout.schema),
+                file=parsed.file,
+                refresh=tuning.refresh(layout, self.relevance),
+                exact=self._chains if tuning.exact else None,
+            )
             return Request(plan, parsed.schema, parsed.file)
         parts = [] if self._model.bos is None else [np.array([self._model.bos], np.int32)]
         if messages is not None:
@@ -100,7 +120,8 @@ class Planner:
         """What a conversation begins with that begins with a PML prompt."""
         parsed = parsed_prompt(prompt)
         layout = self.layout(parsed.schema)
-        plan, turns, asks = bind_opening(layout, resolve(parsed, layout.schema), file=parsed.file)
+        refresh = tuning_of(layout.schema).refresh(layout, self.relevance)
+        plan, turns, asks = bind_opening(layout, resolve(parsed, layout.schema), file=parsed.file, refresh=refresh)
         return Opening(plan, turns, asks, parsed.schema)
 
 

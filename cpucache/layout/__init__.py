@@ -4,6 +4,8 @@ from cpucache.layout.bind import bind, bind_opening
 from cpucache.layout.chain import BLOCK, Chains
 from cpucache.layout.history import History
 from cpucache.layout.plan import Plan
+from cpucache.layout.refresh import Refresh
+from cpucache.layout.scaffold import ScaffoldLayout
 from cpucache.layout.schema import Extent, Positions, SchemaLayout
 from cpucache.layout.segment import Segment, Span
 from cpucache.layout.template import ChatTemplate
@@ -18,6 +20,8 @@ __all__ = [
     "History",
     "Plan",
     "Positions",
+    "Refresh",
+    "ScaffoldLayout",
     "SchemaLayout",
     "Segment",
     "Span",

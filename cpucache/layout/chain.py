@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 from cpucache.errors import InputError
-from cpucache.layout.plan import Plan
+from cpucache.layout.plan import Piece, Plan
 from cpucache.layout.segment import Segment, Span
-from cpucache.layout.vocabulary import Tokens
+from cpucache.layout.vocabulary import Tokens, empty, joined
 
 BLOCK = 256
 """Tokens of a prefix block unless told otherwise."""
@@ -30,7 +32,7 @@ class Chains:
 
     def segment(self, before: Sequence[Span], tokens: Tokens, module: str = "") -> Segment:
         """``tokens`` right behind ``before``, in one piece."""
-        key = (*((span.segment, span.start, len(span.tokens)) for span in before), tokens.tobytes())
+        key = (*((span.segment, span.start, len(span.tokens), span.renewed) for span in before), tokens.tobytes())
         segment = self._known.get(key)
         if segment is None:
             segment = Segment(tokens, before[-1].end if before else 0, tuple(before), module)
@@ -56,6 +58,35 @@ class Chains:
         spans = [*before, *(segment.span for segment in self.blocks(before, tokens[:-1], module))]
         done = sum(len(span.tokens) for span in spans[len(before) :])
         return Plan((*spans, Span(spans[-1].end if spans else 0, tokens[done:])), exact=True)
+
+    def exact(self, pieces: Sequence[Piece]) -> Plan:
+        """What a prompt consists of, back to back, every slice in the sight of all before it.
+
+        A piece of the schema that has seen just that is taken as it is. Whatever stands before the last of the schema's
+        pieces becomes slices of this combination, up to what is never to be saved; the rest is fresh, the last token at
+        least.
+        """
+        pieces = [piece for piece in pieces if isinstance(piece, Segment) or len(piece)]
+        spans: list[Span] = []
+        ours = [index for index, piece in enumerate(pieces) if isinstance(piece, Segment)]
+        fresh = list(pieces)
+        for index, piece in enumerate(pieces[: ours[-1] + 1] if ours else ()):
+            if isinstance(piece, Segment):
+                if not piece.cache:
+                    break
+                tokens = piece.tokens[:-1] if index == len(pieces) - 1 else piece.tokens
+                seen = len(piece.context) == len(spans) and all(map(operator.is_, piece.context, spans))
+                if seen and piece.chained and len(tokens):
+                    last = len(tokens) < len(piece.tokens)
+                    spans.append(replace(piece.span, tokens=tokens) if last else piece.span)
+                else:
+                    spans += [segment.span for segment in self.cut(spans, tokens, piece.module)]
+                fresh[index] = piece.tokens[len(tokens) :]
+            else:
+                spans += [segment.span for segment in self.cut(spans, piece)]
+                fresh[index] = empty()
+        rest = joined([piece.tokens if isinstance(piece, Segment) else piece for piece in fresh])
+        return Plan((*spans, Span(spans[-1].end if spans else 0, rest)), exact=True)
 
     def chained(self, plan: Plan, module: str = "") -> list[Span]:
         """A plan whose fresh tokens are slices as well, in the sight of everything before them in it."""

@@ -9,15 +9,14 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from cpucache.errors import PMLError
-from cpucache.layout.segment import Segment, Span
+from cpucache.layout.place import Contexts, Edge, Outline, Place
+from cpucache.layout.scaffold import lay_scaffolds
+from cpucache.layout.segment import Segment
 from cpucache.layout.template import ChatTemplate
 from cpucache.layout.vocabulary import Tokens, Vocabulary, joined
 from cpucache.pml.tree import Module, Parameter, Role, RoleName, Schema, SchemaNode, Scope, Text, Union
 
 Positions: TypeAlias = Literal["auto", "reserved", "packed"]
-Edge: TypeAlias = Literal["", "end"]
-Place: TypeAlias = tuple[SchemaNode | Schema, Edge]
-"""Where a piece of text stands: a ``Text``, the start or (``"end"``) end of a ``Role``, the very start of a schema."""
 
 
 @dataclass
@@ -41,9 +40,11 @@ class SchemaLayout:
 
     What may be seen is anchored on the ancestors: a segment attends to the text of its enclosing modules that stands
     before it, to earlier segments of its own module, parameters filled by their scaffold, and the scaffold members of
-    unions on the way.
+    unions on the way. With ``anchor="none"`` a module's text attends to earlier segments of its own module alone. In a
+    scaffold set, modules have further segments that see one another.
 
-    Raises ``PMLError`` when the schema is longer than the model can hold, or a scaffold longer than its parameter.
+    Raises ``PMLError`` when the schema or a scaffold set is longer than the model can hold, or a scaffold longer than
+    its parameter.
     """
 
     def __init__(
@@ -58,13 +59,19 @@ class SchemaLayout:
             laid = _Laying(self, packed=True)
         self.packed = laid.packed
         self.extent = laid.extent
-        self.segments: tuple[Segment, ...] = tuple(laid.segments)
-        """Every segment, in document order: contexts before what needs them."""
+        self.apart: tuple[Segment, ...] = tuple(laid.segments)
+        """The segments of the schema with every module apart, in document order: contexts before what needs them."""
         self.segment_at: dict[Place, Segment] = laid.places
         self.last_role: RoleName | None = laid.last_role
-        longest = max(segment.end for segment in self.segments) if self.segments else 0
+        longest = max((segment.end for segment in self.apart), default=0)
         if longest > limit:
             self._too_long(longest, limit)
+        self.scaffolds = lay_scaffolds(schema, laid.outline, laid.places, packed=laid.packed)
+        """The scaffold sets, those first that come before others in a prompt that includes several."""
+        together = dict.fromkeys(segment for scaffold in self.scaffolds for segment in scaffold.segments)
+        self.segments: tuple[Segment, ...] = (*self.apart, *together)
+        """Every segment, those of scaffold sets last: contexts before what needs them."""
+        self._check_scaffolds(limit)
 
     @property
     def length(self) -> int:
@@ -78,7 +85,7 @@ class SchemaLayout:
 
     def _too_long(self, longest: int, limit: int) -> None:
         sizes: dict[str, int] = {}
-        for segment in self.segments:
+        for segment in self.apart:
             name = segment.module or "(text of the schema)"
             sizes[name] = sizes.get(name, 0) + len(segment.tokens)
         largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
@@ -91,6 +98,18 @@ class SchemaLayout:
             line=self.schema.line,
         )
 
+    def _check_scaffolds(self, limit: int) -> None:
+        for scaffold in self.scaffolds:
+            longest = max((segment.end for segment in scaffold.segments), default=0)
+            if longest > limit:
+                names = ", ".join(f"'{module.name}'" for module in scaffold.modules)
+                raise PMLError(
+                    f"the scaffold of {names} needs {longest} tokens with what its modules see, the model holds "
+                    f"{limit}: name fewer modules",
+                    file=self.schema.file,
+                    line=next(each.line for each in self.schema.scaffolds if each.modules == scaffold.modules),
+                )
+
 
 class _Laying:
     """One walk through the schema, in document order."""
@@ -98,24 +117,27 @@ class _Laying:
     def __init__(self, layout: SchemaLayout, *, packed: bool) -> None:
         self.vocabulary = layout.vocabulary
         self.template = layout.template
-        self.file = layout.schema.file
+        self.schema = layout.schema
         self.packed = packed
         self.segments: list[Segment] = []
+        self.outline: Outline = {}
         self.places: dict[Place, Segment] = {}
         self.last_role: RoleName | None = None
         self._first = True  # nothing stands before, in any prompt
         self._cursor = 0
+        self._contexts = Contexts(packed=packed)
         self.extent = Extent("schema", layout.schema.name, 0, 0)
         self._scope(layout.schema, [], self.extent, "", cache=True)
 
-    def _scope(self, scope: Scope, visible: list[Span], extent: Extent, path: str, *, cache: bool) -> None:
+    def _scope(self, scope: Scope, visible: list[Segment], extent: Extent, path: str, *, cache: bool) -> None:
         """Lay ``scope`` behind ``visible``, which grows by what later text of the same scope may see."""
         run: list[tuple[Place, Tokens]] = []
+        outline = self.outline[scope] = []
 
         def add(tokens: Tokens, *, placeholder: bool = False) -> Segment:
-            start = (visible[-1].end if visible else 0) if self.packed else self._cursor
-            segment = Segment(tokens, start, tuple(visible), path, cache, placeholder)
-            visible.append(segment.span)
+            segment = Segment(tokens, self._start(visible), self._contexts.of(visible), path, cache, placeholder)
+            visible.append(segment)
+            outline.append(segment)
             self.segments.append(segment)
             self._cursor = segment.end
             return segment
@@ -143,40 +165,52 @@ class _Laying:
                         Extent("parameter", node.name, placeholder.home, placeholder.end, node.length)
                     )
                 elif isinstance(node, Module):
+                    outline.append(node)
                     self._module(node, visible, extent, path)
                 elif isinstance(node, Union):
+                    outline.append(node)
                     self._union(node, visible, extent, path)
             self._first = False
         flush()
         extent.end = max([self._cursor, *(child.end for child in extent.children)])
 
-    def _module(self, module: Module, visible: list[Span], parent: Extent, path: str) -> list[Span]:
-        """Lay a module in the sight of ``visible``; gives what may be seen behind it, itself included."""
+    def _handed(self, visible: list[Segment]) -> list[Segment]:
+        """What of this the modules of the scope see."""
+        return list(visible) if self.schema.anchor == "ancestors" else []
+
+    def _start(self, visible: list[Segment]) -> int:
+        """Where text stands that sees this."""
+        return sum(len(segment.tokens) for segment in visible) if self.packed else self._cursor
+
+    def _module(self, module: Module, visible: list[Segment], parent: Extent, path: str) -> list[Segment]:
+        """Lay a module that stands behind ``visible``; gives what of it may be seen behind it."""
         before = self._cursor
-        inner = list(visible)
+        inner = self._handed(visible)
+        seen = len(inner)
         name = f"{path}.{module.name}" if path else module.name
-        start = (visible[-1].end if visible else 0) if self.packed else before
+        start = self._start(inner)
         extent = Extent("module", module.name, start, start, cache=module.cache)
         self._cursor = start
         self._scope(module, inner, extent, name, cache=module.cache)
         parent.children.append(extent)
         self._cursor = before if self.packed else extent.end
-        return inner
+        return inner[seen:]
 
-    def _union(self, union: Union, visible: list[Span], parent: Extent, path: str) -> None:
-        start = (visible[-1].end if visible else 0) if self.packed else self._cursor
+    def _union(self, union: Union, visible: list[Segment], parent: Extent, path: str) -> None:
+        before = self._cursor
+        start = self._start(self._handed(visible))
         extent = Extent("union", union.scaffold or "", start, start)
         parent.children.append(extent)
-        seen: list[Span] = []
+        seen: list[Segment] = []
         # Members are alternatives: none stands before another.
         first, last_role = self._first, self.last_role
         for member in union.members:
             self._cursor, self._first, self.last_role = start, first, last_role
-            inner = self._module(member, visible, extent, path)
+            behind = self._module(member, visible, extent, path)
             if member.name == union.scaffold:
-                seen = inner[len(visible) :]
+                seen = behind
         extent.end = max(child.end for child in extent.children)
-        self._cursor = start if self.packed else extent.end
+        self._cursor = before if self.packed else extent.end
         visible.extend(seen)
 
     def _role(self, node: Role, edge: str) -> Tokens:
@@ -195,7 +229,7 @@ class _Laying:
             raise PMLError(
                 f"the scaffold of parameter '{node.name}' is {len(tokens)} tokens long, {len(tokens) - node.length} "
                 f"more than its length {node.length}",
-                file=self.file,
+                file=self.schema.file,
                 line=node.line,
             )
         filled = np.full(node.length, self.vocabulary.filler, np.int32)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeAlias
 
 from cpucache.layout.vocabulary import Tokens
+
+Runs: TypeAlias = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,7 @@ class Segment:
             and self.home == last.end
             and last.whole
             and not last.delta
+            and not last.renewed
             and before.context == self.context[:-1]
             and before.chained
         )
@@ -75,6 +79,8 @@ class Span:
     start: int
     tokens: Tokens
     segment: Segment | None = None
+    renewed: Runs = ()
+    """Ranges [begin, end) of the slice's tokens that are evaluated afresh where it stands, in order."""
 
     @property
     def end(self) -> int:
@@ -91,6 +97,11 @@ class Span:
         """Whether it is all of its segment."""
         return self.segment is not None and len(self.tokens) == len(self.segment.tokens)
 
+    @property
+    def n_renewed(self) -> int:
+        """How many of the slice's tokens are evaluated afresh."""
+        return sum(end - begin for begin, end in self.renewed)
+
     def moved(self, delta: int) -> Span:
         """The same tokens, ``delta`` positions further on."""
-        return Span(self.start + delta, self.tokens, self.segment) if delta else self
+        return replace(self, start=self.start + delta) if delta else self

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cpucache.pml.names import flaw, hint, quote, tag
-from cpucache.pml.tree import ROLES, Module, Parameter, Role, Schema, SchemaNode, Text, Union, parts
-from cpucache.pml.xml import Element, is_blank, read_file, read_xml
+from cpucache.pml.scaffold import read_scaffolds
+from cpucache.pml.tree import ANCHORS, ROLES, Anchor, Module, Parameter, Role, Schema, SchemaNode, Text, Union, parts
+from cpucache.pml.xml import Element, has_content, is_blank, read_file, read_xml
 
 _CONTENT = ("module", "union", "parameter", *ROLES)
 _LENGTH = re.compile("[1-9][0-9]{0,8}")
+_LINK = re.compile("0|[1-9][0-9]{0,8}")
 
 
 def load_schema(path: Path) -> Schema:
@@ -26,15 +28,16 @@ def parse_schema(data: str | bytes, *, file: str = "<schema>", folder: Path | No
     Raises ``PMLError`` for anything that breaks the rules of PML.
     """
     root = read_xml(data, file=file, root="schema")
-    root.check_attributes(required=("name",))
+    root.check_attributes(required=("name",), optional=("anchor", "link"))
     name = root.attributes["name"]
     if problem := flaw(name):
         raise root.error(f"illegal schema name {quote(name)}: {problem}")
+    anchor, link = _anchor(root), _link(root)
     children = _Parser(folder).content(root, _Names(is_root=True), role=None)
-    schema = Schema(name, children, file, root.line)
+    schema = Schema(name, children, file, root.line, anchor=anchor, link=link)
     if all(isinstance(node, Role) for node in parts(schema)):
         raise root.error(f"the schema {quote(name)} is empty: give it text, a module or a parameter")
-    return schema
+    return replace(schema, scaffolds=read_scaffolds(root, schema))
 
 
 @dataclass
@@ -55,7 +58,9 @@ class _Parser:
     def content(self, parent: Element, names: _Names, role: Element | None) -> tuple[SchemaNode, ...]:
         """The nodes inside ``parent``, whose own scope (or, for a role tag, the scope around it) is ``names``."""
         return tuple(
-            child if isinstance(child, Text) else self._node(child, parent, names, role) for child in parent.children
+            child if isinstance(child, Text) else self._node(child, parent, names, role)
+            for child in parent.children
+            if isinstance(child, Text) or not _is_scaffold(child, parent)
         )
 
     def _node(self, element: Element, parent: Element, names: _Names, role: Element | None) -> SchemaNode:
@@ -73,10 +78,13 @@ class _Parser:
                     )
                 element.check_attributes()
                 return Role(known, self.content(element, names, element), element.line)
-        raise element.error(f"unexpected {tag(element.tag)} inside <{parent.tag}>{hint(element.tag, _CONTENT, tag)}")
+        if element.tag == "scaffold":
+            raise element.error(f"<scaffold> inside <{parent.tag}>: it can stand only directly under <schema>")
+        known_here = (*_CONTENT, "scaffold") if parent.tag == "schema" else _CONTENT
+        raise element.error(f"unexpected {tag(element.tag)} inside <{parent.tag}>{hint(element.tag, known_here, tag)}")
 
     def _module(self, element: Element, names: _Names, role: Element | None) -> Module:
-        element.check_attributes(required=("name",), optional=("cache", "src"))
+        element.check_attributes(required=("name",), optional=("cache", "src", "link"))
         name = element.attributes["name"]
         if problem := flaw(name, as_tag=True):
             raise element.error(f"illegal module name {quote(name)}: {problem}")
@@ -86,8 +94,9 @@ class _Parser:
         cache = element.attributes.get("cache", "true")
         if cache not in ("true", "false"):
             raise element.error(f"unknown value {quote(cache)} for 'cache'{hint(cache, ('true', 'false'))}")
+        link = _link(element)
         children = self._source(element) if "src" in element.attributes else self.content(element, _Names(), role)
-        return Module(name, children, cache == "true", element.line)
+        return Module(name, children, cache == "true", element.line, link)
 
     def _union(self, element: Element, names: _Names, role: Element | None) -> Union:
         element.check_attributes(optional=("scaffold",))
@@ -113,7 +122,7 @@ class _Parser:
     def _source(self, element: Element) -> tuple[Text, ...]:
         """The verbatim text of a module's ``src`` file."""
         src = element.attributes["src"]
-        if _has_content(element):
+        if has_content(element):
             raise element.error(f"a module with src={quote(src)} can't have content of its own")
         if self._folder is None:
             raise element.error(
@@ -155,13 +164,28 @@ def _parameter(element: Element, names: _Names) -> Parameter:
     names.parameters[name] = element.line
     if not _LENGTH.fullmatch(length):
         raise element.error(f"illegal length {quote(length)}: write a number of tokens from 1 to 999999999")
-    if _has_content(element):
+    if has_content(element):
         raise element.error('<parameter> can\'t have content: its text comes from the prompt (or from scaffold="...")')
     return Parameter(name, int(length), element.attributes.get("scaffold"), element.line)
 
 
-def _has_content(element: Element) -> bool:
-    return any(not (isinstance(child, Text) and is_blank(child.text)) for child in element.children)
+def _is_scaffold(element: Element, parent: Element) -> bool:
+    return element.tag == "scaffold" and parent.tag == "schema"
+
+
+def _anchor(element: Element) -> Anchor:
+    given = element.attributes.get("anchor", "ancestors")
+    for anchor in ANCHORS:
+        if given == anchor:
+            return anchor
+    raise element.error(f"unknown value {quote(given)} for 'anchor'{hint(given, ANCHORS)}")
+
+
+def _link(element: Element) -> int | None:
+    given = element.attributes.get("link")
+    if given is not None and not _LINK.fullmatch(given):
+        raise element.error(f"illegal link {quote(given)}: write a number of tokens from 0 to 999999999")
+    return None if given is None else int(given)
 
 
 def _duplicate(kind: str, name: str, line: int) -> str:

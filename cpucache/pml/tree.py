@@ -13,6 +13,8 @@ from typing import Literal, TypeAlias
 
 RoleName: TypeAlias = Literal["system", "user", "assistant"]
 ROLES: tuple[RoleName, ...] = ("system", "user", "assistant")
+Anchor: TypeAlias = Literal["ancestors", "none"]
+ANCHORS: tuple[Anchor, ...] = ("ancestors", "none")
 
 
 # ---- schema --------------------------------------------------------------------------------
@@ -45,12 +47,16 @@ class Role:
 
 @dataclass(frozen=True, eq=False)
 class Module:
-    """A named, reusable part of a prompt. ``cache=False``: evaluated afresh in every prompt."""
+    """A named, reusable part of a prompt. ``cache=False``: evaluated afresh in every prompt.
+
+    ``link``: how many of its first tokens are evaluated afresh when it is spliced; ``None`` leaves that to the schema.
+    """
 
     name: str
     children: tuple[SchemaNode, ...]
     cache: bool
     line: int
+    link: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +75,31 @@ SchemaNode: TypeAlias = Text | Parameter | Role | Module | Union
 
 
 @dataclass(frozen=True, eq=False)
+class Scaffold:
+    """Modules that are encoded together besides their own states, for prompts that include all of them.
+
+    In the order of the schema. Whatever module stands around one of them is one of them, too.
+    """
+
+    modules: tuple[Module, ...]
+    line: int
+
+
+@dataclass(frozen=True, eq=False)
 class Schema:
-    """The root: a module that is always included. ``file`` is what error messages call it."""
+    """The root: a module that is always included. ``file`` is what error messages call it.
+
+    ``anchor``: what modules see of the text around them when they are encoded. ``link``: the link tokens of modules
+    that have no number of their own; ``None`` leaves that to whoever runs the prompt.
+    """
 
     name: str
     children: tuple[SchemaNode, ...]
     file: str
     line: int
+    scaffolds: tuple[Scaffold, ...] = ()
+    anchor: Anchor = "ancestors"
+    link: int | None = None
 
 
 Scope: TypeAlias = Schema | Module

@@ -23,6 +23,10 @@ MAX_DEPTH = 100
 # lxml looks every attribute up by name, which takes time in the square of their number.
 MAX_ATTRIBUTES = 1000
 
+# Tags that say something about the whole and stand for nothing where they are: like comments, they do not split text,
+# which comes behind them if they stand in the middle of it.
+SILENT = frozenset({"scaffold"})
+
 _LINES_KEPT = 65_535  # from this line on, libxml2 only guesses the line of a tag from the nodes around it
 _SPACE = " \t\r\n"
 _XML_SPACE = "{http://www.w3.org/XML/1998/namespace}space"
@@ -88,6 +92,11 @@ class Element:
 def is_blank(text: str) -> bool:
     """Whether ``text`` is white space only, as XML counts it."""
     return not text.strip(_SPACE)
+
+
+def has_content(element: Element) -> bool:
+    """Whether there is anything in ``element`` but white space."""
+    return any(not (isinstance(child, Text) and is_blank(child.text)) for child in element.children)
 
 
 def fold_space(text: str, preserve: bool) -> str:
@@ -259,8 +268,9 @@ class _Reader:
             elif isinstance(child, etree._ProcessingInstruction):
                 raise self._error(_instruction(str(child.target)), self._line)
             else:
-                children += run.finish(preserve)
-                run = _TextRun()
+                if child.tag not in SILENT:
+                    children += run.finish(preserve)
+                    run = _TextRun()
                 children.append(self.element(child, preserve, depth + 1))
             self._take(run, child.tail)
         children += run.finish(preserve)

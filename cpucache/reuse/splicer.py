@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from cpucache.layout import Plan, Segment, Span
 from cpucache.reuse.progress import Step
 from cpucache.runtime import Context, Run
-from cpucache.runtime.context import SEQUENCES, Bytes
+from cpucache.runtime.context import SEQUENCES, Bytes, Logits
 from cpucache.runtime.model import Tokens
 
 TARGET = 0
@@ -87,11 +87,13 @@ class Splicer:
             raise
         return report
 
-    def append(self, tokens: Tokens, progress: Step | None = None) -> None:
-        """Evaluate tokens behind the target's last, keeping the logits of the last of them."""
+    def append(
+        self, tokens: Tokens, progress: Step | None = None, *, logits: Literal["last", "all"] = "last"
+    ) -> Logits | None:
+        """Evaluate tokens behind the target's last, keeping the logits of the last of them, or giving all."""
         try:
             start = self.end
-            self.context.decode([Run(TARGET, start, tokens)], logits="last", progress=progress)
+            rows = self.context.decode([Run(TARGET, start, tokens)], logits=logits, progress=progress)
             if self._held and self._held[-1].segment is None:
                 last = self._held.pop()
                 start, tokens = last.start, np.concatenate([last.tokens, tokens])
@@ -99,6 +101,7 @@ class Splicer:
         except BaseException:
             self.reset()
             raise
+        return rows
 
     def capture(self, segment: Segment) -> Bytes | None:
         """The state of a segment that the target holds as fresh tokens: they count as its slice from then on.
@@ -131,8 +134,15 @@ class Splicer:
         return True
 
     def shared(self, plan: Plan) -> int:
-        """How many spans at the head of ``plan`` the target holds as they are."""
-        return sum(1 for _ in takewhile(lambda pair: _same(*pair), zip(self._held, plan.spans, strict=False)))
+        """How many spans at the head of ``plan`` the target holds as they can be gone on from."""
+        spans = plan.spans
+        count = sum(1 for _ in takewhile(lambda pair: _same(*pair), zip(self._held, spans, strict=False)))
+        # What is renewed sees the slices before it as they are saved, which renewed ones among them no longer are.
+        begin = next((index for index in range(count, 0, -1) if not spans[index - 1].segment), 0)
+        behind = takewhile(lambda span: span.segment, spans[count:])
+        if any(span.renewed for span in spans[begin:count]) and any(span.renewed for span in behind):
+            return begin
+        return count
 
     def _keep(self, plan: Plan, report: Spliced) -> list[Span]:
         """Cut the target back to what it shares with ``plan``; gives the spans that are still to come."""
@@ -172,7 +182,9 @@ class Splicer:
             delta = first.start - held.start
             if delta < 0 and first.start >= gap:
                 # A slice is what it is wherever it stands. Fresh tokens have seen what is leaving.
-                staying = list(takewhile(lambda span: span.segment, self._held[index:]))
+                staying = list(takewhile(lambda span: span.segment and not span.renewed, self._held[index:]))
+                if not staying:
+                    return
                 self.context.remove(TARGET, staying[-1].end)
                 self.context.remove(TARGET, gap, held.start)
                 self.context.shift(TARGET, delta, held.start)
@@ -213,12 +225,40 @@ class Splicer:
             if park != TARGET and stretch.slices:
                 self.context.share(park, TARGET)
                 self.context.remove(park)
+            self._renew(stretch.slices, FREE[len(stretches) :], report, progress)
             if stretch.fresh:
                 started = time.perf_counter()
                 run = Run(TARGET, stretch.fresh.start, stretch.fresh.tokens)
                 self.context.decode([run], logits="last", progress=progress)
                 report.evaluated += len(run.tokens)
                 report.prefill_ms += _since(started)
+
+    def _renew(self, slices: Sequence[Span], spare: Sequence[int], report: Spliced, progress: Step | None) -> None:
+        """Evaluate afresh what is to be renewed of slices that lie in the target, all of it side by side.
+
+        Each run of tokens sees everything before it as it is saved, other runs included: so that one evaluation serves
+        all, which costs little more than a single token does.
+        """
+        runs = [Run(0, span.start + begin, span.tokens[begin:end]) for span in slices for begin, end in span.renewed]
+        if not runs:
+            return
+        started = time.perf_counter()
+        *places, done = spare
+        for batch in (runs[first : first + len(places)] for first in range(0, len(runs), len(places))):
+            placed = [replace(run, sequence=sequence) for run, sequence in zip(batch, places, strict=False)]
+            for run in placed:
+                self.context.share(TARGET, run.sequence, 0, run.start)
+            self.context.decode(placed, progress=progress)
+            for run in placed:
+                self.context.share(run.sequence, done, run.start, run.start + len(run.tokens))
+                self.context.remove(run.sequence)
+                report.evaluated += len(run.tokens)
+                report.loaded -= len(run.tokens)
+        for run in runs:
+            self.context.remove(TARGET, run.start, run.start + len(run.tokens))
+        self.context.share(done, TARGET)
+        self.context.remove(done)
+        report.prefill_ms += _since(started)
 
     def _load(self, span: Span, sequence: int, state: State) -> None:
         assert span.segment is not None
@@ -254,7 +294,8 @@ def _grouped(spans: Sequence[Span]) -> list[list[Stretch]]:
             slices = []
     if slices:
         stretches.append(Stretch(tuple(slices), None))
-    size = len(FREE) + 1
+    # Half of the free sequences stay free, for what is renewed.
+    size = len(FREE) // 2
     return [stretches[begin : begin + size] for begin in range(0, len(stretches), size)]
 
 
@@ -262,6 +303,7 @@ def _same(one: Span, other: Span) -> bool:
     return (
         one.segment is other.segment
         and one.start == other.start
+        and one.renewed == other.renewed
         and len(one.tokens) == len(other.tokens)
         and (one.segment is not None or bool(np.array_equal(one.tokens, other.tokens)))
     )

@@ -9,13 +9,15 @@ from functools import partial
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from cpucache.errors import CpucacheError, ModelError
 from cpucache.layout import Plan, Segment
 from cpucache.reuse.encoder import Encoder, Made
 from cpucache.reuse.progress import OnProgress, Step, counting
 from cpucache.reuse.splicer import Refused, Spliced, Splicer
 from cpucache.runtime import Context
-from cpucache.runtime.context import Bytes
+from cpucache.runtime.context import Bytes, Logits
 from cpucache.runtime.model import Tokens
 from cpucache.store import SliceInfo, Store, context_key, slice_key
 
@@ -90,7 +92,9 @@ class Workspace:
 
     def _context_key(self, segment: Segment) -> str:
         return context_key(
-            (self.key(span.segment), span.start, len(span.tokens)) for span in segment.context if span.segment
+            (self.key(span.segment), span.start, len(span.tokens), span.renewed)
+            for span in segment.context
+            if span.segment
         )
 
     def keys(self, plan: Plan) -> list[str]:
@@ -237,7 +241,7 @@ class Workspace:
         kind = "keeps a recurrent state" if model.recurrent else "ties what it knows to absolute positions"
         return ModelError(
             f"{model.path.name}: a {model.architecture} model {kind}, so that modules can't be spliced into it; "
-            "use --no-cache (use_cache=False)"
+            "use --fidelity high, which reuses whole combinations of them, or --no-cache (use_cache=False)"
         )
 
     # -- prompts -----------------------------------------------------------------------------------------------------
@@ -328,6 +332,17 @@ class Workspace:
     def append(self, tokens: Tokens) -> None:
         """Evaluate tokens behind everything else, with logits of the last."""
         self._splicer.append(tokens)
+
+    def forced(self, plan: Plan, tokens: Tokens, schema: str = "", progress: OnProgress | None = None) -> Logits:
+        """Logits behind each token of the plan's last span, which is fresh, and behind each of ``tokens`` after it.
+
+        One row for each, a vocabulary long: what the model would say next if this is how it went on.
+        """
+        *before, last = plan.spans
+        self.prefill(Plan(tuple(before), plan.exact), schema, progress)
+        rows = self._splicer.append(np.concatenate([last.tokens, tokens]), logits="all")
+        assert rows is not None
+        return rows
 
     def reset(self) -> None:
         """Empty the context. The store keeps its slices."""

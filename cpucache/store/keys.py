@@ -23,12 +23,13 @@ def slice_key(model: str, state_format: str, context: str, tokens: npt.NDArray[n
     return digest.hexdigest()
 
 
-def context_key(slices: Iterable[tuple[str, int, int]]) -> str:
+def context_key(slices: Iterable[tuple[str, int, int, tuple[tuple[int, int], ...]]]) -> str:
     """The key of a context: of the slices that could be attended to, in order.
 
-    Each comes as its key, the position where it stood then, and how many of its tokens were there.
+    Each comes as its key, the position where it stood then, how many of its tokens were there, and which ranges of them
+    had been evaluated afresh there.
     """
     digest = xxhash.xxh3_128()
-    for key, start, count in slices:
-        digest.update(f"{key}/{start}/{count}\0".encode())
+    for key, start, count, renewed in slices:
+        digest.update(f"{key}/{start}/{count}/{renewed}\0".encode())
     return digest.hexdigest()

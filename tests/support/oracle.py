@@ -7,17 +7,29 @@ Nothing of ``cpucache.layout`` or ``cpucache.reuse`` is used here. The rules:
 - *Positions.* Runs follow one another in document order. The members of a union all start at the same position, and
   what follows it stands behind the longest. Packed, each run stands right behind what it sees.
 - *Sight.* A run sees an earlier one if it lies within the scope of that, or if all that parts it from the scope of
-  the earlier one are unions of which that one is in the scaffold member, and itself in no other.
-- *State.* A run is evaluated right behind the last that it sees, all of these at their own positions. Then it is moved.
+  the earlier one are unions of which that one is in the scaffold member, and itself in no other. Anchored on nothing,
+  a run inside a module sees none that lies outside that module.
+- *Scaffold sets.* A run inside a module of a set has a state in the set besides its own. There it sees what it sees
+  otherwise, and what else is parted from it by modules of the set as if by scaffold members. What it sees inside
+  modules of the set has its state in the set, too.
+- *State.* A run is evaluated right behind the last that it sees, all of these at their own positions (packed: back to
+  back, from position 0). Then it is moved.
 - *Prompts.* Runs stand at their positions, or behind what is before them if that reaches further; packed, always right
   behind it. Arguments, new text, turns, modules with ``cache="false"`` and the last token of all are evaluated there,
-  in the sight of everything before.
+  in the sight of everything before. Runs have their state in a set if the prompt includes all modules of the set in
+  the schema's order: in the set with the most modules, of several such sets around a run, and then in the first.
+- *What is renewed.* Of each scope in a prompt, the first so many tokens (its link), and whatever else a rule picks
+  of a run, are evaluated again where they stand, unless the run has seen exactly what stands before it, back to back.
+  Everything is packed then. Renewed tokens that follow one another in a run are evaluated together; besides, they see
+  all that stands before them: slices since the last fresh token as they are saved, and what stands before that as it is
+  by then. Fresh tokens see what was renewed. A run of which all is renewed is fresh text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +56,10 @@ from tests.support.reference import KV, Floats, ReferenceLlama, causal
 Place = tuple[object, bool]
 """A node, and whether its end is meant (of a role)."""
 
+Together = frozenset[Module]
+"""The modules of a scaffold set; none for a run's own state."""
+APART: Together = frozenset()
+
 
 @dataclass(eq=False)
 class TextRun:
@@ -63,15 +79,40 @@ class TextRun:
     def cached(self) -> bool:
         return not self.path or self.path[-1][0].cache
 
-    def sees(self, other: TextRun) -> bool:
+    def inside(self, together: Together) -> bool:
+        return any(module in together for module, _ in self.path)
+
+    def sees(self, other: TextRun, together: Together = APART, *, anchored: bool = True) -> bool:
         """Whether ``other``, which stands before it in the document, is in sight."""
+        if not anchored and self.path and not (self._within(other) or other.inside(together)):
+            return False
         pairs = zip(self.path, other.path, strict=False)
         shared = next((i for i, (one, two) in enumerate(pairs) if one[0] is not two[0]), None)
         if shared is None:
             shared = min(len(self.path), len(other.path))
         elif other.path[shared][1] is not None and other.path[shared][1] is self.path[shared][1]:
             return False  # two members of one union
-        return all(union is not None and union.scaffold == module.name for module, union in other.path[shared:])
+        return all(
+            module in together
+            # Nothing stands in for a member of the set.
+            or (union is not None and union.scaffold == module.name and together.isdisjoint(union.members))
+            for module, union in other.path[shared:]
+        )
+
+    def _within(self, other: TextRun) -> bool:
+        """Whether ``other`` lies inside the innermost module around this run."""
+        return self.path[-1][0] in [module for module, _ in other.path]
+
+
+Part = tuple[int, list[int], tuple[TextRun, Together] | None]
+"""Tokens of a prompt: where they start, and whose state they have; ``None``: evaluated afresh."""
+
+Renewal = tuple[Part, list[int]]
+"""A part, and which of its tokens are renewed."""
+
+
+def _nothing(tokens: list[int]) -> list[int]:
+    return []
 
 
 class Oracle:
@@ -80,9 +121,12 @@ class Oracle:
     def __init__(self, schema: Schema, model: Model, *, packed: bool) -> None:
         self._model = model
         self._packed = packed
+        self._anchored = schema.anchor == "ancestors"
+        self._sets = [frozenset(scaffold.modules) for scaffold in schema.scaffolds]
+        self._order = {module: number for number, module in enumerate(_modules(schema))}
         self.runs: list[TextRun] = []
         self._run_of: dict[Place, TextRun] = {}
-        self._states: dict[TextRun, KV] = {}
+        self._states: dict[tuple[TextRun, Together], KV] = {}
         self._lay(schema, (), 0)
 
     # -- the schema --------------------------------------------------------------------------------------------------
@@ -95,7 +139,7 @@ class Oracle:
             if open_run is None or new:
                 open_run = TextRun(path, [], at)
                 if self._packed:
-                    open_run.home = max((run.end for run in self.runs if open_run.sees(run)), default=0)
+                    open_run.home = sum(len(run.tokens) for run in self.seen_by(open_run))
                 self.runs.append(open_run)
             open_run.tokens += tokens
             at += len(tokens)
@@ -118,18 +162,21 @@ class Oracle:
                 at = max(self._lay(module, (*path, (module, union)), at) for module, union in members)
         return at
 
-    def seen_by(self, run: TextRun) -> list[TextRun]:
+    def seen_by(self, run: TextRun, together: Together = APART) -> list[TextRun]:
         """The runs in its sight, in order."""
-        return [other for other in self.runs[: self.runs.index(run)] if run.sees(other)]
+        before = self.runs[: self.runs.index(run)] if run in self.runs else self.runs
+        return [other for other in before if run.sees(other, together, anchored=self._anchored)]
+
+    def _joins(self, run: TextRun, together: Together) -> bool:
+        """Whether it has a state for the set: it lies in one of its modules, or is the schema's own text behind one."""
+        before = self.runs[: self.runs.index(run)] if self._anchored and not run.path else []
+        return any(other.inside(together) for other in (run, *before))
 
     # -- a prompt ----------------------------------------------------------------------------------------------------
-    def placed(self, included: Included, *, packed: bool) -> list[tuple[int, list[int], TextRun | None]]:
-        """Start, tokens, and the run whose state they have, of all parts of a prompt. ``None``: evaluated afresh."""
-        pieces: list[TextRun | list[int]] = []
-        for item in self._items(included):
-            if not (pieces and item is pieces[-1]):
-                pieces.append(item)
-        parts: list[tuple[int, list[int], TextRun | None]] = []
+    def placed(self, included: Included, *, packed: bool) -> list[Part]:
+        """Start, tokens, and the state that they have, of all parts of a prompt. ``None``: evaluated afresh."""
+        pieces, sets = self._chosen(included)
+        parts: list[Part] = []
         at = 0
         for number, piece in enumerate(pieces, 1):
             reused = piece.tokens if isinstance(piece, TextRun) and piece.cached else []
@@ -139,22 +186,121 @@ class Oracle:
             if reused:
                 assert isinstance(piece, TextRun)
                 at = at if packed else max(at, piece.home)
-                parts.append((at, reused, piece))
+                together = next((each for each in sets if self._joins(piece, each)), APART)
+                parts.append((at, reused, (piece, together)))
                 at += len(reused)
             if rest:
                 parts.append((at, rest, None))
                 at += len(rest)
         return parts
 
-    def logits(self, reference: ReferenceLlama, parts: list[tuple[int, list[int], TextRun | None]]) -> Floats:
+    def renewed(
+        self,
+        included: Included,
+        link: Callable[[TextRun], int],
+        choose: Callable[[list[int]], list[int]] = _nothing,
+    ) -> list[Renewal]:
+        """The parts of a prompt, packed, with what is renewed of each.
+
+        ``link`` says how many tokens of the scope of a run, ``choose`` which others of a run.
+        """
+        pieces, sets = self._chosen(included)
+        pieces = [piece for piece in pieces if (piece.tokens if isinstance(piece, TextRun) else piece)]
+        left: dict[tuple[Module, ...], int] = {}
+        found: list[Renewal] = []
+        before: list[object] = []
+        at = 0
+        for number, piece in enumerate(pieces, 1):
+            if not isinstance(piece, TextRun):
+                found.append(((at, piece, None), []))
+                before.append(None)
+                at += len(piece)
+                continue
+            together = next((each for each in sets if self._joins(piece, each)), APART)
+            sight = self._sight(piece, together)
+            size = len(piece.tokens) - (number == len(pieces)) if piece.cached else 0
+            chosen: set[int] = set()
+            if size:
+                scope = tuple(module for module, _ in piece.path)
+                first = min(left.setdefault(scope, link(piece)), size)
+                left[scope] -= first
+                if sight[1:] != tuple(before) or not self._back_to_back(piece, together):
+                    chosen = {*range(first), *(each for each in choose(piece.tokens) if each < size)}
+            if len(chosen) == size:
+                chosen, size = set(), 0
+            if size:
+                found.append(((at, piece.tokens[:size], (piece, together)), sorted(chosen)))
+            if piece.tokens[size:]:
+                found.append(((at + size, piece.tokens[size:], None), []))
+            before.append(sight)
+            at += len(piece.tokens)
+        return found
+
+    def _chosen(self, included: Included) -> tuple[list[TextRun | list[int]], list[Together]]:
+        """The pieces of a prompt, and the sets whose states it has, those first that come before others."""
+        chosen = list(_included(included))
+        sets = [
+            together
+            for together in sorted(self._sets, key=len, reverse=True)
+            if [module for module in chosen if module in together] == sorted(together, key=self._order.__getitem__)
+        ]
+        pieces: list[TextRun | list[int]] = []
+        for item in self._items(included):
+            if not (pieces and item is pieces[-1]):
+                pieces.append(item)
+        return pieces, sets
+
+    def _sight(self, run: TextRun, together: Together) -> tuple[object, ...]:
+        """A run and all that it sees, each with all that it sees itself."""
+        seen = [other for other in self.seen_by(run, together) if other.tokens]
+        return (run, *(self._sight(other, together if self._joins(other, together) else APART) for other in seen))
+
+    def _back_to_back(self, run: TextRun, together: Together) -> bool:
+        """Whether no gaps were in what it saw."""
+        seen = [other for other in self.seen_by(run, together) if other.tokens]
+        return self._packed or not seen or seen[-1].end == sum(len(other.tokens) for other in seen)
+
+    def renewed_logits(self, reference: ReferenceLlama, found: list[Renewal]) -> Floats:
+        """Those of the last token of parts of which some is renewed."""
+        last: Floats = np.empty(0)
+        state: KV | None = None
+        for reused, stretch in groupby(found, lambda each: each[0][2] is not None):
+            parts = list(stretch)
+            if not reused:
+                for (start, tokens, _), _chosen in parts:
+                    logits, new = self._behind(reference, tokens, start, state)
+                    state, last = new if state is None else KV.concat([state, new]), logits[-1]
+                continue
+            slices = [self._state(reference, *whose)[: len(tokens)] for (_, tokens, whose), _ in parts if whose]
+            saved = KV.concat([*([state] if state else []), *slices])
+            state = saved
+            for (start, tokens, _), chosen in parts:
+                for begin, end in _ranges(chosen):
+                    new = self._behind(reference, tokens[begin:end], start + begin, saved[: start + begin])[1]
+                    state = KV.concat([state[: start + begin], new, state[start + end :]])
+        return last
+
+    def _behind(self, reference: ReferenceLlama, tokens: list[int], start: int, state: KV | None) -> tuple[Floats, KV]:
+        """Tokens from position ``start`` on, behind a state that reaches up to there."""
+        before = 0 if state is None else len(state)
+        assert before == start
+        return reference.forward(
+            tokens,
+            range(start, start + len(tokens)),
+            cache=state,
+            cache_positions=range(before),
+            visible=causal(len(tokens), before=before),
+        )
+
+    def logits(self, reference: ReferenceLlama, parts: list[Part]) -> Floats:
         """Those of the last token of ``parts``."""
         state: KV | None = None
         positions: list[int] = []
         logits: NDArray[np.float64] = np.empty((0, 0))
-        for start, tokens, run in parts:
+        for start, tokens, reused in parts:
             here = list(range(start, start + len(tokens)))
-            if run is not None:
-                part = self._state(reference, run)[: len(tokens)]
+            if reused is not None:
+                part = self._state(reference, *reused)[: len(tokens)]
             else:
                 logits, part = reference.forward(
                     tokens,
@@ -168,19 +314,24 @@ class Oracle:
         last: Floats = logits[-1]
         return last
 
-    def _state(self, reference: ReferenceLlama, run: TextRun) -> KV:
-        if run not in self._states:
-            seen = [other for other in self.seen_by(run) if other.tokens]
+    def _state(self, reference: ReferenceLlama, run: TextRun, together: Together) -> KV:
+        if (run, together) not in self._states:
+            seen = [other for other in self.seen_by(run, together) if other.tokens]
             positions = [position for other in seen for position in range(other.home, other.end)]
+            if self._packed:
+                positions = list(range(len(positions)))
             start = max(positions, default=-1) + 1
-            self._states[run] = reference.forward(
+            states = [
+                self._state(reference, other, together if self._joins(other, together) else APART) for other in seen
+            ]
+            self._states[run, together] = reference.forward(
                 run.tokens,
                 range(start, start + len(run.tokens)),
-                cache=KV.concat([self._state(reference, other) for other in seen]) if seen else None,
+                cache=KV.concat(states) if states else None,
                 cache_positions=positions,
                 visible=causal(len(run.tokens), before=len(positions)),
             )[1]
-        return self._states[run]
+        return self._states[run, together]
 
     def _items(self, included: Included) -> Iterator[TextRun | list[int]]:
         """The pieces of a prompt in reading order; runs once for each of the nodes that they are made of."""
@@ -219,12 +370,36 @@ class Oracle:
         return [int(token) for token in self._model.tokenize(text, special=True)]
 
 
+def _ranges(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Begins and ends of what follows one another."""
+    for _, run in groupby(enumerate(numbers), lambda each: each[1] - each[0]):
+        members = [number for _, number in run]
+        yield members[0], members[-1] + 1
+
+
 def _reading_order(nodes: tuple[SchemaNode, ...]) -> Iterator[tuple[SchemaNode, bool]]:
     for node in nodes:
         yield node, False
         if isinstance(node, Role):
             yield from _reading_order(node.children)
             yield node, True
+
+
+def _modules(scope: Scope) -> Iterator[Module]:
+    """All modules inside a scope, in document order."""
+    for node, _ in _reading_order(scope.children):
+        for module in [node] if isinstance(node, Module) else node.members if isinstance(node, Union) else []:
+            yield module
+            yield from _modules(module)
+
+
+def _included(included: Included) -> Iterator[Module]:
+    """All modules that a prompt includes, in its order."""
+    for item in included.items:
+        if isinstance(item, Included):
+            assert isinstance(item.scope, Module)
+            yield item.scope
+            yield from _included(item)
 
 
 def _flat(included: Included) -> Iterator[Text | Argument | RoleStart | RoleEnd | NewText | Turn]:

@@ -1,0 +1,157 @@
+"""Questions with passages and the right answers, from files that others publish: JSON Lines, gzipped or not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cpucache.errors import InputError
+
+OTHERS = 5
+"""Passages of a question whose file has one each, unless the caller asks for another number."""
+
+_PASSAGE = re.compile(r"^Passage \d+:[ \t]*\n?", re.MULTILINE)
+# How Multi-News writes the ends of lines.
+_NEWLINES = re.compile(r"[ \t]*NEWLINE_CHAR[ \t]*")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text to answer from, and its title (may be empty)."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. ``line`` is where it stands in its file, from 1 on, and names it.
+
+    ``question`` may be empty where the task says it all; ``choices`` are there for questions that have them. ``alone``:
+    it has one passage, the one with the answer, and others have to be found for it.
+    """
+
+    line: int
+    question: str
+    passages: tuple[Passage, ...]
+    answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    alone: bool = False
+
+
+def read_examples(path: Path, *, passages: int | None = None, seed: int = 0) -> list[Example]:
+    """Every example of a file, in an order drawn with ``seed``.
+
+    Three kinds of lines are known: LongBench's (``context``, whose parts "Passage 1:", "Passage 2:" ... become
+    passages, ``input``, ``answers``, and ``all_classes`` or ``choices`` where there are some), MuSiQue's (``ctxs``, a
+    list of ``title`` and ``text``, ``question``, ``answers``), and those with one gold passage (``question``,
+    ``answers``, ``title``, ``text``). The latter get passages of other questions, drawn with the seed too, so that
+    there are ``passages`` (default 5), the gold one at a random place among them.
+
+    Raises ``InputError`` when the file can't be read or understood.
+    """
+    examples = [_example(line, number, path) for number, line in enumerate(_lines(path), 1) if line.strip()]
+    if not examples:
+        raise InputError(f"{path}: there are no examples in it")
+    if passages is not None and not any(example.alone for example in examples):
+        raise InputError(f"{path}: its questions come with their passages; leave --passages out")
+    gold = list(dict.fromkeys(example.passages[0] for example in examples if example.alone))
+    count = OTHERS if passages is None else passages
+    examples = [_joined(example, gold, count, seed, path) if example.alone else example for example in examples]
+    random.Random(seed).shuffle(examples)
+    return examples
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: the gzip file is damaged ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read: {error.strerror or error}") from None
+    try:
+        # Not splitlines(), which also splits at separators that JSON may hold as they are.
+        return data.decode().split("\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8; is it a JSON Lines file?") from None
+
+
+def _example(line: str, number: int, path: Path) -> Example:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{path}:{number}: not JSON ({error}); one object is expected on each line") from None
+    where = f"{path}:{number}"
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: an object is expected on each line, not {type(record).__name__}")
+    answers = _texts(record, "answers", where)
+    if not answers:
+        raise InputError(f"{where}: 'answers' is empty, so nothing could be right")
+    if "context" in record:
+        classes = "choices" if record.get("choices") else "all_classes"
+        choices = _texts(record, classes, where) if record.get(classes) else ()
+        return Example(number, _text(record, "input", where), _parts(record, where), answers, choices)
+    question = _text(record, "question", where)
+    if "ctxs" in record:
+        ctxs = record["ctxs"]
+        if not (isinstance(ctxs, list) and ctxs and all(isinstance(each, dict) for each in ctxs)):
+            raise InputError(f"{where}: 'ctxs' is a list of objects with 'title' and 'text'")
+        return Example(number, question, tuple(_passage(each, where) for each in ctxs), answers)
+    if "text" in record:
+        return Example(number, question, (_passage(record, where),), answers, alone=True)
+    raise InputError(f"{where}: no passages: one of 'context', 'ctxs' and 'text' is expected")
+
+
+def _parts(record: dict[str, Any], where: str) -> tuple[Passage, ...]:
+    """The passages of one text; all of it when it is not made of them."""
+    context = _NEWLINES.sub("\n", _text(record, "context", where))
+    texts = [text.strip() for text in _PASSAGE.split(context)]
+    passages = tuple(Passage("", text) for text in texts if text)
+    if not passages:
+        raise InputError(f"{where}: 'context' is empty")
+    return passages
+
+
+def _passage(record: dict[str, Any], where: str) -> Passage:
+    title = _text(record, "title", where) if record.get("title") else ""
+    return Passage(title.strip(), _text(record, "text", where).strip())
+
+
+def _text(record: dict[str, Any], name: str, where: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: " + (f"'{name}' is not text" if name in record else f"no '{name}'"))
+    return value
+
+
+def _texts(record: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+    value = record.get(name)
+    if not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+        raise InputError(f"{where}: " + (f"'{name}' is not a list of texts" if name in record else f"no '{name}'"))
+    return tuple(value)
+
+
+def _joined(example: Example, gold: Sequence[Passage], count: int, seed: int, path: Path) -> Example:
+    """The example with ``count`` passages. Which, depends on the seed and the line alone."""
+    (own,) = example.passages
+    # Another passage of the same article may well answer the question, too.
+    others = [each for each in gold if each.text != own.text and not (own.title and each.title == own.title)]
+    if len(others) < count - 1:
+        raise InputError(
+            f"{path}:{example.line}: the file has {len(others)} passages of other questions, too few for --passages "
+            f"{count}"
+        )
+    draw = random.Random(f"{seed}:{example.line}")
+    passages = draw.sample(others, count - 1)
+    passages.insert(draw.randrange(count), own)
+    return replace(example, passages=tuple(passages))

@@ -1,0 +1,163 @@
+"""``cpucache bench accuracy``: answers from cached slices against those of full prefill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cpucache.bench.accuracy import AccuracyReport, OnAnswer, measure_accuracy, settings_of
+from cpucache.bench.datasets import OTHERS, read_examples
+from cpucache.bench.plot import measure_title, new_figure, plot_accuracy
+from cpucache.bench.results import Results
+from cpucache.bench.scores import rouge_scorer
+from cpucache.bench.tasks import ALL_VARIANTS, TASKS, parse_variants
+from cpucache.cli.console import err, out, seconds
+from cpucache.cli.options import engine_options
+from cpucache.engine import Engine
+
+_PATIENCE = 3600.0
+"""Seconds that the estimate of the time left looks back: questions may take minutes each."""
+
+
+@click.command(short_help="Answers from cached slices against those of full prefill.")
+@engine_options
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="Questions: JSON Lines, gzipped or not, of LongBench, MuSiQue, or with one gold passage each.",
+)
+@click.option("--task", type=click.Choice(list(TASKS)), required=True, help="What is asked, and how it is scored.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Questions to ask.  [default: all]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws the questions.")
+@click.option(
+    "--passages",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Passages for each question of a file with one gold passage each; the others are drawn from other questions.  "
+    f"[default: {OTHERS}]",
+)
+@click.option(
+    "--variants",
+    default=ALL_VARIANTS,
+    metavar="NAMES",
+    help="Ways of answering, with commas between: full, alone, anchored, link:K, scaffold, recompute:R, and several at "
+    "once as in alone+link:16.  [default: each, with link:16 and recompute:0.15]",
+)
+@click.option(
+    "--results",
+    "results_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep every answer here (JSON Lines), and go on from there when run again.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw quality against time.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def accuracy(
+    model: str,
+    data: Path,
+    task: str,
+    limit: int | None,
+    seed: int,
+    passages: int | None,
+    variants: str,
+    results_file: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answers from cached slices against those of full prefill, on the same questions.
+
+    Each passage of a question becomes a module, and every variant answers the question from them: with full prefill,
+    from modules encoded on their own (alone) or in sight of the instruction (anchored, the default of schemas), and
+    with what link tokens, scaffolds and recomputing add. Scores are LongBench's. Questions that do not fit the context
+    are passed over.
+
+    \b
+    cpucache bench accuracy --data musique.jsonl.gz --task qa --limit 60 --results musique.jsonl
+    """
+    chosen, asked = parse_variants(variants), TASKS[task]
+    # What would fail at the very end fails now.
+    if plot:
+        new_figure(plot)
+    if task == "summary":
+        rouge_scorer()
+    examples = read_examples(data, passages=passages, seed=seed)
+    with Engine(model, **options) as engine:
+        settings = settings_of(engine, data, examples, asked, seed=seed, positions=str(options["positions"]))
+        with Results(results_file, settings) as results:
+            try:
+                with _bar() as progress:
+                    report = measure_accuracy(
+                        engine, data, examples, asked, chosen, results, limit=limit, seed=seed, progress=progress
+                    )
+            except KeyboardInterrupt:
+                err.print(_kept(len(results), results_file), soft_wrap=True)
+                raise
+    if plot:
+        plot_accuracy(report, plot)
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    passed_over = f"; {report.too_long} did not fit and were passed over" if report.too_long else ""
+    out.print(
+        escape(f"{report.model}: {task} on {report.data}, {report.outcomes[0].n} questions{passed_over}"),
+        soft_wrap=True,
+    )
+    out.print(_table(report))
+    if any(outcome.gains for outcome in report.outcomes):
+        out.print("Points of 100; differences are paired, with 95% intervals. Times are medians.", soft_wrap=True)
+
+
+def _kept(answers: int, file: Path | None) -> str:
+    if file is None:
+        return "stopped; with --results FILE, answers are kept and a second run goes on from there"
+    return escape(f"stopped; {answers:,} answers are in {file}: the same command goes on from there")
+
+
+@contextmanager
+def _bar() -> Iterator[OnAnswer]:
+    """A bar on standard error that counts questions, with the time left; nothing where nobody looks."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=err, transient=True, disable=not err.is_terminal, speed_estimate_period=_PATIENCE
+    ) as bars:
+        task = None
+
+        def show(done: int, total: int, variant: str) -> None:
+            nonlocal task
+            if task is None:
+                # Questions that an earlier run has answered say nothing about how long one takes.
+                task = bars.add_task(variant, total=total, completed=done)
+            bars.update(task, description=variant, completed=done)
+
+        yield show
+
+
+def _table(report: AccuracyReport) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("")
+    for name in report.measures:
+        table.add_column(measure_title(name), justify="right", no_wrap=True)
+        table.add_column("against full", justify="right", no_wrap=True)
+    table.add_column("TTFT", justify="right", no_wrap=True)
+    table.add_column("/full", justify="right", no_wrap=True)
+    for outcome in report.outcomes:
+        cells = []
+        for name in report.measures:
+            cells.append(f"{100 * outcome.scores[name]:.1f}")
+            gain = outcome.gains.get(name)
+            cells.append(f"{100 * gain.mean:+.1f} ({100 * gain.low:+.1f}, {100 * gain.high:+.1f})" if gain else "")
+        ratio = "" if outcome.ttft_to_full is None else f"{outcome.ttft_to_full:.3f}"
+        table.add_row(escape(outcome.variant), *cells, seconds(outcome.ttft.median), ratio)
+    return table

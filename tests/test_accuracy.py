@@ -1,0 +1,211 @@
+"""``bench accuracy``: the report is of the answers, and a file of results can be gone on with."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpucache.bench.datasets import read_examples
+from cpucache.bench.results import Answer, Results
+from cpucache.bench.tasks import TASKS
+from cpucache.errors import InputError
+from tests.support.command import cpucache, invoke
+from tests.support.questions import MULTI_NEWS, MUSIQUE, ORACLE, TREC, write_data
+from tests.test_cli_interrupt import started, until
+
+VARIANTS = ("full", "alone", "anchored", "scaffold", "link:4", "recompute:0.2")
+"""Those that are run."""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a file of examples, or of lines as they are."""
+    return partial(write_data, tmp_path)
+
+
+class Bench:
+    """The command on a tiny model, and what it leaves."""
+
+    def __init__(self, model: Path, data: Path, folder: Path) -> None:
+        self.data = data
+        self.file = folder / "results.jsonl"
+        self.common = ("bench", "accuracy", "-m", model, "--ctx", "1024", "--threads", "1", "--data", data)
+
+    def arguments(
+        self, *more: str | Path, task: str = "qa", variants: str = ",".join(VARIANTS)
+    ) -> tuple[str | Path, ...]:
+        return (*self.common, "--task", task, "--variants", variants, "--results", self.file, *more)
+
+    def run(self, *more: str | Path, **settings: str) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(invoke(*self.arguments("--json", *more, **settings)))
+        return report
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.file.read_text().splitlines()]
+
+
+@pytest.fixture
+def bench(tiny: Callable[..., Path], data: Callable[..., Path], tmp_path: Path) -> Callable[..., Bench]:
+    return lambda records: Bench(tiny("llama"), data(records, zipped=True), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "records", "measures", "longest"),
+    [
+        ("qa", MUSIQUE, ["f1", "exact_match"], 32),
+        ("qa", ORACLE, ["f1", "exact_match"], 32),
+        ("summary", MULTI_NEWS, ["rouge_l"], 128),
+        ("choice", TREC * 3, ["accuracy"], 8),
+    ],
+)
+def test_the_report_is_of_the_answers(
+    bench: Callable[..., Bench],
+    store_home: Path,
+    task: str,
+    records: list[Any],
+    measures: list[str],
+    longest: int,
+) -> None:
+    run = bench(records)
+    report = run.run("--limit", "3", task=task)
+
+    assert (report["task"], report["data"], report["too_long"]) == (task, "data.jsonl", 0)
+    header, *answers = run.lines
+    assert {line["settings"] for line in answers} == {header["settings"]}
+    # All variants answer one question before the next is asked.
+    asked = [example.line for example in read_examples(run.data)[:3]]
+    assert [(line["example"], line["variant"]) for line in answers] == [(e, v) for e in asked for v in VARIANTS]
+    examples = {example.line: example for example in read_examples(run.data)}
+    for line in answers:
+        assert line["scores"] == TASKS[task].score(line["text"], examples[line["example"]])
+        assert list(line["scores"]) == measures
+        assert task == "summary" or "\n" not in line["text"]
+        if line["variant"] == "full":
+            assert line["encoded_tokens"] == 0
+            assert line["fresh_tokens"] == line["prompt_tokens"]
+        else:
+            assert line["fresh_tokens"] < line["prompt_tokens"]
+        if line["variant"] == "alone":
+            # Nothing is encoded yet, and everything but what follows the passages is encoded ahead.
+            assert line["encoded_tokens"] == line["prompt_tokens"] - line["fresh_tokens"]
+    for outcome in report["variants"]:
+        mine = [line for line in answers if line["variant"] == outcome["variant"]]
+        assert outcome["n"] == 3
+        for name in measures:
+            mean = 100 * sum(line["scores"][name] for line in mine) / 3
+            assert outcome["scores"][name]["mean"] == pytest.approx(mean, abs=0.01)
+            assert ("difference" in outcome["scores"][name]) == (outcome["variant"] != "full")
+        assert outcome["ttft"]["median_ms"] == pytest.approx(sorted(line["ttft_ms"] for line in mine)[1], abs=0.01)
+    assert not (store_home / "slices").exists(), "a benchmark must not fill the user's store"
+
+
+def test_a_rerun_skips_what_is_there(bench: Callable[..., Bench]) -> None:
+    run = bench(MUSIQUE)
+    first = run.run("--limit", "2")
+    before = run.file.read_bytes()
+
+    assert run.run("--limit", "2") == first
+    assert run.file.read_bytes() == before
+
+    # More questions, fewer variants: what is there counts, and nothing else is asked.
+    more = run.run("--limit", "3", variants="full")
+    assert run.file.read_bytes().startswith(before)
+    assert len(run.lines) == 1 + 2 * len(VARIANTS) + 1
+    assert [outcome["n"] for outcome in more["variants"]] == [3]
+
+
+def test_an_answer_is_in_the_file_at_once(tmp_path: Path) -> None:
+    path, answer = tmp_path / "results.jsonl", Answer(3, "full", "Ünder", {"f1": 0.5}, 12.5, 9, 9, 0)
+    with Results(path, {"seed": 1}) as results:
+        results.add(answer)
+        assert path.read_bytes().count(b"\n") == 2
+        with Results(path, {"seed": 1}) as again:
+            assert (len(again), again[3, "full"]) == (1, answer)
+
+
+def test_a_line_cut_short_is_done_again(bench: Callable[..., Bench]) -> None:
+    run = bench(MUSIQUE)
+    run.run("--limit", "2")
+    whole = run.file.read_bytes()
+    kept = whole[: whole.rindex(b"\n", 0, -1) + 1]
+    run.file.write_bytes(whole[:-20])
+
+    run.run("--limit", "2")
+
+    assert run.file.read_bytes().startswith(kept)
+    texts = [(line["example"], line["variant"], line["text"]) for line in run.lines[1:]]
+    assert texts == [
+        (line["example"], line["variant"], line["text"]) for line in map(json.loads, whole.splitlines()[1:])
+    ]
+
+
+def test_results_of_other_settings_are_refused(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    run = bench(MUSIQUE)
+    run.run("--limit", "1", variants="anchored")
+    before = run.file.read_bytes()
+
+    with pytest.raises(InputError, match=r"results.jsonl: its answers are from other settings \(seed 0, now 7\); give"):
+        run.run("--limit", "1", "--seed", "7")
+    assert run.file.read_bytes() == before
+    for other in (b"a file of mine", b"a file\nof mine\n", b'{"settings": "x"}\n'):
+        run.file.write_bytes(other)
+        with pytest.raises(InputError, match="not a "):
+            run.run("--limit", "1")
+        assert run.file.read_bytes() == other
+
+
+def test_questions_that_do_not_fit_are_passed_over(bench: Callable[..., Bench]) -> None:
+    long = [{**MUSIQUE[0], "question": "why? " * size} for size in (5, 500, 6, 5000, 7)]
+    run = bench(long)
+
+    report = run.run(variants="anchored")
+
+    assert {line["example"] for line in run.lines[1:]} == {1, 3, 5}
+    assert report["too_long"] == 2
+    with pytest.raises(InputError, match=r"none of the 1 examples fits a context of 1024 tokens; raise --ctx"):
+        bench(long[3:4]).run("--results", run.file.with_name("other"))
+
+
+def test_the_table_and_the_drawing_have_every_variant(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    run = bench(ORACLE)
+    for suffix, beginning in (("svg", b"<?xml"), ("png", b"\x89PNG")):
+        shown = invoke(*run.arguments("--limit", "2", "--passages", "2", "--plot", tmp_path / f"plot.{suffix}"))
+
+        assert shown.startswith(f"{run.common[3].stem}: qa on data.jsonl, 2 questions\n")
+        assert all(f"\n  {name} " in shown for name in VARIANTS)
+        assert (tmp_path / f"plot.{suffix}").read_bytes().startswith(beginning)
+    for name, message in (("plot.doc", "its suffix must be one of"), ("no/plot.png", "there is no folder")):
+        with pytest.raises(InputError, match=message):
+            invoke(*run.arguments("--plot", tmp_path / name))
+
+
+def test_ctrl_c_keeps_what_is_done(bench: Callable[..., Bench]) -> None:
+    run = bench([{**ORACLE[number % 20], "title": f"title {number}"} for number in range(300)])
+    arguments = run.arguments("--passages", "8")
+    with started(*arguments) as command:
+        until(lambda: run.file.exists() and run.file.read_bytes().count(b"\n") > 3, command)
+        told = ""
+        while command.poll() is None:
+            # Pressed again where the first one is lost in a callback of llama.cpp's.
+            command.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                _, told = command.communicate(timeout=1)
+
+    assert command.returncode == 130
+    done = run.lines
+    assert f"stopped; {len(done) - 1} answers are in {run.file}: the same command goes on from there" in told
+    assert 3 < len(done) < 1 + len(VARIANTS) * 300
+    again = cpucache(*arguments, "--limit", str(len(done)))
+    assert again.status == 0, again.err
+    assert run.lines[: len(done)] == done
+    assert len(run.lines) == 1 + len(VARIANTS) * len(done)
+    assert again.err == "", "a bar is for terminals"

@@ -1,0 +1,199 @@
+"""Questions with passages: what is read from files, and in which words and ways it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from cpucache.bench.datasets import Example, Passage, read_examples
+from cpucache.bench.tasks import ALL_VARIANTS, TASKS, Variant, parse_variants
+from cpucache.errors import InputError
+from cpucache.pml import parse_prompt, parse_schema, resolve
+from cpucache.pml.tree import Role, Text, modules_of
+from tests.support.questions import MULTI_NEWS, MUSIQUE, ORACLE, TREC, write_data
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a file of examples, or of lines as they are."""
+    return partial(write_data, tmp_path)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("zipped", [False, True])
+def test_longbench_is_read(data: Callable[..., Path], zipped: bool) -> None:
+    examples = sorted(read_examples(data(MULTI_NEWS, zipped=zipped)), key=lambda example: example.line)
+
+    assert examples[2] == Example(
+        line=3,
+        question="",
+        passages=(
+            Passage("", "The river rose on day 3.\n\nNobody was hurt."),
+            Passage("", "A bridge in Passage 3: of the town was closed."),
+        ),
+        answers=("After 3 days of rain a bridge was closed.",),
+    )
+
+
+def test_longbench_with_classes_is_read(data: Callable[..., Path]) -> None:
+    (example,) = read_examples(data(TREC))
+
+    assert example.choices == ("a person", "a place")
+    assert example.passages == (Passage("", "Examples of questions."),)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_musique_is_read(data: Callable[..., Path], zipped: bool) -> None:
+    # Whether a file is zipped shows in it, not in its name; blank lines are none.
+    path = data([*MUSIQUE[:1], "", *MUSIQUE[1:]], name="anything", zipped=zipped)
+    examples = sorted(read_examples(path), key=lambda example: example.line)
+
+    assert [example.line for example in examples] == [1, 3, 4, 5, 6, 7]
+    assert examples[1].question == "Who wrote book 1?"
+    assert examples[1].answers == ("Ann & Bob", "Bob")
+    assert [passage.title for passage in examples[1].passages] == ["", "Paris"]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_gold_passages_stand_among_those_of_other_questions(data: Callable[..., Path], zipped: bool) -> None:
+    path = data(ORACLE, zipped=zipped)
+    examples = read_examples(path, passages=4, seed=3)
+
+    places = set()
+    for example in examples:
+        number = example.line - 1
+        own = Passage(f"T{number // 2}", f"No. {number}.")
+        assert len(set(example.passages)) == len(example.passages) == 4
+        assert example.passages.count(own) == 1
+        places.add(example.passages.index(own))
+        # The other passage of the same article may hold the answer as well.
+        assert sum(passage.title == own.title for passage in example.passages) == 1
+    assert places == {0, 1, 2, 3}
+    assert {len(example.passages) for example in read_examples(path)} == {5}
+    assert {len(example.passages) for example in read_examples(path, passages=1)} == {1}
+
+
+def test_the_seed_draws(data: Callable[..., Path]) -> None:
+    path = data(ORACLE)
+    one, again, other = (read_examples(path, seed=seed) for seed in (1, 1, 2))
+
+    assert one == again
+    assert [example.line for example in one] != [example.line for example in other]
+    assert {example.line for example in one} == {example.line for example in other} == set(range(1, 21))
+    assert {example.line: example for example in one} != {example.line: example for example in other}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "data.jsonl: there are no examples in it"),
+        ([MUSIQUE[0], "{'"], r"data.jsonl:2: not JSON \(.*one object is expected on each line"),
+        (["[]"], "data.jsonl:1: an object is expected on each line, not list"),
+        ([{"question": "?", "text": "t"}], "data.jsonl:1: no 'answers'"),
+        ([{"question": "?", "text": "t", "answers": []}], "data.jsonl:1: 'answers' is empty"),
+        ([{"question": "?", "text": "t", "answers": ["a", 1]}], "data.jsonl:1: 'answers' is not a list of texts"),
+        ([{"question": "?", "answers": ["a"]}], "data.jsonl:1: no passages: one of 'context', 'ctxs' and 'text'"),
+        ([{"text": "?", "answers": ["a"]}], "data.jsonl:1: no 'question'"),
+        ([{"question": 3, "text": "t", "answers": ["a"]}], "data.jsonl:1: 'question' is not text"),
+        ([{"question": "?", "ctxs": "t", "answers": ["a"]}], "data.jsonl:1: 'ctxs' is a list of objects"),
+        ([{"question": "?", "ctxs": [{"title": "t"}], "answers": ["a"]}], "data.jsonl:1: no 'text'"),
+        ([{"context": "t", "answers": ["a"]}], "data.jsonl:1: no 'input'"),
+        ([{"context": "Passage 1:\n", "input": "", "answers": ["a"]}], "data.jsonl:1: 'context' is empty"),
+        (ORACLE[:5], "data.jsonl:1: the file has 3 passages of other questions, too few for --passages 5"),
+    ],
+)
+def test_a_bad_file_is_told_with_its_line(data: Callable[..., Path], lines: list[Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_examples(data(lines))
+
+
+def test_a_file_that_can_not_be_read_is_told(data: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing: can't be read: No such file"):
+        read_examples(tmp_path / "nothing")
+    path = data(ORACLE, zipped=True)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="the gzip file is damaged"):
+        read_examples(path)
+    path.write_bytes(b"{}\n\xff\n")
+    with pytest.raises(InputError, match=r"data.jsonl:2: not UTF-8"):
+        read_examples(path)
+    with pytest.raises(InputError, match="its questions come with their passages; leave --passages out"):
+        read_examples(data(MUSIQUE), passages=3)
+
+
+# ---- asking --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("task", "records"), [("qa", MUSIQUE), ("qa", ORACLE), ("summary", MULTI_NEWS), ("choice", TREC)]
+)
+def test_every_passage_becomes_a_module(data: Callable[..., Path], task: str, records: list[Any]) -> None:
+    for example in read_examples(data(records)):
+        asked = TASKS[task]
+        schema = parse_schema(asked.schema(example, Variant("anchored")))
+        prompt = parse_prompt(asked.prompt(example))
+
+        resolve(prompt, schema)
+        (system,) = schema.children
+        assert isinstance(system, Role)
+        assert isinstance(system.children[0], Text)
+        modules = modules_of(schema)
+        assert list(modules) == [f"p{number}" for number in range(1, len(example.passages) + 1)]
+        for module, passage in zip(modules.values(), example.passages, strict=True):
+            (text,) = module.children
+            assert isinstance(text, Text)
+            assert passage.title in text.text
+            # XML has no way to write a null character.
+            assert passage.text.replace("\x00", " ").strip() in text.text
+        assert all(choice in system.children[0].text for choice in example.choices)
+        *references, turn = prompt.children
+        assert len(references) == len(modules)
+        assert example.question in turn.text
+
+
+def test_a_choice_needs_choices(data: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="line 1 of the data has no choices"):
+        TASKS["choice"].check(read_examples(data(MUSIQUE[:1]))[0])
+
+
+def test_variants_are_what_their_names_say(data: Callable[..., Path]) -> None:
+    (example,) = read_examples(data(MUSIQUE[:1]))
+    variants = {variant.name: variant for variant in parse_variants(f"{ALL_VARIANTS},alone+link:8")}
+    schemas = {name: ElementTree.fromstring(TASKS["qa"].schema(example, variant)) for name, variant in variants.items()}
+
+    assert {name: variant.settings for name, variant in variants.items()} == {
+        "full": {"use_cache": False},
+        "alone": {"use_cache": True},
+        "anchored": {"use_cache": True},
+        "link:16": {"use_cache": True, "link_tokens": 16},
+        "scaffold": {"use_cache": True},
+        "recompute:0.15": {"use_cache": True, "recompute": 0.15},
+        "alone+link:8": {"use_cache": True, "link_tokens": 8},
+    }
+    assert {name for name, schema in schemas.items() if schema.get("anchor") == "none"} == {"alone", "alone+link:8"}
+    assert {name: each.get("modules") for name, schema in schemas.items() for each in schema.findall("scaffold")} == {
+        "scaffold": "p1 p2"
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("full,links:3", "unknown variant 'links:3': known are full, anchored, alone, scaffold, link:K, recompute:R"),
+        ("", "unknown variant ''"),
+        ("link", "variant 'link': write tokens behind a colon, as in link:16"),
+        ("link:0", "variant 'link:0': write tokens"),
+        ("recompute:1.5", "variant 'recompute:1.5': write a share up to 1 behind a colon, as in recompute:0.15"),
+        ("recompute:nan", "variant 'recompute:nan'"),
+        ("full+link:3", "can't be combined"),
+        ("link:2+link:3", "can't be combined"),
+        ("full,alone,full", "variant 'full' is given twice"),
+    ],
+)
+def test_a_variant_that_is_none_is_told(names: str, message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        parse_variants(names)
+    assert message in str(raised.value)
