@@ -174,7 +174,7 @@ VOCABULARIES: dict[str, dict[str, Any]] = {
 }
 
 
-def check(
+def check_logits(
     path: Path,
     case: Case,
     *,
@@ -213,30 +213,30 @@ def check(
 @pytest.mark.parametrize("positions", ["reserved", "packed"])
 @pytest.mark.parametrize("ahead", [False, True], ids=["on demand", "ahead"])
 def test_spliced_logits(name: str, positions: Positions, ahead: bool, tiny: TinyModel) -> None:
-    check(tiny("llama"), CASES[name], positions=positions, ahead=ahead)
+    check_logits(tiny("llama"), CASES[name], positions=positions, ahead=ahead)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_spliced_logits_packed_from_reserved(name: str, tiny: TinyModel) -> None:
-    check(tiny("llama"), CASES[name], packed=True)
+    check_logits(tiny("llama"), CASES[name], packed=True)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("vocabulary", ["bpe with BOS", "spm with BOS"])
 def test_spliced_logits_under_vocabularies_with_bos(name: str, vocabulary: str, tiny: TinyModel) -> None:
-    check(tiny("llama", **VOCABULARIES[vocabulary]), CASES[name])
+    check_logits(tiny("llama", **VOCABULARIES[vocabulary]), CASES[name])
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 def test_spliced_logits_with_smaller_keys(name: str, kv_type: KVType, tiny: TinyModel) -> None:
-    check(tiny("llama"), CASES[name], kv_type=kv_type, packed=True)
+    check_logits(tiny("llama"), CASES[name], kv_type=kv_type, packed=True)
 
 
 @pytest.mark.parametrize("settings", [{"n_kv_head": 4, "seed": 3}, {"n_kv_head": 1, "rope_base": 500000.0}], ids=str)
 def test_spliced_logits_of_other_shapes(settings: dict[str, Any], tiny: TinyModel) -> None:
     for case in CASES.values():
-        check(tiny("llama", **settings), case)
+        check_logits(tiny("llama", **settings), case)
 
 
 @pytest.mark.parametrize("name", ["siblings", "nesting", "unions", "a union with a scaffold", "parameters"])

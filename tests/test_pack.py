@@ -69,7 +69,7 @@ class Packed:
         with Store(self.home, ram_budget=0) as store:
             return import_pack(store, self.path, fingerprint=fingerprint)[1]
 
-    def refused(self, match: str, fingerprint: str | None = None) -> None:
+    def expect_refused(self, match: str, fingerprint: str | None = None) -> None:
         """The pack is refused, and the store is as it was."""
         before = content(self.home)
         with pytest.raises(InputError, match=match) as caught:
@@ -129,7 +129,7 @@ def test_an_engine_answers_from_imported_slices(tiny: Callable[..., Path], tmp_p
 def test_a_name_that_is_no_slice_of_the_pack(name: str, instead: bool, packed: Packed) -> None:
     members = packed.members()
     packed.write([*members[: -1 if instead else None], (tarfile.TarInfo(name), members[-1][1])])
-    packed.refused("does not belong into a pack")
+    packed.expect_refused("does not belong into a pack")
     assert not Path("/evil").exists()
 
 
@@ -138,7 +138,7 @@ def test_a_slice_under_a_path(prefix: str, packed: Packed) -> None:
     members = packed.members()
     members[2][0].name = prefix + members[2][0].name
     packed.write(members)
-    packed.refused("does not belong into a pack")
+    packed.expect_refused("does not belong into a pack")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_member_that_is_no_file(kind: bytes, instead: bool, packed: Packed) ->
     entry = tarfile.TarInfo(members[1][0].name if instead else "evil")
     entry.type, entry.linkname = kind, members[2][0].name
     packed.write([*members[:1], (entry, b""), *members[2 if instead else 1 :]])
-    packed.refused("does not belong into a pack")
+    packed.expect_refused("does not belong into a pack")
 
 
 def test_a_manifest_that_is_a_link(packed: Packed) -> None:
@@ -160,20 +160,20 @@ def test_a_manifest_that_is_a_link(packed: Packed) -> None:
     entry = tarfile.TarInfo("pack.json")
     entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
     packed.write([(entry, b""), *members[1:]])
-    packed.refused("does not begin with pack.json")
+    packed.expect_refused("does not begin with pack.json")
 
 
 def test_a_slice_twice(packed: Packed) -> None:
     members = packed.members()
     packed.write([*members, members[1]])
-    packed.refused("does not belong into a pack")
+    packed.expect_refused("does not belong into a pack")
 
 
 @pytest.mark.parametrize("which", [1, 2, 3])
 def test_a_missing_slice(which: int, packed: Packed) -> None:
     members = packed.members()
     packed.write(members[:which] + members[which + 1 :])
-    packed.refused("1 of its slices are missing")
+    packed.expect_refused("1 of its slices are missing")
 
 
 def test_a_slice_of_another_model(packed: Packed) -> None:
@@ -184,13 +184,13 @@ def test_a_slice_of_another_model(packed: Packed) -> None:
     entry = tarfile.TarInfo(f"{packed.foreign}.safetensors")
     foreign = packed.files.path(packed.foreign).read_bytes()
     packed.write([(members[0][0], json.dumps(manifest).encode()), members[1], (entry, foreign), members[3]])
-    packed.refused("belongs to another model")
+    packed.expect_refused("belongs to another model")
 
 
 def test_a_slice_under_the_name_of_another(packed: Packed) -> None:
     members = packed.members()
     packed.write([members[0], (members[1][0], members[2][1]), (members[2][0], members[1][1]), members[3]])
-    packed.refused("a slice is damaged")
+    packed.expect_refused("a slice is damaged")
 
 
 def test_tokens_that_are_not_those_of_the_key(packed: Packed) -> None:
@@ -199,7 +199,7 @@ def test_tokens_that_are_not_those_of_the_key(packed: Packed) -> None:
     at = data.index(TOKENS.tobytes())
     data[at] ^= 1
     packed.write([members[0], (members[1][0], bytes(data)), *members[2:]])
-    packed.refused("a slice is damaged")
+    packed.expect_refused("a slice is damaged")
 
 
 def test_a_flipped_byte_anywhere_in_a_state(packed: Packed) -> None:
@@ -208,11 +208,11 @@ def test_a_flipped_byte_anywhere_in_a_state(packed: Packed) -> None:
     begin = good.index(state)
     for at in (begin, begin + 2500, begin + 4999):
         packed.path.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
-        packed.refused("a slice is damaged")
+        packed.expect_refused("a slice is damaged")
 
 
 def test_a_pack_for_another_model_than_asked_for(packed: Packed) -> None:
-    packed.refused(r"it was made for another model \(model\)", fingerprint="another")
+    packed.expect_refused(r"it was made for another model \(model\)", fingerprint="another")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_manifest_that_is_wrong(change: dict[str, Any], packed: Packed) -> Non
     members = packed.members()
     manifest = json.dumps(json.loads(members[0][1]) | change).encode()
     packed.write([(members[0][0], manifest), *members[1:]])
-    packed.refused(r"pack.json|another model")
+    packed.expect_refused(r"pack.json|another model")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_manifest_that_is_wrong(change: dict[str, Any], packed: Packed) -> Non
 def test_a_manifest_that_is_none(manifest: bytes, packed: Packed) -> None:
     members = packed.members()
     packed.write([(members[0][0], manifest), *members[1:]])
-    packed.refused("pack.json can't be read")
+    packed.expect_refused("pack.json can't be read")
 
 
 def test_a_truncated_pack(packed: Packed) -> None:
@@ -248,13 +248,13 @@ def test_a_truncated_pack(packed: Packed) -> None:
     whole = sum(512 + -(-len(data) // 512) * 512 for _, data in packed.members())
     for length in (0, 1, 511, 512, 700, 1024, 1500, 2000, whole // 2, whole - 512, whole - 1000):
         packed.path.write_bytes(good[:length])
-        packed.refused(r"pack|missing|truncated")
+        packed.expect_refused(r"pack|missing|truncated")
 
 
 def test_what_is_no_archive_at_all(packed: Packed) -> None:
     for data in (b"no archive", b"\0" * 10240, b"\x1f\x8b" + b"x" * 5000):
         packed.path.write_bytes(data)
-        packed.refused("pack")
+        packed.expect_refused("pack")
 
 
 def test_a_sparse_member_does_not_fill_the_disk(packed: Packed) -> None:
@@ -265,7 +265,7 @@ def test_a_sparse_member_does_not_fill_the_disk(packed: Packed) -> None:
         for member, data in [members[0], (entry, b"0\n".ljust(512, b"\0")), *members[2:]]:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    packed.refused("does not belong into a pack")
+    packed.expect_refused("does not belong into a pack")
 
 
 # ---- exporting, and budgets ------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ CROWD = Case(
 )
 
 
-def check(
+def check_logits(
     path: Path,
     case: Case,
     link: int,
@@ -90,30 +90,30 @@ def check(
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("link", [1, 4, 12])
 def test_link_tokens(name: str, link: int, tiny: TinyModel) -> None:
-    check(tiny("llama"), CASES[name], link)
+    check_logits(tiny("llama"), CASES[name], link)
 
 
 @pytest.mark.parametrize("link", [1, 5])
 @pytest.mark.parametrize("positions", ["reserved", "packed"])
 def test_link_tokens_in_other_sights(link: int, positions: Positions, tiny: TinyModel) -> None:
     for case in (*SETS.values(), *UNANCHORED.values()):
-        check(tiny("llama"), case, link, positions=positions)
+        check_logits(tiny("llama"), case, link, positions=positions)
 
 
 @pytest.mark.parametrize("name", ["siblings", "nesting", "parameters", "roles"])
 def test_link_tokens_with_bos(name: str, tiny: TinyModel) -> None:
-    check(tiny("llama", add_bos=True), CASES[name], 3)
+    check_logits(tiny("llama", add_bos=True), CASES[name], 3)
 
 
 @pytest.mark.parametrize("name", ["siblings", "nesting", "unions", "parameters", "another order"])
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 def test_link_tokens_with_smaller_keys(name: str, kv_type: KVType, tiny: TinyModel) -> None:
-    check(tiny("llama"), CASES[name], 3, kv_type=kv_type)
+    check_logits(tiny("llama"), CASES[name], 3, kv_type=kv_type)
 
 
 @pytest.mark.parametrize("link", [2, 30])
 def test_more_modules_than_sequences(link: int, tiny: TinyModel) -> None:
-    check(tiny("llama"), CROWD, link)
+    check_logits(tiny("llama"), CROWD, link)
 
 
 RULES: dict[str, Choose] = {
@@ -127,7 +127,7 @@ RULES: dict[str, Choose] = {
 @pytest.mark.parametrize("link", [0, 3])
 def test_recomputed_tokens(rule: str, link: int, tiny: TinyModel) -> None:
     for name in ("siblings", "text between modules", "nesting", "parameters", "unions", "another order", "roles"):
-        check(tiny("llama"), CASES[name], link, RULES[rule])
+        check_logits(tiny("llama"), CASES[name], link, RULES[rule])
 
 
 # ---- what the rule chooses -------------------------------------------------------------------------------------------

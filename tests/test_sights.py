@@ -16,7 +16,7 @@ from cpucache.store import Store
 from tests.support.reference import KV, ReferenceLlama, causal
 from tests.support.workbench import PLENTY, distance, opened
 from tests.test_layout import lay, shown, text
-from tests.test_modular_reuse import ASK, CASES, TOLERANCE, Case, check
+from tests.test_modular_reuse import ASK, CASES, TOLERANCE, Case, check_logits
 
 TinyModel = Callable[..., Path]
 
@@ -259,12 +259,12 @@ PLACED = pytest.mark.parametrize(
 def test_spliced_logits(cases: dict[str, Case], positions: Positions, packed: bool | None, tiny: TinyModel) -> None:
     for case in cases.values():
         for ahead in (False, True):
-            check(tiny("llama"), case, positions=positions, packed=packed, ahead=ahead)
+            check_logits(tiny("llama"), case, positions=positions, packed=packed, ahead=ahead)
 
 
 def test_spliced_logits_with_bos(tiny: TinyModel) -> None:
     for case in (*SETS.values(), *SETS_UNANCHORED.values()):
-        check(tiny("llama", add_bos=True), case)
+        check_logits(tiny("llama", add_bos=True), case)
 
 
 ALL = {

@@ -7,6 +7,7 @@ import os
 import resource
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -150,20 +151,25 @@ def test_no_changed_byte_gives_a_changed_state(tmp_path: Path) -> None:
             assert same(found, state(64))  # what describes the slice to people may change unseen
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path, small_files: None) -> None:
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     files = SliceFiles(tmp_path)
-    with pytest.raises(OSError, match=r"."):
+    with small_files(), pytest.raises(OSError, match="File too large"):
         files.put(KEY, state(100_000), TOKENS, INFO)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 16 KiB: writing fails as on a full files."""
+    """No file may grow beyond 16 KiB: writing fails as on a full disk.
+
+    Not a fixture: what the test runner prints may go to a longer file.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # ---- both tiers ------------------------------------------------------------------------------------------------------
@@ -241,12 +247,13 @@ def test_a_folder_that_can_t_be_written_is_reported_once(tmp_path: Path, caplog:
     assert str(tmp_path / "file") in caplog.text
 
 
-def test_a_full_disk_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, small_files: None) -> None:
+def test_a_full_disk_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(tmp_path, ram_budget=1 << 20)
-    for seed, key in enumerate((KEY, OTHER)):
-        store.put(key, state(100_000, seed), TOKENS, INFO)
-        assert same(store.get(key), state(100_000, seed))
-        store.flush()
+    with small_files():
+        for seed, key in enumerate((KEY, OTHER)):
+            store.put(key, state(100_000, seed), TOKENS, INFO)
+            assert same(store.get(key), state(100_000, seed))
+            store.flush()
     assert "going on from memory" in caplog.text
     assert not store.writable
     assert len(caplog.records) == 1
