@@ -164,14 +164,17 @@ def test_variants_are_what_their_names_say(data: Callable[..., Path]) -> None:
     variants = {variant.name: variant for variant in parse_variants(f"{ALL_VARIANTS},alone+link:8")}
     schemas = {name: ElementTree.fromstring(TASKS["qa"].schema(example, variant)) for name, variant in variants.items()}
 
-    assert {name: variant.settings for name, variant in variants.items()} == {
-        "full": {"use_cache": False},
-        "alone": {"use_cache": True},
-        "anchored": {"use_cache": True},
-        "link:16": {"use_cache": True, "link_tokens": 16},
-        "scaffold": {"use_cache": True},
-        "recompute:0.15": {"use_cache": True, "recompute": 0.15},
-        "alone+link:8": {"use_cache": True, "link_tokens": 8},
+    assert [name for name, variant in variants.items() if not variant.cached] == ["full"]
+    nothing = {"lead_tokens": 0, "link_tokens": 0, "recompute": 0}
+    assert {name: variant.fidelity for name, variant in variants.items()} == {
+        "full": nothing,
+        "alone": nothing,
+        "anchored": nothing,
+        "lead:32": {**nothing, "lead_tokens": 32},
+        "link:16": {**nothing, "link_tokens": 16},
+        "scaffold": nothing,
+        "recompute:0.1": {**nothing, "recompute": 0.1},
+        "alone+link:8": {**nothing, "link_tokens": 8},
     }
     assert {name for name, schema in schemas.items() if schema.get("anchor") == "none"} == {"alone", "alone+link:8"}
     assert {name: each.get("modules") for name, schema in schemas.items() for each in schema.findall("scaffold")} == {
@@ -182,7 +185,10 @@ def test_variants_are_what_their_names_say(data: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("full,links:3", "unknown variant 'links:3': known are full, anchored, alone, scaffold, link:K, recompute:R"),
+        (
+            "full,links:3",
+            "unknown variant 'links:3': known are full, anchored, alone, scaffold, lead:K, link:K, recompute:R",
+        ),
         ("", "unknown variant ''"),
         ("link", "variant 'link': write tokens behind a colon, as in link:16"),
         ("link:0", "variant 'link:0': write tokens"),

@@ -182,6 +182,7 @@ def check_logits(
     positions: Positions = "reserved",
     packed: bool | None = None,
     ahead: bool = False,
+    lead: int = 0,
 ) -> None:
     """Every prompt of ``case``, one after the other on one workspace, against the oracle."""
     reference = ReferenceLlama(path)
@@ -196,8 +197,8 @@ def check_logits(
         for attributes, content in case.prompts:
             prompt = parse_prompt(f"<prompt schema='s' {attributes}>{content}</prompt>")
             included = resolve(prompt, schema)
-            plan = bind(layout, included, packed=packed)
-            parts = oracle.placed(included, packed=bool(packed) or positions == "packed")
+            plan = bind(layout, included, packed=packed, lead=lead)
+            parts = oracle.placed(included, packed=bool(packed) or positions == "packed", lead=lead)
             assert plan.tokens.tolist() == [token for _, tokens, _ in parts for token in tokens]
             assert [start for span in plan.spans for start in range(span.start, span.end)] == [
                 place for start, tokens, _ in parts for place in range(start, start + len(tokens))
@@ -214,6 +215,13 @@ def check_logits(
 @pytest.mark.parametrize("ahead", [False, True], ids=["on demand", "ahead"])
 def test_spliced_logits(name: str, positions: Positions, ahead: bool, tiny: TinyModel) -> None:
     check_logits(tiny("llama"), CASES[name], positions=positions, ahead=ahead)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("positions", ["reserved", "packed"])
+@pytest.mark.parametrize("lead", [1, 8, 40])
+def test_leads(name: str, positions: Positions, lead: int, tiny: TinyModel) -> None:
+    check_logits(tiny("llama"), CASES[name], positions=positions, lead=lead)
 
 
 @pytest.mark.parametrize("name", CASES)

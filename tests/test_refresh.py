@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cpucache.engine import Engine
-from cpucache.engine.tuning import DEFAULT, LEVELS, Tuning, tuning_of
+from cpucache.engine.tuning import DEFAULT, LEVELS, Fidelity, Tuning
 from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Plan, Positions, Refresh, SchemaLayout, Segment, bind
 from cpucache.layout.recompute import Relevance
@@ -67,7 +68,7 @@ def check_logits(
 
         for attributes, content in case.prompts:
             included = resolve(parse_prompt(f"<prompt schema='s' {attributes}>{content}</prompt>"), schema)
-            plan = bind(layout, included, refresh=Refresh(link, {}, rule))
+            plan = bind(layout, included, packed=True, refresh=Refresh(link, {}, rule))
             found = oracle.renewed(included, lambda run: link, choose)
             assert plan.tokens.tolist() == [token for (_, tokens, _), _ in found for token in tokens]
             assert [start for span in plan.spans for start in range(span.start, span.end)] == list(range(plan.n_tokens))
@@ -200,7 +201,7 @@ def test_link_tokens_as_many_as_there_are_is_full_prefill(name: str, tiny: TinyM
         workspace = Workspace(context, Store(None, ram_budget=PLENTY), "model")
         for attributes, content in case.prompts:
             included = resolve(parse_prompt(f"<prompt schema='s' {attributes}>{content}</prompt>"), schema)
-            plan = bind(layout, included, refresh=Refresh(1000))
+            plan = bind(layout, included, packed=True, refresh=Refresh(1000))
             # Slices that have seen all before them are as good as new.
             seen: list[Segment] = []
             for segment in plan.segments:
@@ -265,8 +266,7 @@ def test_a_module_counts_before_the_call_the_call_before_the_schema_the_schema_b
         assert renewed(running, link_tokens=0) == {"": 0, "a": 0, "a.in": 0, "b": 0, "c": 0}
         assert renewed(running, fidelity="fast") == {"": 0, "a": 0, "a.in": 0, "b": 3, "c": 0}
         running.add_schema(parse_schema(LINKED.format(attributes="anchor='none'")))
-        assert renewed(running)["b"] == 0
-        assert (renewed(running)["a"], renewed(running)["a.in"]) == (5, 5)
+        assert renewed(running, fidelity="fast") == {"": 0, "a": 5, "a.in": 5, "b": 0, "c": 0}
         assert renewed(running, link_tokens=2) == {"": 0, "a": 5, "a.in": 5, "b": 2, "c": 0}
         assert renewed(running, fidelity="fast", link_tokens=1)["b"] == 1
         # All have seen one another: there is nothing to renew.
@@ -275,23 +275,35 @@ def test_a_module_counts_before_the_call_the_call_before_the_schema_the_schema_b
         assert renewed(running, recompute=0.25)["a"] > 5
 
 
-def test_without_links_positions_are_the_schema_s(tiny: TinyModel, tmp_path: Path) -> None:
+def test_where_nothing_is_renewed_positions_are_the_schema_s(tiny: TinyModel, tmp_path: Path) -> None:
+    modules = "".join(f"<module name='{name}'>text {name * 40}</module>" for name in "abc")
     with engine(tiny("llama"), tmp_path) as running:
-        running.add_schema(parse_schema("<schema name='s'><module name='a'>aaa</module><module name='b'/></schema>"))
-        layout = running.planner.layout("s")
+        layout = running.add_schema(parse_schema(f"<schema name='s'>Root.{modules}</schema>"))
         assert Tuning().refresh(layout, running.planner.relevance) is None
-        assert Tuning(link_tokens=1).refresh(layout, running.planner.relevance) is not None
+
+        def starts(prompt: str, **settings: Any) -> list[int]:
+            return [span.start for span in running.plan(f"<prompt schema='s'>{prompt}?</prompt>", **settings).spans]
+
+        homes = [segment.home for segment in layout.segments]
+        # Whatever stands behind a gap has a gap to be evaluated behind.
+        assert starts("<a/><c/>", fidelity="fast")[:3] == [homes[0], homes[1], homes[3]]
+        assert starts("<a/><c/>", link_tokens=1)[:3] == [homes[0], homes[1], homes[2]]
+        assert starts("<c/>", link_tokens=1)[:2] == [homes[0], homes[3]]
+        assert starts("<a/><b/><c/>")[:4] == homes
 
 
 def test_levels() -> None:
     schema = parse_schema("<schema name='s' link='3'>x</schema>")
-    assert tuning_of(schema) == tuning_of(schema, DEFAULT)
-    assert tuning_of(schema, "fast") == Tuning(3)
-    assert tuning_of(schema, "balanced", recompute=0) == Tuning(3)
-    assert tuning_of(schema, "high", 0, 0.5) == Tuning(0, 0.5, exact=True)
-    assert [tuning_of(parse_schema("<schema name='s'>x</schema>"), level) for level in LEVELS] == list(LEVELS.values())
-    assert [(LEVELS[level].recompute > 0, LEVELS[level].exact) for level in LEVELS] == [
-        *[(False, False), (True, False), (False, True)]
+    assert Fidelity().tuning(schema) == Fidelity(DEFAULT).tuning(schema)
+    assert Fidelity().tuning(schema, Fidelity("fast")) == Fidelity("fast").tuning(schema) == Tuning(link_tokens=3)
+    assert Fidelity("balanced", 8, recompute=0).tuning(schema) == Tuning(lead_tokens=8, link_tokens=3)
+    assert Fidelity("high", link_tokens=0, recompute=0.5).tuning(schema) == Tuning(recompute=0.5, exact=True)
+    # Without a level, what is said is all that is done.
+    assert Fidelity(recompute=0.5).tuning(schema, Fidelity("balanced")) == Tuning(link_tokens=3, recompute=0.5)
+    plain = parse_schema("<schema name='s'>x</schema>")
+    assert [Fidelity(level).tuning(plain) for level in LEVELS] == list(LEVELS.values())
+    assert [(level.lead_tokens > 0, level.recompute > 0, level.exact) for level in LEVELS.values()] == [
+        *[(False, False, False), (True, True, False), (False, False, True)]
     ]
 
 

@@ -13,7 +13,7 @@ from cpucache.bench.datasets import Example
 from cpucache.bench.results import Answer, Results
 from cpucache.bench.scores import Interval, paired_interval
 from cpucache.bench.series import Series
-from cpucache.bench.tasks import FULL, SCHEMA, Task, Variant
+from cpucache.bench.tasks import FULL, Task, Variant
 from cpucache.engine import Engine
 from cpucache.errors import InputError, PMLError
 from cpucache.pml import parse_schema
@@ -176,9 +176,12 @@ def _chosen(engine: Engine, examples: Sequence[Example], task: Task, limit: int 
 
 def _answer(engine: Engine, example: Example, task: Task, variant: Variant) -> Answer:
     _add_schema(engine, example, task, variant)
-    encoded = engine.encode(SCHEMA).tokens if variant.cached else 0
+    prompt = task.prompt(example)
+    encoded = engine.encode_for(prompt, **variant.fidelity).tokens if variant.cached else 0
     engine.workspace.reset()
-    reply = engine.generate(task.prompt(example), max_tokens=task.max_tokens, stop=task.stop, **variant.settings)
+    reply = engine.generate(
+        prompt, max_tokens=task.max_tokens, stop=task.stop, use_cache=variant.cached, **variant.fidelity
+    )
     return Answer(
         example=example.line,
         variant=variant.name,

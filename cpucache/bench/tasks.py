@@ -131,29 +131,29 @@ class Variant:
     """One way of answering: what is reused, and what is evaluated afresh.
 
     ``anchored``: modules see the text of the schema that stands before them. ``scaffold``: all modules are encoded
-    together besides. ``link_tokens`` and ``recompute`` are the engine's.
+    together besides. ``lead_tokens``, ``link_tokens`` and ``recompute`` are the engine's.
     """
 
     name: str
     cached: bool = True
     anchored: bool = True
     scaffold: bool = False
+    lead_tokens: int = 0
     link_tokens: int = 0
     recompute: float = 0.0
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What the engine is told."""
-        settings: dict[str, Any] = {"use_cache": self.cached}
-        if self.link_tokens:
-            settings["link_tokens"] = self.link_tokens
-        if self.recompute:
-            settings["recompute"] = self.recompute
-        return settings
+    def fidelity(self) -> dict[str, Any]:
+        """How exact the engine is told to be."""
+        return {
+            "lead_tokens": self.lead_tokens,
+            "link_tokens": self.link_tokens,
+            "recompute": self.recompute,
+        }
 
 
 FULL = "full"
-ALL_VARIANTS = "full,alone,anchored,link:16,scaffold,recompute:0.15"
+ALL_VARIANTS = "full,alone,anchored,lead:32,link:16,scaffold,recompute:0.1"
 
 _PLAIN: dict[str, dict[str, Any]] = {
     FULL: {"cached": False},
@@ -184,12 +184,14 @@ def _variant(name: str) -> Variant:
     for part, kind in zip(parts, kinds, strict=True):
         if part in _PLAIN:
             variant = replace(variant, **_PLAIN[part])
+        elif kind == "lead":
+            variant = replace(variant, lead_tokens=_number(part, int, "lead:32", "tokens", 1 << 30))
         elif kind == "link":
             variant = replace(variant, link_tokens=_number(part, int, "link:16", "tokens", 1 << 30))
         elif kind == "recompute":
             variant = replace(variant, recompute=_number(part, float, "recompute:0.15", "a share up to 1", 1))
         else:
-            known = ", ".join((*_PLAIN, "link:K", "recompute:R"))
+            known = ", ".join((*_PLAIN, "lead:K", "link:K", "recompute:R"))
             raise InputError(f"unknown variant '{name}': known are {known}, and several joined by +")
     return variant
 

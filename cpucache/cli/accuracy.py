@@ -51,8 +51,8 @@ _PATIENCE = 3600.0
     "--variants",
     default=ALL_VARIANTS,
     metavar="NAMES",
-    help="Ways of answering, with commas between: full, alone, anchored, link:K, scaffold, recompute:R, and several at "
-    "once as in alone+link:16.  [default: each, with link:16 and recompute:0.15]",
+    help="Ways of answering, with commas between: full, alone, anchored, lead:K, link:K, scaffold, recompute:R, and "
+    "several at once as in alone+link:16.  [default: each, with lead:32, link:16 and recompute:0.1]",
 )
 @click.option(
     "--results",
@@ -80,8 +80,8 @@ def accuracy(
 
     Each passage of a question becomes a module, and every variant answers the question from them: with full prefill,
     from modules encoded on their own (alone) or in sight of the instruction (anchored, the default of schemas), and
-    with what link tokens, scaffolds and recomputing add. Scores are LongBench's. Questions that do not fit the context
-    are passed over.
+    with what leads, link tokens, scaffolds and recomputing add. Scores are LongBench's. Questions that do not fit the
+    context are passed over.
 
     \b
     cpucache bench accuracy --data musique.jsonl.gz --task qa --limit 60 --results musique.jsonl

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cpucache.cli.console import seconds, times, token_bar
+from cpucache.cli.options import FIDELITY
 from cpucache.engine import Engine, Reply
 from cpucache.engine.planner import Message
 from cpucache.pml.tree import Prompt
@@ -58,7 +59,8 @@ def compare(
         uncached = engine.generate(**asked, use_cache=False, progress=progress, **settings)
     with token_bar("encoding, once", shown=not quiet) as progress:
         if prompt is not None:
-            encoded = engine.encode_for(prompt, progress, fidelity=settings.get("fidelity"))
+            exactness = {name: settings[name] for name in FIDELITY if name in settings}
+            encoded = engine.encode_for(prompt, progress, **exactness)
         else:
             # The blocks of what is no PML are saved by whoever evaluates them.
             engine.generate(**asked, progress=progress, **settings | {"max_tokens": 1})

@@ -9,6 +9,7 @@ import click
 
 from cpucache.engine.tuning import DEFAULT, LEVELS
 from cpucache.layout import BLOCK
+from cpucache.layout.lead import LEAD
 from cpucache.models import default_model
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -99,15 +100,28 @@ def positions_option(command: Command) -> Command:
     )(command)
 
 
+FIDELITY = ("fidelity", "lead_tokens", "link_tokens", "recompute")
+"""The keywords of ``Engine.plan`` that say how exact a prompt is to be."""
+
+
 def fidelity_options(command: Command) -> Command:
     """How exact a prompt is to be, see ``split_fidelity``."""
     options = (
         click.option(
             "--fidelity",
             type=click.Choice(list(LEVELS)),
-            help="How much is done about modules not having seen one another. fast: the schema's scaffolds are used; "
-            "balanced: a tenth of their tokens is evaluated afresh, where the question points; high: a combination of "
-            f"them is evaluated whole the first time, and is exact ever after.  [default: {DEFAULT}]",
+            help="How much is done about modules not having seen one another. balanced: those in the schema's order "
+            "have been encoded in sight of the end of the one before, and a tenth of the others is evaluated afresh; "
+            "fast: nothing; high: a combination of them is evaluated whole the first time, and is exact ever after.  "
+            f"[default: {DEFAULT}]",
+        ),
+        click.option(
+            "--lead",
+            "lead_tokens",
+            type=click.IntRange(0),
+            metavar="K",
+            help="Use modules as they were encoded in sight of the last K tokens of the one before them in the schema, "
+            f"where that stands before them.  [default: {LEAD}, for balanced]",
         ),
         click.option(
             "--link",
@@ -121,8 +135,8 @@ def fidelity_options(command: Command) -> Command:
             "--recompute",
             type=click.FloatRange(0, 1),
             metavar="R",
-            help="Evaluate this share of the modules' tokens afresh: of the modules that have most words in common "
-            "with the question.",
+            help="Evaluate this share of the tokens of modules without a lead afresh: of those that have most words in "
+            "common with the question.  [default: 0.1, for balanced]",
         ),
     )
     for option in reversed(options):
@@ -132,7 +146,7 @@ def fidelity_options(command: Command) -> Command:
 
 def split_fidelity(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of ``fidelity_options`` out of all options, as ``Engine.plan`` takes them."""
-    return {name: options.pop(name) for name in ("fidelity", "link_tokens", "recompute")}
+    return {name: options.pop(name) for name in FIDELITY}
 
 
 def sampling_options(command: Command) -> Command:

@@ -185,6 +185,7 @@ class _Changes:
             self._layout,
             self._included,
             file=self._prompt.file,
+            lead=self._tuning.lead_tokens,
             refresh=refresh,
         )
 
@@ -221,6 +222,7 @@ class _Changes:
             # What belongs to the schema itself is found under it.
             replace(self._included, scope=schema),
             file=self._prompt.file,
+            lead=self._tuning.lead_tokens,
             refresh=self._tuning.refresh(self._layout, self._engine.planner.relevance),
         )
 

@@ -22,7 +22,7 @@ from cpucache.engine.reply import Reply
 from cpucache.engine.session import Session, WhenFull
 from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
-from cpucache.engine.tuning import Level, tuning_of
+from cpucache.engine.tuning import DEFAULT, Fidelity, Level
 from cpucache.layout import BLOCK, Chains, ChatTemplate, Plan, Positions, SchemaLayout
 from cpucache.models import default_model, resolve_model
 from cpucache.pml.tree import Prompt, Schema
@@ -45,12 +45,13 @@ class Engine:
     a quarter of what is free there, and in the store already). ``paranoid``: check the hash of every slice each time
     that it is read from disk, not only the first. ``kv_type``: type of the saved keys, ``"f16"`` or ``"q8_0"`` (values
     too with ``flash="on"``). ``flash``: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU). ``positions``: how
-    schemas are laid out. ``block_size``: tokens of the blocks that plain text and messages are cached in. ``sessions``:
-    the folder for conversations (default ``$CPUCACHE_SESSIONS``, else the platform's user data folder).
+    schemas are laid out. ``block_size``: tokens of the blocks that plain text and messages are cached in. ``fidelity``:
+    of prompts that do not say theirs (see ``plan``). ``sessions``: the folder for conversations (default
+    ``$CPUCACHE_SESSIONS``, else the platform's user data folder).
 
     Use it as a context manager, or ``close`` it. Calls from several threads take turns.
 
-    Raises ``ModelError`` when the model can't be found, read or loaded.
+    Raises ``ModelError`` when the model can't be found, read or loaded, and ``InputError`` for settings that are none.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Engine:
         flash: str | None = None,
         positions: Positions = "auto",
         block_size: int = BLOCK,
+        fidelity: Level = DEFAULT,
         sessions: str | Path | None = None,
     ) -> None:
+        wanted = Fidelity(fidelity)
         path = resolve_model(str(model or default_model()))
         home = Path(store) if store else default_home()
         ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
@@ -94,7 +97,7 @@ class Engine:
         self.template = ChatTemplate(
             self.model.chat_template, bos=self.model.special_text("bos"), eos=self.model.special_text("eos")
         )
-        self.planner = Planner(self.model, self.template, self.chains, positions)
+        self.planner = Planner(self.model, self.template, self.chains, positions, wanted)
         self._lock = threading.RLock()
         self._running: Stream | None = None
         self._opening = threading.Lock()
@@ -130,14 +133,25 @@ class Engine:
         """
         return self.planner.add_schema(schema)
 
-    def encode(self, schema: str, progress: OnProgress | None = None) -> Encoded:
-        """Make every slice of a schema that is not in the store yet.
+    def encode(
+        self,
+        schema: str,
+        progress: OnProgress | None = None,
+        *,
+        fidelity: Level | None = None,
+        lead_tokens: int | None = None,
+    ) -> Encoded:
+        """Make every slice of a schema that is not in the store yet, as far as they are foreseeable.
 
-        ``progress(done, total)`` is told about tokens.
+        That is every module as it is apart, and every scaffold set; and, where ``fidelity`` or ``lead_tokens`` (see
+        ``plan``) ask for leads, every module as it is behind the one before it in the schema, which takes as long and
+        as much room again. ``progress(done, total)`` is told about tokens.
         """
         layout = self.planner.layout(schema)
+        tuning = self.planner.tuning(layout, Fidelity(fidelity, lead_tokens))
         # Modules that are never cached have no slices of their own; as context of others they are found there.
         segments = [segment for segment in layout.segments if segment.cache and not segment.placeholder]
+        segments += layout.leads.segments(tuning.lead_tokens)
         with self.alone():
             return self.workspace.encode(segments, schema, progress)
 
@@ -149,6 +163,7 @@ class Engine:
         messages: Sequence[Message] | None = None,
         text: str | None = None,
         fidelity: Level | None = None,
+        lead_tokens: int | None = None,
         link_tokens: int | None = None,
         recompute: float | None = None,
     ) -> Plan:
@@ -159,25 +174,35 @@ class Engine:
         The latter two are cached in blocks, each in the sight of all before it: exact, and found again by whatever
         begins with the same text.
 
-        Modules have not seen one another. How much is done about that, ``fidelity`` says: ``"fast"`` (the default):
-        the schema's scaffold sets are used; ``"balanced"``: besides, a tenth of the modules' tokens is evaluated afresh
-        behind what stands before them; ``"high"``: each combination of modules, arguments and text before the last
+        Modules have not seen one another. How much is done about that, ``fidelity`` says. ``"balanced"`` (the default):
+        a module behind the one that the schema has before it, too, has been encoded in the sight of that one's last
+        tokens; of those elsewhere, a tenth is evaluated afresh behind what stands before them. ``"fast"``: modules as
+        they are, wherever they stand. ``"high"``: each combination of modules, arguments and text before the last
         module is evaluated as a whole the first time it comes, which takes as long as full prefill, and reused as a
-        whole from then on, with nothing approximated. For the others, ``recompute`` gives that share, which goes to the
-        modules that have the most words in common with the prompt's new text, and ``link_tokens`` evaluates so many
-        tokens at the start of each module afresh.
+        whole from then on, with nothing approximated. Scaffold sets are used in any case. ``lead_tokens`` (how many of
+        the last), ``recompute`` (what share of those without a lead; it goes to the modules that have the most words in
+        common with the prompt's new text) and ``link_tokens`` (so many at the start of each module are evaluated
+        afresh) change what a level does, or say all that is done when no level is given.
 
         Raises ``PMLError`` or ``InputError``.
         """
-        return self.planner.request(
-            prompt, messages, text, fidelity=fidelity, link_tokens=link_tokens, recompute=recompute
-        ).plan
+        wanted = Fidelity(fidelity, lead_tokens, link_tokens, recompute)
+        return self.planner.request(prompt, messages, text, fidelity=wanted).plan
 
     def encode_for(
-        self, prompt: str | Path | Prompt, progress: OnProgress | None = None, *, fidelity: Level | None = None
+        self,
+        prompt: str | Path | Prompt,
+        progress: OnProgress | None = None,
+        *,
+        fidelity: Level | None = None,
+        lead_tokens: int | None = None,
+        link_tokens: int | None = None,
+        recompute: float | None = None,
     ) -> Encoded:
-        """Make the slices that one prompt needs and the store does not have."""
-        request = self.planner.request(prompt, fidelity=fidelity)
+        """Make the slices that one prompt needs and the store does not have. How exact it is to be is given as for
+        ``plan``."""
+        wanted = Fidelity(fidelity, lead_tokens, link_tokens, recompute)
+        request = self.planner.request(prompt, fidelity=wanted)
         with self.alone():
             return self.workspace.encode(request.plan.segments, request.label, progress)
 
@@ -209,6 +234,7 @@ class Engine:
         seed: int | None = None,
         stop: str | tuple[str, ...] | list[str] = (),
         fidelity: Level | None = None,
+        lead_tokens: int | None = None,
         link_tokens: int | None = None,
         recompute: float | None = None,
         progress: OnProgress | None = None,
@@ -223,9 +249,8 @@ class Engine:
         sampling = Sampling(
             temperature, top_k, top_p, min_p, repeat_penalty, seed, (stop,) if isinstance(stop, str) else tuple(stop)
         )
-        request = self.planner.request(
-            prompt, messages, text, fidelity=fidelity, link_tokens=link_tokens, recompute=recompute
-        )
+        wanted = Fidelity(fidelity, lead_tokens, link_tokens, recompute)
+        request = self.planner.request(prompt, messages, text, fidelity=wanted)
         if request.plan.n_tokens >= self.context.n_ctx:
             raise request.too_long(self.context.n_ctx)
         return self.answer(
@@ -277,6 +302,7 @@ class Engine:
         max_tokens: int = 64,
         advise: bool = True,
         fidelity: Level | None = None,
+        lead_tokens: int | None = None,
         link_tokens: int | None = None,
         recompute: float | None = None,
         progress: OnTrial | None = None,
@@ -287,10 +313,11 @@ class Engine:
         are those of the answer that are compared. Raises ``PMLError`` or ``ContextFull``.
         """
         parsed = parsed_prompt(prompt)
-        request = self.planner.request(parsed, fidelity=fidelity, link_tokens=link_tokens, recompute=recompute)
+        wanted = Fidelity(fidelity, lead_tokens, link_tokens, recompute)
+        request = self.planner.request(parsed, fidelity=wanted)
         if request.plan.n_tokens + max_tokens > self.context.n_ctx:
             raise request.too_long(self.context.n_ctx)
-        tuning = tuning_of(self.planner.layout(parsed.schema).schema, fidelity, link_tokens, recompute)
+        tuning = self.planner.tuning(self.planner.layout(parsed.schema), wanted)
         with self._lock:
             return examine(self, parsed, request.plan, tuning, max_tokens=max_tokens, advise=advise, progress=progress)
 

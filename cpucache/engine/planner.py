@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from cpucache.engine.opening import Opening
-from cpucache.engine.tuning import Level, tuning_of
+from cpucache.engine.tuning import Fidelity, Tuning
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Chains, ChatTemplate, Plan, Positions, SchemaLayout, Turns, bind, bind_opening
 from cpucache.layout.recompute import Relevance
@@ -52,11 +52,14 @@ class Request(NamedTuple):
 class Planner:
     """Knows the schemas, the chat template and the blocks of one model."""
 
-    def __init__(self, model: Model, template: ChatTemplate, chains: Chains, positions: Positions) -> None:
+    def __init__(
+        self, model: Model, template: ChatTemplate, chains: Chains, positions: Positions, fidelity: Fidelity
+    ) -> None:
         self._model = model
         self._template = template
         self._chains = chains
         self._positions = positions
+        self._fidelity = fidelity
         self.relevance = Relevance(model.text)
         self.schemas: dict[str, SchemaLayout] = {}
 
@@ -79,15 +82,17 @@ class Planner:
             raise InputError(f"no schema '{name}' has been added ({known}); add it with add_schema()")
         return layout
 
+    def tuning(self, layout: SchemaLayout, fidelity: Fidelity | None = None) -> Tuning:
+        """What is done about modules that have not seen one another."""
+        return (fidelity or self._fidelity).tuning(layout.schema, self._fidelity)
+
     def request(
         self,
         prompt: str | Path | Prompt | None,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
         *,
-        fidelity: Level | None = None,
-        link_tokens: int | None = None,
-        recompute: float | None = None,
+        fidelity: Fidelity | None = None,
     ) -> Request:
         """What a prompt consists of, see ``Engine.plan``."""
         if sum(given is not None for given in (prompt, messages, text)) != 1:
@@ -95,11 +100,12 @@ class Planner:
         if prompt is not None:
             parsed = parsed_prompt(prompt)
             layout = self.layout(parsed.schema)
-            tuning = tuning_of(layout.schema, fidelity, link_tokens, recompute)
+            tuning = self.tuning(layout, fidelity)
             plan = bind(
                 layout,
                 resolve(parsed, layout.schema),
                 file=parsed.file,
+                lead=tuning.lead_tokens,
                 refresh=tuning.refresh(layout, self.relevance),
                 exact=self._chains if tuning.exact else None,
             )
@@ -120,8 +126,14 @@ class Planner:
         """What a conversation begins with that begins with a PML prompt."""
         parsed = parsed_prompt(prompt)
         layout = self.layout(parsed.schema)
-        refresh = tuning_of(layout.schema).refresh(layout, self.relevance)
-        plan, turns, asks = bind_opening(layout, resolve(parsed, layout.schema), file=parsed.file, refresh=refresh)
+        tuning = self.tuning(layout)
+        plan, turns, asks = bind_opening(
+            layout,
+            resolve(parsed, layout.schema),
+            file=parsed.file,
+            lead=tuning.lead_tokens,
+            refresh=tuning.refresh(layout, self.relevance),
+        )
         return Opening(plan, turns, asks, parsed.schema)
 
 

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from cpucache.errors import InputError
 from cpucache.layout import Refresh, SchemaLayout
+from cpucache.layout.lead import LEAD
 from cpucache.layout.recompute import Relevance
 from cpucache.pml.tree import Module, Role, Schema, Scope, Union
 
@@ -17,16 +18,20 @@ Level: TypeAlias = Literal["fast", "balanced", "high"]
 class Tuning:
     """What is done about modules that have not seen one another.
 
-    ``link_tokens``: the first so many tokens of each are evaluated afresh behind what stands before it in the prompt.
-    ``recompute``: this share (0 to 1) of their tokens, chosen by ``layout.recompute``. ``exact``: whether
-    every combination of them is evaluated as a whole instead, with nothing left to make up for.
+    ``lead_tokens``: where the schema foresees what stands before a module, it is encoded in the sight of so many tokens
+    of that. ``link_tokens``: the first so many tokens of each are evaluated afresh behind what stands before it in the
+    prompt. ``recompute``: this share (0 to 1) of the tokens of those without a lead, chosen by ``layout.recompute``.
+    ``exact``: whether every combination of them is evaluated as a whole instead, with nothing left to make up for.
     """
 
+    lead_tokens: int = 0
     link_tokens: int = 0
     recompute: float = 0.0
     exact: bool = False
 
     def __post_init__(self) -> None:
+        if self.lead_tokens < 0:
+            raise InputError(f"lead_tokens={self.lead_tokens}: must be 0 or more")
         if self.link_tokens < 0:
             raise InputError(f"link_tokens={self.link_tokens}: must be 0 or more")
         if not 0 <= self.recompute <= 1:
@@ -47,22 +52,44 @@ class Tuning:
 # Set by the evaluation in bench/RESULTS.md.
 LEVELS: dict[Level, Tuning] = {
     "fast": Tuning(),
-    "balanced": Tuning(recompute=0.1),
+    "balanced": Tuning(lead_tokens=LEAD, recompute=0.1),
     "high": Tuning(exact=True),
 }
-DEFAULT: Level = "fast"
+DEFAULT: Level = "balanced"
 
 
-def tuning_of(
-    schema: Schema, level: Level | None = None, link_tokens: int | None = None, recompute: float | None = None
-) -> Tuning:
-    """Settings of a call: what it says, else what the schema says, else those of its level (default: fast)."""
-    if level is not None and level not in LEVELS:
-        raise InputError(f"fidelity={level!r}: must be one of {', '.join(LEVELS)}")
-    base = LEVELS[level or DEFAULT]
-    if link_tokens is None:
-        link_tokens = base.link_tokens if schema.link is None else schema.link
-    return Tuning(link_tokens, base.recompute if recompute is None else recompute, base.exact)
+@dataclass(frozen=True)
+class Fidelity:
+    """How exact a call wants a prompt to be: what it leaves open, the schema or the level says.
+
+    Without a ``level``, ``lead_tokens``, ``link_tokens`` and ``recompute`` say all that is done: they add to
+    ``"fast"``. Raises ``InputError`` for an unknown level.
+    """
+
+    level: Level | None = None
+    lead_tokens: int | None = None
+    link_tokens: int | None = None
+    recompute: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.level is not None and self.level not in LEVELS:
+            raise InputError(f"fidelity={self.level!r}: must be one of {', '.join(LEVELS)}")
+
+    def tuning(self, schema: Schema, default: Fidelity | None = None) -> Tuning:
+        """What that comes to for prompts of a schema; ``default`` has the level of calls that say nothing."""
+        silent = self.lead_tokens is None and self.link_tokens is None and self.recompute is None
+        usual = (default and default.level) or DEFAULT
+        base = LEVELS[self.level or (usual if silent else "fast")]
+        return Tuning(
+            base.lead_tokens if self.lead_tokens is None else self.lead_tokens,
+            _first(self.link_tokens, schema.link, base.link_tokens),
+            base.recompute if self.recompute is None else self.recompute,
+            base.exact,
+        )
+
+
+def _first(*values: int | None) -> int:
+    return next(value for value in values if value is not None)
 
 
 def _links(scope: Scope, path: str) -> list[tuple[str, int]]:

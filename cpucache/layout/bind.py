@@ -23,16 +23,18 @@ def bind(
     file: str = "<prompt>",
     packed: bool | None = None,
     scaffolds: bool = True,
+    lead: int = 0,
     refresh: Refresh | None = None,
     exact: Chains | None = None,
 ) -> Plan:
     """The plan of a prompt.
 
     ``packed`` lets slices stand back to back even where the layout reserves positions. ``scaffolds=False`` takes every
-    module as it is apart from the others, even where the prompt includes the whole of a scaffold set. ``refresh`` says
-    which tokens of slices are evaluated afresh. ``exact`` makes slices of this combination of modules, arguments and
-    text instead, each in the sight of all before it, back to back. ``file`` is what errors call the prompt. Raises
-    ``PMLError`` when an argument is longer than its parameter.
+    module as it is apart from the others, even where the prompt includes the whole of a scaffold set. ``lead`` takes
+    modules as they are behind up to so many tokens of what stands before them, where the schema has that before them,
+    too. ``refresh`` says which tokens of slices are evaluated afresh. ``exact`` makes slices of this combination of
+    modules, arguments and text instead, each in the sight of all before it, back to back. ``file`` is what errors call
+    the prompt. Raises ``PMLError`` when an argument is longer than its parameter.
     """
     binding = _Binding(layout, included, file, scaffolds=scaffolds)
     binding.scope(included)
@@ -40,11 +42,12 @@ def bind(
     binding.check()
     if exact:
         return exact.exact(binding.pieces)
-    return schedule(binding.pieces, packed=layout.packed if packed is None else packed, refresh=refresh)
+    pieces = layout.leads.led(binding.pieces, lead)
+    return schedule(pieces, packed=layout.packed if packed is None else packed, refresh=refresh)
 
 
 def bind_opening(
-    layout: SchemaLayout, included: Included, *, file: str = "<prompt>", refresh: Refresh | None = None
+    layout: SchemaLayout, included: Included, *, file: str = "<prompt>", lead: int = 0, refresh: Refresh | None = None
 ) -> tuple[Plan, Turns, bool]:
     """The plan of a prompt that a conversation begins with, for more to follow.
 
@@ -53,7 +56,7 @@ def bind_opening(
     binding = _Binding(layout, included, file)
     binding.scope(included)
     binding.check()
-    plan = schedule(binding.pieces, packed=layout.packed, ends=False, refresh=refresh)
+    plan = schedule(layout.leads.led(binding.pieces, lead), packed=layout.packed, ends=False, refresh=refresh)
     return plan, binding.turns, binding.turns.role == "user"
 
 

@@ -62,14 +62,14 @@ def schedule(pieces: Sequence[Piece], *, packed: bool, ends: bool = True, refres
     of all is fresh even when it belongs to a slice: the answer begins with its logits, which no slice holds. Not so
     when it is not the end (``ends=False``).
 
-    ``refresh`` says which tokens of slices that have not seen what stands before them are evaluated afresh. Then
-    everything stands back to back: these could not be evaluated behind a gap either.
+    ``refresh`` says which tokens of slices that have not seen what stands before them are evaluated afresh. Where there
+    are any, everything stands back to back: these could not be evaluated behind a gap either.
     """
     # Tokens may be missing altogether: an empty argument, or what a template does not add.
     pieces = [piece for piece in pieces if isinstance(piece, Segment) or len(piece)]
-    packed = packed or refresh is not None
     reused = [_reusable(piece, last=ends and index == len(pieces) - 1) for index, piece in enumerate(pieces)]
     renewed = _renewed(pieces, reused, refresh) if refresh else {}
+    packed = packed or any(renewed.values())
     spans: list[Span] = []
     fresh: list[Tokens] = []
     cursor = 0
@@ -106,7 +106,7 @@ def _reusable(piece: Piece, *, last: bool) -> int:
 def _renewed(pieces: Sequence[Piece], sizes: Sequence[int], refresh: Refresh) -> dict[Segment, Runs]:
     """What of the slices is evaluated afresh."""
     reused = [
-        Reused(piece, size, exact=_sees_all(piece, pieces[:index]))
+        Reused(piece, size, exact=_sees_all(piece, pieces[:index]), led=piece.led)
         for index, (piece, size) in enumerate(zip(pieces, sizes, strict=True))
         if isinstance(piece, Segment) and size > 0
     ]
@@ -117,7 +117,8 @@ def _renewed(pieces: Sequence[Piece], sizes: Sequence[int], refresh: Refresh) ->
 def _sees_all(segment: Segment, before: Sequence[Piece]) -> bool:
     """Whether a segment was evaluated in the sight of exactly what stands before it, without any gaps."""
     return (
-        len(segment.sees) == len(before)
+        not segment.led
+        and len(segment.sees) == len(before)
         and all(map(operator.is_, segment.sees, before))
         and segment.context_end == sum(len(seen.tokens) for seen in segment.sees)
     )

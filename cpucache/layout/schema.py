@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from cpucache.errors import PMLError
+from cpucache.layout.lead import Leads
 from cpucache.layout.place import Contexts, Edge, Outline, Place
 from cpucache.layout.scaffold import lay_scaffolds
 from cpucache.layout.segment import Segment
@@ -70,8 +71,16 @@ class SchemaLayout:
         """The scaffold sets, those first that come before others in a prompt that includes several."""
         together = dict.fromkeys(segment for scaffold in self.scaffolds for segment in scaffold.segments)
         self.segments: tuple[Segment, ...] = (*self.apart, *together)
-        """Every segment, those of scaffold sets last: contexts before what needs them."""
+        """Every segment, those of scaffold sets last: contexts before what needs them. Those with leads are extra."""
         self._check_scaffolds(limit)
+        woven = {
+            segment: laid.places[place]
+            for scaffold in self.scaffolds
+            for place, segment in scaffold.segment_at.items()
+            if segment is not laid.places[place]
+        }
+        self.leads = Leads(schema, laid.outline, woven, laid.contexts)
+        """Segments that have seen the end of what stands before them."""
 
     @property
     def length(self) -> int:
@@ -125,7 +134,7 @@ class _Laying:
         self.last_role: RoleName | None = None
         self._first = True  # nothing stands before, in any prompt
         self._cursor = 0
-        self._contexts = Contexts(packed=packed)
+        self.contexts = Contexts(packed=packed)
         self.extent = Extent("schema", layout.schema.name, 0, 0)
         self._scope(layout.schema, [], self.extent, "", cache=True)
 
@@ -135,7 +144,7 @@ class _Laying:
         outline = self.outline[scope] = []
 
         def add(tokens: Tokens, *, placeholder: bool = False) -> Segment:
-            segment = Segment(tokens, self._start(visible), self._contexts.of(visible), path, cache, placeholder)
+            segment = Segment(tokens, self._start(visible), self.contexts.of(visible), path, cache, placeholder)
             visible.append(segment)
             outline.append(segment)
             self.segments.append(segment)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
-from cpucache.layout.vocabulary import Tokens
+from cpucache.layout.vocabulary import Tokens, empty
 
 Runs: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -17,8 +17,9 @@ class Segment:
 
     ``home`` is the position of the first token in the saved slice. ``context`` are the slices that these tokens attend
     to, in the order of their positions, as they stand then; the segment is evaluated right behind the last of them and
-    then moved home. Compared by identity: equal text in two modules makes two segments, which get one key if all that
-    decides their state is equal.
+    then moved home. ``lead`` are tokens evaluated between the context and these, in sight of them, and not kept.
+    Compared by identity: equal text in two modules makes two segments, which get one key if all that decides their
+    state is equal.
     """
 
     tokens: Tokens
@@ -30,6 +31,7 @@ class Segment:
     """False: evaluated afresh in every prompt (``cache="false"``)."""
     placeholder: bool = False
     """The stand-in for a parameter: in sight of what follows it, but never part of a prompt."""
+    lead: Tokens = field(default_factory=empty)
 
     @property
     def end(self) -> int:
@@ -38,7 +40,7 @@ class Segment:
 
     @property
     def context_end(self) -> int:
-        """The position behind the last token in sight, where this segment is evaluated."""
+        """The position behind the last token of the context, where this segment, or its lead, is evaluated."""
         return self.context[-1].end if self.context else 0
 
     @cached_property
@@ -46,9 +48,16 @@ class Segment:
         """The segments of the context."""
         return tuple(span.segment for span in self.context if span.segment)
 
+    @property
+    def led(self) -> bool:
+        """Whether it, or something in its sight, has a lead."""
+        return any(len(segment.lead) for segment in (self, *self.sees))
+
     @cached_property
     def chained(self) -> bool:
         """Whether it stands right behind everything before it and sees all of that: no approximation, nothing moved."""
+        if len(self.lead):
+            return False
         if not self.context:
             return self.home == 0
         last = self.context[-1]

@@ -30,12 +30,13 @@ class Stretch:
 
     @property
     def tokens(self) -> Tokens:
-        return np.concatenate([segment.tokens for segment in self.segments])
+        """What is evaluated: the lead of the first, and all of theirs."""
+        return np.concatenate([self.segments[0].lead, *(segment.tokens for segment in self.segments)])
 
     @property
     def start(self) -> int:
-        """Where it is evaluated: right behind its context."""
-        return self.segments[0].context_end
+        """Where it is evaluated: right behind the context, and the lead."""
+        return self.segments[0].context_end + len(self.segments[0].lead)
 
     @property
     def delta(self) -> int:
@@ -69,7 +70,7 @@ class Encoder:
         scattered = False
         for context, stretches in _by_context(segments):
             sight = Plan(context)
-            if len(stretches) == 1 and not stretches[0].delta:
+            if len(stretches) == 1 and not (stretches[0].delta or len(stretches[0].segments[0].lead)):
                 yield from self._extend(sight, stretches[0].segments, state, progress)
                 continue
             scattered = True
@@ -133,7 +134,7 @@ class Encoder:
         placed = list(zip(FREE, wave, strict=False))
         for sequence, _ in placed:
             context.share(TARGET, sequence)
-        runs = [Run(sequence, stretch.start, stretch.tokens) for sequence, stretch in placed]
+        runs = [Run(sequence, stretch.segments[0].context_end, stretch.tokens) for sequence, stretch in placed]
         started = time.perf_counter()
         context.decode(runs, progress=progress)
         seconds = (time.perf_counter() - started) / sum(len(run.tokens) for run in runs)
@@ -166,9 +167,11 @@ def _by_context(segments: Iterable[Segment]) -> list[tuple[tuple[Span, ...], lis
             run.clear()
 
     for segment in segments:
-        # A segment sees those before it at home. Only a stretch that need not be moved has them there.
+        # A segment sees those before it at home, and not their lead. Only a stretch that has none and need not be moved
+        # has them so.
         if run and not (
             run[0].home == run[0].context_end
+            and not (len(run[0].lead) or len(segment.lead))
             and segment.context == (*run[-1].context, run[-1].span)
             and segment.home == run[-1].end
         ):

@@ -315,6 +315,7 @@ def _evaluated(held: Span, span: Span, before: Sequence[Span]) -> bool:
         held.segment is None
         and span.segment is not None
         and span.whole
+        and not len(span.segment.lead)
         and held.start == span.start == span.segment.home
         and np.array_equal(held.tokens[: len(span.tokens)], span.tokens)
         and len(span.segment.context) == len(before)

@@ -91,11 +91,12 @@ class Workspace:
         return key
 
     def _context_key(self, segment: Segment) -> str:
-        return context_key(
+        slices = (
             (self.key(span.segment), span.start, len(span.tokens), span.renewed)
             for span in segment.context
             if span.segment
         )
+        return context_key(slices, segment.lead)
 
     def keys(self, plan: Plan) -> list[str]:
         """The keys of the slices that a plan is made of."""
@@ -350,4 +351,4 @@ class Workspace:
 
 
 def _tokens(segments: Iterable[Segment]) -> int:
-    return sum(len(segment.tokens) for segment in segments)
+    return sum(len(segment.lead) + len(segment.tokens) for segment in segments)

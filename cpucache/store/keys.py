@@ -23,13 +23,17 @@ def slice_key(model: str, state_format: str, context: str, tokens: npt.NDArray[n
     return digest.hexdigest()
 
 
-def context_key(slices: Iterable[tuple[str, int, int, tuple[tuple[int, int], ...]]]) -> str:
-    """The key of a context: of the slices that could be attended to, in order.
+def context_key(
+    slices: Iterable[tuple[str, int, int, tuple[tuple[int, int], ...]]], lead: npt.NDArray[np.int32] | None = None
+) -> str:
+    """The key of a context: of the slices that could be attended to, in order, and of the tokens behind them.
 
     Each comes as its key, the position where it stood then, how many of its tokens were there, and which ranges of them
-    had been evaluated afresh there.
+    had been evaluated afresh there. ``lead`` are tokens that could be attended to besides, and have no slice.
     """
     digest = xxhash.xxh3_128()
     for key, start, count, renewed in slices:
         digest.update(f"{key}/{start}/{count}/{renewed}\0".encode())
+    if lead is not None and len(lead):
+        digest.update(b"lead\0" + np.ascontiguousarray(lead, "<i4").tobytes())
     return digest.hexdigest()

@@ -18,6 +18,10 @@ Nothing of ``cpucache.layout`` or ``cpucache.reuse`` is used here. The rules:
   behind it. Arguments, new text, turns, modules with ``cache="false"`` and the last token of all are evaluated there,
   in the sight of everything before. Runs have their state in a set if the prompt includes all modules of the set in
   the schema's order: in the set with the most modules, of several such sets around a run, and then in the first.
+- *Leads.* In a prompt, a cached run that is not in the state of a set has for its lead the last so many tokens before
+  it, as far back as these are of runs that it does not see, each of which stands right before the next in prompts that
+  leave nothing out. It is evaluated right behind what it sees and its lead. What it sees has the state that it has in
+  that prompt, if it is there.
 - *What is renewed.* Of each scope in a prompt, the first so many tokens (its link), and whatever else a rule picks
   of a run, are evaluated again where they stand, unless the run has seen exactly what stands before it, back to back.
   Everything is packed then. Renewed tokens that follow one another in a run are evaluated together; besides, they see
@@ -29,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +108,16 @@ class TextRun:
         return self.path[-1][0] in [module for module, _ in other.path]
 
 
-Part = tuple[int, list[int], tuple[TextRun, Together] | None]
+@dataclass(eq=False)
+class LedRun:
+    """A run as it is behind its lead."""
+
+    run: TextRun
+    lead: list[int]
+    seen: list[TextRun | LedRun]
+
+
+Part = tuple[int, list[int], tuple[TextRun | LedRun, Together] | None]
 """Tokens of a prompt: where they start, and whose state they have; ``None``: evaluated afresh."""
 
 Renewal = tuple[Part, list[int]]
@@ -173,9 +186,10 @@ class Oracle:
         return any(other.inside(together) for other in (run, *before))
 
     # -- a prompt ----------------------------------------------------------------------------------------------------
-    def placed(self, included: Included, *, packed: bool) -> list[Part]:
+    def placed(self, included: Included, *, packed: bool, lead: int = 0) -> list[Part]:
         """Start, tokens, and the state that they have, of all parts of a prompt. ``None``: evaluated afresh."""
         pieces, sets = self._chosen(included)
+        led: dict[TextRun, LedRun] = {}
         parts: list[Part] = []
         at = 0
         for number, piece in enumerate(pieces, 1):
@@ -187,12 +201,55 @@ class Oracle:
                 assert isinstance(piece, TextRun)
                 at = at if packed else max(at, piece.home)
                 together = next((each for each in sets if self._joins(piece, each)), APART)
-                parts.append((at, reused, (piece, together)))
+                whose: TextRun | LedRun = piece
+                if lead and (together is APART or self._apart_in(piece, together)):
+                    whose = self._led(piece, pieces[: number - 1], lead, led)
+                parts.append((at, reused, (whose, together)))
                 at += len(reused)
             if rest:
                 parts.append((at, rest, None))
                 at += len(rest)
         return parts
+
+    def _led(
+        self, run: TextRun, before: list[TextRun | list[int]], lead: int, led: dict[TextRun, LedRun]
+    ) -> TextRun | LedRun:
+        seen = self.seen_by(run)
+        tokens: list[int] = []
+        behind = run
+        for piece in reversed(before):
+            if not isinstance(piece, TextRun) or piece in seen or not self._adjoin(piece, behind):
+                break
+            tokens = piece.tokens + tokens
+            behind = piece
+        tokens = tokens[-lead:]
+        if tokens or any(other in led for other in seen):
+            led[run] = LedRun(run, tokens, [led.get(other, other) for other in seen])
+        return led.get(run, run)
+
+    def _adjoin(self, one: TextRun, other: TextRun) -> bool:
+        """Whether nothing stands between two runs in some prompt that leaves nothing out."""
+        first, last = self.runs.index(one), self.runs.index(other)
+        return first < last and not any(
+            self._needed(between, one) and self._needed(between, other) for between in self.runs[first + 1 : last]
+        )
+
+    def _needed(self, run: TextRun, given: TextRun) -> bool:
+        """Whether a prompt with ``given`` has this run as well, if it leaves nothing out."""
+        for (module, union), (there, _) in zip_longest(run.path, given.path, fillvalue=(None, None)):
+            if module is not there and module is not None and union is not None:
+                inside = [member for member in union.members if member is there] or [
+                    member for member in union.members if not any(self._of(each, member) for each in self.runs)
+                ]
+                return not inside
+        return True
+
+    def _of(self, run: TextRun, module: Module) -> bool:
+        return any(around is module for around, _ in run.path)
+
+    def _apart_in(self, run: TextRun, together: Together) -> bool:
+        """Whether its state in a set is the one that it has apart: it sees nothing of the set."""
+        return self._sight(run, together) == self._sight(run, APART)
 
     def renewed(
         self,
@@ -314,7 +371,9 @@ class Oracle:
         last: Floats = logits[-1]
         return last
 
-    def _state(self, reference: ReferenceLlama, run: TextRun, together: Together) -> KV:
+    def _state(self, reference: ReferenceLlama, run: TextRun | LedRun, together: Together) -> KV:
+        if isinstance(run, LedRun):
+            return self._led_state(reference, run)
         if (run, together) not in self._states:
             seen = [other for other in self.seen_by(run, together) if other.tokens]
             positions = [position for other in seen for position in range(other.home, other.end)]
@@ -332,6 +391,23 @@ class Oracle:
                 visible=causal(len(run.tokens), before=len(positions)),
             )[1]
         return self._states[run, together]
+
+    def _led_state(self, reference: ReferenceLlama, led: LedRun) -> KV:
+        seen = [(each, each.run if isinstance(each, LedRun) else each) for each in led.seen]
+        states = [self._state(reference, each, APART) for each, run in seen if run.tokens]
+        positions = [position for _, run in seen for position in range(run.home, run.end)]
+        if self._packed:
+            positions = list(range(len(positions)))
+        start = max(positions, default=-1) + 1
+        tokens = led.lead + led.run.tokens
+        state = reference.forward(
+            tokens,
+            range(start, start + len(tokens)),
+            cache=KV.concat(states) if states else None,
+            cache_positions=positions,
+            visible=causal(len(tokens), before=len(positions)),
+        )[1]
+        return state[len(led.lead) :]
 
     def _items(self, included: Included) -> Iterator[TextRun | list[int]]:
         """The pieces of a prompt in reading order; runs once for each of the nodes that they are made of."""

@@ -1,0 +1,112 @@
+"""Leads: modules evaluated behind the end of what stands before them, instead of as if nothing did.
+
+A module that is evaluated right behind its ancestors' text takes itself for the first of its kind, and all of its
+tokens attend to a beginning that is none. A few tokens of what does stand before it, evaluated with it and not kept,
+bring it most of the way to what full prefill gives (bench/RESULTS.md), and cost nothing when it is spliced. They must
+be the right ones: the end of another text leads it astray. So modules have a lead where a schema foresees what stands
+before them, and are otherwise as they are apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from cpucache.layout.place import Contexts, Outline
+from cpucache.layout.plan import Piece
+from cpucache.layout.segment import Segment
+from cpucache.layout.vocabulary import Tokens, empty, joined
+from cpucache.pml.tree import Module, Schema, Scope, Union
+
+LEAD = 32
+"""Tokens of a lead, where nothing else is said. Fewer than 16 lose much of the effect, more than 32 add nothing."""
+
+
+class Leads:
+    """The segments of a schema with leads: the same object for the same segment behind the same text.
+
+    ``woven`` gives the segments of scaffold sets, each with what it is apart; they have seen what stands before them,
+    and get no lead.
+    """
+
+    def __init__(self, schema: Schema, outline: Outline, woven: Mapping[Segment, Segment], contexts: Contexts) -> None:
+        self._schema = schema
+        self._outline = outline
+        self._woven = woven
+        self._contexts = contexts
+        self._foreseen: set[tuple[Segment, Segment]] = set()
+        self._made: dict[tuple[object, ...], Segment] = {}
+        if schema.anchor == "ancestors":
+            self._foresee(schema, set())
+
+    def led(self, pieces: Sequence[Piece], count: int) -> list[Piece]:
+        """What a prompt consists of, its segments with leads of up to ``count`` tokens where the schema has just what
+        stands before them there."""
+        instead: dict[Segment, Segment] = {}
+        found: list[Piece] = []
+        for index, piece in enumerate(pieces):
+            if isinstance(piece, Segment) and piece.cache and piece not in self._woven and count:
+                instead[piece] = self._segment(piece, self._before(piece, pieces[:index], count), instead)
+                found.append(instead[piece])
+            else:
+                found.append(piece)
+        return found
+
+    def segments(self, count: int) -> list[Segment]:
+        """Those with leads that prompts need which leave nothing out: of each member of a union behind the member at
+        the same place of the union before it, contexts before what needs them."""
+        members = max((len(part.members) for part in self._parts() if isinstance(part, Union)), default=1)
+        made: dict[Segment, None] = {}
+        for choice in range(members):
+            pieces = self.led(list(self._reading(self._schema, choice)), count)
+            made.update((piece, None) for piece in pieces if isinstance(piece, Segment) and piece.led)
+        return list(made)
+
+    def _segment(self, segment: Segment, lead: Tokens, instead: Mapping[Segment, Segment]) -> Segment:
+        sight = tuple(instead.get(seen, seen) for seen in segment.sees)
+        if not len(lead) and sight == segment.sees:
+            return segment
+        key = (segment, lead.tobytes(), *sight)
+        if key not in self._made:
+            self._made[key] = replace(segment, context=self._contexts.of(sight), lead=lead)
+        return self._made[key]
+
+    def _before(self, segment: Segment, pieces: Sequence[Piece], count: int) -> Tokens:
+        """The last tokens before it that it does not see, as far back as the schema foresees them."""
+        parts: list[Tokens] = []
+        behind = segment
+        for piece in reversed(pieces):
+            before = self._woven.get(piece, piece) if isinstance(piece, Segment) else None
+            if count <= 0 or before is None or before in segment.sees or (before, behind) not in self._foreseen:
+                break
+            parts.insert(0, before.tokens[-count:])
+            count -= len(before.tokens)
+            behind = before
+        return joined(parts)
+
+    # -- the schema --------------------------------------------------------------------------------------------------
+    def _foresee(self, scope: Scope, before: set[Segment]) -> set[Segment]:
+        """Note what may stand right before what in a prompt that leaves nothing out; gives what may stand last."""
+        for part in self._outline[scope]:
+            if isinstance(part, Segment):
+                self._foreseen.update((each, part) for each in before)
+                before = {part}
+            elif isinstance(part, Module):
+                before = self._foresee(part, before)
+            else:
+                before = set().union(*(self._foresee(member, before) for member in part.members))
+        return before
+
+    def _parts(self) -> Iterator[Segment | Module | Union]:
+        for parts in self._outline.values():
+            yield from parts
+
+    def _reading(self, scope: Scope, choice: int) -> Iterator[Piece]:
+        """The pieces of a prompt that leaves nothing out, with this member of unions that have as many."""
+        for part in self._outline[scope]:
+            if isinstance(part, Segment):
+                yield empty() if part.placeholder else part
+            elif isinstance(part, Module):
+                yield from self._reading(part, choice)
+            else:
+                yield from self._reading(part.members[min(choice, len(part.members) - 1)], choice)
