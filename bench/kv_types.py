@@ -11,7 +11,7 @@ from statistics import median
 import click
 import numpy as np
 
-from cpucache import Engine
+from cpucache import Engine, Fidelity
 from cpucache.bench.text import filler_prompt, filler_schema
 from cpucache.runtime import KVType
 
@@ -28,7 +28,9 @@ def main(model: str, tokens: int, repeat: int) -> None:
     for kv_type, flash in _SETTINGS:
         with (
             tempfile.TemporaryDirectory() as store,
-            Engine(model, store=store, kv_type=kv_type, flash=flash, n_ctx=tokens + 256) as engine,
+            Engine(
+                model, store=store, kv_type=kv_type, flash=flash, n_ctx=tokens + 256, fidelity=Fidelity(lead_tokens=0)
+            ) as engine,
         ):
             engine.add_schema(filler_schema(engine, tokens, 4))
             prompt = filler_prompt(engine, 4, 12)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from cpucache.errors import ContextFull, CpucacheError, InputError, ModelError, PMLError
 
 if TYPE_CHECKING:
-    from cpucache.engine import Engine, Metrics, Reply, Session, Stream
+    from cpucache.engine import Engine, Fidelity, Metrics, Reply, Session, Stream
 
 __version__ = "0.1.0"
 __all__ = [
     "ContextFull",
     "CpucacheError",
     "Engine",
+    "Fidelity",
     "InputError",
     "Metrics",
     "ModelError",
@@ -27,7 +28,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # llama.cpp is loaded with the engine, which `cpucache --help` and reading PML can do without.
-    if name in {"Engine", "Metrics", "Reply", "Session", "Stream"}:
+    if name in {"Engine", "Fidelity", "Metrics", "Reply", "Session", "Stream"}:
         import cpucache.engine
 
         return getattr(cpucache.engine, name)

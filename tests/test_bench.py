@@ -33,11 +33,12 @@ def test_the_report_is_consistent(model: Path, store_home: Path) -> None:
     assert 5 < report["fresh_tokens"] <= 20
     assert report["slice_bytes"] > 1000 * report["cached_tokens"]
     assert set(report["full"]) == {"flash off", "flash on"}
-    series = {name: report[name] for name in ("floor", "ram", "disk", "encode")} | report["full"]
+    series = {name: report[name] for name in ("floor", "ram", "disk", "balanced", "encode")} | report["full"]
     assert {name: one["runs"] for name, one in series.items()} == {
         "floor": 6,
         "ram": 3,
         "disk": 3,
+        "balanced": 3,
         "encode": 2,
         "flash off": 2,
         "flash on": 2,
@@ -49,13 +50,16 @@ def test_the_report_is_consistent(model: Path, store_home: Path) -> None:
 
 def ratios(report: dict[str, Any]) -> dict[str, float]:
     """The quotients that the report must give, from its medians."""
-    floor, ram, disk, encode = (report[name]["median_ms"] for name in ("floor", "ram", "disk", "encode"))
+    names = ("floor", "ram", "disk", "balanced", "encode")
+    floor, ram, disk, balanced, encode = (report[name]["median_ms"] for name in names)
     full = min(one["median_ms"] for one in report["full"].values())
     return {
         "ram_to_floor": ram / floor,
         "disk_to_floor": disk / floor,
+        "balanced_to_floor": balanced / floor,
         "full_to_ram": full / ram,
         "full_to_disk": full / disk,
+        "full_to_balanced": full / balanced,
         "full_to_floor": full / floor,
         "encode_to_full": encode / full,
     }
@@ -65,7 +69,7 @@ def test_full_prefill_can_be_left_out(model: Path) -> None:
     report = json.loads(invoke(*COMMAND, "-m", model, "--repeat", "1", "--full-repeat", "0", "--json"))
 
     assert report["full"] == {}
-    assert set(report["ratios"]) == {"ram_to_floor", "disk_to_floor"}
+    assert set(report["ratios"]) == {"ram_to_floor", "disk_to_floor", "balanced_to_floor"}
     assert report["encode"]["runs"] == 1
 
 
@@ -78,6 +82,7 @@ def test_the_table_has_a_row_for_each_measurement(model: Path) -> None:
         "  floor ",
         "  cached, from RAM ",
         "  cached, from disk ",
+        "  cached, balanced ",
         "  full prefill, flash off ",
         "  full prefill, flash on ",
         "  encoding, once ",
@@ -92,11 +97,11 @@ def test_floor_and_cached_prompts_end_in_the_same_state(model: Path) -> None:
     with Engine(model, n_ctx=1024, threads=1) as engine:
         engine.add_schema(filler_schema(engine, 300, 4))
         prompt = filler_prompt(engine, 4, 20)
-        engine.encode("bench")
+        engine.encode_for(prompt, fidelity="fast")
 
         _cached(engine, prompt)
         cached = engine.context.last_logits()
-        _floor(engine, engine.plan(prompt))
+        _floor(engine, engine.plan(prompt, fidelity="fast"))
         floor = engine.context.last_logits()
 
         assert engine.generate(prompt, max_tokens=1).metrics.encoded_tokens == 0
@@ -104,7 +109,7 @@ def test_floor_and_cached_prompts_end_in_the_same_state(model: Path) -> None:
 
 
 def test_prompts_are_as_long_as_asked_for(smollm2: Path) -> None:
-    with Engine(smollm2, n_ctx=2048) as engine:
+    with Engine(smollm2, n_ctx=2048, fidelity="fast") as engine:
         layout = engine.add_schema(filler_schema(engine, 1000, 7))
         plan = engine.plan(filler_prompt(engine, 7, 12))
 

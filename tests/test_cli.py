@@ -50,7 +50,7 @@ def model(tiny: Callable[..., Path]) -> Path:
 
 def run(model: Path, *options: str, prompt: str = "prompt.xml", stdin: str | None = None) -> dict[str, Any]:
     """``run --json`` on the shop's schema."""
-    settings = ("-n", "12", "--threads", "1", *options)
+    settings = ("-n", "8", "--threads", "1", *options)
     answer: dict[str, Any] = json.loads(
         invoke("run", prompt, "-s", "schema.xml", "-m", model, "--json", *settings, stdin=stdin)
     )
@@ -69,7 +69,7 @@ def slices(home: Path) -> set[str]:
 def test_run_prints_the_answer_and_nothing_else(model: Path) -> None:
     expected = run(model)["text"]
 
-    done = cpucache("run", "prompt.xml", "-s", "schema.xml", "-m", model, "-n", "12", "--threads", "1")
+    done = cpucache("run", "prompt.xml", "-s", "schema.xml", "-m", model, "-n", "8", "--threads", "1")
 
     assert done.status == 0
     assert expected
@@ -84,14 +84,14 @@ def test_run_json_has_all_counts_and_times(model: Path) -> None:
     assert answer["model"] == model.stem
     assert answer["prompt_tokens"] == answer["cached_tokens"] + answer["fresh_tokens"]
     assert answer["cached_tokens"] > answer["fresh_tokens"] > 0
-    assert (answer["completion_tokens"], answer["finish"]) == (12, "length")
+    assert (answer["completion_tokens"], answer["finish"]) == (8, "length")
     assert min(answer[name] for name in NAMES if name.endswith("_ms") and name not in ("save_ms", "recompute_ms")) > 0
     parts = answer["encode_ms"] + answer["splice_ms"] + answer["prefill_ms"]
     assert parts <= answer["ttft_ms"] <= answer["total_ms"]
 
 
 def test_slices_are_found_again_by_another_process(model: Path, store_home: Path) -> None:
-    command = ("run", "prompt.xml", "-s", "schema.xml", "-m", model, "--json", "-n", "12", "--threads", "1")
+    command = ("run", "prompt.xml", "-s", "schema.xml", "-m", model, "--json", "-n", "8", "--threads", "1")
 
     first = json.loads(cpucache(*command).out)
     saved = slices(store_home)
@@ -190,7 +190,7 @@ def test_run_takes_the_options_of_the_engine(model: Path, store_home: Path, opti
 
 def ask(model: Path, prompt: str, *options: str, stdin: str | None = None) -> dict[str, Any]:
     """``run --json`` without a schema."""
-    settings = ("-m", model, "--json", "-n", "12", "--threads", "1")
+    settings = ("-m", model, "--json", "-n", "8", "--threads", "1")
     answer: dict[str, Any] = json.loads(invoke("run", prompt, *settings, *options, stdin=stdin))
     return answer
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cpucache.engine import Engine
+from cpucache.engine import Engine, Fidelity
 from cpucache.errors import InputError
 from cpucache.pml import parse_schema
 from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
@@ -37,7 +37,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def command(tiny: Callable[..., Path]) -> tuple[str | Path, ...]:
-    return ("fidelity", "prompt.xml", "-s", "schema.xml", "-m", tiny("llama"), "--threads", "1", "-n", "4")
+    return (
+        "fidelity",
+        "prompt.xml",
+        "-s",
+        "schema.xml",
+        "-m",
+        tiny("llama"),
+        "--threads",
+        "1",
+        "-n",
+        "4",
+        "--lead",
+        "0",
+    )
 
 
 def report(command: tuple[str | Path, ...], *more: str | Path, stdin: str | None = None) -> dict[str, Any]:
@@ -52,7 +65,7 @@ def report(command: tuple[str | Path, ...], *more: str | Path, stdin: str | None
 def test_json_is_the_report(command: tuple[str | Path, ...], tiny: Callable[..., Path]) -> None:
     shown = report(command)
 
-    with Engine(tiny("llama"), threads=1) as engine:
+    with Engine(tiny("llama"), threads=1, fidelity=Fidelity(lead_tokens=0)) as engine:
         engine.add_schema(parse_schema(SCHEMA))
         expected = engine.fidelity(PROMPT, max_tokens=4).as_dict()
     assert set(shown) == {"uncached", "cached", "tokens", "advice"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cpucache.engine import Engine
-from cpucache.engine.tuning import LEVELS
+from cpucache.engine.tuning import DEFAULT, Fidelity
 from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Plan, SchemaLayout, Span, bind
 from cpucache.layout.lead import LEAD
@@ -67,40 +67,25 @@ def test_a_module_is_led_by_what_the_schema_has_before_it(content: str, lead: in
     assert bind(layout, included, lead=lead).segments == plan.segments, "the same objects"
 
 
-def test_by_default_modules_have_leads(tiny: TinyModel, tmp_path: Path) -> None:
+def test_every_level_but_the_exact_one_has_leads(tiny: TinyModel, tmp_path: Path) -> None:
     modules = "<module name='a'>" + "abcdefgh " * 10 + "</module><module name='b'>here</module>"
 
     def lead(running: Engine, **settings: Any) -> int:
         *_, last = running.plan("<prompt schema='s'><a/><b/>So?</prompt>", **settings).segments
         return len(last.lead)
 
-    with engine(tiny("llama"), tmp_path) as running:
+    with engine(tiny("llama"), tmp_path, fidelity=DEFAULT) as running:
         running.add_schema(parse_schema(f"<schema name='s'>{modules}</schema>"))
-        assert lead(running) == LEAD == LEVELS["balanced"].lead_tokens
-        assert lead(running, lead_tokens=5) == 5
-        assert lead(running, fidelity="balanced", link_tokens=1, recompute=0.5) == LEAD
-        for settings in ({"fidelity": "fast"}, {"fidelity": "high"}, {"link_tokens": 1}, {"recompute": 0.5}):
-            assert lead(running, **settings) == 0
+        assert lead(running) == lead(running, fidelity="fast") == lead(running, link_tokens=1) == LEAD
+        assert lead(running, lead_tokens=5) == lead(running, fidelity="balanced", lead_tokens=5) == 5
+        assert lead(running, lead_tokens=0) == lead(running, fidelity="high") == 0
         # Schemas share what has seen nothing of any of them.
         running.add_schema(parse_schema(f"<schema name='s' anchor='none'>{modules}</schema>"))
         assert lead(running) == 0
-    with engine(tiny("llama"), tmp_path, fidelity="fast") as running:
+    with engine(tiny("llama"), tmp_path, fidelity=Fidelity(lead_tokens=3)) as running:
         running.add_schema(parse_schema(f"<schema name='s'>{modules}</schema>"))
-        assert lead(running) == 0
-        assert lead(running, fidelity="balanced") == LEAD
-
-
-def test_only_modules_without_a_lead_are_recomputed(tiny: TinyModel, tmp_path: Path) -> None:
-    modules = "".join(f"<module name='{name}'>text of {name * 40}</module>" for name in "abcde")
-    with engine(tiny("llama"), tmp_path) as running:
-        running.add_schema(parse_schema(f"<schema name='s'>Root. {modules}</schema>"))
-
-        def renewed(prompt: str) -> dict[str, int]:
-            plan = running.plan(f"<prompt schema='s'>{prompt} ddd?</prompt>")
-            return {span.segment.module: span.n_renewed for span in plan.spans if span.segment and span.n_renewed}
-
-        assert renewed("<a/><b/><c/><d/><e/>") == {}
-        assert renewed("<a/><b/><d/><e/>") == {"d": 5}  # a tenth of its 48
+        assert lead(running) == 3
+        assert lead(running, fidelity="fast") == LEAD
 
 
 def test_modules_of_a_scaffold_set_have_none() -> None:
@@ -123,15 +108,17 @@ def test_what_is_encoded_ahead() -> None:
 
 
 def test_no_prompt_waits_for_what_has_been_encoded(tiny: TinyModel, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"fidelity": "fast"}
     with engine(tiny("llama"), tmp_path) as running:
         running.add_schema(parse_schema(f"<schema name='s'>{UNIONS}</schema>"))
-        running.encode("s")
+        running.encode("s", lead_tokens=LEAD)
         for content in ("<a/><b/><d/><f/>", "<a/><c/><e/><f/>", "<a/><f/>", "<c/>"):
-            reply = running.generate(f"<prompt schema='s'>{content}<user>So?</user></prompt>", max_tokens=1)
+            reply = running.generate(f"<prompt schema='s'>{content}<user>So?</user></prompt>", max_tokens=1, **how)
             assert reply.metrics.encoded_tokens == 0, content
-        assert running.encode("s").slices == 0
-        running.encode("s", fidelity="fast")
-        assert running.generate("<prompt schema='s'><c/><d/>?</prompt>", max_tokens=1).metrics.encoded_tokens > 0
+        assert running.encode("s", lead_tokens=LEAD).slices == 0
+        # Of two unions, only members at the same place were foreseen.
+        reply = running.generate("<prompt schema='s'><c/><d/>?</prompt>", max_tokens=1, **how)
+        assert reply.metrics.encoded_tokens == len(running.model.tokenize("Third dddd."))
 
 
 def test_fewer_than_none(tiny: TinyModel, tmp_path: Path) -> None:

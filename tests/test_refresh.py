@@ -13,6 +13,7 @@ from cpucache.engine import Engine
 from cpucache.engine.tuning import DEFAULT, LEVELS, Fidelity, Tuning
 from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Plan, Positions, Refresh, SchemaLayout, Segment, bind
+from cpucache.layout.lead import LEAD
 from cpucache.layout.recompute import Relevance
 from cpucache.layout.refresh import Reused
 from cpucache.layout.segment import Runs
@@ -295,15 +296,18 @@ def test_where_nothing_is_renewed_positions_are_the_schema_s(tiny: TinyModel, tm
 def test_levels() -> None:
     schema = parse_schema("<schema name='s' link='3'>x</schema>")
     assert Fidelity().tuning(schema) == Fidelity(DEFAULT).tuning(schema)
-    assert Fidelity().tuning(schema, Fidelity("fast")) == Fidelity("fast").tuning(schema) == Tuning(link_tokens=3)
-    assert Fidelity("balanced", 8, recompute=0).tuning(schema) == Tuning(lead_tokens=8, link_tokens=3)
+    assert Fidelity("fast").tuning(schema) == Tuning(LEAD, link_tokens=3)
+    assert Fidelity("balanced", 8, recompute=0).tuning(schema) == Tuning(8, link_tokens=3)
     assert Fidelity("high", link_tokens=0, recompute=0.5).tuning(schema) == Tuning(recompute=0.5, exact=True)
-    # Without a level, what is said is all that is done.
-    assert Fidelity(recompute=0.5).tuning(schema, Fidelity("balanced")) == Tuning(link_tokens=3, recompute=0.5)
+    # A call without a level changes what is usual, a call with one replaces it.
+    usual = Fidelity("balanced", lead_tokens=5)
+    assert Fidelity(recompute=0.5).over(usual) == Fidelity("balanced", 5, recompute=0.5)
+    assert Fidelity().over(usual) == usual
+    assert Fidelity("fast").over(usual) == Fidelity("fast")
     plain = parse_schema("<schema name='s'>x</schema>")
     assert [Fidelity(level).tuning(plain) for level in LEVELS] == list(LEVELS.values())
-    assert [(level.lead_tokens > 0, level.recompute > 0, level.exact) for level in LEVELS.values()] == [
-        *[(False, False, False), (True, True, False), (False, False, True)]
+    assert [(level.lead_tokens, level.recompute > 0, level.exact) for level in LEVELS.values()] == [
+        *[(LEAD, False, False), (LEAD, True, False), (0, False, True)]
     ]
 
 

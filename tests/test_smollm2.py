@@ -85,7 +85,7 @@ def test_every_example_runs(schema: Path, engine: Engine) -> None:
         metrics = engine.generate(prompt, max_tokens=4).metrics
         assert 1 <= metrics.completion_tokens <= 4
         assert metrics.prompt_tokens == plan.n_tokens == metrics.cached_tokens + metrics.fresh_tokens
-        assert metrics.cached_tokens >= plan.n_cached > 0.8 * plan.n_tokens
+        assert metrics.cached_tokens >= plan.n_cached > 0.7 * plan.n_tokens
         (whole,) = plan.without_reuse().spans
         assert whole.segment is None
         assert whole.tokens.tolist() == plan.tokens.tolist()
@@ -124,10 +124,10 @@ def test_the_python_interface(engine: Engine) -> None:
     assert all(done <= total for done, total in told)
     assert not told or told[-1][0] == told[-1][1]
 
-    reply = engine.generate(prompt, max_tokens=12)
+    reply = engine.generate(prompt, max_tokens=5)
     assert reply.text
     assert reply.metrics.encoded_tokens == 0
-    stream = engine.stream(prompt, max_tokens=12)
+    stream = engine.stream(prompt, max_tokens=5)
     pieces = list(stream)
     assert len(pieces) > 1
     assert "".join(pieces) == stream.text == reply.text

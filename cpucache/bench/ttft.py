@@ -12,6 +12,7 @@ from typing import Any
 from cpucache.bench.series import Series
 from cpucache.bench.text import filler_prompt, filler_schema
 from cpucache.engine import Engine
+from cpucache.engine.tuning import Level
 from cpucache.layout import Plan
 from cpucache.reuse.splicer import TARGET
 from cpucache.runtime import Context, Run, Sampler, Sampling
@@ -32,6 +33,8 @@ class Report:
     floor: Series = field(default_factory=Series)
     ram: Series = field(default_factory=Series)
     disk: Series = field(default_factory=Series)
+    balanced: Series = field(default_factory=Series)
+    """From RAM, with a share of the modules' tokens evaluated afresh."""
     encode: Series = field(default_factory=Series)
     full: dict[str, Series] = field(default_factory=dict)
 
@@ -46,10 +49,12 @@ class Report:
         ratios = {
             "ram_to_floor": self.ram.median / self.floor.median,
             "disk_to_floor": self.disk.median / self.floor.median,
+            "balanced_to_floor": self.balanced.median / self.floor.median,
         }
         if self.full:
             ratios["full_to_ram"] = self.best_full / self.ram.median
             ratios["full_to_disk"] = self.best_full / self.disk.median
+            ratios["full_to_balanced"] = self.best_full / self.balanced.median
             ratios["full_to_floor"] = self.best_full / self.floor.median
             ratios["encode_to_full"] = self.encode.median / self.best_full
         return ratios
@@ -65,6 +70,7 @@ class Report:
             "floor": self.floor.as_dict(),
             "ram": self.ram.as_dict(),
             "disk": self.disk.as_dict(),
+            "balanced": self.balanced.as_dict(),
             "encode": self.encode.as_dict(),
             "full": {name: series.as_dict() for name, series in self.full.items()},
             "ratios": {name: round(value, 4) for name, value in self.ratios.items()},
@@ -74,35 +80,39 @@ class Report:
 def measure(
     engine: Engine, *, tokens: int, modules: int, question: int, repeat: int, full_repeat: int, say: Say
 ) -> Report:
-    """Measure on one engine, in turn: floor, RAM, floor, disk, ``repeat`` times over.
+    """Measure on one engine, in turn: floor, RAM, floor, disk, balanced, ``repeat`` times over.
 
     Floor: the slices lie in the context already, and llama.cpp evaluates the fresh tokens and chooses a token, nothing
     else. The cached ones are whole calls of ``generate`` on an empty context: reading the prompt, planning, splicing,
-    evaluating, choosing. Full prefill runs in contexts of its own with llama.cpp's defaults for a single sequence, with
-    flash attention off and on. ``full_repeat=0`` leaves the full prefill out.
+    evaluating, choosing; with ``fidelity="fast"``, and from RAM also with ``"balanced"``. Full prefill runs in contexts
+    of its own with llama.cpp's defaults for a single sequence, with flash attention off and on. ``full_repeat=0``
+    leaves the full prefill out.
     """
     engine.add_schema(filler_schema(engine, tokens, modules))
     prompt = filler_prompt(engine, modules, question)
-    plan = engine.plan(prompt)
+    plan = engine.plan(prompt, fidelity="fast")
     report = Report(engine.model.path.stem, plan.n_cached, plan.n_tokens - plan.n_cached, modules)
     engine.warm_up()
     with tempfile.TemporaryDirectory(prefix="cpucache-bench-") as folder:
         for turn in range(max(1, full_repeat)):
             say(f"encoding {plan.n_cached:,} tokens in {modules} modules ({turn + 1}/{max(1, full_repeat)})")
             engine.workspace.store = engine.store = Store(Path(folder) / str(turn), ram_budget=1 << 40)
-            encoded = engine.encode("bench")
+            encoded = engine.encode_for(prompt, fidelity="fast")
             report.encode.values.append(encoded.seconds * 1000)
             report.slice_bytes = encoded.bytes
             if turn < full_repeat:
                 _full(engine, plan, report, say)
         say(f"floor, RAM and disk in turn, {repeat} times")
-        engine.generate(prompt, max_tokens=1)
+        engine.encode_for(prompt, fidelity="balanced")
+        engine.generate(prompt, max_tokens=1, fidelity="fast")
         for _ in range(repeat):
             report.floor.values.append(_floor(engine, plan))
             report.ram.values.append(_cached(engine, prompt))
             report.floor.values.append(_floor(engine, plan))
             engine.store.ram.clear()
             report.disk.values.append(_cached(engine, prompt))
+            report.balanced.values.append(_cached(engine, prompt, "balanced"))
+            _cached(engine, prompt)
     return report
 
 
@@ -119,9 +129,9 @@ def _floor(engine: Engine, plan: Plan) -> float:
     return elapsed
 
 
-def _cached(engine: Engine, prompt: str) -> float:
+def _cached(engine: Engine, prompt: str, level: Level = "fast") -> float:
     engine.workspace.reset()
-    return engine.generate(prompt, max_tokens=1).metrics.ttft_ms
+    return engine.generate(prompt, max_tokens=1, fidelity=level).metrics.ttft_ms
 
 
 def _full(engine: Engine, plan: Plan, report: Report, say: Say) -> None:

@@ -10,20 +10,21 @@ from rich.filesize import decimal
 from cpucache.cli.console import err, out, read_schema, token_bar
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
-from cpucache.engine.tuning import DEFAULT, Level
 from cpucache.errors import CpucacheError
+from cpucache.layout.lead import LEAD
 
 
 @click.command()
 @click.argument("schemas", nargs=-1, required=True, metavar="SCHEMA...")
 @click.option(
-    "--fidelity",
-    type=click.Choice(["balanced", "fast"]),
-    help="For prompts of which level: for balanced, modules are encoded behind the one before them in the schema, too, "
-    f"which takes twice as long and twice the room.  [default: {DEFAULT}]",
+    "--lead",
+    type=click.IntRange(0),
+    metavar="K",
+    help="Encode modules behind the last K tokens of the one before them in the schema, too, as prompts that have both "
+    f"want them; 0: only by themselves, in half the time and half the room.  [default: {LEAD}]",
 )
 @engine_options
-def encode(schemas: tuple[str, ...], model: str, fidelity: Level | None, **options: Any) -> None:
+def encode(schemas: tuple[str, ...], model: str, lead: int | None, **options: Any) -> None:
     """Evaluate every module of each SCHEMA and save its state, so that no prompt has to wait for it.
 
     What is in the store already is not evaluated again. Slices are found by what they contain: change a module, and
@@ -35,7 +36,7 @@ def encode(schemas: tuple[str, ...], model: str, fidelity: Level | None, **optio
             engine.add_schema(schema)
             try:
                 with token_bar(f"encoding {schema.name}") as progress:
-                    done = engine.encode(schema.name, progress, fidelity=fidelity)
+                    done = engine.encode(schema.name, progress, lead_tokens=lead)
                 engine.store.flush()
             except KeyboardInterrupt:
                 err.print("what has been encoded is kept, and the same command goes on from there", soft_wrap=True)

@@ -110,10 +110,10 @@ def fidelity_options(command: Command) -> Command:
         click.option(
             "--fidelity",
             type=click.Choice(list(LEVELS)),
-            help="How much is done about modules not having seen one another. balanced: those in the schema's order "
-            "have been encoded in sight of the end of the one before, and a tenth of the others is evaluated afresh; "
-            "fast: nothing; high: a combination of them is evaluated whole the first time, and is exact ever after.  "
-            f"[default: {DEFAULT}]",
+            help="How much is done about modules not having seen one another. fast: where they stand in the schema's "
+            "order, they have been encoded in sight of the end of the one before; balanced: besides, a tenth of them "
+            "is evaluated afresh, where the question points; high: a combination of them is evaluated whole the first "
+            f"time, and is exact ever after.  [default: {DEFAULT}]",
         ),
         click.option(
             "--lead",
@@ -121,7 +121,7 @@ def fidelity_options(command: Command) -> Command:
             type=click.IntRange(0),
             metavar="K",
             help="Use modules as they were encoded in sight of the last K tokens of the one before them in the schema, "
-            f"where that stands before them.  [default: {LEAD}, for balanced]",
+            f"where that stands before them. 0: as they are by themselves.  [default: {LEAD}]",
         ),
         click.option(
             "--link",
@@ -135,8 +135,8 @@ def fidelity_options(command: Command) -> Command:
             "--recompute",
             type=click.FloatRange(0, 1),
             metavar="R",
-            help="Evaluate this share of the tokens of modules without a lead afresh: of those that have most words in "
-            "common with the question.  [default: 0.1, for balanced]",
+            help="Evaluate this share of the modules' tokens afresh: of the modules that have most words in common "
+            "with the question.  [default: 0.1, for balanced]",
         ),
     )
     for option in reversed(options):

@@ -4,5 +4,6 @@ from cpucache.engine.engine import Engine
 from cpucache.engine.reply import Metrics, Reply
 from cpucache.engine.session import Session
 from cpucache.engine.stream import Stream
+from cpucache.engine.tuning import Fidelity
 
-__all__ = ["Engine", "Metrics", "Reply", "Session", "Stream"]
+__all__ = ["Engine", "Fidelity", "Metrics", "Reply", "Session", "Stream"]

@@ -46,8 +46,8 @@ class Engine:
     that it is read from disk, not only the first. ``kv_type``: type of the saved keys, ``"f16"`` or ``"q8_0"`` (values
     too with ``flash="on"``). ``flash``: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU). ``positions``: how
     schemas are laid out. ``block_size``: tokens of the blocks that plain text and messages are cached in. ``fidelity``:
-    of prompts that do not say theirs (see ``plan``). ``sessions``: the folder for conversations (default
-    ``$CPUCACHE_SESSIONS``, else the platform's user data folder).
+    of prompts that do not say theirs (a level, or a ``Fidelity`` with the numbers of ``plan``). ``sessions``: the
+    folder for conversations (default ``$CPUCACHE_SESSIONS``, else the platform's user data folder).
 
     Use it as a context manager, or ``close`` it. Calls from several threads take turns.
 
@@ -69,10 +69,10 @@ class Engine:
         flash: str | None = None,
         positions: Positions = "auto",
         block_size: int = BLOCK,
-        fidelity: Level = DEFAULT,
+        fidelity: Level | Fidelity = DEFAULT,
         sessions: str | Path | None = None,
     ) -> None:
-        wanted = Fidelity(fidelity)
+        wanted = fidelity if isinstance(fidelity, Fidelity) else Fidelity(fidelity)
         path = resolve_model(str(model or default_model()))
         home = Path(store) if store else default_home()
         ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
@@ -138,17 +138,16 @@ class Engine:
         schema: str,
         progress: OnProgress | None = None,
         *,
-        fidelity: Level | None = None,
         lead_tokens: int | None = None,
     ) -> Encoded:
         """Make every slice of a schema that is not in the store yet, as far as they are foreseeable.
 
-        That is every module as it is apart, and every scaffold set; and, where ``fidelity`` or ``lead_tokens`` (see
-        ``plan``) ask for leads, every module as it is behind the one before it in the schema, which takes as long and
-        as much room again. ``progress(done, total)`` is told about tokens.
+        That is every module as it is apart, every scaffold set, and, unless ``lead_tokens`` is 0 (see ``plan``), every
+        module as it is behind the one before it in the schema, which takes as long and as much room again.
+        ``progress(done, total)`` is told about tokens.
         """
         layout = self.planner.layout(schema)
-        tuning = self.planner.tuning(layout, Fidelity(fidelity, lead_tokens))
+        tuning = self.planner.tuning(layout, Fidelity(lead_tokens=lead_tokens))
         # Modules that are never cached have no slices of their own; as context of others they are found there.
         segments = [segment for segment in layout.segments if segment.cache and not segment.placeholder]
         segments += layout.leads.segments(tuning.lead_tokens)
@@ -174,15 +173,16 @@ class Engine:
         The latter two are cached in blocks, each in the sight of all before it: exact, and found again by whatever
         begins with the same text.
 
-        Modules have not seen one another. How much is done about that, ``fidelity`` says. ``"balanced"`` (the default):
-        a module behind the one that the schema has before it, too, has been encoded in the sight of that one's last
-        tokens; of those elsewhere, a tenth is evaluated afresh behind what stands before them. ``"fast"``: modules as
-        they are, wherever they stand. ``"high"``: each combination of modules, arguments and text before the last
-        module is evaluated as a whole the first time it comes, which takes as long as full prefill, and reused as a
-        whole from then on, with nothing approximated. Scaffold sets are used in any case. ``lead_tokens`` (how many of
-        the last), ``recompute`` (what share of those without a lead; it goes to the modules that have the most words in
-        common with the prompt's new text) and ``link_tokens`` (so many at the start of each module are evaluated
-        afresh) change what a level does, or say all that is done when no level is given.
+        Modules have not seen one another. How much is done about that, ``fidelity`` says. ``"fast"`` (the default): a
+        module that the prompt has behind the one that the schema has before it has been encoded in the sight of that
+        one's last tokens; those elsewhere are as they are apart. ``"balanced"``: besides, a tenth of the modules'
+        tokens is evaluated afresh behind what stands before them. ``"high"``: each combination of modules, arguments
+        and text before the last module is evaluated as a whole the first time it comes, which takes as long as full
+        prefill, and reused as a whole from then on, with nothing approximated. Scaffold sets are used in any case.
+
+        ``lead_tokens`` (how many of the last), ``recompute`` (what share; it goes to the modules that have the most
+        words in common with the prompt's new text) and ``link_tokens`` (so many at the start of each module are
+        evaluated afresh) change what a level does: the engine's own when none is given.
 
         Raises ``PMLError`` or ``InputError``.
         """

@@ -84,7 +84,7 @@ class Planner:
 
     def tuning(self, layout: SchemaLayout, fidelity: Fidelity | None = None) -> Tuning:
         """What is done about modules that have not seen one another."""
-        return (fidelity or self._fidelity).tuning(layout.schema, self._fidelity)
+        return (fidelity or Fidelity()).over(self._fidelity).tuning(layout.schema)
 
     def request(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from cpucache.errors import InputError
@@ -20,8 +20,8 @@ class Tuning:
 
     ``lead_tokens``: where the schema foresees what stands before a module, it is encoded in the sight of so many tokens
     of that. ``link_tokens``: the first so many tokens of each are evaluated afresh behind what stands before it in the
-    prompt. ``recompute``: this share (0 to 1) of the tokens of those without a lead, chosen by ``layout.recompute``.
-    ``exact``: whether every combination of them is evaluated as a whole instead, with nothing left to make up for.
+    prompt. ``recompute``: this share (0 to 1) of their tokens, chosen by ``layout.recompute``. ``exact``: whether
+    every combination of them is evaluated as a whole instead, with nothing left to make up for.
     """
 
     lead_tokens: int = 0
@@ -51,19 +51,18 @@ class Tuning:
 
 # Set by the evaluation in bench/RESULTS.md.
 LEVELS: dict[Level, Tuning] = {
-    "fast": Tuning(),
+    "fast": Tuning(lead_tokens=LEAD),
     "balanced": Tuning(lead_tokens=LEAD, recompute=0.1),
     "high": Tuning(exact=True),
 }
-DEFAULT: Level = "balanced"
+DEFAULT: Level = "fast"
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How exact a call wants a prompt to be: what it leaves open, the schema or the level says.
+    """How exact a prompt is wanted to be: what this leaves open, the schema or the level says.
 
-    Without a ``level``, ``lead_tokens``, ``link_tokens`` and ``recompute`` say all that is done: they add to
-    ``"fast"``. Raises ``InputError`` for an unknown level.
+    Raises ``InputError`` for an unknown level.
     """
 
     level: Level | None = None
@@ -75,17 +74,22 @@ class Fidelity:
         if self.level is not None and self.level not in LEVELS:
             raise InputError(f"fidelity={self.level!r}: must be one of {', '.join(LEVELS)}")
 
-    def tuning(self, schema: Schema, default: Fidelity | None = None) -> Tuning:
-        """What that comes to for prompts of a schema; ``default`` has the level of calls that say nothing."""
-        silent = self.lead_tokens is None and self.link_tokens is None and self.recompute is None
-        usual = (default and default.level) or DEFAULT
-        base = LEVELS[self.level or (usual if silent else "fast")]
+    def tuning(self, schema: Schema) -> Tuning:
+        """What that comes to for prompts of a schema."""
+        base = LEVELS[self.level or DEFAULT]
         return Tuning(
             base.lead_tokens if self.lead_tokens is None else self.lead_tokens,
             _first(self.link_tokens, schema.link, base.link_tokens),
             base.recompute if self.recompute is None else self.recompute,
             base.exact,
         )
+
+    def over(self, usual: Fidelity) -> Fidelity:
+        """This, and where it says nothing, what is usual. A level says everything."""
+        if self.level:
+            return self
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(usual, **given)
 
 
 def _first(*values: int | None) -> int:

@@ -106,7 +106,7 @@ def _reusable(piece: Piece, *, last: bool) -> int:
 def _renewed(pieces: Sequence[Piece], sizes: Sequence[int], refresh: Refresh) -> dict[Segment, Runs]:
     """What of the slices is evaluated afresh."""
     reused = [
-        Reused(piece, size, exact=_sees_all(piece, pieces[:index]), led=piece.led)
+        Reused(piece, size, exact=_sees_all(piece, pieces[:index]))
         for index, (piece, size) in enumerate(zip(pieces, sizes, strict=True))
         if isinstance(piece, Segment) and size > 0
     ]

@@ -14,17 +14,16 @@ from cpucache.layout.vocabulary import Tokens
 class Reused:
     """A slice of a plan: the first ``size`` tokens of a segment.
 
-    ``exact``: it has seen all that stands before it, and nothing else. ``led``: it has seen the end of that.
+    ``exact``: it has seen all that stands before it, and nothing else.
     """
 
     segment: Segment
     size: int
     exact: bool
-    led: bool
 
 
 Rule: TypeAlias = Callable[[Sequence[Reused], Sequence[Tokens]], Mapping[Segment, Runs]]
-"""Chooses tokens of the slices of a plan, none of them exact or led, for the new text that it brings."""
+"""Chooses tokens of the slices of a plan, none of them exact, for the new text that it brings."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Refresh:
 
     def runs(self, reused: Sequence[Reused], new: Sequence[Tokens]) -> list[Runs]:
         """What to evaluate of each slice of a plan that brings ``new`` text: nothing of those that are exact."""
-        chosen = self.rule([each for each in reused if not (each.exact or each.led)], new) if self.rule else {}
+        chosen = self.rule([each for each in reused if not each.exact], new) if self.rule else {}
         left: dict[str, int] = {}
         runs: list[Runs] = []
         for each in reused:

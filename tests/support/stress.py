@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cpucache.engine import Engine
+from cpucache.engine import Engine, Fidelity
 from cpucache.pml import parse_schema
 from cpucache.store import Store
 from cpucache.store.slicefile import Damaged, SliceFiles
@@ -57,7 +57,11 @@ def prompt(name: str, *modules: int) -> str:
 
 def engine(model: Path, home: Path, **settings: Any) -> Engine:
     """An engine as these tests want it: one thread, a small context."""
-    return Engine(model, store=home, **{"threads": 1, "n_ctx": _N_CTX, "ram_budget": 1 << 28, **settings})
+    return Engine(
+        model,
+        store=home,
+        **{"threads": 1, "n_ctx": _N_CTX, "ram_budget": 1 << 28, "fidelity": Fidelity(lead_tokens=0), **settings},
+    )
 
 
 def answer(engine: Engine, text: str) -> str:
