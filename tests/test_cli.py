@@ -358,7 +358,7 @@ def test_show_draws_every_module_on_a_line_of_its_own(model: Path, columns: int)
     done = cpucache("schema", "show", "schema.xml", "-m", model, COLUMNS=str(columns))
 
     assert done.status == 0, done.err
-    header, *lines, last = done.out.splitlines()
+    header, *lines, last, again = done.out.splitlines()
     assert header.split()[:2] == ["tokens", "positions"]
     rows = [ROW.fullmatch(line) for line in lines]
     assert all(rows), "\n".join(lines)
@@ -366,6 +366,7 @@ def test_show_draws_every_module_on_a_line_of_its_own(model: Path, columns: int)
     assert labels == ["shop", "hours", "{opens}", "one of 2", "summer", "winter", "news not cached"]
     total = sum(_number(row["own"]) for row in rows if row)
     assert re.fullmatch(rf"{total:,} tokens in \d+ segments, [\d.]+ MiB, reserved positions", last)
+    assert re.fullmatch(r"again, behind what stands before: [\d,]+ tokens in \d+ segments, [\d.]+ MiB", again)
     assert all(len(line) <= columns for line in lines)
     starts = {label: _number(row["start"]) for label, row in zip(labels, rows, strict=True) if row}
     assert starts["summer"] == starts["winter"] > starts["hours"]

@@ -14,6 +14,7 @@ from cpucache.cli.console import err, out, read_schema
 from cpucache.cli.options import model_option, positions_option
 from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Extent, Positions, ScaffoldLayout, SchemaLayout, Segment
+from cpucache.layout.lead import LEAD
 from cpucache.models import resolve_model
 from cpucache.pml.tree import Schema
 from cpucache.runtime import Model
@@ -94,6 +95,8 @@ def show(file: str, model: str, positions: Positions) -> None:
     _say(f"{_cost(layout.apart, loaded)}, {layout.positions} positions{anchor}")
     for scaffold in layout.scaffolds:
         _say(f"scaffold {_names(scaffold)}: {_cost(scaffold.segments, loaded)}")
+    if led := layout.leads.segments(LEAD):
+        _say(f"again, behind what stands before: {_cost(led, loaded)}")
 
 
 def _layout(parsed: Schema, model: Model, positions: Positions) -> SchemaLayout:
