@@ -22,6 +22,7 @@ TRIALS = {
     'link="16" on hours',
     'link="16" on summer',
     'link="16" on the schema',
+    "--recompute 0.1",
     '<scaffold modules="hours summer"/>',
 }
 
@@ -100,7 +101,9 @@ def test_the_tables_have_everything(command: tuple[str | Path, ...]) -> None:
         assert re.search(re.escape(trial) + r" +\d\.\d{4} → \d\.\d{4} +\d+% → \d+% +[+-]\S+ [mµ]?s", shown.out)
     assert re.search(r'modules="hours summer"/> .*\+\d+\.\d kB', shown.out)
     last = shown.out.splitlines()[-1]
-    wanted = r"(Set link=|Put <scaffold ).+: KL goes from \d\.\d+ to \d\.\d+, the first token comes .+\."
+    wanted = (
+        r"(Set link=|Put <scaffold |Use --recompute 0.1).*: KL goes from \d\.\d+ to \d\.\d+, the first token comes .+\."
+    )
     assert re.fullmatch(wanted, last)
 
 

@@ -70,8 +70,8 @@ def fidelity(
     model would say next is compared: by the Kullback-Leibler divergence (KL, in nats; 0: no difference), by whether
     both think the same token the likeliest (top-1), and by how much less likely the token has become (NLL).
 
-    Then link tokens and scaffolds are tried on the modules of the prompt, one by one, and listed with what they bring
-    and what they cost, the best first. That takes as long as some full prefills.
+    Then link tokens and scaffolds are tried on the modules of the prompt, one by one, and recomputing on all of them,
+    and listed with what they bring and what they cost, the best first. That takes as long as some full prefills.
 
     \b
     cpucache fidelity schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml
@@ -235,4 +235,6 @@ def _advice(report: FidelityReport) -> str:
 
 
 def _deed(trial: Trial) -> str:
-    return f"Put {trial.change} into the schema" if trial.change.startswith("<") else f"Set {trial.change}"
+    if trial.change.startswith("<"):
+        return f"Put {trial.change} into the schema"
+    return f"{'Use' if trial.change.startswith('--') else 'Set'} {trial.change}"

@@ -1,4 +1,4 @@
-"""What would bring a cached prompt nearer to the uncached one, measured: link tokens and scaffolds, one by one."""
+"""What would bring a cached prompt nearer to the uncached one, measured: link tokens, scaffolds, recomputing."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LINK = 16
 """Link tokens that are tried."""
+SHARE = 0.1
+"""The share of the modules' tokens that recomputing is tried with."""
 _TIMES = 3  # runs of each that the time to first token is the median of
 OnTrial = Callable[[int, int, str], object]
 """Told how many trials are done, of how many, and what is tried next."""
@@ -173,11 +175,13 @@ class _Changes:
         self._layout = engine.planner.layout(prompt.schema)
         self._schema = self._layout.schema
         self._included = resolve(prompt, self._schema)
+        self._refresh = tuning.refresh(self._layout, engine.planner.relevance)
         self.apart = self._plan(None)
         """The prompt with nothing renewed: every plan has what is fresh at its end."""
 
     def __iter__(self) -> Iterator[tuple[str, Plan]]:
         yield from self._links()
+        yield from self._recomputed()
         yield from self._scaffolds()
 
     def _plan(self, refresh: Refresh | None) -> Plan:
@@ -190,7 +194,7 @@ class _Changes:
         )
 
     def _links(self) -> Iterator[tuple[str, Plan]]:
-        base = self._tuning.refresh(self._layout, self._engine.planner.relevance) or Refresh()
+        base = self._refresh or Refresh()
         modules = dict.fromkeys(segment.module for segment in self.apart.segments if segment.module)
         helped = 0
         for module in modules:
@@ -201,6 +205,12 @@ class _Changes:
         everywhere = self._plan(replace(base, link=LINK))
         if helped > 1 and everywhere.n_cached < self._now.n_cached:
             yield f'link="{LINK}" on the schema', everywhere
+
+    def _recomputed(self) -> Iterator[tuple[str, Plan]]:
+        rule = self._engine.planner.relevance.rule(max(SHARE, self._tuning.recompute))
+        plan = self._plan(replace(self._refresh or Refresh(), rule=rule))
+        if plan.n_cached < self._now.n_cached:
+            yield f"--recompute {SHARE}", plan
 
     def _scaffolds(self) -> Iterator[tuple[str, Plan]]:
         together = self._can_be_scaffolded()
@@ -223,7 +233,7 @@ class _Changes:
             replace(self._included, scope=schema),
             file=self._prompt.file,
             lead=self._tuning.lead_tokens,
-            refresh=self._tuning.refresh(self._layout, self._engine.planner.relevance),
+            refresh=self._refresh,
         )
 
     def _can_be_scaffolded(self) -> list[Module]:
