@@ -146,7 +146,7 @@ def _bar() -> Iterator[OnAnswer]:
 
 def _table(report: AccuracyReport) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for name in report.measures:
         table.add_column(measure_title(name), justify="right", no_wrap=True)
         table.add_column("against full", justify="right", no_wrap=True)
