@@ -119,7 +119,12 @@ def test_hostile_headers(check: Callable[[bytes], None], tensors: list[bytes], k
 
 
 def test_tensors_of_an_unknown_type_are_not_measured(check: Callable[[bytes], None]) -> None:
-    check(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + tensor([1 << 40], 999, 0) + bytes(64))
+    def file(kind: int) -> bytes:
+        return b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + tensor([1 << 40], kind, 0) + bytes(64)
+
+    with pytest.raises(ModelError, match="truncated"):
+        check(file(0))
+    check(file(999))
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_a_prompt_drawn_from_a_schema_resolves(nodes: list, data: st.DataObject,
 # ---- nothing but PMLError --------------------------------------------------------------------------------
 
 
-def only_pml_errors(parse: Callable[..., Any], data: str | bytes) -> Any:
+def assert_only_pml_errors(parse: Callable[..., Any], data: str | bytes) -> Any:
     try:
         return parse(data)
     except PMLError as error:
@@ -295,8 +295,8 @@ PIECES = st.sampled_from(
 @quick
 @given(st.binary(max_size=200) | st.text(st.characters(), max_size=100) | st.lists(PIECES, max_size=15).map("".join))
 def test_nothing_but_pml_errors(data: str | bytes) -> None:
-    only_pml_errors(parse_schema, data)
-    only_pml_errors(parse_prompt, data)
+    assert_only_pml_errors(parse_schema, data)
+    assert_only_pml_errors(parse_prompt, data)
 
 
 PROMPT = """<prompt schema="kitchen" guest="Ann">
@@ -319,12 +319,12 @@ def mutated(draw: st.DrawFn, source: str) -> str:
 def test_mutated_documents_give_trees_or_pml_errors(data: st.DataObject) -> None:
     schema = parse_schema(SCHEMA)
     changed = data.draw(st.composite(lambda draw: (mutated(draw, SCHEMA), mutated(draw, PROMPT)))())
-    other = only_pml_errors(parse_schema, changed[0])
-    prompt = only_pml_errors(parse_prompt, changed[1])
+    other = assert_only_pml_errors(parse_schema, changed[0])
+    prompt = assert_only_pml_errors(parse_prompt, changed[1])
     assert other is None or isinstance(other, Schema)
     for one in (schema, other):
         if prompt is not None and one is not None:
-            only_pml_errors(lambda _, one=one: resolve(prompt, one), "")
+            assert_only_pml_errors(lambda _, one=one: resolve(prompt, one), "")
 
 
 @quick

@@ -41,7 +41,7 @@ def only(scope: Scope | Role, kind: type) -> list:
     return [node for node in scope.children if isinstance(node, kind)]
 
 
-def fails(data: str | bytes, line: int | None, *words: str, folder: Path | None = None) -> None:
+def assert_fails(data: str | bytes, line: int | None, *words: str, folder: Path | None = None) -> None:
     with pytest.raises(PMLError) as caught:
         parse_schema(data, file="my.xml", folder=folder)
     message = str(caught.value)
@@ -144,7 +144,7 @@ def test_text_and_bytes_with_or_without_a_byte_order_mark(mark: str, data: type)
 def test_a_declared_encoding_counts_for_bytes_only() -> None:
     source = '<?xml version="1.0" encoding="ISO-8859-1"?>\n<schema name="s">é</schema>'
     assert only(parse_schema(source), Text)[0].text == "é"
-    fails(source.encode(), 1, "'ISO-8859-1'", "UTF-8")
+    assert_fails(source.encode(), 1, "'ISO-8859-1'", "UTF-8")
 
 
 # ---- what is not XML, or more XML than PML takes ----------------------------------------------
@@ -193,12 +193,12 @@ def test_a_declared_encoding_counts_for_bytes_only() -> None:
     ],
 )
 def test_not_the_xml_that_is_taken(data: str | bytes, line: int, words: list[str]) -> None:
-    fails(data, line, *words)
+    assert_fails(data, line, *words)
 
 
 def test_a_billion_laughs_are_never_expanded() -> None:
     entities = "".join(f'<!ENTITY l{n + 1} "{f"&l{n};" * 10}">' for n in range(12))
-    fails(f'<!DOCTYPE s [<!ENTITY l0 "ha">{entities}]>\n<schema name="&l12;">&l12;</schema>', 1, "DOCTYPE")
+    assert_fails(f'<!DOCTYPE s [<!ENTITY l0 "ha">{entities}]>\n<schema name="&l12;">&l12;</schema>', 1, "DOCTYPE")
 
 
 def test_nesting_has_a_limit() -> None:
@@ -206,8 +206,8 @@ def test_nesting_has_a_limit() -> None:
         return '<schema name="s">' + '<module name="m">' * (depth - 1) + "x" + "</module>" * (depth - 1) + "</schema>"
 
     assert parse_schema(nested(MAX_DEPTH)).name == "s"
-    fails(nested(MAX_DEPTH + 1), 1, str(MAX_DEPTH), "deep")
-    fails(nested(100_000), 1, "deep")
+    assert_fails(nested(MAX_DEPTH + 1), 1, str(MAX_DEPTH), "deep")
+    assert_fails(nested(100_000), 1, "deep")
 
 
 def test_the_number_of_attributes_has_a_limit() -> None:
@@ -221,8 +221,8 @@ def test_the_number_of_attributes_has_a_limit() -> None:
 
 def test_huge_pieces_are_refused_in_one_short_line() -> None:
     huge = "x" * 10_500_000
-    fails(f'<schema name="s">{huge}</schema>', 1, "10 million")
-    fails(f'<schema name="{huge}"/>', 1, "10 million")
+    assert_fails(f'<schema name="s">{huge}</schema>', 1, "10 million")
+    assert_fails(f'<schema name="{huge}"/>', 1, "10 million")
     for name in ("n" * 40_000, "n" * 60_000):
         with pytest.raises(PMLError) as caught:
             parse_schema(f'<schema name="s"><{name}/></schema>')
@@ -292,7 +292,7 @@ def test_read_xml_gives_elements() -> None:
     ],
 )
 def test_mistakes_in_a_schema(content: str, words: list[str]) -> None:
-    fails(f'<schema name="s">text\n{content}\n</schema>', 2, *words)
+    assert_fails(f'<schema name="s">text\n{content}\n</schema>', 2, *words)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_mistakes_in_a_schema(content: str, words: list[str]) -> None:
     ],
 )
 def test_mistakes_in_the_root(source: str, words: list[str]) -> None:
-    fails(source, 1, *words)
+    assert_fails(source, 1, *words)
 
 
 SCAFFOLDED = """<schema name="s" anchor="none" link="4">
@@ -384,11 +384,11 @@ def test_mistakes_in_scaffolds(scaffolds: str, words: list[str]) -> None:
         "<union><module name='x'/><module name='y'/></union><module name='now' cache='false'>3</module>"
         "<union scaffold='v'><module name='v'/><module name='w'/></union>"
     )
-    fails(f"<schema name='s'>text\n{scaffolds}\n{modules}</schema>", 2, *words)
+    assert_fails(f"<schema name='s'>text\n{scaffolds}\n{modules}</schema>", 2, *words)
 
 
 def test_text_in_a_union_is_reported_on_its_own_line() -> None:
-    fails('<schema name="s"><union>\n<module name="a"/>\n\nstray</union></schema>', 4, "text inside <union>")
+    assert_fails('<schema name="s"><union>\n<module name="a"/>\n\nstray</union></schema>', 4, "text inside <union>")
 
 
 @pytest.mark.parametrize(
@@ -465,13 +465,13 @@ def test_src_is_verbatim(folder: Path, src: str, text: str | None) -> None:
     ],
 )
 def test_src_mistakes(folder: Path, src: str, words: list[str]) -> None:
-    fails(f'<schema name="s">\n<module name="m" src="{src}"/></schema>', 2, *words, folder=folder)
+    assert_fails(f'<schema name="s">\n<module name="m" src="{src}"/></schema>', 2, *words, folder=folder)
 
 
 @pytest.mark.parametrize("content", ["text", "<module name='n'/>", "<parameter name='p' length='1'/>"])
 def test_src_excludes_content(folder: Path, content: str) -> None:
     source = f'<schema name="s">\n<module name="m" src="part.txt">{content}</module></schema>'
-    fails(source, 2, "'part.txt'", "content", folder=folder)
+    assert_fails(source, 2, "'part.txt'", "content", folder=folder)
 
 
 def test_the_folder_may_itself_be_a_link(folder: Path, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ class _Changes:
             yield f'link="{LINK}" on the schema', everywhere
 
     def _recomputed(self) -> Iterator[tuple[str, Plan]]:
-        rule = self._engine.planner.relevance.rule(max(SHARE, self._tuning.recompute))
+        rule = self._engine.planner.relevance.rule(SHARE)
         plan = self._plan(replace(self._refresh or Refresh(), rule=rule))
         if plan.n_cached < self._now.n_cached:
             yield f"--recompute {SHARE}", plan
