@@ -12,14 +12,17 @@ import pytest
 from cpucache.engine import Engine
 from cpucache.engine.tuning import DEFAULT, Fidelity
 from cpucache.errors import InputError
-from cpucache.layout import ChatTemplate, Plan, SchemaLayout, Span, bind
+from cpucache.layout import ChatTemplate, Plan, Positions, SchemaLayout, Span, bind
 from cpucache.layout.lead import LEAD
+from cpucache.layout.plan import schedule
 from cpucache.layout.segment import Segment
 from cpucache.pml import parse_prompt, parse_schema, resolve
+from cpucache.reuse.encoder import effort
+from cpucache.reuse.splicer import FREE
 from cpucache.runtime import Run
 from tests.support.letters import Letters
 from tests.support.sessions import engine
-from tests.support.workbench import bench, distance, segment, some_tokens, tolerance
+from tests.support.workbench import Bench, Logits, bench, distance, segment, some_tokens, tolerance
 
 TinyModel = Callable[..., Path]
 
@@ -53,8 +56,10 @@ def led_by(segments: Iterable[Segment]) -> list[tuple[str, str]]:
         # So do new text, and another order.
         ("<a/> and <b/><d/>", 4, {"d": "bbb."}),
         ("<d/><b/>", 4, {}),
-        # Behind short ones, what is before them, as far as nothing is missing.
+        # Behind short ones, what is before them, as far as nothing is missing. Of members of unions, the nearest.
+        ("<a/><c/><d/><f/>", 9, {"c": "st, aaaa.", "d": "st, aaaa.Other cccc.", "f": "ird dddd."}),
         ("<a/><c/><d/>", 14, {"c": "First, aaaa.", "d": "aa.Other cccc."}),
+        ("<a/><c/><d/><f/>", 14, {"c": "First, aaaa.", "d": "aa.Other cccc.", "f": "Third dddd."}),
         ("<c/><d/>", 14, {"d": "Other cccc."}),
         ("<a/><b/>", 0, {}),
     ],
@@ -68,7 +73,8 @@ def test_a_module_is_led_by_what_the_schema_has_before_it(content: str, lead: in
 
 
 def test_every_level_but_the_exact_one_has_leads(tiny: TinyModel, tmp_path: Path) -> None:
-    modules = "<module name='a'>" + "abcdefgh " * 10 + "</module><module name='b'>here</module>"
+    # The second begins another stretch: it gets no more than the lead.
+    modules = "<module name='a'>" + "abcdefgh " * LEAD + "</module><module name='b'>here</module>"
 
     def lead(running: Engine, **settings: Any) -> int:
         *_, last = running.plan("<prompt schema='s'><a/><b/>So?</prompt>", **settings).segments
@@ -133,30 +139,114 @@ def test_fewer_than_none(tiny: TinyModel, tmp_path: Path) -> None:
 # ---- what they do ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3", "falcon", "mpt"])
+archs = pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3", "falcon", "mpt"])
+
+
+def expected(b: Bench, plan: Plan) -> Logits:
+    """Logits of a plan of a first slice, led ones and fresh text: each evaluated with its lead, then moved."""
+    root, *led, last = plan.spans
+    truth = b.truth
+    truth.clear()
+    truth.decode([Run(0, 0, root.tokens)])
+    for span in led:
+        assert span.segment is not None
+        lead = span.segment.lead
+        truth.decode([Run(1, 0, np.concatenate([root.tokens, lead, span.tokens]))])
+        truth.remove(1, 0, root.end + len(lead))
+        truth.shift(1, span.start - root.end - len(lead))
+        truth.decode([Run(2, 0, root.tokens[:1])])
+        truth.remove(2)
+        truth.share(1, 0)
+        truth.remove(1)
+    truth.decode([Run(0, last.start, last.tokens)], logits="last")
+    return truth.last_logits()
+
+
+@archs
 @pytest.mark.parametrize("moved", [0, 7])
 def test_a_led_slice_is_evaluated_behind_its_lead(arch: str, moved: int, tiny: TinyModel) -> None:
     """Against the same tokens evaluated in one go, all of it in the sight of the lead that stands there."""
-    root, lead, own, asked = (some_tokens(count, seed) for seed, count in enumerate((9, 5, 11, 4)))
+    root, lead, own, last = (some_tokens(count, seed) for seed, count in enumerate((9, 5, 11, 4)))
     with bench(tiny(arch)) as b:
         anchor = segment(root)
         led = Segment(own, anchor.end + moved, (anchor.span,), "m", lead=lead)
-        behind = Segment(asked, led.end, (anchor.span, led.span), "m")
-        last = some_tokens(3, 9)
-        plan = Plan((anchor.span, led.span, behind.span, Span(behind.end, last)))
-        b.workspace.prefill(plan)
-        got = b.workspace.context.last_logits()
-        truth = b.truth
-        truth.decode([Run(1, 0, np.concatenate([root, lead, own]))])
-        truth.remove(1, 0, len(root) + len(lead))
-        truth.shift(1, led.home - len(root) - len(lead))
-        truth.decode([Run(0, 0, root)])
-        truth.share(1, 0)
-        truth.remove(1)
-        truth.decode([Run(0, led.end, np.concatenate([asked, last]))], logits="last")
-        assert distance(got, truth.last_logits()) < tolerance(arch, "f32")
+        plan = Plan((anchor.span, led.span, Span(led.end, last)))
+        assert distance(b.logits(plan), expected(b, plan)) < tolerance(arch, "f32")
         # A slice without the lead is another one.
         apart = Segment(own, led.home, (anchor.span,), "m")
         assert b.workspace.key(apart) != b.workspace.key(led)
         other = Segment(own, led.home, (anchor.span,), "m", lead=lead[::-1].copy())
         assert b.workspace.key(other) != b.workspace.key(led)
+
+
+@archs
+def test_what_sees_a_led_slice(arch: str, tiny: TinyModel) -> None:
+    root, lead, own, more, last = (some_tokens(count, seed) for seed, count in enumerate((9, 5, 11, 4, 3)))
+    with bench(tiny(arch)) as b:
+        anchor = segment(root)
+        led = Segment(own, anchor.end + 7, (anchor.span,), "m", lead=lead)
+        behind = Segment(more, led.end, (anchor.span, led.span), "m")
+        plan = Plan((anchor.span, led.span, behind.span, Span(behind.end, last)))
+        as_fresh = Plan((anchor.span, led.span, Span(led.end, np.concatenate([more, last]))))
+        assert distance(b.logits(plan), expected(b, as_fresh)) < tolerance(arch, "f32")
+
+
+def row(count: int, root: Segment, *, packed: bool) -> list[Segment]:
+    """Modules one behind the other, each led by all of those before it."""
+    text = some_tokens(6 * count, 5)
+    return [
+        Segment(text[at : at + 6], root.end + (0 if packed else at), (root.span,), f"m{at}", lead=text[:at])
+        for at in range(0, len(text), 6)
+    ]
+
+
+@archs
+@pytest.mark.parametrize("packed", [False, True])
+def test_modules_that_lead_one_another_are_evaluated_in_one_go(arch: str, packed: bool, tiny: TinyModel) -> None:
+    """More of them than a context has sequences; the last ones, too, when the first are in the store already."""
+    root = segment(some_tokens(9))
+    modules = row(2 * len(FREE) + 5, root, packed=packed)
+    told: list[tuple[int, int]] = []
+    with bench(tiny(arch)) as b:
+        few = modules[: len(FREE)]
+        b.workspace.encode([root, *few], progress=lambda done, total: told.append((done, total)))
+        assert told[-1] == (9 + 6 * len(few),) * 2, "every token once"
+        b.workspace.encode(modules)
+        for some in (modules[:3], modules[len(FREE) - 1 : len(FREE) + 2], modules[-2:]):
+            plan = schedule([root, *some, some_tokens(4, 2)], packed=packed)
+            assert distance(b.logits(plan), expected(b, plan)) < tolerance(arch, "f32")
+
+
+def test_a_stretch_may_be_longer_than_the_context(tiny: TinyModel) -> None:
+    root = segment(some_tokens(9))
+    modules = row(14, root, packed=True)
+    with bench(tiny("llama"), n_ctx=64) as b:
+        room = [each for each in modules if each.cells < 64]
+        assert len(room) < len(modules)
+        b.workspace.encode(room)
+        for each in (room[0], room[-1]):
+            plan = schedule([root, each, some_tokens(4, 2)], packed=True)
+            assert distance(b.logits(plan), expected(b, plan)) < tolerance("llama", "f32")
+
+
+@pytest.mark.parametrize("size", [3, 20, 70, 300])
+@pytest.mark.parametrize("positions", ["reserved", "packed"])
+def test_encoding_takes_half_as_long_again(size: int, positions: Positions) -> None:
+    modules = "".join(f"<module name='m{number}'>{number:0{size}}</module>" for number in range(60))
+    schema = parse_schema(f"<schema name='s'>Root. {modules}</schema>")
+    layout = SchemaLayout(schema, Letters(n_ctx_train=1 << 20), ChatTemplate(None), positions)
+    lead = 40
+    led = layout.leads.segments(lead)
+    assert effort(led) <= 1.5 * 60 * size + lead
+    for number, each in enumerate(led, 1):
+        assert min(lead, number * size) <= len(each.lead) <= 3 * lead
+
+
+def test_what_does_not_fit_the_context_is_left_out_ahead(tiny: TinyModel, tmp_path: Path) -> None:
+    modules = "".join(f"<module name='{name}'>" + f"{name}bc " * 12 + "</module>" for name in "defg")
+    with engine(tiny("llama"), tmp_path, n_ctx=64) as running:
+        running.add_schema(parse_schema(f"<schema name='s'>{modules}</schema>"))
+        longest = max(each.cells for each in running.planner.layout("s").leads.segments(48))
+        assert longest >= 64
+        assert running.encode("s", lead_tokens=48).slices >= 4
+        assert running.encode("s", lead_tokens=48).slices == 0

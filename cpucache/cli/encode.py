@@ -20,15 +20,15 @@ from cpucache.layout.lead import LEAD
     "--lead",
     type=click.IntRange(0),
     metavar="K",
-    help="Encode modules behind the last K tokens of the one before them in the schema, too, as prompts that have both "
-    f"want them; 0: only by themselves, in half the time and half the room.  [default: {LEAD}]",
+    help="Encode modules behind K to 3K tokens of what the schema has before them, too, as prompts that have both want "
+    f"them; 0: only by themselves, in two fifths of the time and half the room.  [default: {LEAD}]",
 )
 @engine_options
 def encode(schemas: tuple[str, ...], model: str, lead: int | None, **options: Any) -> None:
     """Evaluate every module of each SCHEMA and save its state, so that no prompt has to wait for it.
 
     What is in the store already is not evaluated again. Slices are found by what they contain: change a module, and
-    only that module (and what sees it) is encoded anew.
+    only that module, what sees it and what stands closely behind it is encoded anew.
     """
     parsed = [read_schema(name) for name in schemas]
     with Engine(model, **options) as engine:

@@ -111,8 +111,8 @@ def fidelity_options(command: Command) -> Command:
             "--fidelity",
             type=click.Choice(list(LEVELS)),
             help="How much is done about modules not having seen one another. fast: where they stand in the schema's "
-            "order, they have been encoded in sight of the end of the one before; balanced: besides, a tenth of them "
-            "is evaluated afresh, where the question points; high: a combination of them is evaluated whole the first "
+            "order, they have been encoded in sight of those before them; balanced: besides, a tenth of them is "
+            "evaluated afresh, where the question points; high: a combination of them is evaluated whole the first "
             f"time, and is exact ever after.  [default: {DEFAULT}]",
         ),
         click.option(
@@ -120,7 +120,7 @@ def fidelity_options(command: Command) -> Command:
             "lead_tokens",
             type=click.IntRange(0),
             metavar="K",
-            help="Use modules as they were encoded in sight of the last K tokens of the one before them in the schema, "
+            help="Use modules as they were encoded in sight of K to 3K tokens of what the schema has before them, "
             f"where that stands before them. 0: as they are by themselves.  [default: {LEAD}]",
         ),
         click.option(

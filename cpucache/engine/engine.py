@@ -143,14 +143,16 @@ class Engine:
         """Make every slice of a schema that is not in the store yet, as far as they are foreseeable.
 
         That is every module as it is apart, every scaffold set, and, unless ``lead_tokens`` is 0 (see ``plan``), every
-        module as it is behind the one before it in the schema, which takes as long and as much room again.
+        module as it is behind those before it in the schema, which takes half as long again, and as much room again.
         ``progress(done, total)`` is told about tokens.
         """
         layout = self.planner.layout(schema)
         tuning = self.planner.tuning(layout, Fidelity(lead_tokens=lead_tokens))
         # Modules that are never cached have no slices of their own; as context of others they are found there.
         segments = [segment for segment in layout.segments if segment.cache and not segment.placeholder]
-        segments += layout.leads.segments(tuning.lead_tokens)
+        # No prompt with these fits into the context if they do not.
+        room = self.workspace.context.n_ctx
+        segments += [each for each in layout.leads.segments(tuning.lead_tokens) if each.cells < room]
         with self.alone():
             return self.workspace.encode(segments, schema, progress)
 
@@ -174,15 +176,17 @@ class Engine:
         begins with the same text.
 
         Modules have not seen one another. How much is done about that, ``fidelity`` says. ``"fast"`` (the default): a
-        module that the prompt has behind the one that the schema has before it has been encoded in the sight of that
-        one's last tokens; those elsewhere are as they are apart. ``"balanced"``: besides, a tenth of the modules'
-        tokens is evaluated afresh behind what stands before them. ``"high"``: each combination of modules, arguments
-        and text before the last module is evaluated as a whole the first time it comes, which takes as long as full
-        prefill, and reused as a whole from then on, with nothing approximated. Scaffold sets are used in any case.
+        module that the prompt has behind the one that the schema has before it has been encoded in the sight of what
+        stands before them there; those elsewhere are as they are apart. ``"balanced"``: besides, a tenth of the
+        modules' tokens is evaluated afresh behind what stands before them. ``"high"``: each combination of modules,
+        arguments and text before the last module is evaluated as a whole the first time it comes, which takes as long
+        as full prefill, and reused as a whole from then on, with nothing approximated. Scaffold sets are used in any
+        case.
 
-        ``lead_tokens`` (how many of the last), ``recompute`` (what share; it goes to the modules that have the most
-        words in common with the prompt's new text) and ``link_tokens`` (so many at the start of each module are
-        evaluated afresh) change what a level does: the engine's own when none is given.
+        ``lead_tokens`` (how much of what stands before it a module is encoded in the sight of: that many tokens at
+        least, three times as many at most), ``recompute`` (what share; it goes to the modules that have the most words
+        in common with the prompt's new text) and ``link_tokens`` (so many at the start of each module are evaluated
+        afresh) change what a level does: the engine's own when none is given.
 
         Raises ``PMLError`` or ``InputError``.
         """

@@ -18,10 +18,11 @@ Level: TypeAlias = Literal["fast", "balanced", "high"]
 class Tuning:
     """What is done about modules that have not seen one another.
 
-    ``lead_tokens``: where the schema foresees what stands before a module, it is encoded in the sight of so many tokens
-    of that. ``link_tokens``: the first so many tokens of each are evaluated afresh behind what stands before it in the
-    prompt. ``recompute``: this share (0 to 1) of their tokens, chosen by ``layout.recompute``. ``exact``: whether
-    every combination of them is evaluated as a whole instead, with nothing left to make up for.
+    ``lead_tokens``: where the schema foresees what stands before a module, it is encoded in the sight of at least so
+    many tokens of that, see ``layout.lead``. ``link_tokens``: the first so many tokens of each are evaluated afresh
+    behind what stands before it in the prompt. ``recompute``: this share (0 to 1) of their tokens, chosen by
+    ``layout.recompute``. ``exact``: whether every combination of them is evaluated as a whole instead, with nothing
+    left to make up for.
     """
 
     lead_tokens: int = 0

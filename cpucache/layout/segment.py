@@ -40,8 +40,23 @@ class Segment:
 
     @property
     def context_end(self) -> int:
-        """The position behind the last token of the context, where this segment, or its lead, is evaluated."""
+        """The position behind the last token of the context."""
         return self.context[-1].end if self.context else 0
+
+    @property
+    def start(self) -> int:
+        """The position where its first token is evaluated: right behind the context, and the lead."""
+        return self.context_end + len(self.lead)
+
+    @property
+    def delta(self) -> int:
+        """The way home from there."""
+        return self.home - self.start
+
+    @property
+    def cells(self) -> int:
+        """How many cells of a context it takes to evaluate it: its own, and those of all that it sees."""
+        return sum(len(span.tokens) for span in self.context) + len(self.lead) + len(self.tokens)
 
     @cached_property
     def sees(self) -> tuple[Segment, ...]:

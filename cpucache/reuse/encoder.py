@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -24,24 +25,42 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Stretch:
-    """Segments that are evaluated in one go: each follows the one before, and sees it."""
+    """Segments that are evaluated in one go, each behind the one before: it sees that one, or is led by it."""
 
     segments: tuple[Segment, ...]
 
     @property
     def tokens(self) -> Tokens:
         """What is evaluated: the lead of the first, and all of theirs."""
-        return np.concatenate([self.segments[0].lead, *(segment.tokens for segment in self.segments)])
+        return np.concatenate([self.first.lead, *(segment.tokens for segment in self.segments)])
 
     @property
-    def start(self) -> int:
-        """Where it is evaluated: right behind the context, and the lead."""
-        return self.segments[0].context_end + len(self.segments[0].lead)
+    def first(self) -> Segment:
+        """The one that the others follow."""
+        return self.segments[0]
 
     @property
-    def delta(self) -> int:
-        """The way home."""
-        return self.segments[0].home - self.start
+    def led(self) -> bool:
+        """Whether they go home each on its own. Those that see one another are at home, or one alone."""
+        return len(self.segments[-1].lead) > 0
+
+    @property
+    def places(self) -> int:
+        """How many sequences it takes."""
+        return len(self.segments) if self.led else 1
+
+    def parts(self, room: int) -> Iterator[Stretch]:
+        """It, or where it is too long for so many cells and the sequences there are, one part after the other: what is
+        led may be parted anywhere."""
+        part: list[Segment] = []
+        used = 0
+        for segment in self.segments:
+            if part and self.led and (used + len(segment.tokens) > room or len(part) == len(FREE)):
+                yield Stretch(tuple(part))
+                part, used = [], 0
+            used += len(segment.tokens) if part else len(segment.lead) + len(segment.tokens)
+            part.append(segment)
+        yield Stretch(tuple(part))
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,7 @@ class Encoder:
         scattered = False
         for context, stretches in _by_context(segments):
             sight = Plan(context)
-            if len(stretches) == 1 and not (stretches[0].delta or len(stretches[0].segments[0].lead)):
+            if len(stretches) == 1 and not (stretches[0].led or stretches[0].first.delta):
                 yield from self._extend(sight, stretches[0].segments, state, progress)
                 continue
             scattered = True
@@ -118,42 +137,59 @@ class Encoder:
         # One cell stays free for the token that applies a shift.
         room = min(_WAVE, self._context.n_ctx - sight.n_tokens - 1)
         wave: list[Stretch] = []
-        used = 0
-        for stretch in stretches:
+        cells = places = 0
+        for stretch in chain.from_iterable(each.parts(room) for each in stretches):
             size = len(stretch.tokens)
-            if wave and (used + size > room or len(wave) == len(FREE)):
+            if wave and (cells + size > room or places + stretch.places > len(FREE)):
                 yield wave
-                wave, used = [], 0
+                wave, cells, places = [], 0, 0
             wave.append(stretch)
-            used += size
+            cells += size
+            places += stretch.places
         if wave:
             yield wave
 
     def _evaluate(self, wave: Sequence[Stretch], progress: Step | None) -> Iterator[Made]:
         context = self._context
-        placed = list(zip(FREE, wave, strict=False))
+        free = iter(FREE)
+        placed = [(next(free), stretch) for stretch in wave]
         for sequence, _ in placed:
             context.share(TARGET, sequence)
-        runs = [Run(sequence, stretch.segments[0].context_end, stretch.tokens) for sequence, stretch in placed]
+        runs = [Run(sequence, stretch.first.context_end, stretch.tokens) for sequence, stretch in placed]
         started = time.perf_counter()
         context.decode(runs, progress=progress)
         seconds = (time.perf_counter() - started) / sum(len(run.tokens) for run in runs)
+        apart: list[tuple[int, tuple[Segment, ...]]] = []
         for sequence, stretch in placed:
-            if stretch.start:
-                context.remove(sequence, 0, stretch.start)
-            if stretch.delta:
-                context.shift(sequence, stretch.delta)
-        if any(stretch.delta for stretch in wave):
+            first, *others = stretch.segments
+            if stretch.led:
+                for segment in others:
+                    own = next(free)
+                    context.share(sequence, own, segment.start, segment.start + len(segment.tokens))
+                    apart.append((own, (segment,)))
+                context.remove(sequence, first.start + len(first.tokens))
+            if first.start:
+                context.remove(sequence, 0, first.start)
+            apart.append((sequence, (first,) if stretch.led else stretch.segments))
+        for sequence, (first, *_) in apart:
+            if first.delta:
+                context.shift(sequence, first.delta)
+        if any(first.delta for _, (first, *_) in apart):
             # Shifts are applied by the next evaluation, whatever it is of.
             context.decode([Run(SCRATCH, 0, np.array([context.model.filler], np.int32))])
             context.remove(SCRATCH)
-        for sequence, stretch in placed:
-            for segment in stretch.segments:
+        for sequence, segments in apart:
+            for segment in segments:
                 context.share(sequence, SCRATCH, segment.home, segment.end)
                 state = context.save(SCRATCH)
                 context.remove(SCRATCH)
                 yield Made(segment, state, seconds * len(segment.tokens))
             context.remove(sequence)
+
+
+def effort(segments: Iterable[Segment]) -> int:
+    """How many tokens are evaluated to make slices of these: their own, and leads."""
+    return sum(len(stretch.tokens) for _, stretches in _by_context(segments) for stretch in stretches)
 
 
 def _by_context(segments: Iterable[Segment]) -> list[tuple[tuple[Span, ...], list[Stretch]]]:
@@ -167,15 +203,25 @@ def _by_context(segments: Iterable[Segment]) -> list[tuple[tuple[Span, ...], lis
             run.clear()
 
     for segment in segments:
-        # A segment sees those before it at home, and not their lead. Only a stretch that has none and need not be moved
-        # has them so.
-        if run and not (
-            run[0].home == run[0].context_end
-            and not (len(run[0].lead) or len(segment.lead))
-            and segment.context == (*run[-1].context, run[-1].span)
-            and segment.home == run[-1].end
-        ):
+        if run and not _follows(run, segment):
+            # What sees the one before it may lead others that don't.
+            leading = [run.pop()] if len(run) > 1 and _follows(run[-1:], segment) else []
             close()
+            run += leading
         run.append(segment)
     close()
     return list(groups.items())
+
+
+def _follows(run: Sequence[Segment], segment: Segment) -> bool:
+    """Whether a segment is evaluated behind these with nothing between, as it must be."""
+    first, last = run[0], run[-1]
+    if len(segment.lead):
+        before = np.concatenate([first.lead, *(each.tokens for each in run)])
+        return segment.context == last.context == first.context and np.array_equal(segment.lead, before)
+    # A segment sees those before it at home, and not their lead: they must be evaluated there, and without any.
+    return (
+        not (len(first.lead) or len(last.lead) or first.delta)
+        and segment.context == (*last.context, last.span)
+        and segment.home == last.end
+    )

@@ -13,7 +13,7 @@ import numpy as np
 
 from cpucache.errors import CpucacheError, ModelError
 from cpucache.layout import Plan, Segment
-from cpucache.reuse.encoder import Encoder, Made
+from cpucache.reuse.encoder import Encoder, Made, effort
 from cpucache.reuse.progress import OnProgress, Step, counting
 from cpucache.reuse.splicer import Refused, Spliced, Splicer
 from cpucache.runtime import Context
@@ -136,7 +136,7 @@ class Workspace:
 
         def make() -> None:
             missing = self.missing(segments, states)
-            self._make(missing, (), (), states, schema, report, counting(progress, _tokens(missing)))
+            self._make(missing, (), (), states, schema, report, counting(progress, effort(missing)))
 
         self._mending(make, states)
         return report
@@ -265,7 +265,7 @@ class Workspace:
             held = {span.segment for span in plan.spans[:shared] if span.segment}
             wanted = [segment for segment in self._loaded(plan.segments) if segment not in held]
             missing = self.missing(wanted, states.keys() | held)
-            step = counting(progress, _tokens(missing) + plan.n_tokens - plan.n_cached)
+            step = counting(progress, effort(missing) + plan.n_tokens - plan.n_cached)
             self._make(missing, wanted, held, states, schema, encoded, step)
             with self.store.quiet():
                 return self._splicer.splice(plan, partial(self._held, states), step)
@@ -348,7 +348,3 @@ class Workspace:
     def reset(self) -> None:
         """Empty the context. The store keeps its slices."""
         self._splicer.reset()
-
-
-def _tokens(segments: Iterable[Segment]) -> int:
-    return sum(len(segment.lead) + len(segment.tokens) for segment in segments)

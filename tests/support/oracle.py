@@ -18,10 +18,13 @@ Nothing of ``cpucache.layout`` or ``cpucache.reuse`` is used here. The rules:
   behind it. Arguments, new text, turns, modules with ``cache="false"`` and the last token of all are evaluated there,
   in the sight of everything before. Runs have their state in a set if the prompt includes all modules of the set in
   the schema's order: in the set with the most modules, of several such sets around a run, and then in the first.
-- *Leads.* In a prompt, a cached run that is not in the state of a set has for its lead the last so many tokens before
-  it, as far back as these are of runs that it does not see, each of which stands right before the next in prompts that
-  leave nothing out. It is evaluated right behind what it sees and its lead. What it sees has the state that it has in
-  that prompt, if it is there.
+- *Leads.* The schema is parted into stretches, each twice as long as leads are to be, by where runs begin that follow
+  one another in document order, what follows a union behind its longest member. In a prompt, a cached run that is not
+  in the state of a set has for its lead what stands before it of the same stretch, and so many tokens before that: as
+  far back as these are of runs that it does not see, each of which stands right before the next in prompts that leave
+  nothing out, and which lie in no member of a union but those around the run and the one right before it. It is
+  evaluated right behind what it sees and its lead. What it sees has the state that it has in that prompt, if it is
+  there.
 - *What is renewed.* Of each scope in a prompt, the first so many tokens (its link), and whatever else a rule picks
   of a run, are evaluated again where they stand, unless the run has seen exactly what stands before it, back to back.
   Everything is packed then. Renewed tokens that follow one another in a run are evaluated together; besides, they see
@@ -73,6 +76,8 @@ class TextRun:
     """The modules around it, the outermost first, each with the union that it is a member of."""
     tokens: list[int] = field(default_factory=list)
     home: int = 0
+    offset: int = 0
+    """Where it begins, whether packed or not."""
     argument: bool = False
 
     @property
@@ -82,6 +87,11 @@ class TextRun:
     @property
     def cached(self) -> bool:
         return not self.path or self.path[-1][0].cache
+
+    @property
+    def members(self) -> set[Module]:
+        """The members of unions that it lies in."""
+        return {module for module, union in self.path if union is not None}
 
     def inside(self, together: Together) -> bool:
         return any(module in together for module, _ in self.path)
@@ -150,7 +160,7 @@ class Oracle:
         def put(tokens: list[int], *places: Place, new: bool = False) -> None:
             nonlocal open_run, at
             if open_run is None or new:
-                open_run = TextRun(path, [], at)
+                open_run = TextRun(path, [], at, at)
                 if self._packed:
                     open_run.home = sum(len(run.tokens) for run in self.seen_by(open_run))
                 self.runs.append(open_run)
@@ -215,14 +225,23 @@ class Oracle:
         self, run: TextRun, before: list[TextRun | list[int]], lead: int, led: dict[TextRun, LedRun]
     ) -> TextRun | LedRun:
         seen = self.seen_by(run)
-        tokens: list[int] = []
+        close: list[int] = []
+        far: list[int] = []
         behind = run
+        around = run.members
         for piece in reversed(before):
             if not isinstance(piece, TextRun) or piece in seen or not self._adjoin(piece, behind):
                 break
-            tokens = piece.tokens + tokens
+            if behind is run:
+                around = around | piece.members
+            if not piece.members <= around:
+                break
+            if piece.offset // (2 * lead) == run.offset // (2 * lead):
+                close = piece.tokens + close
+            else:
+                far = piece.tokens + far
             behind = piece
-        tokens = tokens[-lead:]
+        tokens = far[-lead:] + close
         if tokens or any(other in led for other in seen):
             led[run] = LedRun(run, tokens, [led.get(other, other) for other in seen])
         return led.get(run, run)
