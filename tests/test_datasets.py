@@ -170,7 +170,7 @@ def test_variants_are_what_their_names_say(data: Callable[..., Path]) -> None:
         "full": nothing,
         "alone": nothing,
         "anchored": nothing,
-        "lead:32": {**nothing, "lead_tokens": 32},
+        "lead:256": {**nothing, "lead_tokens": 256},
         "link:16": {**nothing, "link_tokens": 16},
         "scaffold": nothing,
         "recompute:0.1": {**nothing, "recompute": 0.1},

@@ -254,7 +254,7 @@ def test_high_is_exact_from_the_second_time_on_as_fast_as_ever(running: Engine) 
     plan = running.plan(prompt)
     assert first.encoded_tokens == plan.n_cached
     assert (second.encoded_tokens, second.fresh_tokens <= plan.n_tokens - plan.n_cached) == (0, True)
-    near, exact = (measured(running, advise=False, fidelity=level) for level in ("balanced", "high"))
+    near, exact = (measured(running, advise=False, **how) for how in ({"lead_tokens": 0}, {"fidelity": "high"}))
     assert near.now.distance.kl_mean > 100 * exact.now.distance.kl_mean
     assert exact.now.distance.kl.max() < 1e-5 and exact.now.distance.agrees.all()
     # Another that begins alike is evaluated from where they part, another combination of them almost whole.

@@ -12,6 +12,7 @@ from xml.sax.saxutils import escape
 from cpucache.bench.datasets import Example
 from cpucache.bench.scores import accuracy, exact_match, f1, rouge_l
 from cpucache.errors import InputError
+from cpucache.layout.lead import LEAD
 
 SCHEMA = "bench"
 """What the schema of every example is called: the next one takes its place."""
@@ -153,7 +154,7 @@ class Variant:
 
 
 FULL = "full"
-ALL_VARIANTS = "full,alone,anchored,lead:32,link:16,scaffold,recompute:0.1"
+ALL_VARIANTS = f"full,alone,anchored,lead:{LEAD},link:16,scaffold,recompute:0.1"
 
 _PLAIN: dict[str, dict[str, Any]] = {
     FULL: {"cached": False},
@@ -185,7 +186,7 @@ def _variant(name: str) -> Variant:
         if part in _PLAIN:
             variant = replace(variant, **_PLAIN[part])
         elif kind == "lead":
-            variant = replace(variant, lead_tokens=_number(part, int, "lead:32", "tokens", 1 << 30))
+            variant = replace(variant, lead_tokens=_number(part, int, f"lead:{LEAD}", "tokens", 1 << 30))
         elif kind == "link":
             variant = replace(variant, link_tokens=_number(part, int, "link:16", "tokens", 1 << 30))
         elif kind == "recompute":

@@ -52,7 +52,7 @@ _PATIENCE = 3600.0
     default=ALL_VARIANTS,
     metavar="NAMES",
     help="Ways of answering, with commas between: full, alone, anchored, lead:K, link:K, scaffold, recompute:R, and "
-    "several at once as in alone+link:16.  [default: each, with lead:32, link:16 and recompute:0.1]",
+    f"several at once as in alone+link:16.  [default: {ALL_VARIANTS}]",
 )
 @click.option(
     "--results",
