@@ -72,6 +72,34 @@ def test_a_module_is_led_by_what_the_schema_has_before_it(content: str, lead: in
     assert bind(layout, included, lead=lead).segments == plan.segments, "the same objects"
 
 
+NESTED = """Root. <module name='a'>First.</module>
+<module name='h'>Head: <module name='b'>Bbb.</module><module name='c'>Ccc.</module>tail.</module>"""
+
+
+@pytest.mark.parametrize(
+    ("content", "lead", "expected"),
+    [
+        # What it sees leads it, too, where something stands before that.
+        (
+            "<a/><h><b/><c/></h>",
+            6,
+            [("h", "First."), ("h.b", "First.Head: "), ("h.c", "First.Head: Bbb."), ("h", "b.Ccc.")],
+        ),
+        ("<h><b/><c/></h>", 6, [("h.c", "Bbb."), ("h", "b.Ccc.")]),
+        # It does so as a whole, or not at all.
+        ("<a/><h><b/><c/></h>", 3, [("h", "st."), ("h.c", "Bbb."), ("h", "cc.")]),
+    ],
+)
+def test_a_lead_goes_back_beyond_what_is_seen(content: str, lead: int, expected: list[tuple[str, str]]) -> None:
+    layout = lay(NESTED)
+    included = resolve(parse_prompt(f"<prompt schema='s'>{content} So?</prompt>"), layout.schema)
+    segments = bind(layout, included, lead=lead).segments
+    assert [(module, text) for module, text in led_by(segments) if text] == expected
+    for each in segments:
+        # What leads it is not in its context besides.
+        assert not any(LETTERS.text(seen.tokens) in LETTERS.text(each.lead) for seen in each.sees)
+
+
 def test_every_level_but_the_exact_one_has_leads(tiny: TinyModel, tmp_path: Path) -> None:
     # The second begins another stretch: it gets no more than the lead.
     modules = "<module name='a'>" + "abcdefgh " * LEAD + "</module><module name='b'>here</module>"

@@ -71,40 +71,50 @@ class Leads:
             made.update((piece, None) for piece in pieces if isinstance(piece, Segment) and piece.led)
         return list(made)
 
-    def _segment(self, segment: Segment, lead: Tokens, instead: Mapping[Segment, Segment]) -> Segment:
-        sight = tuple(instead.get(seen, seen) for seen in segment.sees)
-        if not len(lead) and sight == segment.sees:
+    def _segment(
+        self, segment: Segment, lead: Sequence[Segment | Tokens], instead: Mapping[Segment, Segment]
+    ) -> Segment:
+        sight = tuple(instead.get(seen, seen) for seen in segment.sees if not any(seen is piece for piece in lead))
+        tokens = joined([piece.tokens if isinstance(piece, Segment) else piece for piece in lead])
+        if not len(tokens) and sight == segment.sees:
             return segment
-        key = (segment, lead.tobytes(), *sight)
+        key = (segment, tokens.tobytes(), *sight)
         if key not in self._made:
-            self._made[key] = replace(segment, context=self._contexts.of(sight), lead=lead)
+            self._made[key] = replace(segment, context=self._contexts.of(sight), lead=tokens)
         return self._made[key]
 
-    def _before(self, segment: Segment, pieces: Sequence[Piece], count: int) -> Tokens:
-        """What of the tokens before it leads it: none that it sees, as far back as the schema foresees them.
+    def _before(self, segment: Segment, pieces: Sequence[Piece], count: int) -> list[Segment | Tokens]:
+        """What of the pieces before it leads it, as far back as the schema foresees them: segments, and the end of the
+        first.
 
-        Of members of unions, those right before it: there would be as many leads as combinations otherwise.
+        What it sees is among them, as a whole, where something stands before that which it does not see. Of members of
+        unions, only the nearest: there would be as many leads as combinations otherwise.
         """
-        parts: list[Tokens] = []
+        lead: list[Segment | Tokens] = []
         size = _STRETCH * count
         behind = segment
+        chosen = self._chosen.get(segment, frozenset())
+        nearest = True
         for piece in reversed(pieces):
             before = self._woven.get(piece, piece) if isinstance(piece, Segment) else None
-            if before is None or before in segment.sees or (before, behind) not in self._foreseen:
+            if before is None or (before, behind) not in self._foreseen:
                 break
-            if behind is segment:
-                chosen = self._chosen[segment] | self._chosen[before]
+            seen = before in segment.sees
+            if nearest and not seen:
+                chosen |= self._chosen[before]
+                nearest = False
             if not self._chosen[before] <= chosen:
                 break
-            if self._offset[before] // size == self._offset[segment] // size:
-                parts.insert(0, before.tokens)
-            elif count > 0:
-                parts.insert(0, before.tokens[-count:])
-                count -= len(before.tokens)
-            else:
+            near = self._offset[before] // size == self._offset[segment] // size
+            if not near and (count <= 0 or (seen and len(before.tokens) > count)):
                 break
+            whole = near or len(before.tokens) <= count
+            lead.insert(0, before if whole else before.tokens[-count:])
+            count -= 0 if near else len(before.tokens)
             behind = before
-        return joined(parts)
+        while lead and any(lead[0] is seen for seen in segment.sees):
+            del lead[0]
+        return lead
 
     # -- the schema --------------------------------------------------------------------------------------------------
     def _foresee(

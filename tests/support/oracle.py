@@ -21,10 +21,11 @@ Nothing of ``cpucache.layout`` or ``cpucache.reuse`` is used here. The rules:
 - *Leads.* The schema is parted into stretches, each twice as long as leads are to be, by where runs begin that follow
   one another in document order, what follows a union behind its longest member. In a prompt, a cached run that is not
   in the state of a set has for its lead what stands before it of the same stretch, and so many tokens before that: as
-  far back as these are of runs that it does not see, each of which stands right before the next in prompts that leave
-  nothing out, and which lie in no member of a union but those around the run and the one right before it. It is
-  evaluated right behind what it sees and its lead. What it sees has the state that it has in that prompt, if it is
-  there.
+  far back as these are of runs each of which stands right before the next in prompts that leave nothing out, and which
+  lie in no member of a union but those around the run and around the nearest that it does not see. A lead begins with
+  what the run does not see; and what it does see is in the lead as a whole, or no further back than that goes the lead.
+  The run is evaluated right behind what else it sees and its lead. What it sees has the state that it has in that
+  prompt, if it is there.
 - *What is renewed.* Of each scope in a prompt, the first so many tokens (its link), and whatever else a rule picks
   of a run, are evaluated again where they stand, unless the run has seen exactly what stands before it, back to back.
   Everything is packed then. Renewed tokens that follow one another in a run are evaluated together; besides, they see
@@ -225,25 +226,28 @@ class Oracle:
         self, run: TextRun, before: list[TextRun | list[int]], lead: int, led: dict[TextRun, LedRun]
     ) -> TextRun | LedRun:
         seen = self.seen_by(run)
-        close: list[int] = []
-        far: list[int] = []
+        found: list[tuple[TextRun, list[int]]] = []
         behind = run
-        around = run.members
+        far = lead
         for piece in reversed(before):
-            if not isinstance(piece, TextRun) or piece in seen or not self._adjoin(piece, behind):
+            if not isinstance(piece, TextRun) or not self._adjoin(piece, behind):
                 break
-            if behind is run:
-                around = around | piece.members
-            if not piece.members <= around:
+            unseen = next((each for each, _ in [*found, (piece, [])] if each not in seen), run)
+            if not piece.members <= run.members | unseen.members:
                 break
-            if piece.offset // (2 * lead) == run.offset // (2 * lead):
-                close = piece.tokens + close
-            else:
-                far = piece.tokens + far
+            tokens = piece.tokens
+            if piece.offset // (2 * lead) != run.offset // (2 * lead):
+                tokens = tokens[-far:] if far > 0 else []
+                far -= len(tokens)
+            if not tokens or (piece in seen and len(tokens) < len(piece.tokens)):
+                break
+            found.append((piece, tokens))
             behind = piece
-        tokens = far[-lead:] + close
-        if tokens or any(other in led for other in seen):
-            led[run] = LedRun(run, tokens, [led.get(other, other) for other in seen])
+        while found and found[-1][0] in seen:
+            found.pop()
+        others = [led.get(each, each) for each in seen if all(each is not piece for piece, _ in found)]
+        if found or any(other in led for other in seen):
+            led[run] = LedRun(run, [token for _, tokens in reversed(found) for token in tokens], others)
         return led.get(run, run)
 
     def _adjoin(self, one: TextRun, other: TextRun) -> bool:
