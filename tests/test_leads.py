@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cpucache.engine import Engine
 from cpucache.engine.tuning import DEFAULT, Fidelity
 from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Plan, Positions, SchemaLayout, Span, bind
-from cpucache.layout.lead import LEAD
+from cpucache.layout.lead import LEAD, SHORT
 from cpucache.layout.plan import schedule
 from cpucache.layout.segment import Segment
 from cpucache.pml import parse_prompt, parse_schema, resolve
@@ -100,9 +101,51 @@ def test_a_lead_goes_back_beyond_what_is_seen(content: str, lead: int, expected:
         assert not any(LETTERS.text(seen.tokens) in LETTERS.text(each.lead) for seen in each.sees)
 
 
+ROW = "Root. " + "".join(f"<module name='{name}'>{name * 40}</module>" for name in "abcdef")
+
+
+def test_long_leads_are_complete_or_short() -> None:
+    layout = lay(ROW)
+
+    def leads(content: str, count: int) -> list[str]:
+        modules = "".join(f"<{name}/>" for name in content)
+        included = resolve(parse_prompt(f"<prompt schema='s'>{modules} So?</prompt>"), layout.schema)
+        _, *segments = bind(layout, included, lead=count).segments
+        return [LETTERS.text(each.lead) for each in segments]
+
+    a, b, c, d = (name * 40 for name in "abcd")
+    assert leads("abcde", 100) == ["", a, a + b, a + b + c, a + b + c + d]
+    assert leads("abcde", 40) == ["", a, b, b + c, d]
+    # Whatever lacks something of that has a short one, and the same one whatever else is left out.
+    assert leads("acde", 100) == ["", "", c, d[-SHORT:]]
+    assert leads("acde", 40) == ["", "", c, d]
+    assert leads("bcde", 100) == ["", b[-SHORT:], b[-SHORT:] + c, d[-SHORT:]]
+
+
+def test_modules_have_few_leads_however_many_combinations_there_are() -> None:
+    layout = lay(ROW)
+    made: set[Segment] = set(layout.leads.segments(100))
+    for count in range(7):
+        for content in combinations("abcdef", count):
+            modules = "".join(f"<{name}/>" for name in content)
+            included = resolve(parse_prompt(f"<prompt schema='s'>{modules} So?</prompt>"), layout.schema)
+            made.update(bind(layout, included, lead=100).segments)
+    for name in "abcdef":
+        assert len([each for each in made if each.module == name]) <= 4
+
+
+def test_an_argument_is_where_a_lead_begins() -> None:
+    """Nothing is missing there: no schema foresees it."""
+    layout = lay(
+        "Root. <module name='m'>To <parameter name='p' length='4'/>" + "x" * 50 + "</module><module name='n'>y</module>"
+    )
+    included = resolve(parse_prompt("<prompt schema='s'><m p='us'/><n/> So?</prompt>"), layout.schema)
+    assert [len(each.lead) for each in bind(layout, included, lead=100).segments] == [0, 0, 0, 50]
+
+
 def test_every_level_but_the_exact_one_has_leads(tiny: TinyModel, tmp_path: Path) -> None:
     # The second begins another stretch: it gets no more than the lead.
-    modules = "<module name='a'>" + "abcdefgh " * LEAD + "</module><module name='b'>here</module>"
+    modules = "<module name='a'>" + "abcdefgh " * (LEAD // 3) + "</module><module name='b'>here</module>"
 
     def lead(running: Engine, **settings: Any) -> int:
         *_, last = running.plan("<prompt schema='s'><a/><b/>So?</prompt>", **settings).segments

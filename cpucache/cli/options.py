@@ -9,7 +9,7 @@ import click
 
 from cpucache.engine.tuning import DEFAULT, LEVELS
 from cpucache.layout import BLOCK
-from cpucache.layout.lead import LEAD
+from cpucache.layout.lead import LEAD, SHORT
 from cpucache.models import default_model
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -121,7 +121,8 @@ def fidelity_options(command: Command) -> Command:
             type=click.IntRange(0),
             metavar="K",
             help="Use modules as they were encoded in sight of K to 3K tokens of what the schema has before them, "
-            f"where that stands before them. 0: as they are by themselves.  [default: {LEAD}]",
+            f"where all of that stands before them (of {SHORT}, where some does). 0: as they are by themselves.  "
+            f"[default: {LEAD}]",
         ),
         click.option(
             "--link",

@@ -177,16 +177,17 @@ class Engine:
 
         Modules have not seen one another. How much is done about that, ``fidelity`` says. ``"fast"`` (the default): a
         module that the prompt has behind the one that the schema has before it has been encoded in the sight of what
-        stands before them there; those elsewhere are as they are apart. ``"balanced"``: besides, a tenth of the
+        stands before it there; those elsewhere are as they are apart. ``"balanced"``: besides, a tenth of the
         modules' tokens is evaluated afresh behind what stands before them. ``"high"``: each combination of modules,
         arguments and text before the last module is evaluated as a whole the first time it comes, which takes as long
         as full prefill, and reused as a whole from then on, with nothing approximated. Scaffold sets are used in any
         case.
 
         ``lead_tokens`` (how much of what stands before it a module is encoded in the sight of: that many tokens at
-        least, three times as many at most), ``recompute`` (what share; it goes to the modules that have the most words
-        in common with the prompt's new text) and ``link_tokens`` (so many at the start of each module are evaluated
-        afresh) change what a level does: the engine's own when none is given.
+        least, three times as many at most; 32, where the prompt leaves out some of these), ``recompute`` (what share;
+        it goes to the modules that have the most words in common with the prompt's new text) and ``link_tokens`` (so
+        many at the start of each module are evaluated afresh) change what a level does: the engine's own when none is
+        given.
 
         Raises ``PMLError`` or ``InputError``.
         """

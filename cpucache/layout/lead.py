@@ -7,7 +7,12 @@ right text: the end of another leads it astray. So modules have a lead where a s
 and are otherwise as they are apart.
 
 Modules that stand together are evaluated in one go, each led by those before it: a stretch of them is twice as long as
-the lead of its first, so that encoding with leads takes half as long again as without, whatever their sizes.
+the lead of its first, so that encoding with leads takes half as long again as without, whatever their sizes. (Behind a
+union there is one lead for each of its members.)
+
+Long leads are only for where nothing of them is missing, so that a module has one, however many are left out elsewhere,
+and no prompt has to wait for modules that have been encoded ahead. Where something is, the little that is there of the
+nearest text leads.
 """
 
 from __future__ import annotations
@@ -21,8 +26,10 @@ from cpucache.layout.segment import Segment
 from cpucache.layout.vocabulary import Tokens, empty, joined
 from cpucache.pml.tree import Module, Schema, Scope, Union
 
-LEAD = 256
-"""Tokens of a lead at least, where nothing else is said and as much is foreseen. 32 bring half of the effect."""
+LEAD = 512
+"""Tokens of a lead at least, where nothing else is said and the schema has as much there."""
+SHORT = 32
+"""Tokens of a lead where a longer one is not complete. They bring half of the effect."""
 _STRETCH = 2  # times the lead
 
 
@@ -39,6 +46,7 @@ class Leads:
         self._woven = woven
         self._contexts = contexts
         self._foreseen: set[tuple[Segment, Segment]] = set()
+        self._first: set[Segment] = set()
         self._offset: dict[Segment, int] = {}
         self._chosen: dict[Segment, frozenset[Module]] = {}
         self._made: dict[tuple[object, ...], Segment] = {}
@@ -49,13 +57,13 @@ class Leads:
         """What a prompt consists of, its segments with leads where the schema has just what stands before them there.
 
         A lead is what stands before it of the same stretch of the schema, ``_STRETCH * count`` tokens long, and
-        ``count`` tokens before that.
+        ``count`` tokens before that. Where a prompt leaves out some of it, ``SHORT`` takes the place of ``count``.
         """
         instead: dict[Segment, Segment] = {}
         found: list[Piece] = []
         for index, piece in enumerate(pieces):
             if isinstance(piece, Segment) and piece.cache and piece not in self._woven and count:
-                instead[piece] = self._segment(piece, self._before(piece, pieces[:index], count), instead)
+                instead[piece] = self._segment(piece, self._lead(piece, pieces[:index], count), instead)
                 found.append(instead[piece])
             else:
                 found.append(piece)
@@ -83,9 +91,13 @@ class Leads:
             self._made[key] = replace(segment, context=self._contexts.of(sight), lead=tokens)
         return self._made[key]
 
-    def _before(self, segment: Segment, pieces: Sequence[Piece], count: int) -> list[Segment | Tokens]:
+    def _lead(self, segment: Segment, pieces: Sequence[Piece], count: int) -> list[Segment | Tokens]:
+        lead, complete = self._before(segment, pieces, count)
+        return lead if complete or count <= SHORT else self._before(segment, pieces, SHORT)[0]
+
+    def _before(self, segment: Segment, pieces: Sequence[Piece], count: int) -> tuple[list[Segment | Tokens], bool]:
         """What of the pieces before it leads it, as far back as the schema foresees them: segments, and the end of the
-        first.
+        first. And whether that is all that it would be in a prompt that leaves nothing out.
 
         What it sees is among them, as a whole, where something stands before that which it does not see. Of members of
         unions, only the nearest: there would be as many leads as combinations otherwise.
@@ -95,6 +107,7 @@ class Leads:
         behind = segment
         chosen = self._chosen.get(segment, frozenset())
         nearest = True
+        complete = False
         for piece in reversed(pieces):
             before = self._woven.get(piece, piece) if isinstance(piece, Segment) else None
             if before is None or (before, behind) not in self._foreseen:
@@ -103,10 +116,12 @@ class Leads:
             if nearest and not seen:
                 chosen |= self._chosen[before]
                 nearest = False
-            if not self._chosen[before] <= chosen:
+            complete = not self._chosen[before] <= chosen
+            if complete:
                 break
             near = self._offset[before] // size == self._offset[segment] // size
-            if not near and (count <= 0 or (seen and len(before.tokens) > count)):
+            complete = not near and (count <= 0 or (seen and len(before.tokens) > count))
+            if complete:
                 break
             whole = near or len(before.tokens) <= count
             lead.insert(0, before if whole else before.tokens[-count:])
@@ -114,17 +129,20 @@ class Leads:
             behind = before
         while lead and any(lead[0] is seen for seen in segment.sees):
             del lead[0]
-        return lead
+        return lead, complete or behind in self._first
 
     # -- the schema --------------------------------------------------------------------------------------------------
     def _foresee(
         self, scope: Scope, before: set[Segment], offset: int, chosen: frozenset[Module]
     ) -> tuple[set[Segment], int]:
-        """Note what may stand right before what in a prompt that leaves nothing out, how many tokens then stand before
-        it at most, and which members of unions it lies in; gives what may stand last, and where it ends."""
+        """Note what may stand right before what in a prompt that leaves nothing out, and what behind nothing, or an
+        argument; how many tokens stand before it then at most, and which members of unions it lies in. Gives what may
+        stand last, and where it ends."""
         for part in self._outline[scope]:
             if isinstance(part, Segment):
                 self._foreseen.update((each, part) for each in before)
+                if all(each.placeholder for each in before):
+                    self._first.add(part)
                 self._offset[part], self._chosen[part] = offset, chosen
                 before, offset = {part}, offset + len(part.tokens)
             elif isinstance(part, Module):

@@ -24,6 +24,7 @@ Nothing of ``cpucache.layout`` or ``cpucache.reuse`` is used here. The rules:
   far back as these are of runs each of which stands right before the next in prompts that leave nothing out, and which
   lie in no member of a union but those around the run and around the nearest that it does not see. A lead begins with
   what the run does not see; and what it does see is in the lead as a whole, or no further back than that goes the lead.
+  Where it ends because a prompt leaves out what may stand before, leads are of 32 tokens, if they are to be longer.
   The run is evaluated right behind what else it sees and its lead. What it sees has the state that it has in that
   prompt, if it is there.
 - *What is renewed.* Of each scope in a prompt, the first so many tokens (its link), and whatever else a rule picks
@@ -179,6 +180,7 @@ class Oracle:
             elif isinstance(node, Parameter):
                 scaffold = self._tokens(node.scaffold or "")
                 put(scaffold + [self._model.filler] * (node.length - len(scaffold)), new=True)
+                self.runs[-1].argument = True
                 open_run = None
             else:
                 open_run = None
@@ -226,11 +228,25 @@ class Oracle:
         self, run: TextRun, before: list[TextRun | list[int]], lead: int, led: dict[TextRun, LedRun]
     ) -> TextRun | LedRun:
         seen = self.seen_by(run)
+        found, complete = self._before(run, before, seen, lead)
+        if not complete and lead > 32:
+            found, _ = self._before(run, before, seen, 32)
+        others = [led.get(each, each) for each in seen if all(each is not piece for piece, _ in found)]
+        if found or any(other in led for other in seen):
+            led[run] = LedRun(run, [token for _, tokens in reversed(found) for token in tokens], others)
+        return led.get(run, run)
+
+    def _before(
+        self, run: TextRun, before: list[TextRun | list[int]], seen: list[TextRun], lead: int
+    ) -> tuple[list[tuple[TextRun, list[int]]], bool]:
+        """The parts of its lead, the last first, and whether no more could be there."""
         found: list[tuple[TextRun, list[int]]] = []
         behind = run
         far = lead
+        complete = True
         for piece in reversed(before):
             if not isinstance(piece, TextRun) or not self._adjoin(piece, behind):
+                complete = False
                 break
             unseen = next((each for each, _ in [*found, (piece, [])] if each not in seen), run)
             if not piece.members <= run.members | unseen.members:
@@ -243,12 +259,12 @@ class Oracle:
                 break
             found.append((piece, tokens))
             behind = piece
+        else:
+            complete = False
+        could = any(self._adjoin(other, behind) for other in self.runs if not other.argument)
         while found and found[-1][0] in seen:
             found.pop()
-        others = [led.get(each, each) for each in seen if all(each is not piece for piece, _ in found)]
-        if found or any(other in led for other in seen):
-            led[run] = LedRun(run, [token for _, tokens in reversed(found) for token in tokens], others)
-        return led.get(run, run)
+        return found, complete or not could
 
     def _adjoin(self, one: TextRun, other: TextRun) -> bool:
         """Whether nothing stands between two runs in some prompt that leaves nothing out."""
