@@ -321,3 +321,32 @@ def test_what_does_not_fit_the_context_is_left_out_ahead(tiny: TinyModel, tmp_pa
         assert longest >= 64
         assert running.encode("s", lead_tokens=48).slices >= 4
         assert running.encode("s", lead_tokens=48).slices == 0
+
+
+@pytest.mark.parametrize("positions", ["reserved", "packed"])
+@pytest.mark.parametrize("schema", [ROW, NESTED], ids=["in a row", "nested"])
+def test_a_prompt_in_the_order_of_the_schema_is_exact(
+    schema: str, positions: Positions, tiny: TinyModel, tmp_path: Path
+) -> None:
+    """As far as leads go. Nothing of it is evaluated afresh, whatever is asked for."""
+    names = "abcdef" if schema == ROW else "ah"
+    content = "".join(f"<{name}/>" for name in names).replace("<h/>", "<h><b/><c/></h>")
+    prompt = f"<prompt schema='s'>{content}<user>And so?</user></prompt>"
+    with engine(tiny("llama"), tmp_path, positions=positions) as running:
+        running.add_schema(parse_schema(f"<schema name='s'>{schema}</schema>"))
+        workspace = running.workspace
+        plan = running.plan(prompt, lead_tokens=200)
+        assert running.plan(prompt, lead_tokens=200, link_tokens=3, recompute=0.5).n_cached == plan.n_cached
+        workspace.prefill(plan)
+        led = workspace.context.last_logits()
+        workspace.prefill(plan.without_reuse(), fresh=True)
+        assert distance(led, workspace.context.last_logits()) < tolerance("llama", "f16")
+        # Without leads, or with something missing, it is not.
+        assert running.plan(prompt, lead_tokens=0, link_tokens=3).n_cached < plan.n_cached
+        workspace.prefill(running.plan(prompt, lead_tokens=0))
+        apart = workspace.context.last_logits()
+        workspace.prefill(plan.without_reuse(), fresh=True)
+        assert distance(apart, workspace.context.last_logits()) > 5 * tolerance("llama", "f16")
+        gap = prompt.replace("<b/>", "")
+        linked = running.plan(gap, lead_tokens=200, link_tokens=3)
+        assert linked.n_cached < running.plan(gap, lead_tokens=200).n_cached

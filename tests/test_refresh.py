@@ -265,7 +265,9 @@ def test_a_module_counts_before_the_call_the_call_before_the_schema_the_schema_b
         assert renewed(running) == {"": 0, "a": 0, "a.in": 0, "b": 3, "c": 0}
         assert renewed(running, link_tokens=7) == {"": 0, "a": 0, "a.in": 0, "b": 7, "c": 0}
         assert renewed(running, link_tokens=0) == {"": 0, "a": 0, "a.in": 0, "b": 0, "c": 0}
-        assert renewed(running, fidelity="fast") == {"": 0, "a": 0, "a.in": 0, "b": 3, "c": 0}
+        assert renewed(running, fidelity="fast", lead_tokens=0) == {"": 0, "a": 0, "a.in": 0, "b": 3, "c": 0}
+        # A lead that is all that stands before it leaves nothing to link.
+        assert renewed(running, fidelity="fast") == {"": 0, "a": 0, "a.in": 0, "b": 0, "c": 0}
         running.add_schema(parse_schema(LINKED.format(attributes="anchor='none'")))
         assert renewed(running, fidelity="fast") == {"": 0, "a": 5, "a.in": 5, "b": 0, "c": 0}
         assert renewed(running, link_tokens=2) == {"": 0, "a": 5, "a.in": 5, "b": 2, "c": 0}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+import numpy as np
+
 from cpucache.layout.refresh import Refresh, Reused
 from cpucache.layout.segment import Runs, Segment, Span
 from cpucache.layout.vocabulary import Tokens, joined
@@ -116,9 +118,12 @@ def _renewed(pieces: Sequence[Piece], sizes: Sequence[int], refresh: Refresh) ->
 
 def _sees_all(segment: Segment, before: Sequence[Piece]) -> bool:
     """Whether a segment was evaluated in the sight of exactly what stands before it, without any gaps."""
+    seen = segment.sees
+    between = [piece.tokens if isinstance(piece, Segment) else piece for piece in before[len(seen) :]]
     return (
-        not segment.led
-        and len(segment.sees) == len(before)
-        and all(map(operator.is_, segment.sees, before))
-        and segment.context_end == sum(len(seen.tokens) for seen in segment.sees)
+        not any(len(each.lead) for each in seen)
+        and len(seen) <= len(before)
+        and all(map(operator.is_, seen, before))
+        and segment.context_end == sum(len(each.tokens) for each in seen)
+        and np.array_equal(segment.lead, joined(between))
     )
