@@ -13,6 +13,7 @@ import pytest
 from cpucache.bench.datasets import Example, Passage, read_examples
 from cpucache.bench.tasks import ALL_VARIANTS, TASKS, Variant, parse_variants
 from cpucache.errors import InputError
+from cpucache.layout.lead import LEAD
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Role, Text, modules_of
 from tests.support.questions import MULTI_NEWS, MUSIQUE, ORACLE, TREC, write_data
@@ -170,7 +171,7 @@ def test_variants_are_what_their_names_say(data: Callable[..., Path]) -> None:
         "full": nothing,
         "alone": nothing,
         "anchored": nothing,
-        "lead:256": {**nothing, "lead_tokens": 256},
+        f"lead:{LEAD}": {**nothing, "lead_tokens": LEAD},
         "link:16": {**nothing, "link_tokens": 16},
         "scaffold": nothing,
         "recompute:0.1": {**nothing, "recompute": 0.1},
