@@ -219,7 +219,7 @@ def test_spliced_logits(name: str, positions: Positions, ahead: bool, tiny: Tiny
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("positions", ["reserved", "packed"])
-@pytest.mark.parametrize("lead", [1, 8, 40])
+@pytest.mark.parametrize("lead", [1, 8, 40, 400])
 def test_leads(name: str, positions: Positions, lead: int, tiny: TinyModel) -> None:
     check_logits(tiny("llama"), CASES[name], positions=positions, lead=lead)
 

@@ -10,9 +10,9 @@ Modules that stand together are evaluated in one go, each led by those before it
 the lead of its first, so that encoding with leads takes half as long again as without, whatever their sizes. (Behind a
 union there is one lead for each of its members.)
 
-Long leads are only for where nothing of them is missing, so that a module has one, however many are left out elsewhere,
-and no prompt has to wait for modules that have been encoded ahead. Where something is, the little that is there of the
-nearest text leads.
+Long leads are only for where nothing of them is missing, so that a module has one, however many others are left out
+elsewhere, and no prompt has to wait for modules that have been encoded ahead. Where something is, one of an eighth of
+the length is taken, and so on; at last, whatever is there of the nearest few tokens.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from cpucache.layout.segment import Segment
 from cpucache.layout.vocabulary import Tokens, empty, joined
 from cpucache.pml.tree import Module, Schema, Scope, Union
 
-LEAD = 512
+LEAD = 2048
 """Tokens of a lead at least, where nothing else is said and the schema has as much there."""
 SHORT = 32
-"""Tokens of a lead where a longer one is not complete. They bring half of the effect."""
+"""Tokens of a lead where no longer one is complete. They bring half of the effect."""
+_SHORTER = 8  # times, where a lead is not complete
 _STRETCH = 2  # times the lead
 
 
@@ -57,7 +58,8 @@ class Leads:
         """What a prompt consists of, its segments with leads where the schema has just what stands before them there.
 
         A lead is what stands before it of the same stretch of the schema, ``_STRETCH * count`` tokens long, and
-        ``count`` tokens before that. Where a prompt leaves out some of it, ``SHORT`` takes the place of ``count``.
+        ``count`` tokens before that. Where a prompt leaves out some of it, an eighth takes the place of ``count``, down
+        to ``SHORT``.
         """
         instead: dict[Segment, Segment] = {}
         found: list[Piece] = []
@@ -92,8 +94,11 @@ class Leads:
         return self._made[key]
 
     def _lead(self, segment: Segment, pieces: Sequence[Piece], count: int) -> list[Segment | Tokens]:
-        lead, complete = self._before(segment, pieces, count)
-        return lead if complete or count <= SHORT else self._before(segment, pieces, SHORT)[0]
+        while True:
+            lead, complete = self._before(segment, pieces, count)
+            if complete or count <= SHORT:
+                return lead
+            count = max(SHORT, count // _SHORTER)
 
     def _before(self, segment: Segment, pieces: Sequence[Piece], count: int) -> tuple[list[Segment | Tokens], bool]:
         """What of the pieces before it leads it, as far back as the schema foresees them: segments, and the end of the

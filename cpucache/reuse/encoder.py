@@ -40,25 +40,23 @@ class Stretch:
         return self.segments[0]
 
     @property
-    def led(self) -> bool:
-        """Whether they go home each on its own. Those that see one another are at home, or one alone."""
-        return len(self.segments[-1].lead) > 0
-
-    @property
-    def places(self) -> int:
-        """How many sequences it takes."""
-        return len(self.segments) if self.led else 1
+    def scattered(self) -> tuple[Segment, ...]:
+        """Those that go home another way than the first does: they lead one another, and stand elsewhere."""
+        return tuple(segment for segment in self.segments if segment.delta != self.first.delta)
 
     def parts(self, room: int) -> Iterator[Stretch]:
-        """It, or where it is too long for so many cells and the sequences there are, one part after the other: what is
-        led may be parted anywhere."""
+        """It, or where it is too long for so many cells or for the sequences there are, one part after the other: what
+        is led may be parted anywhere."""
         part: list[Segment] = []
-        used = 0
+        cells = scattered = 0
         for segment in self.segments:
-            if part and self.led and (used + len(segment.tokens) > room or len(part) == len(FREE)):
+            apart = bool(part) and segment.delta != part[0].delta
+            full = cells + len(segment.tokens) > room or 1 + scattered + apart > len(FREE)
+            if part and len(segment.lead) and full:
                 yield Stretch(tuple(part))
-                part, used = [], 0
-            used += len(segment.tokens) if part else len(segment.lead) + len(segment.tokens)
+                part, cells, scattered, apart = [], 0, 0, False
+            cells += len(segment.tokens) + (0 if part else len(segment.lead))
+            scattered += apart
             part.append(segment)
         yield Stretch(tuple(part))
 
@@ -89,7 +87,7 @@ class Encoder:
         scattered = False
         for context, stretches in _by_context(segments):
             sight = Plan(context)
-            if len(stretches) == 1 and not (stretches[0].led or stretches[0].first.delta):
+            if len(stretches) == 1 and not (stretches[0].first.delta or len(stretches[0].segments[-1].lead)):
                 yield from self._extend(sight, stretches[0].segments, state, progress)
                 continue
             scattered = True
@@ -135,17 +133,17 @@ class Encoder:
 
     def _waves(self, sight: Plan, stretches: Sequence[Stretch]) -> Iterator[list[Stretch]]:
         # One cell stays free for the token that applies a shift.
-        room = min(_WAVE, self._context.n_ctx - sight.n_tokens - 1)
+        room = self._context.n_ctx - sight.n_tokens - 1
         wave: list[Stretch] = []
         cells = places = 0
         for stretch in chain.from_iterable(each.parts(room) for each in stretches):
-            size = len(stretch.tokens)
-            if wave and (cells + size > room or places + stretch.places > len(FREE)):
+            size, needed = len(stretch.tokens), 1 + len(stretch.scattered)
+            if wave and (cells + size > min(room, _WAVE) or places + needed > len(FREE)):
                 yield wave
                 wave, cells, places = [], 0, 0
             wave.append(stretch)
             cells += size
-            places += stretch.places
+            places += needed
         if wave:
             yield wave
 
@@ -161,16 +159,14 @@ class Encoder:
         seconds = (time.perf_counter() - started) / sum(len(run.tokens) for run in runs)
         apart: list[tuple[int, tuple[Segment, ...]]] = []
         for sequence, stretch in placed:
-            first, *others = stretch.segments
-            if stretch.led:
-                for segment in others:
-                    own = next(free)
-                    context.share(sequence, own, segment.start, segment.start + len(segment.tokens))
-                    apart.append((own, (segment,)))
-                context.remove(sequence, first.start + len(first.tokens))
-            if first.start:
-                context.remove(sequence, 0, first.start)
-            apart.append((sequence, (first,) if stretch.led else stretch.segments))
+            for segment in stretch.scattered:
+                own, end = next(free), segment.start + len(segment.tokens)
+                context.share(sequence, own, segment.start, end)
+                context.remove(sequence, segment.start, end)
+                apart.append((own, (segment,)))
+            if stretch.first.start:
+                context.remove(sequence, 0, stretch.first.start)
+            apart.append((sequence, tuple(each for each in stretch.segments if each not in stretch.scattered)))
         for sequence, (first, *_) in apart:
             if first.delta:
                 context.shift(sequence, first.delta)

@@ -24,7 +24,8 @@ Nothing of ``cpucache.layout`` or ``cpucache.reuse`` is used here. The rules:
   far back as these are of runs each of which stands right before the next in prompts that leave nothing out, and which
   lie in no member of a union but those around the run and around the nearest that it does not see. A lead begins with
   what the run does not see; and what it does see is in the lead as a whole, or no further back than that goes the lead.
-  Where it ends because a prompt leaves out what may stand before, leads are of 32 tokens, if they are to be longer.
+  Where it ends because a prompt leaves out what may stand before, leads are to be an eighth as long, or 32 tokens, if
+  they are longer than that.
   The run is evaluated right behind what else it sees and its lead. What it sees has the state that it has in that
   prompt, if it is there.
 - *What is renewed.* Of each scope in a prompt, the first so many tokens (its link), and whatever else a rule picks
@@ -229,8 +230,9 @@ class Oracle:
     ) -> TextRun | LedRun:
         seen = self.seen_by(run)
         found, complete = self._before(run, before, seen, lead)
-        if not complete and lead > 32:
-            found, _ = self._before(run, before, seen, 32)
+        while not complete and lead > 32:
+            lead = max(32, lead // 8)
+            found, complete = self._before(run, before, seen, lead)
         others = [led.get(each, each) for each in seen if all(each is not piece for piece, _ in found)]
         if found or any(other in led for other in seen):
             led[run] = LedRun(run, [token for _, tokens in reversed(found) for token in tokens], others)
