@@ -119,6 +119,8 @@ def test_long_leads_are_complete_or_short() -> None:
     # Whatever lacks something of that has a short one, and the same one whatever else is left out.
     assert leads("acde", 100) == ["", "", c, d[-SHORT:]]
     assert leads("acde", 40) == ["", "", c, d]
+    # An eighth of 300 is.
+    assert leads("acde", 300) == ["", "", c, d[-37:]]
     assert leads("bcde", 100) == ["", b[-SHORT:], b[-SHORT:] + c, d[-SHORT:]]
 
 
@@ -144,8 +146,8 @@ def test_an_argument_is_where_a_lead_begins() -> None:
 
 
 def test_every_level_but_the_exact_one_has_leads(tiny: TinyModel, tmp_path: Path) -> None:
-    # The second begins another stretch: it gets no more than the lead.
-    modules = "<module name='a'>" + "abcdefgh " * (LEAD // 3) + "</module><module name='b'>here</module>"
+    before = "abcdefgh " * 10
+    modules = f"<module name='a'>{before}</module><module name='b'>here</module>"
 
     def lead(running: Engine, **settings: Any) -> int:
         *_, last = running.plan("<prompt schema='s'><a/><b/>So?</prompt>", **settings).segments
@@ -153,7 +155,8 @@ def test_every_level_but_the_exact_one_has_leads(tiny: TinyModel, tmp_path: Path
 
     with engine(tiny("llama"), tmp_path, fidelity=DEFAULT) as running:
         running.add_schema(parse_schema(f"<schema name='s'>{modules}</schema>"))
-        assert lead(running) == lead(running, fidelity="fast") == lead(running, link_tokens=1) == LEAD
+        whole = len(running.model.tokenize(before))
+        assert lead(running) == lead(running, fidelity="fast") == lead(running, link_tokens=1) == whole
         assert lead(running, lead_tokens=5) == lead(running, fidelity="balanced", lead_tokens=5) == 5
         assert lead(running, lead_tokens=0) == lead(running, fidelity="high") == 0
         # Schemas share what has seen nothing of any of them.
@@ -162,7 +165,7 @@ def test_every_level_but_the_exact_one_has_leads(tiny: TinyModel, tmp_path: Path
     with engine(tiny("llama"), tmp_path, fidelity=Fidelity(lead_tokens=3)) as running:
         running.add_schema(parse_schema(f"<schema name='s'>{modules}</schema>"))
         assert lead(running) == 3
-        assert lead(running, fidelity="fast") == LEAD
+        assert lead(running, fidelity="fast") == whole
 
 
 def test_modules_of_a_scaffold_set_have_none() -> None:

@@ -21,7 +21,7 @@ from cpucache.layout.lead import LEAD
     type=click.IntRange(0),
     metavar="K",
     help="Encode modules behind K to 3K tokens of what the schema has before them, too, as prompts want them that "
-    f"leave out none of that; 0: only by themselves, in two fifths of the time and half the room.  [default: {LEAD}]",
+    f"leave out none of that; 0: only by themselves, in half the time or less, and half the room.  [default: {LEAD:,}]",
 )
 @engine_options
 def encode(schemas: tuple[str, ...], model: str, lead: int | None, **options: Any) -> None:

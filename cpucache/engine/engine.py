@@ -184,7 +184,7 @@ class Engine:
         case.
 
         ``lead_tokens`` (how much of what stands before it a module is encoded in the sight of: that many tokens at
-        least, three times as many at most; 32, where the prompt leaves out some of these), ``recompute`` (what share;
+        least, three times as many at most; an eighth or less, where the prompt leaves out some of these), ``recompute`` (what share;
         it goes to the modules that have the most words in common with the prompt's new text) and ``link_tokens`` (so
         many at the start of each module are evaluated afresh) change what a level does: the engine's own when none is
         given.
