@@ -121,8 +121,8 @@ def fidelity_options(command: Command) -> Command:
             type=click.IntRange(0),
             metavar="K",
             help="Use modules as they were encoded in sight of K to 3K tokens of what the schema has before them, "
-            f"where all of that stands before them (of an eighth or less, down to {SHORT}, where some does). 0: as they "
-            f"are by themselves.  [default: {LEAD:,}]",
+            f"where all of that stands before them (of an eighth or less, down to {SHORT}, where some does). 0: as "
+            f"they are by themselves.  [default: {LEAD:,}]",
         ),
         click.option(
             "--link",

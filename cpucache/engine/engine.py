@@ -143,7 +143,8 @@ class Engine:
         """Make every slice of a schema that is not in the store yet, as far as they are foreseeable.
 
         That is every module as it is apart, every scaffold set, and, unless ``lead_tokens`` is 0 (see ``plan``), every
-        module as it is behind those before it in the schema, which takes half as long again, and as much room again.
+        module as it is behind all that the schema has before it, which takes up to half as long again, and as much room
+        again. Where prompts leave modules out, what stands behind those is made when it is first needed.
         ``progress(done, total)`` is told about tokens.
         """
         layout = self.planner.layout(schema)
@@ -184,10 +185,10 @@ class Engine:
         case.
 
         ``lead_tokens`` (how much of what stands before it a module is encoded in the sight of: that many tokens at
-        least, three times as many at most; an eighth or less, where the prompt leaves out some of these), ``recompute`` (what share;
-        it goes to the modules that have the most words in common with the prompt's new text) and ``link_tokens`` (so
-        many at the start of each module are evaluated afresh) change what a level does: the engine's own when none is
-        given.
+        least, three times as many at most; an eighth or less, where the prompt leaves out some of these), ``recompute``
+        (what share; it goes to the modules that have the most words in common with the prompt's new text) and
+        ``link_tokens`` (so many at the start of each module are evaluated afresh) change what a level does: the
+        engine's own when none is given.
 
         Raises ``PMLError`` or ``InputError``.
         """

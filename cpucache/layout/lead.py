@@ -10,9 +10,9 @@ Modules that stand together are evaluated in one go, each led by those before it
 the lead of its first, so that encoding with leads takes half as long again as without, whatever their sizes. (Behind a
 union there is one lead for each of its members.)
 
-Long leads are only for where nothing of them is missing, so that a module has one, however many others are left out
-elsewhere, and no prompt has to wait for modules that have been encoded ahead. Where something is, one of an eighth of
-the length is taken, and so on; at last, whatever is there of the nearest few tokens.
+A lead is only taken where nothing of it is missing. Where something is, one of an eighth of the length takes its
+place, and so on; at last, whatever is there of the nearest few tokens. So a module is encoded a few times at most,
+however many combinations prompts make.
 """
 
 from __future__ import annotations
