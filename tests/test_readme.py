@@ -16,7 +16,7 @@ _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 def test_python_examples_run(
     smollm2: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    modules, conversations = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
+    modules, conversations = re.findall(r"^```python\n(.*?)^```", _README, re.DOTALL | re.MULTILINE)
     assert 'Engine("smollm2-135m-instruct")' in modules
     monkeypatch.chdir(_ROOT)
     monkeypatch.setenv("CPUCACHE_MODELS", str(smollm2.parent))
