@@ -27,6 +27,8 @@ from cpucache.layout.lead import LEAD
 def encode(schemas: tuple[str, ...], model: str, lead: int | None, **options: Any) -> None:
     """Evaluate every module of each SCHEMA and save its state, so that no prompt has to wait for it.
 
+    A prompt that leaves modules out may still make those that stand behind them once more, the first time.
+
     What is in the store already is not evaluated again. Slices are found by what they contain: change a module, and
     only that module, what sees it and what stands closely behind it is encoded anew.
     """

@@ -166,7 +166,7 @@ class Encoder:
                 apart.append((own, (segment,)))
             if stretch.first.start:
                 context.remove(sequence, 0, stretch.first.start)
-            apart.append((sequence, tuple(each for each in stretch.segments if each not in stretch.scattered)))
+            apart.append((sequence, tuple(each for each in stretch.segments if each.delta == stretch.first.delta)))
         for sequence, (first, *_) in apart:
             if first.delta:
                 context.shift(sequence, first.delta)
