@@ -2,8 +2,18 @@
 
 from cpucache.store.fingerprint import Fingerprints
 from cpucache.store.index import Row
-from cpucache.store.keys import context_key, slice_key
+from cpucache.store.keys import TEXT_ID, content_key, slice_key, text_id
 from cpucache.store.slicefile import SliceInfo
 from cpucache.store.store import Store, default_home
 
-__all__ = ["Fingerprints", "Row", "SliceInfo", "Store", "context_key", "default_home", "slice_key"]
+__all__ = [
+    "TEXT_ID",
+    "Fingerprints",
+    "Row",
+    "SliceInfo",
+    "Store",
+    "content_key",
+    "default_home",
+    "slice_key",
+    "text_id",
+]

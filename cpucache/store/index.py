@@ -24,6 +24,7 @@ CREATE TABLE IF NOT EXISTS slices (
     fingerprint TEXT NOT NULL, model TEXT NOT NULL, schema TEXT NOT NULL, module TEXT NOT NULL,
     tokens INTEGER NOT NULL, start INTEGER NOT NULL, state_format TEXT NOT NULL, context TEXT NOT NULL,
     seconds REAL NOT NULL,
+    content TEXT NOT NULL DEFAULT '', sees TEXT NOT NULL DEFAULT '', sees_tokens INTEGER NOT NULL DEFAULT 0,
     bytes INTEGER NOT NULL,
     created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL DEFAULT 0,
     before INTEGER NOT NULL,              -- how often it was used before it was last evicted
@@ -32,6 +33,7 @@ CREATE TABLE IF NOT EXISTS slices (
     value REAL NOT NULL                   -- what decides who leaves first, see Index.reserve
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_value ON slices (whole, pinned, value);
+CREATE INDEX IF NOT EXISTS by_content ON slices (content);
 CREATE TABLE IF NOT EXISTS past (key TEXT PRIMARY KEY, uses INTEGER NOT NULL, gone REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_gone ON past (gone);
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, number REAL NOT NULL) WITHOUT ROWID;
@@ -42,8 +44,11 @@ CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON slices
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON slices
     BEGIN UPDATE totals SET number = number - old.bytes WHERE name = 'bytes'; END;
 """
+# Columns that files of earlier versions lack. Their slices are never found again, and leave by eviction.
+_ADDED = ("content TEXT NOT NULL DEFAULT ''", "sees TEXT NOT NULL DEFAULT ''", "sees_tokens INTEGER NOT NULL DEFAULT 0")
 # A slice is worth the seconds of evaluation that it saves for the room that it takes, times how often it is asked for.
 _WORTH = "(hits + before + 1) * seconds * 1e6 / bytes"
+_VARIABLES = 500  # values in one statement, of which SQLite takes 999 in every build
 _REMEMBERED = 20_000  # evicted slices whose uses are remembered: some 60 bytes each
 
 
@@ -78,7 +83,7 @@ class Index:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         # A slice that a power cut leaves out of the account is found again by its name.
-        self._database = open_database(path, _SCHEMA, synchronous="NORMAL")
+        self._database = open_database(path, _SCHEMA, synchronous="NORMAL", added={"slices": _ADDED})
 
     @property
     def complete(self) -> bool:
@@ -268,6 +273,21 @@ class Index:
             cursor = self._database.execute("SELECT * FROM slices WHERE whole = 1 ORDER BY used DESC, key")
             names = [column[0] for column in cursor.description]
             return [_row(dict(zip(names, values, strict=True))) for values in cursor]
+
+    def variants(self, contents: Iterable[str]) -> list[tuple[str, SliceInfo]]:
+        """Key and account of every whole slice whose tokens have one of these content keys."""
+        wanted = list(dict.fromkeys(contents))
+        found = []
+        with self._lock:
+            for begin in range(0, len(wanted), _VARIABLES):
+                part = wanted[begin : begin + _VARIABLES]
+                marks = ", ".join("?" * len(part))
+                cursor = self._database.execute(
+                    f"SELECT * FROM slices WHERE content IN ({marks}) AND whole = 1 ORDER BY key", part
+                )
+                names = [column[0] for column in cursor.description]
+                found += [_row(dict(zip(names, values, strict=True))) for values in cursor]
+        return [(row.key, row.info) for row in found]
 
     def unfinished(self, older_than: float) -> list[str]:
         """Slices spoken for more than so many seconds ago whose writer never came back."""

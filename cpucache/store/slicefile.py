@@ -26,7 +26,7 @@ import xxhash
 from cpucache.store.keys import slice_key
 from cpucache.store.ram import Bytes
 
-_FORMAT = "cpucache-slice-1"
+_FORMAT = "cpucache-slice-2"
 _HEADER_LIMIT = 1 << 20
 _SUFFIX = ".safetensors"
 _CHUNK = 4 << 20
@@ -50,9 +50,15 @@ class SliceInfo:
     """Position of the first token."""
     state_format: str
     context: str
-    """Key of the context that the tokens could see."""
+    """Key of the context that the tokens attended to."""
     seconds: float
     """What evaluating it took: its share of the batch, by tokens."""
+    content: str = ""
+    """The ``content_key`` of its tokens."""
+    sees: str = ""
+    """The ``text_id`` of each run of tokens that it attended to, in order, as hexadecimal digits."""
+    sees_tokens: int = 0
+    """How many tokens these are."""
 
 
 class Damaged(Exception):

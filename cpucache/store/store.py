@@ -74,6 +74,7 @@ class Store:
         self._using: Counter[str] = Counter()
         self.ram = RAM(ram_budget, needed=self._using)
         self._reader: ThreadPoolExecutor | None = None
+        self._here: dict[str, dict[str, SliceInfo]] = {}  # by content: what was put, in the index or not
         self._uses: Counter[str] = Counter()
         self._misses = 0
         self._noted = time.monotonic()
@@ -141,6 +142,24 @@ class Store:
                 self._writer.poke()
         return state
 
+    def variants(self, contents: Iterable[str]) -> dict[str, list[tuple[str, SliceInfo]]]:
+        """Key and account of the slices there are of some tokens, by their content keys."""
+        wanted = set(contents)
+        found: dict[str, dict[str, SliceInfo]] = {content: {} for content in wanted}
+        if self.index is not None:
+            try:
+                for key, info in self.index.variants(wanted):
+                    found[info.content][key] = info
+            except sqlite3.Error as error:
+                self._trouble(error)
+        with self._lock:
+            for content in wanted & self._here.keys():
+                there = self._here[content]
+                for key in [key for key in there if key not in self]:
+                    del there[key]
+                found[content].update(there)
+        return {content: list(slices.items()) for content, slices in found.items()}
+
     def _fetch(self, key: str) -> Bytes | None:
         """Bring a slice into RAM."""
         waiting = self._writer.get(key)
@@ -172,6 +191,8 @@ class Store:
     def put(self, key: str, state: Bytes, tokens: Ids, info: SliceInfo) -> None:
         """Keep a slice: at once in RAM, soon in a file. Waits only when the disk is far behind."""
         self.ram.put(key, state)
+        with self._lock:
+            self._here.setdefault(info.content, {})[key] = info
         if self.writable:
             self._writer.put(key, (state, tokens, info), state.nbytes)
 
