@@ -17,6 +17,7 @@ from cpucache.pml.tree import Module, Parameter, Role, RoleName, Schema, SchemaN
 from cpucache.store import text_id
 
 Positions: TypeAlias = Literal["auto", "reserved", "packed"]
+POSITIONS: tuple[Positions, ...] = ("auto", "reserved", "packed")
 Edge: TypeAlias = Literal["", "end"]
 Place: TypeAlias = tuple[SchemaNode | Schema, Edge]
 """Where a piece of text is written: a ``Text``, the start or (``"end"``) end of a ``Role``, the start of a schema."""

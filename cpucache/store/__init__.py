@@ -1,5 +1,6 @@
 """Where slices live: keys, a RAM tier, files, and an index of them. Knows bytes and hashes, nothing of llama.cpp."""
 
+from cpucache.store.asked import Asked, Combination, Part
 from cpucache.store.fingerprint import Fingerprints
 from cpucache.store.index import Row
 from cpucache.store.keys import TEXT_ID, content_key, slice_key, text_id
@@ -8,7 +9,10 @@ from cpucache.store.store import Store, default_home
 
 __all__ = [
     "TEXT_ID",
+    "Asked",
+    "Combination",
     "Fingerprints",
+    "Part",
     "Row",
     "SliceInfo",
     "Store",

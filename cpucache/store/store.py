@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 import platformdirs
 
+from cpucache.store.asked import Asked
 from cpucache.store.claims import Claims
 from cpucache.store.index import Index
 from cpucache.store.ram import RAM, Bytes
@@ -84,13 +85,21 @@ class Store:
         self.writable = home is not None
         self._warned = False
         self._closing = False
+        asked: Path | None = None
         if home is not None:
             try:
                 self.index = _open_index(home)
+                asked = home / "asked.sqlite"
                 self.disk_budget = default_budget(home, self.index) if disk_budget is None else disk_budget
             except (OSError, sqlite3.Error) as error:
                 self.writable = False
                 self._trouble(error)
+        try:
+            self.asked = Asked(asked)
+        except sqlite3.Error as error:
+            self._trouble(error)
+            self.asked = Asked(None)
+        """What was asked and is not exact yet."""
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def flush(self) -> None:
@@ -107,6 +116,7 @@ class Store:
         self._writer.close()
         self._closing = False
         self._note()
+        self.asked.close()
         if self.index is not None:
             self.index.close()
             self.index = None
