@@ -249,6 +249,9 @@ def test_read_xml_gives_elements() -> None:
         ("<module name='a' length='3'/>", ["'length'", "'src'"]),
         ("<module/>", ["<module>", "'name'"]),
         ("<module name='a' cache='False'/>", ["'False'", "'cache'", "did you mean 'false'"]),
+        ("<module name='a' isolate='yes'/>", ["'yes'", "'isolate'", "'true'"]),
+        ("<module name='a' link='4'/>", ["unknown attribute 'link'", "<module>"]),
+        ("<union isolate=''><module name='a'/></union>", ["''", "'isolate'"]),
         ("<module name='a'/><module name='a'/>", ["duplicate module", "'a'", "line 2"]),
         ("<module name='a'/><system><module name='a'/></system>", ["duplicate module", "'a'"]),
         ("<module name='a'/><union><module name='a'/></union>", ["duplicate module", "'a'"]),
@@ -306,7 +309,8 @@ def test_mistakes_in_a_schema(content: str, words: list[str]) -> None:
         ("<schema name='s'><scaffold modules='a b'/></schema>", ["'s'", "empty"]),
         ("<schema name='s' anchor='parents'>x</schema>", ["'parents'", "'anchor'", "'ancestors'"]),
         ("<schema name='s' anchor=''>x</schema>", ["'anchor'", "'none'"]),
-        ("<schema name='s' link='1.5'>x</schema>", ["'1.5'", "link", "tokens"]),
+        ("<schema name='s' link='4'>x</schema>", ["unknown attribute 'link'", "<schema>", "'anchor'"]),
+        ("<schema name='s' isolate='true'>x</schema>", ["unknown attribute 'isolate'", "<schema>"]),
         ("<schema name='s'> <system> </system> </schema>", ["'s'", "empty"]),
     ],
 )
@@ -314,35 +318,40 @@ def test_mistakes_in_the_root(source: str, words: list[str]) -> None:
     assert_fails(source, 1, *words)
 
 
-SCAFFOLDED = """<schema name="s" anchor="none" link="4">
+SCAFFOLDED = """<schema name="s" anchor="none">
 Before
 <scaffold modules=" third.one first
   unit.py third"/>
 and after.
-<module name="first" link="0">1</module>
-<system><union><module name="unit.py">2</module><module name="other" link="12">3</module></union></system>
+<module name="first">1</module>
+<system><union><module name="unit.py">2</module><module name="other">3</module></union></system>
 <module name="third"><module name="one">4</module></module>
 <scaffold modules="other first"/>
 </schema>"""
 
 
-def test_scaffolds_anchor_and_link() -> None:
+def test_scaffolds_and_anchor() -> None:
     schema = parse_schema(SCAFFOLDED)
-    assert (schema.anchor, schema.link) == ("none", 4)
+    assert schema.anchor == "none"
     assert [(each.line, [module.name for module in each.modules]) for each in schema.scaffolds] == [
         (3, ["first", "unit.py", "third", "one"]),
         (9, ["first", "other"]),
     ]
     modules = modules_of(schema)
     assert schema.scaffolds[0].modules[2:] == (modules["third"], modules_of(modules["third"])["one"])
-    assert {name: module.link for name, module in modules.items()} == {
-        "first": 0,
-        "unit.py": None,
-        "other": 12,
-        "third": None,
-    }
     plain = parse_schema("<schema name='s'>x<module name='m'/></schema>")
-    assert (plain.anchor, plain.link, plain.scaffolds) == ("ancestors", None, ())
+    assert (plain.anchor, plain.scaffolds) == ("ancestors", ())
+
+
+def test_modules_and_unions_may_be_isolated() -> None:
+    schema = parse_schema(
+        "<schema name='s'><module name='a' isolate='true'><module name='in'/></module><module name='b'/>"
+        "<union isolate='true'><module name='c' isolate='false'/></union><union><module name='d'/></union></schema>"
+    )
+    a, b = only(schema, Module)
+    assert (a.isolate, modules_of(a)["in"].isolate, b.isolate) == (True, False, False)
+    unions = only(schema, Union)
+    assert [(union.isolate, union.members[0].isolate) for union in unions] == [(True, False), (False, False)]
 
 
 def test_a_scaffold_is_no_text_and_parts_none() -> None:
@@ -374,8 +383,6 @@ def test_a_scaffold_is_no_text_and_parts_none() -> None:
         ("<module name='m'><scaffold modules='a b'/></module>", ["<module>", "directly under <schema>"]),
         ("<union><scaffold modules='a b'/><module name='m'/></union>", ["<scaffold>", "<union>", "modules only"]),
         ("<scafold modules='a b'/>", ["did you mean <scaffold>"]),
-        ("<module name='m' link='-1'/>", ["'-1'", "link", "tokens"]),
-        ("<module name='m' link='few'/>", ["'few'", "link"]),
     ],
 )
 def test_mistakes_in_scaffolds(scaffolds: str, words: list[str]) -> None:

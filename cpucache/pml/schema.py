@@ -13,7 +13,6 @@ from cpucache.pml.xml import Element, has_content, is_blank, read_file, read_xml
 
 _CONTENT = ("module", "union", "parameter", *ROLES)
 _LENGTH = re.compile("[1-9][0-9]{0,8}")
-_LINK = re.compile("0|[1-9][0-9]{0,8}")
 
 
 def load_schema(path: Path) -> Schema:
@@ -28,13 +27,13 @@ def parse_schema(data: str | bytes, *, file: str = "<schema>", folder: Path | No
     Raises ``PMLError`` for anything that breaks the rules of PML.
     """
     root = read_xml(data, file=file, root="schema")
-    root.check_attributes(required=("name",), optional=("anchor", "link"))
+    root.check_attributes(required=("name",), optional=("anchor",))
     name = root.attributes["name"]
     if problem := flaw(name):
         raise root.error(f"illegal schema name {quote(name)}: {problem}")
-    anchor, link = _anchor(root), _link(root)
+    anchor = _anchor(root)
     children = _Parser(folder).content(root, _Names(is_root=True), role=None)
-    schema = Schema(name, children, file, root.line, anchor=anchor, link=link)
+    schema = Schema(name, children, file, root.line, anchor=anchor)
     if all(isinstance(node, Role) for node in parts(schema)):
         raise root.error(f"the schema {quote(name)} is empty: give it text, a module or a parameter")
     return replace(schema, scaffolds=read_scaffolds(root, schema))
@@ -84,22 +83,20 @@ class _Parser:
         raise element.error(f"unexpected {tag(element.tag)} inside <{parent.tag}>{hint(element.tag, known_here, tag)}")
 
     def _module(self, element: Element, names: _Names, role: Element | None) -> Module:
-        element.check_attributes(required=("name",), optional=("cache", "src", "link"))
+        element.check_attributes(required=("name",), optional=("cache", "src", "isolate"))
         name = element.attributes["name"]
         if problem := flaw(name, as_tag=True):
             raise element.error(f"illegal module name {quote(name)}: {problem}")
         if name in names.modules:
             raise element.error(_duplicate("module", name, names.modules[name]))
         names.modules[name] = element.line
-        cache = element.attributes.get("cache", "true")
-        if cache not in ("true", "false"):
-            raise element.error(f"unknown value {quote(cache)} for 'cache'{hint(cache, ('true', 'false'))}")
-        link = _link(element)
+        cache, isolate = _flag(element, "cache", default=True), _flag(element, "isolate", default=False)
         children = self._source(element) if "src" in element.attributes else self.content(element, _Names(), role)
-        return Module(name, children, cache == "true", element.line, link)
+        return Module(name, children, cache, element.line, isolate)
 
     def _union(self, element: Element, names: _Names, role: Element | None) -> Union:
-        element.check_attributes(optional=("scaffold",))
+        element.check_attributes(optional=("scaffold", "isolate"))
+        isolate = _flag(element, "isolate", default=False)
         members = []
         for child in element.children:
             if isinstance(child, Text):
@@ -117,7 +114,7 @@ class _Parser:
             raise element.error(
                 f"the scaffold {quote(scaffold)} is not a member of its union{hint(scaffold, member_names)}"
             )
-        return Union(tuple(members), scaffold, element.line)
+        return Union(tuple(members), scaffold, element.line, isolate)
 
     def _source(self, element: Element) -> tuple[Text, ...]:
         """The verbatim text of a module's ``src`` file."""
@@ -181,11 +178,11 @@ def _anchor(element: Element) -> Anchor:
     raise element.error(f"unknown value {quote(given)} for 'anchor'{hint(given, ANCHORS)}")
 
 
-def _link(element: Element) -> int | None:
-    given = element.attributes.get("link")
-    if given is not None and not _LINK.fullmatch(given):
-        raise element.error(f"illegal link {quote(given)}: write a number of tokens from 0 to 999999999")
-    return None if given is None else int(given)
+def _flag(element: Element, name: str, *, default: bool) -> bool:
+    given = element.attributes.get(name, str(default).lower())
+    if given not in ("true", "false"):
+        raise element.error(f"unknown value {quote(given)} for {quote(name)}{hint(given, ('true', 'false'))}")
+    return given == "true"
 
 
 def _duplicate(kind: str, name: str, line: int) -> str:
