@@ -21,7 +21,10 @@ _START = re.compile(f"[A-Za-z_{_LETTERS}]")
 _SHOWN = 60  # characters of a name or value that a message repeats
 _LISTED = 8  # valid names that a message lists
 LONGEST = 100  # characters of a name
-_COMPARED = 2_000  # valid names among which the nearest is sought: to compare with all of a million takes a minute
+# Valid names among which the nearest is sought, and pairs of characters compared for it: to compare with all of a
+# million names takes a minute.
+_COMPARED = 2_000
+_PAIRS = 1_000_000
 
 
 def clip(text: str) -> str:
@@ -45,9 +48,9 @@ def hint(wrong: str, valid: Iterable[str], show: Callable[[str], str] = quote) -
     names = list(islice(valid, _COMPARED + 1))
     if not names:
         return " (none is defined here)"
-    # Comparing takes time in the product of both lengths.
-    by_key = {name.casefold(): name for name in names[:_COMPARED] if len(name) <= LONGEST}
-    close = difflib.get_close_matches(wrong.casefold(), by_key, n=1) if len(wrong) <= LONGEST else []
+    near = [name for name in names[:_COMPARED] if len(name) <= 2 * len(wrong) + 2] if len(wrong) <= LONGEST else []
+    by_key = {name.casefold(): name for name in near[: _PAIRS // (len(wrong) + 1) ** 2]}
+    close = difflib.get_close_matches(wrong.casefold(), by_key, n=1)
     said = f"; did you mean {show(by_key[close[0]])}?" if close else ""
     if close and not 1 < len(names) <= _LISTED:
         return said

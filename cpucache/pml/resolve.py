@@ -82,6 +82,8 @@ class _Resolver:
     def __init__(self, prompt: Prompt, schema: Schema) -> None:
         self.problems = Problems(prompt.file)
         self._schema = schema
+        self._everywhere: dict[str, list[tuple[tuple[str, ...], Module]]] | None = None
+        """Every module of the schema by its name, once a mistake asks for it."""
 
     def included(self, scope: Scope, written: Prompt | Reference) -> Included:
         """``scope`` as ``written`` includes it."""
@@ -138,7 +140,11 @@ class _Resolver:
     def _why_unknown(self, name: str, scope: Scope) -> str:
         """What to say of a reference that names no module directly under ``scope``."""
         here = "directly under the schema" if isinstance(scope, Schema) else f"under {tag(scope.name)}"
-        elsewhere = list(_search(name, self._schema, ()))
+        if self._everywhere is None:
+            self._everywhere = {}
+            for path, module in _walk(self._schema, ()):
+                self._everywhere.setdefault(module.name, []).append((path, module))
+        elsewhere = self._everywhere.get(name)
         if not elsewhere:
             return f"there is no module {quote(name)} {here}{hint(name, modules_of(scope))}"
         path, module = elsewhere[0]
@@ -199,9 +205,8 @@ def _flat(nodes: Iterable[SchemaNode]) -> Iterator[_Flat]:
             yield node
 
 
-def _search(name: str, scope: Scope, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Module]]:
-    """Every module called ``name``, with the names of the modules around it."""
+def _walk(scope: Scope, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Module]]:
+    """Every module below ``scope``, with the names of the modules around it."""
     for module in modules_of(scope).values():
-        if module.name == name:
-            yield path, module
-        yield from _search(name, module, (*path, module.name))
+        yield path, module
+        yield from _walk(module, (*path, module.name))

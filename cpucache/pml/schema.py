@@ -10,7 +10,7 @@ from pathlib import Path
 from cpucache.pml.limits import Limits, TooLarge, read_regular
 from cpucache.pml.names import PML_TAGS, flaw, hint, quote, tag
 from cpucache.pml.scaffold import read_scaffolds
-from cpucache.pml.tree import ANCHORS, ROLES, Anchor, Module, Parameter, Role, Schema, SchemaNode, Text, Union, parts
+from cpucache.pml.tree import ANCHORS, ROLES, Anchor, Module, Parameter, Role, Schema, SchemaNode, Text, Union
 from cpucache.pml.xml import Element, has_content, is_blank, read_file, read_xml
 
 _CONTENT = ("module", "union", "parameter", *ROLES)
@@ -40,7 +40,7 @@ def parse_schema(
     anchor = _anchor(root)
     children = _Parser(folder, limits).content(root, _Names(is_root=True), role=None)
     schema = Schema(name, children, file, root.line, anchor=anchor)
-    if all(isinstance(node, Role) for node in parts(schema)):
+    if _is_empty(root):
         root.report(f"the schema {quote(name)} is empty: give it text, a module or a parameter")
     schema = replace(schema, scaffolds=read_scaffolds(root, schema))
     root.problems.check()
@@ -143,7 +143,7 @@ class _Parser:
             line = error.object.count(b"\n", 0, error.start) + 1
             problem = f"is not UTF-8 (its line {line}): save it in that encoding"
         except TooLarge as error:
-            problem = f"{error.strerror}, of a file or of what is left for all src files: shorten it or leave it out"
+            problem = f"{error.strerror}: shorten it or leave it out"
         except (OSError, RuntimeError, ValueError) as error:
             problem = f"can't be read: {(error.strerror if isinstance(error, OSError) else None) or error}"
         if problem:
@@ -164,8 +164,10 @@ class _Parser:
             return "", f"does not exist in the schema's folder{hint(src, files)}"
         if not path.is_file():
             return "", "is not a regular file"
-        data = read_regular(path, min(self._limits.source, self._limits.sources - self._sources))
+        data = read_regular(path, self._limits.source)
         self._sources += len(data)
+        if self._sources > self._limits.sources:
+            return "", f"makes more than {self._limits.sources:,} bytes of all src files: leave some out"
         return data.decode(), None
 
 
@@ -199,6 +201,12 @@ def _parameter(element: Element, names: _Names) -> Parameter:
     if has_content(element):
         element.report('<parameter> can\'t have content: its text comes from the prompt (or from scaffold="...")')
     return Parameter(name, int(length), element.attributes.get("scaffold"), element.line)
+
+
+def _is_empty(element: Element) -> bool:
+    """Whether there is nothing in a schema or role but roles and scaffolds."""
+    inside = [child for child in element.children if isinstance(child, Text) or child.tag != "scaffold"]
+    return all(not isinstance(child, Text) and child.tag in ROLES and _is_empty(child) for child in inside)
 
 
 def _is_scaffold(element: Element, parent: Element) -> bool:

@@ -10,6 +10,7 @@ from lxml import etree
 from cpucache.pml.names import clip
 
 _BEFORE, _AFTER = 20, 30  # characters that are shown around what is wrong
+_BACK = 500  # characters between the place where libxml2 gives up and what is wrong
 
 
 @dataclass(frozen=True)
@@ -69,20 +70,21 @@ def explain(parser: etree.XMLParser, error: etree.XMLSyntaxError, text: str) -> 
     for saying in _SAYINGS:
         if found := saying.pattern.search(message):
             said = saying.said.format(*(clip(group or "") for group in found.groups()))
-            at = _find(text, line, column, saying.mark) if saying.mark else None
-            if at is None:
+            found_at = _find(text, line, column, saying.mark) if saying.mark else None
+            if found_at is None:
                 return said, line, column or None
-            excerpt, start = at
-            return f"{said}, here in '{excerpt}'", line, start + 1
+            excerpt, line, column = found_at
+            return f"{said}, here in '{excerpt}'", line, column
     return f"not well-formed XML: {clip(message.strip())}", line, column or None
 
 
-def _find(text: str, line: int, column: int, mark: str) -> tuple[str, int] | None:
-    """The last ``mark`` on a line before a column, as text around it and where it stands."""
-    lines = text.split("\n", line)
-    row = lines[line - 1] if 1 <= line <= len(lines) else ""
-    at = row.rfind(mark, 0, max(0, column - 1))
+def _find(text: str, line: int, column: int, mark: str) -> tuple[str, int, int] | None:
+    """The last ``mark`` before a place: the text around it, and its own line and column."""
+    lines = text.split("\n", line - 1)
+    place = len(text) - len(lines[-1]) + column - 1
+    at = text.rfind(mark, max(0, place - _BACK), place) if len(lines) == line else -1
     if at < 0:
         return None
-    start = max(0, at - _BEFORE)
-    return clip(row[start : at + _AFTER].strip()), at
+    start = text.rfind("\n", 0, at) + 1
+    excerpt = clip(text[max(start, at - _BEFORE) : at + _AFTER].partition("\n")[0].strip())
+    return excerpt, line - text.count("\n", at, place), at - start + 1

@@ -114,7 +114,8 @@ def read_xml(data: str | bytes, *, file: str, root: str, limits: Limits) -> Elem
     Raises ``PMLError`` for whatever is no well-formed document of the subset described above, of the size that
     ``limits`` allow. What can be passed over is kept in the element's ``problems``.
     """
-    if len(data) > limits.document:
+    size = len(data if isinstance(data, bytes) else data.encode(errors="surrogatepass"))
+    if size > limits.document:
         raise PMLError(f"has more than the {limits.document:,} bytes that are read at most", file=file, line=None)
     problems = Problems(file)
     text = _text_of(data, problems).removeprefix("\ufeff")
