@@ -262,6 +262,7 @@ def test_read_xml_gives_elements() -> None:
         ("<module name='a b'/>", ["'a b'", "letters"]),
         ("<module name='a:b'/>", ["'a:b'", "letters"]),
         ("<module name='a&#10;b'/>", ["illegal module name"]),
+        (f"<module name='{'a' * 101}'/>", ["illegal module name", "100 characters"]),
         ("<module name='9to5'/>", ["'9to5'", "start with a letter"]),
         ("<module name='-a'/>", ["start with a letter"]),
         ("<module name='.a'/>", ["start with a letter"]),
