@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from cpucache.errors import InputError
-from cpucache.pml import load_prompt, load_schema, parse_prompt, parse_schema
+from cpucache.pml import load_prompt, load_schema, parse_prompt, parse_schema, resolve, schema_for
 from cpucache.pml.tree import Prompt, Schema
 from cpucache.reuse import OnProgress
 
@@ -55,13 +55,23 @@ def read_schema(name: str) -> Schema:
     return load_schema(Path(name))
 
 
-def read_prompt(name: str, *, schema: str) -> Prompt:
+def read_prompt(name: str, *, schema: str | None = None) -> Prompt:
     """The prompt in a file, or on standard input (``-``), which can't be the ``schema`` at the same time."""
     if name == "-":
         if schema == "-":
             raise InputError("prompt and schema can't both be standard input (-)")
         return parse_prompt(sys.stdin.buffer.read(), file="<stdin>")
     return load_prompt(Path(name))
+
+
+def check_prompt(prompt: Prompt, schemas: Sequence[Schema]) -> Schema:
+    """The schema among those given that a prompt is written for. Raises ``PMLError`` for all that does not fit it.
+
+    What the engine would find, before a model is loaded, and with the names of the files.
+    """
+    schema = schema_for(prompt, schemas)
+    resolve(prompt, schema)
+    return schema
 
 
 def seconds(milliseconds: float) -> str:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from cpucache.bench.fidelity_plot import plot_fidelity
 from cpucache.bench.plot import new_figure
-from cpucache.cli.console import err, out, read_prompt, read_schema, seconds
+from cpucache.cli.console import check_prompt, err, out, read_prompt, read_schema, seconds
 from cpucache.cli.options import engine_options, fidelity_options, split_fidelity
 from cpucache.engine import Engine
 from cpucache.engine.advice import FidelityReport, OnTrial, Trial
@@ -78,6 +78,7 @@ def fidelity(
     """
     exactness = split_fidelity(options)
     asked, schema = read_prompt(prompt, schema=schema_file), read_schema(schema_file)
+    check_prompt(asked, [schema])
     if plot:
         # What would fail at the very end fails now.
         new_figure(plot)

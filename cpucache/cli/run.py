@@ -13,7 +13,7 @@ import click
 from rich.markup import escape
 
 from cpucache.cli.compare import compare, comparison_table
-from cpucache.cli.console import err, out, read_prompt, read_schema, seconds, token_bar
+from cpucache.cli.console import check_prompt, err, out, read_prompt, read_schema, seconds, token_bar
 from cpucache.cli.options import engine_options, fidelity_options, sampling_options, split_fidelity
 from cpucache.engine import Engine, Metrics
 from cpucache.errors import InputError
@@ -70,6 +70,7 @@ def run(
         raise click.UsageError("--raw and --schema exclude each other")
     else:
         asked, schema = {"prompt": read_prompt(prompt, schema=schema_file)}, read_schema(schema_file)
+        check_prompt(asked["prompt"], [schema])
         settings |= exactness
     with Engine(model, **options) as engine:
         if schema is not None:

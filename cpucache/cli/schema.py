@@ -10,16 +10,18 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from cpucache.cli.console import err, out, read_schema
+from cpucache.cli.console import check_prompt, err, out, read_prompt, read_schema
 from cpucache.cli.options import model_option, positions_option
-from cpucache.errors import InputError
+from cpucache.errors import InputError, PMLError
 from cpucache.layout import ChatTemplate, Extent, Positions, ScaffoldLayout, SchemaLayout, Segment
 from cpucache.layout.lead import LEAD
 from cpucache.models import resolve_model
+from cpucache.pml.problems import MOST_PROBLEMS
 from cpucache.pml.tree import Schema
 from cpucache.runtime import Model
 
 _BAR = 40
+_LEAST_BAR = 8
 _GAP = 2
 _STYLES = {"schema": "bold", "module": "cyan", "union": "magenta", "parameter": "yellow", "scaffold": "green"}
 _NAMES = 30  # characters of a scaffold's names in the drawing
@@ -32,19 +34,35 @@ def schema() -> None:
 
 @schema.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "-p",
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="PROMPT",
+    help="Check this prompt against them, too. Repeatable.",
+)
 @click.option("-m", "--model", "models", multiple=True, help="Lay them out under this model, too. Repeatable.")
 @positions_option
-def check(files: tuple[str, ...], models: tuple[str, ...], positions: Positions) -> None:
-    """Check each schema FILE (- for standard input).
+def check(files: tuple[str, ...], prompts: tuple[str, ...], models: tuple[str, ...], positions: Positions) -> None:
+    """Check each schema FILE (- for standard input), and each PROMPT against the one that it is written for.
 
-    Every error names its line. With -m the schemas are also laid out, which finds what only a tokenizer can tell:
-    scaffolds longer than their parameter, schemas longer than the model can hold.
+    Every mistake is told, with its line; only what is not well-formed XML hides what comes after. With -m the schemas
+    are also laid out, which finds what only a tokenizer can tell: scaffolds longer than their parameter, schemas longer
+    than the model can hold.
+
+    \b
+    cpucache schema check schemas/trip/schema.xml -p schemas/trip/kyoto-first-visit.xml
     """
+    if (*files, *prompts).count("-") > 1:
+        raise InputError("only one schema or prompt can be standard input (-)")
     wrong = 0
+    schemas = []
     loaded = [Model(resolve_model(name), vocab_only=True) for name in models]
     for file in files:
         try:
             parsed = read_schema(file)
+            schemas.append(parsed)
             if not loaded:
                 out.print(f"{file}: schema '{parsed.name}' is fine", markup=False, soft_wrap=True)
             for model in loaded:
@@ -57,9 +75,29 @@ def check(files: tuple[str, ...], models: tuple[str, ...], positions: Positions)
                     soft_wrap=True,
                 )
         except InputError as error:
-            err.print(f"cpucache: {error}", markup=False, soft_wrap=True)
+            _tell(error)
+            wrong += 1
+    unread = len(files) - len(schemas)
+    for name in prompts:
+        try:
+            prompt = read_prompt(name)
+            if unread and prompt.schema not in {schema.name for schema in schemas}:
+                raise InputError(f"{name}: not checked against its schema '{prompt.schema}', which can't be used")
+            fitting = check_prompt(prompt, schemas)
+            out.print(f"{name}: the prompt fits schema '{fitting.name}'", markup=False, soft_wrap=True)
+        except InputError as error:
+            _tell(error)
             wrong += 1
     sys.exit(2 if wrong else 0)
+
+
+def _tell(error: InputError) -> None:
+    """Print every mistake, each on a line."""
+    mistakes = (error, *error.others) if isinstance(error, PMLError) else (error,)
+    for mistake in mistakes:
+        err.print(f"cpucache: {mistake}", markup=False, soft_wrap=True)
+    if len(mistakes) == MOST_PROBLEMS:
+        err.print("cpucache: after so many mistakes the rest is not looked at", markup=False, soft_wrap=True)
 
 
 @schema.command(short_help="Draw how a schema is laid out.")
@@ -78,18 +116,27 @@ def show(file: str, model: str, positions: Positions) -> None:
     layout = _layout(parsed, loaded, positions)
     rows = [_row(prefix, extent) for prefix, extent in _extents(layout.extent, "", "")]
     rows += [_scaffold_row(scaffold) for scaffold in layout.scaffolds]
-    spans = [f"{row.strokes[0][0]:,}-{row.strokes[-1][1]:,}" for row in rows]
-    taken = max(row.label.cell_len for row in rows) + max(map(len, ["positions", *spans])) + len("tokens") + 4 * _GAP
-    width = max(8, min(_BAR, out.width - taken))
+    columns = [
+        ["tokens", *(f"{row.tokens:,}" if row.tokens else "" for row in rows)],
+        ["positions", *(f"{row.strokes[0][0]:,}-{row.strokes[-1][1]:,}" for row in rows)],
+    ]
+    scale = f"0 to {layout.length:,}"
+    # The names get what they need; of what stands behind them a narrow terminal shows as much as it has room for.
+    room = out.width - max(row.label.cell_len for row in rows)
     table = Table.grid(padding=(0, _GAP))
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_row("", *(Text(name, style="dim") for name in ("tokens", "positions", f"0 to {layout.length:,}")))
-    for row, span in zip(rows, spans, strict=True):
-        bar = Text(_bar(row.strokes, layout.length, width), row.style)
-        table.add_row(row.label, f"{row.tokens:,}" if row.tokens else "", span, bar)
+    table.add_column(overflow="fold")
+    cells: list[list[Text]] = [[Text(), *(row.label for row in rows)]]
+    for heading, *values in columns:
+        room -= _GAP + max(map(len, [heading, *values]))
+        if room >= 0:
+            table.add_column(justify="right", no_wrap=True)
+            cells.append([Text(heading, "dim"), *map(Text, values)])
+    width = min(_BAR, room - _GAP)
+    if width >= max(_LEAST_BAR, len(scale)):
+        table.add_column(no_wrap=True)
+        cells.append([Text(scale, "dim"), *(Text(_bar(row.strokes, layout.length, width), row.style) for row in rows)])
+    for line in zip(*cells, strict=True):
+        table.add_row(*line)
     out.print(table)
     anchor = "" if parsed.anchor == "ancestors" else f", anchor {parsed.anchor}"
     _say(f"{_cost(layout.apart, loaded)}, {layout.positions} positions{anchor}")
@@ -105,7 +152,8 @@ def _layout(parsed: Schema, model: Model, positions: Positions) -> SchemaLayout:
 
 
 def _say(line: str) -> None:
-    out.print(line, style="dim", markup=False, soft_wrap=True)
+    # A terminal would break the line inside a word; what reads a pipe wants it whole.
+    out.print(line, style="dim", markup=False, soft_wrap=not out.is_terminal)
 
 
 def _cost(segments: Iterable[Segment], model: Model) -> str:
