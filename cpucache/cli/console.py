@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from cpucache.engine.reply import Metrics
 from cpucache.errors import InputError
 from cpucache.pml import load_prompt, load_schema, parse_prompt, parse_schema, resolve, schema_for
 from cpucache.pml.tree import Prompt, Schema
@@ -72,6 +73,24 @@ def check_prompt(prompt: Prompt, schemas: Sequence[Schema]) -> Schema:
     schema = schema_for(prompt, schemas)
     resolve(prompt, schema)
     return schema
+
+
+def kinds(metrics: Metrics) -> str:
+    """How near to full prefill the cached tokens of an answer are; nothing where they are the same."""
+    approximate = [
+        f"{count:,} {name}"
+        for name, count in (
+            ("clean", metrics.clean_tokens),
+            ("related", metrics.related_tokens),
+            ("foreign", metrics.foreign_tokens),
+        )
+        if count
+    ]
+    if not approximate:
+        return ""
+    exact = [f"{metrics.exact_tokens:,} exact"] if metrics.exact_tokens else []
+    recomputed = f"; {metrics.recomputed_tokens:,} recomputed" if metrics.recomputed_tokens else ""
+    return f" ({', '.join([*exact, *approximate])}{recomputed})"
 
 
 def seconds(milliseconds: float) -> str:

@@ -48,7 +48,7 @@ from cpucache.reuse import (
     scaffolded,
 )
 from cpucache.reuse.encoder import Made
-from cpucache.reuse.refine import exact_slices
+from cpucache.reuse.refine import exact_slices, to_refine
 from cpucache.runtime import Context, KVType, Model, Sampling
 from cpucache.sessions import Transcripts
 from cpucache.store import Fingerprints, Store, default_home
@@ -212,6 +212,10 @@ class Engine:
                 if progress:
                     progress(len(made.slice.tokens))
         return done
+
+    def to_refine(self, schema: str | None = None) -> int:
+        """Tokens that ``refine`` would evaluate."""
+        return to_refine(self.slices, self.store, schema)
 
     def _refining(self, schema: str | None = None, *, wait: bool = True) -> Iterator[Made | None]:
         """Steps of refining, each with the context to itself; without ``wait``, while nobody else has it."""

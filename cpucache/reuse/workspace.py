@@ -273,16 +273,17 @@ class Workspace:
         planned, spliced = self._mending(splice, states)
         made = sum(len(span.tokens) for span in planned.spans if span.slice in encoded.made)
         evaluated = spliced.evaluated + made
+        clean, related, foreign = planned.count("clean"), planned.count("related"), planned.count("foreign")
         self._learn_rate(encoded.tokens + spliced.evaluated, encoded.seconds + spliced.prefill_ms / 1000)
         return planned, Prefill(
             prompt_tokens=planned.n_tokens,
             cached_tokens=planned.n_tokens - evaluated,
             fresh_tokens=evaluated,
             encoded_tokens=encoded.tokens,
-            exact_tokens=planned.n_tokens - evaluated - sum(map(planned.count, ("clean", "related", "foreign"))),
-            clean_tokens=planned.count("clean"),
-            related_tokens=planned.count("related"),
-            foreign_tokens=planned.count("foreign"),
+            exact_tokens=planned.n_tokens - evaluated - clean - related - foreign,
+            clean_tokens=clean,
+            related_tokens=related,
+            foreign_tokens=foreign,
             recomputed_tokens=planned.n_recomputed,
             encode_ms=encoded.seconds * 1000,
             splice_ms=spliced.splice_ms,

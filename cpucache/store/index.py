@@ -289,6 +289,14 @@ class Index:
                 found += [_row(dict(zip(names, values, strict=True))) for values in cursor]
         return [(row.key, row.info) for row in found]
 
+    def speed(self, fingerprint: str) -> float | None:
+        """Tokens a second at which the slices of a model were evaluated; ``None`` when there are none."""
+        with self._lock:
+            tokens, seconds = self._database.execute(
+                "SELECT sum(tokens), sum(seconds) FROM slices WHERE fingerprint = ?", (fingerprint,)
+            ).fetchone()
+        return tokens / seconds if seconds else None
+
     def unfinished(self, older_than: float) -> list[str]:
         """Slices spoken for more than so many seconds ago whose writer never came back."""
         with self._lock:

@@ -170,6 +170,10 @@ class Store:
                 found[content].update(there)
         return {content: list(slices.items()) for content, slices in found.items()}
 
+    def speed(self, fingerprint: str) -> float | None:
+        """Tokens a second at which the slices of a model were evaluated; ``None`` when that is not known."""
+        return self.index.speed(fingerprint) if self.index is not None else None
+
     def _fetch(self, key: str) -> Bytes | None:
         """Bring a slice into RAM."""
         waiting = self._writer.get(key)
