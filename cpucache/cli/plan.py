@@ -16,8 +16,10 @@ from cpucache.cli.options import engine_options, fidelity_options, split_fidelit
 from cpucache.engine import Engine
 from cpucache.layout import SchemaLayout
 from cpucache.reuse import Plan, Span
-from cpucache.store import Store, text_id
+from cpucache.store import Store
 
+_WIDE = 120
+"""Columns of a terminal that has room for the names of what a slice was evaluated behind."""
 _STYLES = {"exact": "green", "clean": "cyan", "related": "yellow", "foreign": "magenta"}
 
 
@@ -58,7 +60,9 @@ def plan(prompt: str, schema_file: str, model: str, as_json: bool, **options: An
 
 def _texts(layout: SchemaLayout) -> dict[bytes, str]:
     """The module of each text of a schema."""
-    return {segment.id: segment.module or "(schema)" for segment in reversed(layout.segments)}
+    names = dict.fromkeys(layout.texts, "(argument)")
+    names.update((segment.id, segment.module or "(schema)") for segment in reversed(layout.segments))
+    return names
 
 
 def _row(span: Span, store: Store, texts: dict[bytes, str]) -> dict[str, Any]:
@@ -81,8 +85,6 @@ def _row(span: Span, store: Store, texts: dict[bytes, str]) -> dict[str, Any]:
             "context_tokens": slice_.sees_tokens,
             "moved": span.delta,
         }
-    elif not row["module"] and text_id(span.tokens) in texts:
-        row["module"] = texts[text_id(span.tokens)]
     return row
 
 
@@ -105,27 +107,31 @@ def _cost(found: Plan, rate: float | None) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("module", overflow="fold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("module", overflow="fold", min_width=12)
     for name in ("position", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("slice", no_wrap=True)
+    table.add_column("slice")
+    wide = out.width >= _WIDE
     table.add_column("evaluated behind", overflow="fold")
-    table.add_column("why no better one", overflow="fold")
+    if wide:
+        table.add_column("why")
     for row in rows:
         relation = row.get("relation", "")
-        what = f"{relation}, {row['from']}" if relation else row["from"]
-        if row["recomputed"]:
+        what = f"{relation}, {row['from']}" if relation else row["why"] or row["from"]
+        if relation and row["recomputed"]:
             what += f", {row['recomputed']} recomputed"
-        context = ", ".join(row.get("context", ()))
-        table.add_row(
+        behind = f"{row['context_tokens']:,} tokens" if relation else ""
+        if wide and behind:
+            behind += f": {', '.join(row['context'])}" if row["context"] else ""
+        cells = [
             Text(row["module"] or ("(schema)" if relation else "")),
             f"{row['position']:,}",
             f"{row['tokens']:,}",
             Text(what, style=_STYLES.get(relation, "dim")),
-            Text(f"{row['context_tokens']:,}: {context}" if context else ""),
-            Text(row["why"]),
-        )
+            Text(behind),
+        ]
+        table.add_row(*cells, *([Text(row["why"] if relation else "")] if wide else []))
     return table
 
 

@@ -34,10 +34,10 @@ class Repair:
 
     def choose(self, spans: Sequence[Span], budget: int) -> dict[Span, Runs]:
         """The runs of each span to evaluate afresh, ``budget`` tokens in all: the most relevant module from its
-        beginning on, then the next.
+        beginning on, then others as far as they fit as a whole.
 
-        Only slices that are not exact are considered, and none that is made for this plan. The question is the tokens of the plan that are evaluated in any
-        case.
+        Only slices that are not exact are considered, and none that is made for this plan. The question is the tokens
+        of the plan that are evaluated in any case.
         """
         modules: dict[str, list[Span]] = {}
         for span in spans:
@@ -45,6 +45,8 @@ class Repair:
                 modules.setdefault(span.slice.module, []).append(span)
         runs: dict[Span, Runs] = {}
         for module in self._ranked(modules, [span.tokens for span in spans if span.slice is None]):
+            if runs and sum(len(span.tokens) for span in modules[module]) > budget:
+                continue
             for span in modules[module]:
                 size = min(len(span.tokens), budget)
                 budget -= size

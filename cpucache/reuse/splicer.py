@@ -125,13 +125,10 @@ class Splicer:
 
     def _recognise(self, slice_: Slice) -> bool:
         """Whether the target has evaluated the tokens of a slice behind its context."""
-        trail = Trail()
-        for index, held in enumerate(self._held):
-            if held.start <= slice_.start < held.end:
-                break
-            trail.add(held)
-        else:
+        index = next((i for i, held in enumerate(self._held) if held.start <= slice_.start < held.end), None)
+        if index is None:
             return False
+        trail, held = Trail(self._held[:index]), self._held[index]
         begin = slice_.start - held.start
         if begin and held.slice is None:
             trail.add(Span(held.start, held.tokens[:begin]))

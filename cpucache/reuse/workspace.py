@@ -335,7 +335,7 @@ class Workspace:
         return taken
 
     def make_in_steps(self, slice_: Slice, schema: str, seconds: float) -> Iterator[Made | None]:
-        """Evaluate a slice behind its context in steps of so many seconds; gives ``None`` after each, the slice at last.
+        """Evaluate a slice behind its context in steps of so many seconds; gives ``None`` after each, then the slice.
 
         Ends without it when something else has used the llama.cpp context between two steps, when a slice of its
         context is not there, or when another process is making it.
