@@ -124,14 +124,16 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         behind = f"{row['context_tokens']:,} tokens" if relation else ""
         if wide and behind:
             behind += f": {', '.join(row['context'])}" if row["context"] else ""
-        cells = [
+        cells: list[Text | str] = [
             Text(row["module"] or ("(schema)" if relation else "")),
             f"{row['position']:,}",
             f"{row['tokens']:,}",
             Text(what, style=_STYLES.get(relation, "dim")),
             Text(behind),
         ]
-        table.add_row(*cells, *([Text(row["why"] if relation else "")] if wide else []))
+        if wide:
+            cells.append(Text(row["why"] if relation else ""))
+        table.add_row(*cells)
     return table
 
 

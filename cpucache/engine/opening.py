@@ -1,4 +1,4 @@
-"""How a conversation that begins with a PML prompt keeps it: by its tokens and slices, whatever becomes of the schema."""
+"""How a conversation keeps the PML prompt that it begins with: by its tokens and slices, not by the schema."""
 
 from __future__ import annotations
 

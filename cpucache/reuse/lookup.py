@@ -126,7 +126,7 @@ class _Planning:
         for index, piece in enumerate(self._pieces):
             size = len(piece.tokens) - (self._ends and index == len(self._pieces) - 1)
             if isinstance(piece, NewText):
-                self._new(piece, size, followed=index < last)
+                self._new(piece, followed=index < last)
             elif not piece.cache or not size:
                 self._evaluate(piece, 'cache="false"' if not piece.cache else "the last token")
             else:
@@ -138,7 +138,7 @@ class _Planning:
         return self._prompt.spans
 
     # -- what a prompt brings ----------------------------------------------------------------------------------------
-    def _new(self, piece: NewText, size: int, *, followed: bool) -> None:
+    def _new(self, piece: NewText, *, followed: bool) -> None:
         """Text that the prompt brings: evaluated, unless the very same prompt was refined."""
         text = self._schema_text().copy()
         text.evaluate(piece.placeholder)

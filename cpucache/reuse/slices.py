@@ -26,8 +26,8 @@ Runs: TypeAlias = tuple[tuple[int, int], ...]
 Relation: TypeAlias = Literal["exact", "clean", "related", "foreign"]
 """How the context of a slice relates to what stands before it in a prompt.
 
-``exact``: it is that. ``clean``: it is a part of that. ``related``: it holds other text of the same schema. ``foreign``:
-it holds text of other prompts.
+``exact``: it is that. ``clean``: it is a part of that. ``related``: it holds other text of the same schema.
+``foreign``: it holds text of other prompts.
 """
 
 
