@@ -72,7 +72,7 @@ def _row(span: Span, store: Store, texts: dict[bytes, str]) -> dict[str, Any]:
         "position": span.start,
         "tokens": len(span.tokens),
         "from": "evaluated",
-        "recomputed": span.n_recomputed,
+        "recomputed": span.recomputed,
         "why": span.why,
     }
     if slice_ is not None:
@@ -119,8 +119,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         relation = row.get("relation", "")
         what = f"{relation}, {row['from']}" if relation else row["why"] or row["from"]
-        if relation and row["recomputed"]:
-            what += f", {row['recomputed']} recomputed"
         behind = f"{row['context_tokens']:,} tokens" if relation else ""
         if wide and behind:
             behind += f": {', '.join(row['context'])}" if row["context"] else ""

@@ -76,17 +76,16 @@ class Lookup:
 
     def _repaired(self, plan: Plan, fidelity: Fidelity) -> Plan:
         spliced = sum(len(span.tokens) for span in plan.spans if span.slice)
-        runs = self._repair.choose(plan.spans, math.ceil(fidelity.recompute * spliced))
+        chosen = self._repair.choose(plan.spans, math.ceil(fidelity.recompute * spliced))
         chain = Chain(self._workspace.slices)
         for span in plan.spans:
-            chosen = runs.get(span, ())
-            if chosen == ((0, len(span.tokens)),):
+            if span in chosen:
                 # Evaluated like new text, so that what follows it attends to it as it is then.
                 assert span.slice is not None
-                again = Span(chain.end, span.tokens, recomputed=chosen, module=span.slice.module, why="recomputed")
-                chain.add(again)
+                module = span.slice.module
+                chain.add(Span(chain.end, span.tokens, recomputed=True, module=module, why="recomputed"))
             else:
-                chain.add(replace(span, recomputed=chosen))
+                chain.add(span)
         return Plan(tuple(chain.spans))
 
 
