@@ -10,6 +10,7 @@ from pathlib import Path
 import xxhash
 
 from cpucache.database import open_database
+from cpucache.private import private_folder
 
 _CHUNK = 1 << 22
 _SCHEMA = """
@@ -51,7 +52,7 @@ class Fingerprints:
     def _open(self) -> contextlib.closing[sqlite3.Connection]:
         if self._index is None:
             raise FileNotFoundError
-        self._index.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(self._index.parent)
         return contextlib.closing(open_database(self._index, _SCHEMA, synchronous="NORMAL"))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpucache.database import open_database
+from cpucache.private import private_folder
 from cpucache.store.slicefile import SliceInfo
 
 _SCHEMA = """
@@ -75,7 +76,7 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         self._lock = threading.Lock()
         # A slice that a power cut leaves out of the account is found again by its name.
         self._database = open_database(path, _SCHEMA, synchronous="NORMAL")

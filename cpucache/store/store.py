@@ -98,7 +98,7 @@ class Store:
         self._note()
 
     def close(self) -> None:
-        """Write what is waiting and let go of the folder."""
+        """Write what is waiting and let go of the folder, and of every state in RAM."""
         self._closing = True
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
@@ -106,6 +106,8 @@ class Store:
         self._writer.close()
         self._closing = False
         self._note()
+        # Mapped states hold descriptors, and the store itself lies in a cycle with its writer.
+        self.ram.clear()
         if self.index is not None:
             self.index.close()
             self.index = None
@@ -201,10 +203,8 @@ class Store:
             keep = set(self._using)
         if not self.index.reserve(key, *found, self.disk_budget, keep, self.files.drop):
             return False
-        path = self.files.path(key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staged.path(key).replace(path)
+            staged.path(key).replace(self.files.prepared(key))
         except BaseException:
             self.index.remove([key])
             raise

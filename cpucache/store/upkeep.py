@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -77,10 +79,13 @@ def collect(store: Store) -> int:
     for path in list(store.files.leftovers()):
         # Another process may be about to give a file its name.
         with contextlib.suppress(FileNotFoundError):
-            stat = path.stat()
-            if time.time() - stat.st_mtime > _YOUNG or path.suffix == ".damaged":
-                path.unlink()
-                freed += stat.st_size
+            found = path.lstat()
+            if time.time() - found.st_mtime > _YOUNG or path.suffix == ".damaged":
+                if stat.S_ISDIR(found.st_mode):
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+                    freed += found.st_size
     store.index.remove(store.index.unfinished(_YOUNG))
     store.index.remove([row.key for row in store.index.rows() if row.key not in store.files])
     rebuild(store.index, store.files)
