@@ -46,6 +46,7 @@ HOMES = {
     "lxml": {"pml"},
     "jinja2": {"layout"},
     "safetensors": {"store"},
+    "cryptography": {"store"},
     "sqlite3": {"database", "store", "sessions"},
     "huggingface_hub": {"models"},
     "click": {"cli"},

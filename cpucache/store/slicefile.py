@@ -240,7 +240,7 @@ class _Opened:
 def _tensor(entry: dict[str, Any], kind: str, data: Bytes) -> Bytes:
     begin, end = entry["data_offsets"]
     if entry["dtype"] != kind or not 0 <= begin <= end <= data.nbytes:
-        raise ValueError(f"a tensor of {entry['dtype']} at {begin} to {end}")
+        raise ValueError(f"a tensor of {str(entry['dtype'])[:8]!a} at {begin} to {end}")
     return data[begin:end]
 
 

@@ -28,6 +28,8 @@ from cpucache.store.writer import Writer
 _log = logging.getLogger("cpucache.store")
 # States that may wait for the disk. More would only grow while the disk is slower than evaluation.
 WAITING = 256 << 20
+STAGING = ".import"
+"""The folder beside the slices where an import puts what it has not checked yet, and the claim on it."""
 _PAGE = 4096  # bytes
 _NOTE_EVERY = 5.0  # seconds between entries of what was used
 _ABANDONED = 600.0  # seconds after which a slice that was never finished is given up
@@ -326,6 +328,7 @@ def _open_index(home: Path) -> Index:
     """
     path = home / "index.sqlite"
     files = SliceFiles(home / "slices")
+    _clear_staging(home, files.folder / STAGING)
     try:
         index = Index(path)
     except sqlite3.DatabaseError as error:
@@ -350,6 +353,14 @@ def _open_index(home: Path) -> Index:
         index.close()
         raise
     return index
+
+
+def _clear_staging(home: Path, folder: Path) -> None:
+    """Delete what an import left that was killed."""
+    claims = Claims(home / "claims")
+    if folder.exists() and claims.take(STAGING):
+        shutil.rmtree(folder, ignore_errors=True)
+        claims.release([STAGING])
 
 
 def rebuild(index: Index, files: SliceFiles) -> int:
