@@ -42,6 +42,25 @@ def open_database(path: Path, schema: str, *, synchronous: Literal["NORMAL", "FU
     return database
 
 
+def read_database(path: Path) -> sqlite3.Connection:
+    """An SQLite file that can't be written, on a read-only disk for example, opened to be read.
+
+    Where no log can be made beside it, what lies in one is not seen. Raises ``sqlite3.Error`` when it can't be read.
+    """
+    failure: sqlite3.Error | None = None
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        database = sqlite3.connect(
+            f"{path.absolute().as_uri()}?{mode}", WAIT, isolation_level=None, check_same_thread=False, uri=True
+        )
+        try:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return database
+        except sqlite3.Error as error:
+            database.close()
+            failure = failure or error
+    raise failure or sqlite3.OperationalError(f"can't read {path}")
+
+
 def _prepare(database: sqlite3.Connection, script: str) -> None:
     give_up = time.monotonic() + WAIT
     while True:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from cpucache.database import open_database
+from cpucache.database import open_database, read_database
 from cpucache.private import private_folder
 
 _CHUNK = 1 << 22
@@ -53,7 +53,10 @@ class Fingerprints:
         if self._index is None:
             raise FileNotFoundError
         private_folder(self._index.parent)
-        return contextlib.closing(open_database(self._index, _SCHEMA, synchronous="NORMAL"))
+        try:
+            return contextlib.closing(open_database(self._index, _SCHEMA, synchronous="NORMAL"))
+        except sqlite3.OperationalError:
+            return contextlib.closing(read_database(self._index))
 
 
 def _hash(path: Path, progress: Callable[[int], None] | None) -> str:

@@ -20,7 +20,7 @@ from typing import TypeAlias
 import platformdirs
 
 from cpucache.store.claims import Claims
-from cpucache.store.index import Index
+from cpucache.store.index import Index, Kept
 from cpucache.store.ram import RAM, Bytes
 from cpucache.store.slicefile import Damaged, Identity, Ids, SliceFiles, SliceInfo
 from cpucache.store.writer import Writer
@@ -48,8 +48,13 @@ class Store:
     ``home=None`` keeps to RAM. Slices are written by a thread in the background; ``flush`` waits for it, ``close``
     (also at the end of a ``with``) does so and ends it. Several processes may share a folder.
 
+    The disk budget is one of all slices in the folder. When it is reached, what is worth least leaves. Without a
+    ``disk_budget`` it is a quarter of what is free or taken by slices, or the largest that another process was given
+    for this folder, if that is more. A process whose ``disk_budget`` is smaller than what others kept to adds nothing
+    beyond it and evicts nothing: what others keep stays. ``kept`` tells what of some slices is on disk.
+
     Trouble with the disk never stops inference: it is reported once, as a warning of the logger ``cpucache.store``, and
-    what can't be written is kept in RAM alone. A damaged file is set aside and counts as missing. ``paranoid`` checks
+    what can't be written is kept in RAM alone; from a folder that can't be written, slices are read. A damaged file is set aside and counts as missing. ``paranoid`` checks
     the hash of a file each time that it is mapped, not only the first. ``patience`` is how many seconds to wait for a
     slice that another process is making, before making it too.
 
@@ -71,6 +76,8 @@ class Store:
         self.files = SliceFiles(home / "slices") if home else None
         self.index: Index | None = None
         self.disk_budget = 0
+        self._given = disk_budget is not None
+        self._why: Exception | None = None  # why the folder can only be read
         self._claims = Claims(home / "claims" if home else None)
         self._lock = threading.Lock()
         self._using: Counter[str] = Counter()
@@ -87,7 +94,8 @@ class Store:
         self._closing = False
         if home is not None:
             try:
-                self.index = _open_index(home)
+                self.index, self._why = _open_index(home)
+                self.writable = self._why is None
                 self.disk_budget = default_budget(home, self.index) if disk_budget is None else disk_budget
             except (OSError, sqlite3.Error) as error:
                 self.writable = False
@@ -178,6 +186,8 @@ class Store:
         self.ram.put(key, state)
         if self.writable:
             self._writer.put(key, (state, tokens, info), state.nbytes)
+        elif self._why is not None:
+            self._trouble(self._why)
 
     def discard(self, key: str, *, aside: bool = False) -> None:
         """Forget a slice; ``aside`` keeps its file under another name for inspection."""
@@ -203,7 +213,7 @@ class Store:
             return False
         with self._lock:
             keep = set(self._using)
-        if not self.index.reserve(key, *found, self.disk_budget, keep, self.files.drop):
+        if not self.index.reserve(key, *found, self.disk_budget, keep, self.files.drop, given=self._given):
             return False
         try:
             staged.path(key).replace(self.files.prepared(key))
@@ -212,6 +222,12 @@ class Store:
             raise
         self.index.commit(key)
         return True
+
+    def kept(self, keys: Iterable[str]) -> Kept:
+        """How many of some slices are on disk, once all that was put is (``flush``)."""
+        self.flush()
+        keys = list(keys)
+        return Kept(0, 0, len(keys), 0) if self.index is None else self.index.kept(keys)
 
     def missed(self, count: int) -> None:
         """Note that so many slices were asked for that were not there."""
@@ -290,7 +306,8 @@ class Store:
             return
         with self._lock:
             keep = set(self._using)
-        if self.index.reserve(key, info, state.nbytes, self.disk_budget, keep, self.files.drop):
+        size = state.nbytes
+        if self.index.reserve(key, info, size, self.disk_budget, keep, self.files.drop, given=self._given):
             try:
                 self.files.put(key, state, tokens, info, self._writer.give_way)
             except BaseException:
@@ -304,7 +321,7 @@ class Store:
             uses, self._uses = self._uses, Counter()
             misses, self._misses = self._misses, 0
             self._noted = time.monotonic()
-        if self.index is None or self.files is None or not (uses or misses):
+        if self.index is None or self.index.read_only or self.files is None or not (uses or misses):
             return
         try:
             for key in self.index.touch(uses, misses=misses):
@@ -321,8 +338,8 @@ class Store:
             self._warned = True
 
 
-def _open_index(home: Path) -> Index:
-    """The index of a folder. One that is no database (any more) is put aside.
+def _open_index(home: Path) -> tuple[Index, Exception | None]:
+    """The index of a folder, and why it can only be read, if so. One that is no database (any more) is put aside.
 
     One that is new, for whatever reason, is filled from the files.
     """
@@ -333,7 +350,9 @@ def _open_index(home: Path) -> Index:
         index = Index(path)
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError):
-            raise
+            if not path.is_file():
+                raise
+            return Index(path, read_only=True), error
         _log.warning("%s is damaged (%s); it is made again from the slices", path, error)
         path.replace(path.with_suffix(".damaged"))
         for leftover in ("-wal", "-shm"):
@@ -352,7 +371,7 @@ def _open_index(home: Path) -> Index:
     except BaseException:
         index.close()
         raise
-    return index
+    return index, None
 
 
 def _clear_staging(home: Path, folder: Path) -> None:
@@ -378,6 +397,10 @@ def rebuild(index: Index, files: SliceFiles) -> int:
 
 
 def default_budget(home: Path, index: Index) -> int:
-    """Bytes on disk that slices may take unless told otherwise: a quarter of what is free or taken by them already."""
+    """Bytes on disk that slices may take unless told otherwise.
+
+    A quarter of what is free or taken by them already, or the largest budget that was given for this folder.
+    """
     there = next(folder for folder in (home, *home.parents) if folder.exists())
-    return int(shutil.disk_usage(there).free + index.totals()["bytes"]) // 4
+    totals = index.totals()
+    return max(int(shutil.disk_usage(there).free + totals["bytes"]) // 4, int(totals.get("budget", 0)))

@@ -70,8 +70,11 @@ def verify(
     return findings
 
 
-def collect(store: Store) -> int:
-    """Delete leftovers and what is over the budget, and bring the index up to date; gives the bytes freed."""
+def collect(store: Store, budget: int | None = None) -> int:
+    """Delete leftovers and what is over the budget, and bring the index up to date; gives the bytes freed.
+
+    A ``budget`` that is given takes the place of what any process kept to before.
+    """
     if store.files is None or store.index is None:
         return 0
     store.flush()
@@ -89,7 +92,8 @@ def collect(store: Store) -> int:
     store.index.remove(store.index.unfinished(_YOUNG))
     store.index.remove([row.key for row in store.index.rows() if row.key not in store.files])
     rebuild(store.index, store.files)
-    return freed + store.index.shrink(store.disk_budget, store.files.drop)
+    size = store.disk_budget if budget is None else budget
+    return freed + store.index.shrink(size, store.files.drop, given=budget is not None)
 
 
 def remove(store: Store, keys: Iterable[str]) -> None:
