@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import resource
+import shutil
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpucache.store import Fingerprints, SliceInfo, Store, context_key, default_home, slice_key
+from cpucache.store import Fingerprints, Kept, SliceInfo, Store, context_key, default_home, slice_key
 from cpucache.store.ram import RAM, Bytes
 from cpucache.store.slicefile import Damaged, SliceFiles
 from cpucache.store.upkeep import collect, verify
@@ -264,6 +265,43 @@ def test_a_folder_that_can_t_be_written_is_reported_once(tmp_path: Path, caplog:
     assert not store.writable
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert str(tmp_path / "file") in caplog.text
+
+
+def test_a_budget_given_to_one_process_evicts_nothing_that_others_keep(tmp_path: Path) -> None:
+    keys = [f"{number:032x}" for number in range(8)]
+
+    def put(store: Store, number: int) -> None:
+        store.put(keys[number], state(1000, number), TOKENS, INFO)
+
+    with Store(tmp_path, ram_budget=0) as store:
+        for number in range(5):
+            put(store, number)
+        assert store.kept(keys) == Kept(5, 5000, 3, 5000)
+    with Store(tmp_path, ram_budget=0, disk_budget=3000) as store:
+        put(store, 5)
+        assert store.kept([keys[5]]) == Kept(0, 0, 1, 6000)
+        assert store.kept(keys[:5]).missing == 0
+        assert store.writable
+    with Store(tmp_path, ram_budget=0, disk_budget=6000) as store:
+        put(store, 5)
+        put(store, 6)
+        assert store.kept(keys) == Kept(6, 6000, 2, 7000)
+    with Store(None, ram_budget=1 << 20) as store:
+        put(store, 0)
+        assert store.kept(keys[:2]) == Kept(0, 0, 2, 0)
+
+
+def test_a_large_budget_that_was_given_is_the_default_from_then_on(tmp_path: Path) -> None:
+    quarter = Store(tmp_path, ram_budget=0).disk_budget
+    with Store(tmp_path, ram_budget=0, disk_budget=2 * quarter) as store:
+        store.put(KEY, state(), TOKENS, INFO)
+    with Store(tmp_path, ram_budget=0) as store:
+        assert store.disk_budget == 2 * quarter
+    # As far as there is room.
+    with Store(tmp_path, ram_budget=0, disk_budget=1 << 60) as store:
+        store.put(OTHER, state(), TOKENS, INFO)
+    with Store(tmp_path, ram_budget=0) as store:
+        assert 3 * quarter < store.disk_budget <= shutil.disk_usage(tmp_path).total
 
 
 def test_a_full_disk_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

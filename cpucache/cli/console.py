@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.table import Column, Table
 from rich.text import Text
 
 from cpucache.errors import InputError
@@ -87,6 +90,41 @@ def token_bar(label: str, *, shown: bool = True) -> Iterator[OnProgress]:
         yield show
 
 
+_NAME = 16  # characters that a column of names has at least, if its names are as long
+
+
+def listing(
+    columns: Sequence[Column], rows: Iterable[Sequence[str | Text]], *, expendable: Sequence[str], **look: Any
+) -> Table:
+    """A table for ``out``. Where that is too narrow, the ``expendable`` columns are left out, the first ones first.
+
+    Columns that may not wrap get the room they need, the others at least that of a name.
+    """
+    rows = list(rows)
+    needs = {column.header: _needs(column, [row[at] for row in rows]) for at, column in enumerate(columns)}
+    for name in expendable:
+        # Each has a space at either side, and one towards its neighbour or the edge.
+        if sum(need + 3 for need in needs.values()) + 1 <= out.width:
+            break
+        del needs[name]
+    kept = [at for at, column in enumerate(columns) if column.header in needs]
+    table = Table(*(columns[at] for at in kept), box=SIMPLE_HEAD, **look)
+    for row in rows:
+        table.add_row(*(row[at] for at in kept))
+    return table
+
+
+def _needs(column: Column, cells: Sequence[str | Text]) -> int:
+    lines = [line for cell in (str(column.header), *map(str, cells)) for line in cell.splitlines()]
+    longest = max(map(cell_len, lines), default=0)
+    return longest if column.no_wrap and not column.ratio else max(min(longest, _NAME), column.min_width or 0)
+
+
+def named(text: str) -> Text:
+    """A name for one line of a terminal, as it is spelt."""
+    return Text(safe(text).replace("\n", "\N{REPLACEMENT CHARACTER}"))
+
+
 def read_schema(name: str) -> Schema:
     """The schema in a file; ``-`` is standard input, whose ``src`` files lie in the current folder."""
     if name == "-":
@@ -110,6 +148,11 @@ def seconds(milliseconds: float) -> str:
     if milliseconds >= 1000:
         return f"{milliseconds / 1000:.2f} s"
     return f"{milliseconds:.1f} ms" if milliseconds < 10 else f"{milliseconds:.0f} ms"
+
+
+def as_option(size: int) -> str:
+    """A number of bytes, rounded up, as options take it: ``17MiB``."""
+    return f"{-(-size >> 20)}MiB"
 
 
 def times(ratio: float) -> str:

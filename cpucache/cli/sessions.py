@@ -10,11 +10,10 @@ from datetime import datetime
 from pathlib import Path
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column
 from rich.text import Text
 
-from cpucache.cli.console import out, printed, safe
+from cpucache.cli.console import listing, out, printed, safe
 from cpucache.errors import CpucacheError, InputError
 from cpucache.private import private_file
 from cpucache.sessions import Damaged, Summary, Transcripts
@@ -51,17 +50,19 @@ def list_sessions(in_json: bool) -> None:
     if not summaries:
         out.print("no conversations yet: `cpucache chat` begins one")
         return
-    table = Table(box=SIMPLE_HEAD, expand=True)
-    table.add_column("conversation", no_wrap=True, overflow="ellipsis", ratio=1)
-    table.add_column("model", no_wrap=True)
-    for name in ("messages", "tokens"):
-        table.add_column(name, no_wrap=True, justify="right")
-    table.add_column("last used", no_wrap=True)
-    for summary in summaries:
-        about = Text(summary.name).append(f"\n{summary.start}", style="dim")
-        used = datetime.fromtimestamp(summary.used).strftime("%Y-%m-%d %H:%M")
-        table.add_row(about, Text(summary.model), f"{summary.messages:,}", f"{summary.tokens:,}", used)
-    out.print(table)
+    columns = [Column("conversation", no_wrap=True, ratio=1), Column("model", no_wrap=True)]
+    columns += [Column(name, no_wrap=True, justify="right") for name in ("messages", "tokens", "last used")]
+    rows = [
+        (
+            Text(summary.name).append(f"\n{summary.start}", style="dim"),
+            Text(summary.model),
+            f"{summary.messages:,}",
+            f"{summary.tokens:,}",
+            datetime.fromtimestamp(summary.used).strftime("%Y-%m-%d %H:%M"),
+        )
+        for summary in summaries
+    ]
+    out.print(listing(columns, rows, expendable=("tokens", "messages", "model", "last used"), expand=True))
 
 
 def _as_dict(summary: Summary) -> dict[str, object]:

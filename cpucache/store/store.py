@@ -54,9 +54,9 @@ class Store:
     beyond it and evicts nothing: what others keep stays. ``kept`` tells what of some slices is on disk.
 
     Trouble with the disk never stops inference: it is reported once, as a warning of the logger ``cpucache.store``, and
-    what can't be written is kept in RAM alone; from a folder that can't be written, slices are read. A damaged file is set aside and counts as missing. ``paranoid`` checks
-    the hash of a file each time that it is mapped, not only the first. ``patience`` is how many seconds to wait for a
-    slice that another process is making, before making it too.
+    what can't be written is kept in RAM alone; from a folder that can't be written, slices are read. A damaged file is
+    set aside and counts as missing. ``paranoid`` checks the hash of a file each time that it is mapped, not only the
+    first. ``patience`` is how many seconds to wait for a slice that another process is making, before making it too.
 
     ``writable`` tells whether slices still go to the disk. May be used from several threads.
     """
@@ -399,8 +399,10 @@ def rebuild(index: Index, files: SliceFiles) -> int:
 def default_budget(home: Path, index: Index) -> int:
     """Bytes on disk that slices may take unless told otherwise.
 
-    A quarter of what is free or taken by them already, or the largest budget that was given for this folder.
+    A quarter of what is free or taken by them already, or the largest budget that was given for this folder, if there
+    is room for it.
     """
     there = next(folder for folder in (home, *home.parents) if folder.exists())
     totals = index.totals()
-    return max(int(shutil.disk_usage(there).free + totals["bytes"]) // 4, int(totals.get("budget", 0)))
+    room = int(shutil.disk_usage(there).free + totals["bytes"])
+    return max(room // 4, min(int(totals["budget"]), room))
