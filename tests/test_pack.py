@@ -29,9 +29,9 @@ from cryptography.hazmat.primitives.serialization import (
 from cpucache import Engine
 from cpucache.errors import CpucacheError, InputError
 from cpucache.store import SliceInfo, Store, slice_key
+from cpucache.store.opening import STAGING
 from cpucache.store.pack import export_pack, import_pack
 from cpucache.store.slicefile import SliceFiles
-from cpucache.store.store import STAGING
 from tests.support.command import PROMPT, SCHEMA
 from tests.support.workbench import PLENTY
 
