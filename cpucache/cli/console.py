@@ -90,7 +90,7 @@ def token_bar(label: str, *, shown: bool = True) -> Iterator[OnProgress]:
         yield show
 
 
-_NAME = 16  # characters that a column of names has at least, if its names are as long
+_NAME = 28  # characters that a column of names has at least, if its names are as long
 
 
 def listing(
