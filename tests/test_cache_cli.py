@@ -256,6 +256,16 @@ def test_verify_finds_and_repairs(shop: Shop) -> None:
     assert kinds(cache("verify")) == ["leftover", "leftover"]
 
 
+def test_slices_of_another_version_are_no_damage(shop: Shop) -> None:
+    path = shop.files.path(shop.keys["small/shop/a"])
+    path.write_bytes(path.read_bytes().replace(b"cpucache-slice-", b"cpucache-slide-"))
+    for arguments in ((), ("--repair",)):
+        text = cache("verify", *arguments)
+        assert text.startswith("outdated: ") and "a slice of another version of cpucache" in text
+    assert cache("verify") == "4 slices, 0 of them bad\n"
+    assert not path.exists()
+
+
 def test_gc_clears_up(shop: Shop) -> None:
     folder = shop.files.path(shop.keys["small/docs/x"]).parent
     old, young, aside = folder / ".old", folder / ".young", folder / "x.damaged"

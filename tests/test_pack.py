@@ -25,6 +25,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cpucache import Engine
 from cpucache.errors import CpucacheError, InputError
@@ -32,6 +34,8 @@ from cpucache.store import SliceInfo, Store, slice_key
 from cpucache.store.opening import STAGING
 from cpucache.store.pack import export_pack, import_pack
 from cpucache.store.slicefile import SliceFiles
+from cpucache.store.upkeep import remove
+from tests.support.changes import changes
 from tests.support.command import PROMPT, SCHEMA
 from tests.support.workbench import PLENTY
 
@@ -276,6 +280,30 @@ def test_a_truncated_pack(packed: Packed) -> None:
     for length in (0, 1, 511, 512, 700, 1024, 1500, 2000, whole // 2, whole - 512, whole - 1000):
         packed.path.write_bytes(good[:length])
         packed.expect_refused(r"pack|missing|truncated")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(changes(), min_size=1, max_size=3))
+def test_a_pack_brings_what_was_packed_or_nothing(steps: list[Callable[[bytes], bytes]], packed: Packed) -> None:
+    whole = packed.path.read_bytes()
+    before = content(packed.home)
+    changed = whole
+    for step in steps:
+        changed = step(changed)
+    packed.path.write_bytes(changed)
+    try:
+        packed.add()
+        assert packed.files is not None
+        added = SliceFiles(packed.home / "slices")
+        for key in packed.keys:
+            assert added.path(key).read_bytes() == packed.files.path(key).read_bytes()
+        with Store(packed.home, ram_budget=0) as store:
+            remove(store, packed.keys)
+    except InputError as error:
+        assert "\n" not in str(error)
+    finally:
+        packed.path.write_bytes(whole)
+    assert content(packed.home) == before
 
 
 def test_what_is_no_archive_at_all(packed: Packed) -> None:

@@ -24,6 +24,7 @@ from cpucache.store import Fingerprints, Kept, SliceInfo, Store, context_key, de
 from cpucache.store.ram import RAM, Bytes
 from cpucache.store.slicefile import Damaged, SliceFiles
 from cpucache.store.upkeep import collect, verify
+from tests.support.changes import changes
 from tests.support.command import PROMPT, SCHEMA
 
 KEY, OTHER = "ab" * 16, "cd" * 16
@@ -157,6 +158,23 @@ def test_no_changed_byte_gives_a_changed_state(tmp_path: Path) -> None:
             assert same(found, state(64))
             assert at < head - len(TOKENS.tobytes()), "changed ids or a changed state were accepted"
             assert files.info(KEY) == (INFO, 64), "another description was accepted"  # all else is spelling
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(changes(), min_size=1, max_size=4))
+def test_a_file_gives_what_was_written_or_nothing(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[Callable[[bytes], bytes]]
+) -> None:
+    files = SliceFiles(tmp_path_factory.getbasetemp() / "fuzz")
+    files.put(KEY, state(), TOKENS, INFO)
+    path = files.path(KEY)
+    content = path.read_bytes()
+    for step in steps:
+        content = step(content)
+    path.write_bytes(content)
+    with contextlib.suppress(Damaged):
+        assert same(read(files), state())
+        assert files.info(KEY) == (INFO, 1000)
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:

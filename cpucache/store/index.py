@@ -174,13 +174,14 @@ class Index:
                 if excess <= 0:
                     self._insert(key, info, size, whole=False)
                     return True
-                least = budget < max(self._total("budget"), self._total("default"))
-                victims, enough = ([], False) if least else self._victims(excess, keep)
+                smaller = budget < max(self._total("budget"), self._total("default"))
+                victims, enough = ([], False) if smaller else self._victims(excess, keep)
                 if not enough:
                     database.execute(
                         "INSERT OR IGNORE INTO absent VALUES (?, 0, ?, ?, ?, ?)",
                         (key, time.time(), info.model, info.schema, size),
                     )
+                    self._forget()
                     return False
                 leaving = self._doom(victims)
             self._evict(victims, leaving, delete)
@@ -238,16 +239,20 @@ class Index:
                     uses = f"SELECT key, hits + before + 1, ?, model, schema, bytes FROM slices {same}"
                     database.execute(f"INSERT OR REPLACE INTO absent {uses}", (time.time(), victim.key, leaving))
                     database.execute(f"DELETE FROM slices {same}", (victim.key, leaving))
-                database.execute(
-                    "DELETE FROM absent WHERE gone < (SELECT gone FROM absent ORDER BY gone DESC LIMIT 1 OFFSET ?)",
-                    (_REMEMBERED,),
-                )
+                self._forget()
                 for victim in victims[gone:]:
                     again = f"UPDATE slices SET whole = 1, created = ? {same}"
                     database.execute(again, (victim.created, victim.key, leaving))
                 age = max((victim.value for victim in victims[:gone]), default=0.0)
                 database.execute("UPDATE totals SET number = max(number, ?) WHERE name = 'age'", (age,))
                 database.execute("UPDATE totals SET number = number + ? WHERE name = 'evicted'", (gone,))
+
+    def _forget(self) -> None:
+        """Of absent slices, remember the latest only."""
+        self._database.execute(
+            "DELETE FROM absent WHERE gone < (SELECT gone FROM absent ORDER BY gone DESC LIMIT 1 OFFSET ?)",
+            (_REMEMBERED,),
+        )
 
     def _insert(self, key: str, info: SliceInfo, size: int, *, whole: bool) -> None:
         now = time.time()

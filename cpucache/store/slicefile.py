@@ -64,6 +64,10 @@ class Damaged(Exception):
     """A file is not the slice that its name promises."""
 
 
+class Outdated(Damaged):
+    """A file is a slice of an earlier version: sound, and of no use."""
+
+
 class NoFile(OSError):
     """Something else than a file has a file's name."""
 
@@ -206,8 +210,10 @@ class SliceFiles:
             metadata = header["__metadata__"]
             data = np.frombuffer(mapping, np.uint8, offset=8 + length)
             state, tokens = (_tensor(header[name], kind, data) for name, kind in (("state", "U8"), ("tokens", "I32")))
+            if metadata["format"] != _FORMAT:
+                raise Outdated(f"{path}: a slice of another version of cpucache")
             info = _info(metadata)
-            fine = metadata["format"] == _FORMAT and metadata["key"] == key and isinstance(metadata["xxh3"], str)
+            fine = metadata["key"] == key and isinstance(metadata["xxh3"], str)
             fine = fine and info.seconds >= 0 and math.isfinite(info.seconds)
             fine = fine and state.nbytes + tokens.nbytes == data.nbytes and info.tokens * 4 == tokens.nbytes
         except (ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError) as error:

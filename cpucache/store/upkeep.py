@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from cpucache.store.opening import rebuild
-from cpucache.store.slicefile import Damaged
+from cpucache.store.slicefile import Damaged, Outdated
 from cpucache.store.store import Store
 
 _YOUNG = 600.0  # seconds: what is younger may still be in the making
 
-Kind: TypeAlias = Literal["damaged", "missing", "unlisted", "leftover"]
+Kind: TypeAlias = Literal["damaged", "missing", "unlisted", "outdated", "leftover"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Finding:
     """Something that is not as it should be.
 
     ``damaged``: a file that is not the slice that it claims to be. ``missing``: a slice in the index without its file.
-    ``unlisted``: a file that the index does not know. ``leftover``: what a killed writer left, or a file set aside.
+    ``unlisted``: a file that the index does not know. ``outdated``: a slice of another version. ``leftover``: what a
+    killed writer left, or a file set aside.
     """
 
     kind: Kind
@@ -33,8 +34,8 @@ class Finding:
 
     @property
     def harmless(self) -> bool:
-        """Whether a crash leaves such a thing, and no slice is lost or wrong by it."""
-        return self.kind in {"unlisted", "leftover"}
+        """Whether a crash or an update leaves such a thing, and no slice is lost or wrong by it."""
+        return self.kind in {"unlisted", "outdated", "leftover"}
 
 
 def verify(
@@ -42,8 +43,9 @@ def verify(
 ) -> list[Finding]:
     """Read every slice on disk in full and compare it with its hash, its key and the index.
 
-    ``repair`` sets damaged files aside, lists what is not listed, and strikes out what is missing. ``progress(done,
-    total)`` is told about slices. The payload is compared with its hash and the key with all that it is made from.
+    ``repair`` sets damaged files aside, deletes outdated ones, lists what is not listed, and strikes out what is
+    missing. ``progress(done, total)`` is told about slices. The content is compared with its hash and the key with all
+    that it is made from.
     """
     if store.files is None or store.index is None:
         return []
@@ -56,6 +58,10 @@ def verify(
         try:
             if store.files.check(key) and key not in listed:
                 findings.append(Finding("unlisted", key))
+        except Outdated as outdated:
+            findings.append(Finding("outdated", key, str(outdated)))
+            if repair:
+                store.discard(key)
         except (Damaged, OSError) as damaged:
             findings.append(Finding("damaged", key, str(damaged)))
             if repair:
