@@ -20,20 +20,22 @@ TOP = ""
 # What each room may import of the others. A room that is added gets its place here.
 MAY_IMPORT = {
     "errors": set(),
-    "database": set(),
+    "private": set(),
+    "database": {"private"},
     "resources": {"errors"},
     "pml": {"errors"},
     "models": {"errors", "resources"},
-    "store": {"errors", "database"},
+    "store": {"errors", "private", "database"},
     "runtime": {"errors"},
     "layout": {"errors", "pml", "runtime", "store"},
     "reuse": {"errors", "pml", "runtime", "store", "layout"},
-    "sessions": {"errors", "database"},
+    "sessions": {"errors", "private", "database"},
     "engine": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "sessions"},
     "bench": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "engine"},
     "cli": {
         TOP,
-        *("errors", "resources", "pml", "runtime", "store", "layout", "reuse", "models", "sessions", "engine", "bench"),
+        *("errors", "private", "resources", "pml", "runtime", "store", "layout", "reuse"),
+        *("models", "sessions", "engine", "bench"),
     },
     TOP: {"errors", "engine"},
 }
