@@ -6,18 +6,57 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
 from cpucache.errors import InputError
 from cpucache.pml import load_prompt, load_schema, parse_prompt, parse_schema
 from cpucache.pml.tree import Prompt, Schema
-from cpucache.reuse import OnProgress
+
+if TYPE_CHECKING:
+    from cpucache.reuse import OnProgress
+
+# What a terminal takes for a command: C0 but for tab and newline, DEL, and C1.
+_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")}, "\N{REPLACEMENT CHARACTER}")
+
+
+def safe(text: str) -> str:
+    """``text`` for a terminal: what it would obey instead of showing is replaced."""
+    return text.translate(_CONTROLS)
+
+
+def printed(text: str) -> str:
+    """``text`` for standard output: made safe for a terminal, as it is for a pipe or a file."""
+    return safe(text) if sys.stdout.isatty() else text
+
+
+class _Safe(RenderHook):
+    """Makes safe what a console prints on a terminal, but for what it tells the terminal itself."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Shown(each) for each in renderables] if self._console.is_terminal else renderables
+
+
+class _Shown:
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._inner, options):
+            yield segment if segment.control else Segment(safe(segment.text), segment.style)
+
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+for _console in (out, err):
+    _console.push_render_hook(_Safe(_console))
 
 
 class _Speed(ProgressColumn):

@@ -16,6 +16,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from cpucache.cli.console import out
 from cpucache.models.catalogue import default_model, known_models
 from cpucache.models.pull import OnProgress, Progress, pull, remove
 from cpucache.models.weights import models_dir, resolve_model, unlisted_files
@@ -55,7 +56,7 @@ def list_models(as_json: bool) -> None:
         about.append(f"\n{row['description'] or 'not in the catalogue'}", style="dim")
         context = "" if row["context"] is None else f"{row['context']:,}"
         table.add_row(about, decimal(row["size"]), context, row["licence"], "yes" if row["pulled"] else "no")
-    Console().print(table)
+    out.print(table)
 
 
 def _rows() -> list[Row]:

@@ -13,7 +13,7 @@ import click
 from rich.markup import escape
 
 from cpucache.cli.compare import compare, comparison_table
-from cpucache.cli.console import err, out, read_prompt, read_schema, seconds, token_bar
+from cpucache.cli.console import err, out, printed, read_prompt, read_schema, seconds, token_bar
 from cpucache.cli.options import engine_options, fidelity_options, sampling_options, split_fidelity
 from cpucache.engine import Engine, Metrics
 from cpucache.errors import InputError
@@ -89,9 +89,9 @@ def run(
             click.echo(json.dumps(stream.reply().as_dict()))
             return
         try:
-            click.echo(first, nl=False)
+            click.echo(printed(first), nl=False)
             for piece in stream:
-                click.echo(piece, nl=False)
+                click.echo(printed(piece), nl=False)
         finally:
             click.echo()
         figures = _figures(stream.metrics, saved=engine.store.writable)
