@@ -15,6 +15,7 @@ from cpucache.engine import Engine
 from cpucache.errors import CpucacheError
 from cpucache.pml.tree import Prompt, Schema
 from cpucache.reuse import Encoded, OnProgress
+from cpucache.store import Kept
 
 
 @click.command()
@@ -71,11 +72,11 @@ def _pass(engine: Engine, name: str, label: str, work: Callable[[OnProgress], En
     try:
         with token_bar(label) as progress:
             done = work(progress)
-        engine.store.flush()
+        kept = engine.store.kept(slice_.key for slice_ in done.wanted)
     except KeyboardInterrupt:
         err.print("what has been encoded is kept, and the same command goes on from there", soft_wrap=True)
         raise
-    _report(engine, name, done)
+    _report(engine, name, done, kept)
 
 
 def _refine(engine: Engine, schema: str) -> None:
@@ -92,15 +93,20 @@ def _refine(engine: Engine, schema: str) -> None:
     _pass(engine, f"{schema}, refined", f"refining {schema}", work)
 
 
-def _report(engine: Engine, name: str, done: Encoded) -> None:
+def _report(engine: Engine, name: str, done: Encoded, kept: Kept) -> None:
     if not engine.store.writable:
         raise CpucacheError(f"{name}: its slices can't be saved to {engine.store.home}")
-    if not done.slices:
+    if done.slices:
+        speed = done.tokens / done.seconds
+        out.print(
+            f"{name}: {done.slices} slices, {done.tokens:,} tokens in {done.seconds:.1f} s "
+            f"({speed:.0f} tok/s), {decimal(done.bytes)}",
+            soft_wrap=True,
+        )
+    elif not kept.missing:
         out.print(f"{name}: all its slices are in the store already", soft_wrap=True)
-        return
-    speed = done.tokens / done.seconds
-    out.print(
-        f"{name}: {done.slices} slices, {done.tokens:,} tokens in {done.seconds:.1f} s "
-        f"({speed:.0f} tok/s), {decimal(done.bytes)}",
-        soft_wrap=True,
-    )
+    if kept.missing:
+        raise CpucacheError(
+            f"{name}: {kept.missing} of {kept.missing + kept.slices} slices found no room on the disk; "
+            f"to keep all of them, give the store {decimal(kept.budget)} (--disk)"
+        )

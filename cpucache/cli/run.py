@@ -95,7 +95,8 @@ def run(
                 click.echo(printed(piece), nl=False)
         finally:
             click.echo()
-        figures = _figures(stream.metrics, saved=engine.store.writable)
+        made = [span.slice.key for span in stream.plan.spans if span.slice and span.made]
+        figures = _figures(stream.metrics, saved=not engine.store.kept(made).missing)
         err.print(f"[dim]{escape(figures)}[/dim]", soft_wrap=True)
 
 
@@ -140,7 +141,7 @@ def _figures(metrics: Metrics, *, saved: bool) -> str:
     ]
     if metrics.encoded_tokens:
         made = f"{metrics.encoded_tokens:,} tokens encoded in {seconds(metrics.encode_ms)}"
-        parts.append(f"{made}, saved for next time" if saved else made)
+        parts.append(f"{made}, saved for next time" if saved else f"{made}, not all saved: no room (--disk)")
     if metrics.completion_tokens > 1:
         parts.append(f"{1000 / metrics.tpot_ms:.1f} tok/s")
     return " · ".join(parts)

@@ -212,6 +212,7 @@ class Engine:
         for made in self._refining(schema):
             if made is not None:
                 done.add(made)
+                done.wanted.append(made.slice)
                 done.seconds += made.seconds
                 if progress:
                     progress(len(made.slice.tokens))

@@ -59,6 +59,8 @@ class Encoded:
     bytes: int = 0
     seconds: float = 0.0
     made: set[Slice] = field(default_factory=set, repr=False)
+    wanted: list[Slice] = field(default_factory=list, repr=False)
+    """The slices that were asked for, made now or there before."""
 
     def add(self, made: Made) -> None:
         """Count a slice that was made."""
@@ -124,7 +126,7 @@ class Workspace:
     def encode(self, slices: Iterable[Slice], schema: str = "", progress: OnProgress | None = None) -> Encoded:
         """Make the slices that are missing among ``slices``."""
         slices = list(slices)
-        report = Encoded()
+        report = Encoded(wanted=slices)
         states: dict[Slice, Bytes] = {}
 
         def make() -> None:
