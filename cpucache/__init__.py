@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cpucache.errors import ContextFull, CpucacheError, InputError, ModelError, PMLError
 
 if TYPE_CHECKING:
-    from cpucache.engine import Engine, Fidelity, Metrics, Reply, Session, Stream
+    from cpucache.engine import Engine, Fidelity, Metrics, Reply, Sampling, Session, Stream
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ModelError",
     "PMLError",
     "Reply",
+    "Sampling",
     "Session",
     "Stream",
     "__version__",
@@ -28,7 +29,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # llama.cpp is loaded with the engine, which `cpucache --help` and reading PML can do without.
-    if name in {"Engine", "Fidelity", "Metrics", "Reply", "Session", "Stream"}:
+    if name in {"Engine", "Fidelity", "Metrics", "Reply", "Sampling", "Session", "Stream"}:
         import cpucache.engine
 
         return getattr(cpucache.engine, name)

@@ -6,6 +6,7 @@ import contextlib
 import sqlite3
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,26 +17,34 @@ WAIT = 20.0
 """Seconds for other processes to finish their transactions."""
 
 
-def open_database(path: Path, schema: str, *, synchronous: Literal["NORMAL", "FULL"]) -> sqlite3.Connection:
+def open_database(
+    path: Path,
+    schema: str,
+    *,
+    synchronous: Literal["NORMAL", "FULL"],
+    added: Mapping[str, Sequence[str]] | None = None,
+) -> sqlite3.Connection:
     """The SQLite file at ``path`` with ``schema`` run on it, made if there is none, in autocommit, for several threads.
 
     Everything in ``schema`` must be harmless when it is there already. ``synchronous`` NORMAL may lose the last
-    transactions in a power cut, never the file; FULL loses nothing. The file is for its owner alone (``private_file``),
-    and so is its log.
+    transactions in a power cut, never the file; FULL loses nothing. ``added`` names columns, with their types, that a
+    table gained since earlier versions: they are added to a table that lacks them. The file is for its owner alone
+    (``private_file``), and so is its log.
 
     Raises ``sqlite3.Error`` when the file can't be used.
     """
     # Another thread must not have locked the file yet when the one that makes it closes it. What can't be done, SQLite
     # says in its own words.
-    with _making, contextlib.suppress(OSError):
-        private_file(path)
-        # New ones get the mode of the file.
-        for log in (path.with_name(path.name + end) for end in ("-wal", "-shm")):
-            if log.exists():
-                private_file(log)
+    if str(path) != ":memory:":
+        with _making, contextlib.suppress(OSError):
+            private_file(path)
+            # New ones get the mode of the file.
+            for log in (path.with_name(path.name + end) for end in ("-wal", "-shm")):
+                if log.exists():
+                    private_file(log)
     database = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
     try:
-        _prepare(database, f"PRAGMA synchronous = {synchronous};\n{schema}")
+        _prepare(database, f"PRAGMA synchronous = {synchronous};\n{schema}", added or {})
     except BaseException:
         database.close()
         raise
@@ -61,16 +70,23 @@ def read_database(path: Path) -> sqlite3.Connection:
     raise failure or sqlite3.OperationalError(f"can't read {path}")
 
 
-def _prepare(database: sqlite3.Connection, script: str) -> None:
+def _prepare(database: sqlite3.Connection, script: str, added: Mapping[str, Sequence[str]]) -> None:
     give_up = time.monotonic() + WAIT
     while True:
         try:
             # Of two that switch a new file to a log at once, one is told "locked" without any waiting, for SQLite asks
             # no busy handler where both might wait for each other (sqlite3_busy_handler).
             database.execute("PRAGMA journal_mode = WAL")
+            for table, columns in added.items():
+                there = {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
+                for column in columns:
+                    if there and column.split()[0] not in there:
+                        database.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
             database.executescript(script)
             return
         except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > give_up:
+            # Another process may have added the column meanwhile: the next round sees it.
+            again = "locked" in str(error) or "duplicate column" in str(error)
+            if not again or time.monotonic() > give_up:
                 raise
             time.sleep(0.005)

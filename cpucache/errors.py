@@ -14,14 +14,19 @@ class InputError(CpucacheError):
 class PMLError(InputError):
     """A schema or prompt breaks the rules of PML.
 
-    ``file`` and ``line`` (1-based) say where; both are part of the message, as ``file:line: what is wrong``.
+    ``file``, ``line`` and ``column`` (both 1-based, the column only where it is known) say where. All are part of the
+    message, as ``file:line: what is wrong`` or ``file:line:column: what is wrong``. ``others`` are the further mistakes
+    in the same document, by line.
     """
 
-    def __init__(self, message: str, *, file: str, line: int | None) -> None:
+    def __init__(self, message: str, *, file: str, line: int | None, column: int | None = None) -> None:
         self.file = file
         self.line = line
+        self.column = column
         self.reason = message
-        super().__init__(f"{file}:{line}: {message}" if line is not None else f"{file}: {message}")
+        self.others: tuple[PMLError, ...] = ()
+        where = ":".join(str(part) for part in (file, line, column) if part is not None)
+        super().__init__(f"{where}: {message}")
 
 
 class ModelError(InputError):

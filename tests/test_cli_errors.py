@@ -38,6 +38,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    with (tmp_path / "huge.xml").open("wb") as huge:
+        huge.truncate(2 << 30)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -108,7 +111,7 @@ ON = "-s schema.xml -m llama.gguf --threads 1"
         ("schema show folder -m llama.gguf", ["folder", "directory"]),
         ("schema check empty.xml", ["empty.xml:1: ", "<schema>"]),
         # PML
-        ("schema check open.xml", ["open.xml:2: ", "<module>"]),
+        ("schema check open.xml", ["open.xml:2:", "<module>"]),
         ("schema check entity.xml", ["entity.xml:1: "]),
         ("schema check src.xml", ["src.xml:3: ", "../secret.txt"]),
         ("schema check prompt.xml", ["prompt.xml:1: ", "<schema>", "<prompt>"]),
@@ -117,7 +120,13 @@ ON = "-s schema.xml -m llama.gguf --threads 1"
         (f"run both.xml {ON}", ["both.xml:3: ", "summer", "winter"]),
         (f"run argument.xml {ON}", ["argument.xml:2: ", "'opens'", " 8 "]),
         (f"run missing.xml {ON}", ["missing.xml:2: ", "'opens'"]),
-        (f"run stranger.xml {ON}", ["'shoe'", "did you mean 'shop'?"]),
+        (f"run stranger.xml {ON}", ["stranger.xml:1: ", "'shoe'", "schema.xml is 'shop'", "did you mean 'shop'?"]),
+        (f"fidelity stranger.xml {ON}", ["stranger.xml:1: ", "'shoe'", "schema.xml is 'shop'"]),
+        ("run module.xml -s schema.xml -m nowhere/model.gguf", ["module.xml:1: ", "'hours'"]),
+        ("chat --prompt stranger.xml -s schema.xml -m nowhere/model.gguf", ["stranger.xml:1: ", "'shoe'"]),
+        ("schema check fifo", ["fifo: ", "not a regular file"]),
+        ("schema check huge.xml", ["huge.xml: ", "more than the 16,777,216 bytes", "src files"]),
+        ("schema check schema.xml - - -p prompt.xml", ["only one schema or prompt", "standard input (-)"]),
         (f"run - {ON}", ["<stdin>:1: ", "<prompt>"]),
         ("run - -s - -m llama.gguf", ["prompt and schema can't both be standard input"]),
         # Sizes

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cpucache.cli.chat_input import COMMANDS, KEYS, Command, Lines, Reader, Terminal, parse, unechoed, unquoted
 from cpucache.cli.chat_screen import Answer, figures, markdown_answer, overflow, plain_answer
-from cpucache.cli.console import err, out, seconds, token_bar
+from cpucache.cli.console import check_prompt, err, out, seconds, token_bar
 from cpucache.cli.options import engine_options, sampling_options
 from cpucache.cli.run import split_sampling
 from cpucache.engine import Engine
@@ -82,6 +82,8 @@ def chat(
     settings = split_sampling(options) | {"max_tokens": max_tokens}
     opening = None if prompt is None else load_prompt(Path(prompt))
     schema_tree = None if schema is None else load_schema(Path(schema))
+    if opening is not None and schema_tree is not None:
+        check_prompt(opening, [schema_tree])
     plain = plain or not out.is_terminal or out.is_dumb_terminal
     with Engine(model, **options) as engine:
         if schema_tree is not None:

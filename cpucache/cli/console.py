@@ -17,10 +17,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from cpucache.errors import InputError
-from cpucache.pml import load_prompt, load_schema, parse_prompt, parse_schema
+from cpucache.pml import load_prompt, load_schema, parse_prompt, parse_schema, resolve, schema_for
 from cpucache.pml.tree import Prompt, Schema
 
 if TYPE_CHECKING:
+    from cpucache.engine.reply import Metrics
     from cpucache.reuse import OnProgress
 
 # What a terminal takes for a command: C0 but for tab and newline, DEL, and C1.
@@ -132,13 +133,41 @@ def read_schema(name: str) -> Schema:
     return load_schema(Path(name))
 
 
-def read_prompt(name: str, *, schema: str) -> Prompt:
+def read_prompt(name: str, *, schema: str | None = None) -> Prompt:
     """The prompt in a file, or on standard input (``-``), which can't be the ``schema`` at the same time."""
     if name == "-":
         if schema == "-":
             raise InputError("prompt and schema can't both be standard input (-)")
         return parse_prompt(sys.stdin.buffer.read(), file="<stdin>")
     return load_prompt(Path(name))
+
+
+def check_prompt(prompt: Prompt, schemas: Sequence[Schema]) -> Schema:
+    """The schema among those given that a prompt is written for. Raises ``PMLError`` for all that does not fit it.
+
+    What the engine would find, before a model is loaded, and with the names of the files.
+    """
+    schema = schema_for(prompt, schemas)
+    resolve(prompt, schema)
+    return schema
+
+
+def kinds(metrics: Metrics) -> str:
+    """How near to full prefill the cached tokens of an answer are; nothing where they are the same."""
+    approximate = [
+        f"{count:,} {name}"
+        for name, count in (
+            ("clean", metrics.clean_tokens),
+            ("related", metrics.related_tokens),
+            ("foreign", metrics.foreign_tokens),
+        )
+        if count
+    ]
+    if not approximate:
+        return ""
+    exact = [f"{metrics.exact_tokens:,} exact"] if metrics.exact_tokens else []
+    recomputed = f"; {metrics.recomputed_tokens:,} recomputed" if metrics.recomputed_tokens else ""
+    return f" ({', '.join([*exact, *approximate])}{recomputed})"
 
 
 def seconds(milliseconds: float) -> str:

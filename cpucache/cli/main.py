@@ -20,6 +20,7 @@ _COMMANDS = {
     "run": ("cpucache.cli.run", "run", "Answer a prompt."),
     "chat": ("cpucache.cli.chat", "chat", "Talk with a model; conversations go on where they stood."),
     "sessions": ("cpucache.cli.sessions", "sessions", "List, check, delete and export conversations."),
+    "plan": ("cpucache.cli.plan", "plan", "Show which slice each part of a prompt takes, and why."),
     "fidelity": ("cpucache.cli.fidelity", "fidelity", "Measure how far a cached answer is from the uncached one."),
     "encode": ("cpucache.cli.encode", "encode", "Evaluate and save every module of schemas."),
     "schema": ("cpucache.cli.schema", "schema", "Check schemas, and show how they are laid out."),

@@ -7,10 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
-from cpucache.engine.tuning import DEFAULT, LEVELS
-from cpucache.layout import BLOCK
-from cpucache.layout.lead import LEAD, SHORT
 from cpucache.models import default_model
+from cpucache.reuse import BLOCK, DEFAULT, LEVELS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -100,44 +98,27 @@ def positions_option(command: Command) -> Command:
     )(command)
 
 
-FIDELITY = ("fidelity", "lead_tokens", "link_tokens", "recompute")
-"""The keywords of ``Engine.plan`` that say how exact a prompt is to be."""
+FIDELITY = ("fidelity", "recompute")
+"""The keywords of ``Engine.plan`` that say how near to full prefill a prompt is wanted."""
 
 
 def fidelity_options(command: Command) -> Command:
-    """How exact a prompt is to be, see ``split_fidelity``."""
+    """How near to full prefill a prompt is wanted, see ``split_fidelity``."""
     options = (
         click.option(
             "--fidelity",
             type=click.Choice(list(LEVELS)),
-            help="How much is done about modules not having seen one another. fast: where they stand in the schema's "
-            "order, they have been encoded in sight of those before them; balanced: besides, a tenth of them is "
-            "evaluated afresh, where the question points; high: a combination of them is evaluated whole the first "
-            f"time, and is exact ever after.  [default: {DEFAULT}]",
-        ),
-        click.option(
-            "--lead",
-            "lead_tokens",
-            type=click.IntRange(0),
-            metavar="K",
-            help="Use modules as they were encoded in sight of K to 3K tokens of what the schema has before them, "
-            f"where all of that stands before them (of an eighth or less, down to {SHORT}, where some does). 0: as "
-            f"they are by themselves.  [default: {LEAD:,}]",
-        ),
-        click.option(
-            "--link",
-            "link_tokens",
-            type=click.IntRange(0),
-            metavar="K",
-            help="Evaluate the first K tokens of each module afresh, behind what stands before it.  [default: as the "
-            "schema says]",
+            help="What is done about slices that were evaluated behind other text than stands before them here. fast: "
+            "nothing; balanced: a tenth of the spliced tokens is evaluated afresh, where the question points; high: "
+            "only exact slices are taken, what has none is evaluated, and exact the next time.  "
+            f"[default: {DEFAULT}]",
         ),
         click.option(
             "--recompute",
             type=click.FloatRange(0, 1),
             metavar="R",
-            help="Evaluate this share of the modules' tokens afresh: of the modules that have most words in common "
-            "with the question.  [default: 0.1, for balanced]",
+            help="Instead of a level: evaluate this share of the spliced tokens afresh, of the modules that have most "
+            "words in common with the question.",
         ),
     )
     for option in reversed(options):

@@ -13,7 +13,7 @@ import click
 from rich.markup import escape
 
 from cpucache.cli.compare import compare, comparison_table
-from cpucache.cli.console import err, out, printed, read_prompt, read_schema, seconds, token_bar
+from cpucache.cli.console import check_prompt, err, kinds, out, printed, read_prompt, read_schema, seconds, token_bar
 from cpucache.cli.options import engine_options, fidelity_options, sampling_options, split_fidelity
 from cpucache.engine import Engine, Metrics
 from cpucache.errors import InputError
@@ -64,12 +64,13 @@ def run(
     exactness = split_fidelity(options)
     if schema_file is None:
         if any(value is not None for value in exactness.values()):
-            raise click.UsageError("--fidelity, --link and --recompute are for PML prompts, which need --schema")
+            raise click.UsageError("--fidelity and --recompute are for PML prompts, which need --schema")
         asked, schema = _read_text(prompt, raw=raw), None
     elif raw:
         raise click.UsageError("--raw and --schema exclude each other")
     else:
         asked, schema = {"prompt": read_prompt(prompt, schema=schema_file)}, read_schema(schema_file)
+        check_prompt(asked["prompt"], [schema])
         settings |= exactness
     with Engine(model, **options) as engine:
         if schema is not None:
@@ -135,7 +136,7 @@ def _messages(name: str, text: str) -> list[dict[str, Any]]:
 def _figures(metrics: Metrics, *, saved: bool) -> str:
     parts = [
         f"first token after {seconds(metrics.ttft_ms)}",
-        f"{metrics.cached_tokens:,} of {metrics.prompt_tokens:,} prompt tokens from cache",
+        f"{metrics.cached_tokens:,} of {metrics.prompt_tokens:,} prompt tokens from cache{kinds(metrics)}",
     ]
     if metrics.encoded_tokens:
         made = f"{metrics.encoded_tokens:,} tokens encoded in {seconds(metrics.encode_ms)}"

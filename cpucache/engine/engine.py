@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,16 +17,38 @@ import numpy as np
 import psutil
 
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
-from cpucache.engine.planner import PREFIX, Message, Planner, parsed_prompt
+from cpucache.engine.idle import REFINES, Idle, Refine
+from cpucache.engine.planner import PREFIX, Message, Planner, Request, parsed_prompt
 from cpucache.engine.reply import Reply
+from cpucache.engine.sampling import sampling_of
 from cpucache.engine.session import Session, WhenFull
 from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
-from cpucache.engine.tuning import DEFAULT, Fidelity, Level
-from cpucache.layout import BLOCK, Chains, ChatTemplate, Plan, Positions, SchemaLayout
+from cpucache.errors import InputError
+from cpucache.layout import ChatTemplate, Positions, SchemaLayout
+from cpucache.layout.schema import POSITIONS
 from cpucache.models import default_model, resolve_model
 from cpucache.pml.tree import Prompt, Schema
-from cpucache.reuse import Encoded, OnProgress, Workspace
+from cpucache.reuse import (
+    BLOCK,
+    Encoded,
+    Fidelity,
+    Level,
+    Lookup,
+    OnProgress,
+    Plan,
+    Repair,
+    Reuse,
+    Slice,
+    Slices,
+    Workspace,
+    asked,
+    reading,
+    refine,
+    scaffolded,
+)
+from cpucache.reuse.encoder import Made
+from cpucache.reuse.refine import exact_slices, to_refine
 from cpucache.runtime import Context, KVType, Model, Sampling
 from cpucache.sessions import Transcripts
 from cpucache.store import Fingerprints, Store, default_home
@@ -46,7 +68,8 @@ class Engine:
     that it is read from disk, not only the first. ``kv_type``: type of the saved keys, ``"f16"`` or ``"q8_0"`` (values
     too with ``flash="on"``). ``flash``: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU). ``positions``: how
     schemas are laid out. ``block_size``: tokens of the blocks that plain text and messages are cached in. ``fidelity``:
-    of prompts that do not say theirs (a level, or a ``Fidelity`` with the numbers of ``plan``). ``sessions``: the
+    of prompts that do not say theirs (a level or a ``Fidelity``, see ``plan``). ``refine``: ``"idle"`` makes exact what
+    was asked lately when nothing has been asked for a second, on mains power. ``sessions``: the
     folder for conversations (default ``$CPUCACHE_SESSIONS``, else the platform's user data folder).
 
     Use it as a context manager, or ``close`` it. Calls from several threads take turns.
@@ -69,15 +92,23 @@ class Engine:
         flash: str | None = None,
         positions: Positions = "auto",
         block_size: int = BLOCK,
-        fidelity: Level | Fidelity = DEFAULT,
+        fidelity: Level | Fidelity | None = None,
+        refine: Refine = "off",
         sessions: str | Path | None = None,
     ) -> None:
-        wanted = fidelity if isinstance(fidelity, Fidelity) else Fidelity(fidelity)
+        usual = Fidelity.of(fidelity)
+        ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
+        _check(positions=(positions, POSITIONS), refine=(refine, REFINES))
+        if threads is not None and threads < 1:
+            raise InputError(f"threads={threads}: must be 1 or more")
+        if block_size < 1:
+            raise InputError(f"block_size={block_size}: a block has at least one token")
         path = resolve_model(str(model or default_model()))
         home = Path(store) if store else default_home()
-        ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
-        self.model = Model(path, gpu_layers_=gpu_layers)
-        try:
+        # What was opened is closed again when something behind it fails.
+        with ExitStack() as opened:
+            self.model = Model(path, gpu_layers_=gpu_layers)
+            opened.callback(self.model.close)
             self.context = Context(
                 self.model,
                 n_ctx=n_ctx or min(self.model.n_ctx_train, DEFAULT_CTX),
@@ -85,37 +116,43 @@ class Engine:
                 kv_type=kv_type,
                 flash=flash,
             )
-        except BaseException:
-            self.model.close()
-            raise
-        # What is free now that the weights and the context are there.
-        free = psutil.virtual_memory().available
-        self.store = Store(home, ram_budget=free // 4 if ram is None else ram, disk_budget=disk, paranoid=paranoid)
-        self.fingerprint = Fingerprints(home / "index.sqlite").of(path)
-        self.workspace = Workspace(self.context, self.store, self.fingerprint)
-        self.chains = Chains(block_size)
-        self.template = ChatTemplate(
-            self.model.chat_template, bos=self.model.special_text("bos"), eos=self.model.special_text("eos")
-        )
-        self.planner = Planner(self.model, self.template, self.chains, positions, wanted)
-        self._lock = threading.RLock()
-        self._running: Stream | None = None
-        self._opening = threading.Lock()
-        self._folder = Path(sessions) if sessions else None
-        self._transcripts: Transcripts | None = None
-        self._sessions: WeakSet[Session] = WeakSet()
+            opened.callback(self.context.close)
+            # What is free now that the weights and the context are there.
+            free = psutil.virtual_memory().available
+            self.store = Store(home, ram_budget=free // 4 if ram is None else ram, disk_budget=disk, paranoid=paranoid)
+            opened.callback(self._close_store)
+            self.fingerprint = Fingerprints(home / "index.sqlite").of(path)
+            self.slices = Slices(self.fingerprint, self.context.state_format, block_size)
+            self.workspace = Workspace(self.context, self.store, self.slices)
+            self.template = ChatTemplate(
+                self.model.chat_template, bos=self.model.special_text("bos"), eos=self.model.special_text("eos")
+            )
+            lookup = Lookup(self.workspace, Repair(self.model.text))
+            self.planner = Planner(self.model, self.template, self.slices, lookup, positions, usual)
+            self._lock = threading.RLock()
+            self._running: Stream | None = None
+            self._opening = threading.Lock()
+            self._folder = Path(sessions) if sessions else None
+            self._transcripts: Transcripts | None = None
+            self._sessions: WeakSet[Session] = WeakSet()
+            self._idle = Idle(self._refine_when_idle) if refine == "idle" else None
+            self._opened = opened.pop_all()
+
+    def _close_store(self) -> None:
+        # The benchmarks give an engine another store meanwhile.
+        self.store.close()
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
         """Free the model and its context."""
+        if self._idle is not None:
+            self._idle.close()
         for session in list(self._sessions):
             session.close()
         if self._transcripts is not None:
             self._transcripts.close()
             self._transcripts = None
-        self.store.close()
-        self.context.close()
-        self.model.close()
+        self._opened.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -133,29 +170,74 @@ class Engine:
         """
         return self.planner.add_schema(schema)
 
-    def encode(
-        self,
-        schema: str,
-        progress: OnProgress | None = None,
-        *,
-        lead_tokens: int | None = None,
-    ) -> Encoded:
-        """Make every slice of a schema that is not in the store yet, as far as they are foreseeable.
+    def encode(self, schema: str, progress: OnProgress | None = None) -> Encoded:
+        """Make the slices that let every selection and order of a schema's modules be answered at once.
 
-        That is every module as it is apart, every scaffold set, and, unless ``lead_tokens`` is 0 (see ``plan``), every
-        module as it is behind all that the schema has before it, which takes up to half as long again, and as much room
-        again. Where prompts leave modules out, what stands behind those is made when it is first needed.
+        That is one evaluation of the schema, in reading order. Slices that are in the store are not made again.
         ``progress(done, total)`` is told about tokens.
         """
         layout = self.planner.layout(schema)
-        tuning = self.planner.tuning(layout, Fidelity(lead_tokens=lead_tokens))
-        # Modules that are never cached have no slices of their own; as context of others they are found there.
-        segments = [segment for segment in layout.segments if segment.cache and not segment.placeholder]
-        # No prompt with these fits into the context if they do not.
-        room = self.workspace.context.n_ctx
-        segments += [each for each in layout.leads.segments(tuning.lead_tokens) if each.cells < room]
         with self.alone():
-            return self.workspace.encode(segments, schema, progress)
+            return self.workspace.encode(reading(layout, self.slices, self._room), schema, progress)
+
+    def encode_likely(
+        self, schema: str, prompts: Sequence[str | Path | Prompt] = (), progress: OnProgress | None = None
+    ) -> Encoded:
+        """Make exact slices for likely prompts besides: of the schema's scaffold sets, and of these ``prompts``."""
+        layout = self.planner.layout(schema)
+        wanted: dict[Slice, None] = {}
+        for scaffold in layout.schema.scaffolds:
+            wanted.update(dict.fromkeys(scaffolded(layout, self.slices, scaffold.modules, self._room)))
+        for prompt in prompts:
+            request = self.planner.request(prompt)
+            request.check_fits(self.context.n_ctx, self.model.n_ctx_train)
+            if request.bound is not None:
+                wanted.update(dict.fromkeys(exact_slices(asked(request.bound), self.slices)))
+        with self.alone():
+            return self.workspace.encode(wanted, schema, progress)
+
+    @property
+    def _room(self) -> int:
+        """Cells for a slice and its context: one stays free for the token that applies a shift."""
+        return self.context.n_ctx - 1
+
+    def refine(self, schema: str | None = None, progress: Callable[[int], object] | None = None) -> Encoded:
+        """Make exact what was asked lately, the most used first; gives what was made.
+
+        Requests of other threads come first: each waits for less than 0.2 s, and refining goes on behind it. What has
+        been made stays when this is interrupted. ``schema`` limits it to prompts on one schema. ``progress(tokens)`` is
+        told how many tokens each finished slice has.
+        """
+        done = Encoded()
+        for made in self._refining(schema):
+            if made is not None:
+                done.add(made)
+                done.seconds += made.seconds
+                if progress:
+                    progress(len(made.slice.tokens))
+        return done
+
+    def to_refine(self, schema: str | None = None) -> int:
+        """Tokens that ``refine`` would evaluate."""
+        return to_refine(self.slices, self.store, schema)
+
+    def _refining(self, schema: str | None = None, *, wait: bool = True) -> Iterator[Made | None]:
+        """Steps of refining, each with the context to itself; without ``wait``, while nobody else has it."""
+        steps = refine(self.workspace, self.store, schema)
+        while self._lock.acquire(blocking=wait):
+            try:
+                with self.alone():
+                    step = next(steps, _END)
+            finally:
+                self._lock.release()
+            if step is _END:
+                return
+            yield step
+
+    def _refine_when_idle(self, go_on: Callable[[], bool]) -> None:
+        for _ in self._refining(wait=False):
+            if not go_on():
+                return
 
     # -- prompts -----------------------------------------------------------------------------------------------------
     def plan(
@@ -164,53 +246,39 @@ class Engine:
         *,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
-        fidelity: Level | None = None,
-        lead_tokens: int | None = None,
-        link_tokens: int | None = None,
+        fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
+        reuse: Reuse = "schema",
     ) -> Plan:
-        """What a prompt consists of: its spans, and where each token comes from.
+        """What a prompt consists of: its spans, and where each token comes from, by the slices that there are now.
 
-        One of: ``prompt``, PML text, the path of a file, or a parsed prompt, whose schema must have been added;
-        ``messages``, each with ``role`` (system, user, assistant) and ``content``; ``text``, to go on with as it is.
-        The latter two are cached in blocks, each in the sight of all before it: exact, and found again by whatever
-        begins with the same text.
-
-        Modules have not seen one another. How much is done about that, ``fidelity`` says. ``"fast"`` (the default): a
-        module that the prompt has behind the one that the schema has before it has been encoded in the sight of what
-        stands before it there; those elsewhere are as they are apart. ``"balanced"``: besides, a tenth of the
-        modules' tokens is evaluated afresh behind what stands before them. ``"high"``: each combination of modules,
-        arguments and text before the last module is evaluated as a whole the first time it comes, which takes as long
-        as full prefill, and reused as a whole from then on, with nothing approximated. Scaffold sets are used in any
-        case.
-
-        ``lead_tokens`` (how much of what stands before it a module is encoded in the sight of: that many tokens at
-        least, three times as many at most; an eighth or less, where the prompt leaves out some of these), ``recompute``
-        (what share; it goes to the modules that have the most words in common with the prompt's new text) and
-        ``link_tokens`` (so many at the start of each module are evaluated afresh) change what a level does: the
-        engine's own when none is given.
+        Args:
+            prompt: PML text, the path of a file, or a parsed prompt, whose schema must have been added.
+            messages: Instead, messages each with ``role`` (system, user, assistant) and ``content``.
+            text: Instead, text to go on with as it is. Messages and text are cached in blocks, each behind all before
+                it, and found again by whatever begins with the same text.
+            fidelity: What is done about slices that are not exact. ``"fast"``: nothing. ``"balanced"``: a tenth of the
+                spliced tokens is evaluated afresh, where the question points. ``"high"``: exact slices only; what has
+                none is evaluated, and saved. Or a ``Fidelity``. The engine's when none is given.
+            recompute: Instead of a level, the share (0 to 1) of the spliced tokens that is evaluated afresh.
+            reuse: ``"anywhere"`` admits slices that attended to text of other prompts, too.
 
         Raises ``PMLError`` or ``InputError``.
         """
-        wanted = Fidelity(fidelity, lead_tokens, link_tokens, recompute)
-        return self.planner.request(prompt, messages, text, fidelity=wanted).plan
+        return self._request(prompt, messages, text, fidelity, recompute, reuse).plan()
 
     def encode_for(
         self,
         prompt: str | Path | Prompt,
         progress: OnProgress | None = None,
         *,
-        fidelity: Level | None = None,
-        lead_tokens: int | None = None,
-        link_tokens: int | None = None,
+        fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
     ) -> Encoded:
-        """Make the slices that one prompt needs and the store does not have. How exact it is to be is given as for
-        ``plan``."""
-        wanted = Fidelity(fidelity, lead_tokens, link_tokens, recompute)
-        request = self.planner.request(prompt, fidelity=wanted)
+        """Make the slices that one prompt needs and the store does not have. Fidelity is given as for ``plan``."""
+        request = self._request(prompt, None, None, fidelity, recompute)
         with self.alone():
-            return self.workspace.encode(request.plan.segments, request.label, progress)
+            return self.workspace.encode(request.plan().slices, request.label, progress)
 
     def prefetch(
         self,
@@ -218,11 +286,18 @@ class Engine:
         *,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
+        fidelity: Level | Fidelity | None = None,
+        recompute: float | None = None,
+        reuse: Reuse = "schema",
     ) -> Future[None]:
-        """Read the slices that a session or a prompt is going to need into memory, in the background."""
+        """Read the slices that a session or a prompt is going to need into memory, in the background.
+
+        The prompt is given as for ``plan``.
+        """
         if isinstance(prompt, Session):
             return prompt.prefetch()
-        return self.store.prefetch(self.workspace.keys(self.planner.request(prompt, messages, text).plan))
+        plan = self._request(prompt, messages, text, fidelity, recompute, reuse).plan()
+        return self.store.prefetch(self.workspace.keys(plan))
 
     def stream(
         self,
@@ -232,47 +307,59 @@ class Engine:
         text: str | None = None,
         max_tokens: int = 256,
         use_cache: bool = True,
-        temperature: float = 0.0,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
+        sampling: Sampling | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
         seed: int | None = None,
-        stop: str | tuple[str, ...] | list[str] = (),
-        fidelity: Level | None = None,
-        lead_tokens: int | None = None,
-        link_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
+        reuse: Reuse = "schema",
         progress: OnProgress | None = None,
     ) -> Stream:
-        """The answer to a prompt, piece by piece. The prompt, and how exact it is to be, are given as for ``plan``.
+        """The answer to a prompt, piece by piece. The prompt, and its fidelity, are given as for ``plan``.
 
-        ``use_cache=False`` evaluates the same tokens from the first to the last, reusing nothing. ``temperature=0`` is
-        greedy. Slices that are missing are made on the way. ``progress(done, total)`` is told about tokens evaluated
-        before the first token of the answer. Raises ``PMLError``, ``InputError`` or ``ContextFull``.
+        Slices that are missing are made on the way.
+
+        Args:
+            max_tokens: Tokens of the answer at most.
+            use_cache: ``False`` evaluates the same tokens from the first to the last, reusing nothing.
+            sampling: How tokens are chosen; greedily, if nothing is said. The keywords from ``temperature`` to ``stop``
+                change single settings.
+            progress: ``progress(done, total)`` is told about tokens evaluated before the first token of the answer.
+
+        Raises ``PMLError``, ``InputError`` or ``ContextFull``.
         """
         started = time.perf_counter()
-        sampling = Sampling(
-            temperature, top_k, top_p, min_p, repeat_penalty, seed, (stop,) if isinstance(stop, str) else tuple(stop)
+        chosen = sampling_of(
+            sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            seed=seed,
+            stop=stop,
         )
-        wanted = Fidelity(fidelity, lead_tokens, link_tokens, recompute)
-        request = self.planner.request(prompt, messages, text, fidelity=wanted)
-        if request.plan.n_tokens >= self.context.n_ctx:
-            raise request.too_long(self.context.n_ctx)
+        request = self._request(prompt, messages, text, fidelity, recompute, reuse)
+        request.check_fits(self.context.n_ctx, self.model.n_ctx_train)
         return self.answer(
             request.plan,
-            sampling,
+            chosen,
             max_tokens=max_tokens,
             started=started,
             label=request.label,
             use_cache=use_cache,
             progress=progress,
-            at_end=self._keep_blocks if prompt is None and use_cache else None,
+            at_end=partial(self._answered, request) if use_cache else None,
         )
 
     def answer(
         self,
-        plan: Plan,
+        plan: Callable[[], Plan],
         sampling: Sampling,
         *,
         max_tokens: int,
@@ -293,7 +380,7 @@ class Engine:
             sampling,
             max_tokens=max_tokens,
             started=started,
-            turn=partial(self._turn, self.workspace.keys(plan) if use_cache else []),
+            turn=self._turn,
             schema=label,
             use_cache=use_cache,
             progress=progress,
@@ -301,31 +388,39 @@ class Engine:
             at_end=at_end,
         )
 
+    def _request(
+        self,
+        prompt: str | Path | Prompt | None,
+        messages: Sequence[Message] | None = None,
+        text: str | None = None,
+        fidelity: Level | Fidelity | None = None,
+        recompute: float | None = None,
+        reuse: Reuse = "schema",
+    ) -> Request:
+        wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
+        return self.planner.request(prompt, messages, text, fidelity=wanted, reuse=reuse)
+
     def fidelity(
         self,
         prompt: str | Path | Prompt,
         *,
         max_tokens: int = 64,
         advise: bool = True,
-        fidelity: Level | None = None,
-        lead_tokens: int | None = None,
-        link_tokens: int | None = None,
+        fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
         progress: OnTrial | None = None,
     ) -> FidelityReport:
         """How far the cached answer to a prompt is from the uncached one, and (``advise``) what would bring it nearer.
 
-        Takes as long as some full prefills. How exact the cached one is to be is given as for ``plan``; ``max_tokens``
+        Takes as long as some full prefills. The fidelity of the cached answer is given as for ``plan``; ``max_tokens``
         are those of the answer that are compared. Raises ``PMLError`` or ``ContextFull``.
         """
+        wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
         parsed = parsed_prompt(prompt)
-        wanted = Fidelity(fidelity, lead_tokens, link_tokens, recompute)
         request = self.planner.request(parsed, fidelity=wanted)
-        if request.plan.n_tokens + max_tokens > self.context.n_ctx:
-            raise request.too_long(self.context.n_ctx)
-        tuning = self.planner.tuning(self.planner.layout(parsed.schema), wanted)
+        request.check_fits(self.context.n_ctx, self.model.n_ctx_train, max_tokens)
         with self._lock:
-            return examine(self, parsed, request.plan, tuning, max_tokens=max_tokens, advise=advise, progress=progress)
+            return examine(self, parsed, wanted, max_tokens=max_tokens, advise=advise, progress=progress)
 
     def generate(self, prompt: str | Path | Prompt | None = None, **settings: Any) -> Reply:
         """The whole answer. Settings are those of ``stream``."""
@@ -338,16 +433,25 @@ class Engine:
         system: str | None = None,
         prompt: str | Path | Prompt | None = None,
         when_full: WhenFull = "oldest",
+        fidelity: Level | Fidelity | None = None,
+        recompute: float | None = None,
     ) -> Session:
         """A conversation that is kept: opened where it stood, or begun.
 
-        ``system`` is the system text of a new one, ``prompt`` a PML prompt (whose schema has been added) that a new one
-        begins with. ``when_full`` says what happens when the context overflows: the ``"oldest"`` turns leave, as many
-        as must, or ``"half"`` of them at once, and the rest moves down without being evaluated again; ``"refuse"``
-        raises ``ContextFull``. Raises ``InputError`` when it is with another model, or has begun otherwise, and
-        ``CpucacheError`` when it is open elsewhere.
+        Args:
+            name: What it is found by.
+            system: The system text of a new one.
+            prompt: Instead, a PML prompt that a new one begins with. Its schema must have been added.
+            when_full: What happens when the context overflows. The ``"oldest"`` turns leave, as many as must, or
+                ``"half"`` of them at once, and the rest moves down without being evaluated again; ``"refuse"`` raises
+                ``ContextFull``.
+            fidelity: Of ``prompt``, given as for ``plan``; likewise ``recompute``.
+
+        Raises ``InputError`` when it is with another model, or has begun otherwise, and ``CpucacheError`` when it is
+        open elsewhere.
         """
-        opening = None if prompt is None else self.planner.opening(prompt)
+        wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
+        opening = None if prompt is None else self.planner.opening(prompt, wanted)
         # Not the lock of the context: a session is opened, and read ahead, while another one's answer is on its way.
         with self._opening:
             if self._transcripts is None:
@@ -374,23 +478,40 @@ class Engine:
             yield
 
     @contextmanager
-    def _turn(self, keys: Sequence[str], stream: Stream) -> Iterator[None]:
+    def _turn(self, stream: Stream) -> Iterator[None]:
         """The turn of a stream to have the context. What it needs is read into memory, and kept, while it waits."""
-        with self.store.using(keys):
-            if not self._lock.acquire(blocking=False):
+        if self._idle is not None:
+            self._idle.busy()
+        keys: list[str] = []
+        if not self._lock.acquire(blocking=False):
+            keys = self.workspace.keys(stream.planned())
+            with self.store.using(keys):
                 self.store.prefetch(keys)
                 self._lock.acquire()
-            try:
-                with self.alone():
-                    self._running = stream
-                    yield
-            finally:
-                if self._running is stream:
-                    self._running = None
-                self._lock.release()
+        try:
+            with self.store.using(keys), self.alone():
+                self._running = stream
+                yield
+        finally:
+            if self._running is stream:
+                self._running = None
+            self._lock.release()
 
-    def _keep_blocks(self, stream: Stream) -> None:
-        """Save the blocks that the answer has filled: the next prompt may go on from there."""
-        answer = np.array(stream.tokens[: stream.evaluated], np.int32)
-        blocks = self.chains.blocks((), np.concatenate([stream.plan.tokens, answer]))
-        self.workspace.capture(blocks[len(stream.plan.segments) :], PREFIX)
+    def _answered(self, request: Request, stream: Stream) -> None:
+        """Note what is left to refine; of plain text, save the blocks that the answer has filled."""
+        if request.bound is None:
+            answer = np.array(stream.tokens[: stream.evaluated], np.int32)
+            blocks = self.slices.blocks((), np.concatenate([stream.plan.tokens, answer]))
+            self.workspace.capture(blocks[len(stream.plan.slices) :], PREFIX)
+        elif not stream.plan.exact:
+            parts = asked(request.bound)
+            self.store.asked.note(self.fingerprint, self.slices.state_format, request.label, parts)
+
+
+_END: Any = object()
+
+
+def _check(**settings: tuple[str, Sequence[str]]) -> None:
+    for name, (value, known) in settings.items():
+        if value not in known:
+            raise InputError(f"{name}={value!r}: must be one of {', '.join(known)}")

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpucache.layout import Plan, Span
-from cpucache.layout.vocabulary import Tokens
-from cpucache.reuse import Workspace
+from cpucache.layout import Tokens
+from cpucache.reuse import Plan, Span, Workspace
 
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]

@@ -1,4 +1,4 @@
-"""How a conversation that begins with a PML prompt keeps it: by its tokens, whatever becomes of the schema's file."""
+"""How a conversation keeps the PML prompt that it begins with: by its tokens and slices, not by the schema."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpucache.layout import Plan, Segment, Span, Turns
+from cpucache.layout import Tokens, Turns
+from cpucache.layout.vocabulary import joined
+from cpucache.reuse import Plan, Slice, Span
 
 
 class Opening(NamedTuple):
@@ -21,42 +23,41 @@ class Opening(NamedTuple):
     """What to call it."""
 
 
-def dump_spans(spans: Sequence[Span]) -> dict[str, Any]:
-    """Spans of slices as JSON: their segments with all that these can see, contexts first."""
-    numbers: dict[Segment, int] = {}
-    segments: list[dict[str, Any]] = []
-
-    def placed(span: Span) -> list[Any]:
-        assert span.segment is not None
-        return [number(span.segment), span.start, len(span.tokens), [list(run) for run in span.renewed]]
-
-    def number(segment: Segment) -> int:
-        if segment not in numbers:
-            context = [placed(span) for span in segment.context]
-            numbers[segment] = len(segments)
-            segments.append(
-                {
-                    "tokens": segment.tokens.tolist(),
-                    "home": segment.home,
-                    "context": context,
-                    "module": segment.module,
-                }
-            )
-        return numbers[segment]
-
-    return {"spans": [placed(span) for span in spans], "segments": segments}
+def dump_spans(spans: Sequence[Span]) -> list[dict[str, Any]]:
+    """Spans of slices as JSON."""
+    return [
+        {
+            "at": span.start,
+            "count": len(span.tokens),
+            "relation": span.relation,
+            "key": span.slice.key,
+            "tokens": span.slice.tokens.tolist(),
+            "start": span.slice.start,
+            "context": span.slice.context_key,
+            "sees": [text.hex() for text in span.slice.sees],
+            "sees_tokens": span.slice.sees_tokens,
+            "module": span.slice.module,
+        }
+        for span in spans
+        if span.slice
+    ]
 
 
-def load_spans(pieces: dict[str, Any]) -> list[Span]:
-    """The spans that ``dump_spans`` was given."""
-    segments: list[Segment] = []
+def load_spans(dumped: Sequence[dict[str, Any]]) -> list[Span]:
+    """The spans that ``dump_spans`` was given. Their slices can be spliced, not made."""
+    spans = []
+    for each in dumped:
+        sees = tuple(bytes.fromhex(text) for text in each["sees"])
+        tokens = np.array(each["tokens"], np.int32)
+        slice_ = Slice(each["key"], tokens, each["start"], each["context"], sees, each["sees_tokens"], each["module"])
+        spans.append(Span(each["at"], tokens[: each["count"]], slice_, each["relation"]))
+    return spans
 
-    def placed(number: int, start: int, count: int, renewed: Sequence[Sequence[int]]) -> Span:
-        segment = segments[number]
-        span = Span(start, segment.tokens[:count], segment, tuple((begin, end) for begin, end in renewed))
-        return segment.span if span.whole and not span.delta and not span.renewed else span
 
-    for each in pieces["segments"]:
-        context = tuple(placed(*place) for place in each["context"])
-        segments.append(Segment(np.array(each["tokens"], np.int32), each["home"], context, each["module"]))
-    return [placed(*place) for place in pieces["spans"]]
+def tokens_of(pieces: dict[str, Any]) -> Tokens:
+    """The tokens of an opening as it was written down, by this version or an earlier one."""
+    if "segments" in pieces:
+        parts = [pieces["segments"][number]["tokens"][:count] for number, _, count, _ in pieces["spans"]]
+    else:
+        parts = [each["tokens"][: each["count"]] for each in pieces["spans"]]
+    return joined([np.array(part, np.int32) for part in parts])

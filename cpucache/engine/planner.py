@@ -1,21 +1,21 @@
-"""What callers ask for, in whatever form, as plans."""
+"""What callers ask for, in whatever form, as prompts that can be planned."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from cpucache.engine.opening import Opening
-from cpucache.engine.tuning import Fidelity, Tuning
 from cpucache.errors import ContextFull, InputError
-from cpucache.layout import Chains, ChatTemplate, Plan, Positions, SchemaLayout, Turns, bind, bind_opening
-from cpucache.layout.recompute import Relevance
+from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Tokens, Turns, bind
 from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve
 from cpucache.pml.tree import Prompt, RoleName, Schema
+from cpucache.reuse import REUSES, Fidelity, Lookup, Plan, Reuse, Slices
 from cpucache.runtime import Model
 
 Message: TypeAlias = Mapping[str, object]
@@ -24,43 +24,68 @@ PREFIX = "(text)"
 """What slices of plain text and messages are listed under, as if it were their schema."""
 
 
-class Request(NamedTuple):
-    """A prompt, planned."""
+@dataclass(frozen=True)
+class Request:
+    """A prompt that can be planned."""
 
-    plan: Plan
+    plan: Callable[[], Plan]
+    """Plans the prompt by the slices that there are at the moment."""
+    n_tokens: int
     label: str
-    """Under which its slices are listed."""
+    """What its slices are listed under."""
     name: str
-    """For errors."""
+    """What errors call the prompt."""
+    bound: Bound | None = None
+    """The prompt on the layout of its schema, if it has one."""
 
-    def too_long(self, n_ctx: int) -> ContextFull:
-        """The error for a prompt that leaves no room for an answer in a context of ``n_ctx`` cells."""
-        sizes: dict[str, int] = {}
-        for span in self.plan.spans:
-            name = span.segment.module or "text of the schema" if span.segment else "new text"
-            sizes[name] = sizes.get(name, 0) + len(span.tokens)
-        parts = sorted(sizes.items(), key=lambda item: -item[1])[:3]
-        largest = ", ".join(f"{name} ({size})" for name, size in parts)
-        return ContextFull(
-            f"{self.name}: the prompt is {self.plan.n_tokens} tokens long and leaves no room for an answer in a "
-            f"context of {n_ctx}"
-            + ("" if self.plan.exact else f"; its largest parts: {largest}")
-            + "; raise --ctx (n_ctx=…) or leave something out"
+    def check_fits(self, n_ctx: int, n_ctx_train: int, room: int = 1) -> None:
+        """Raise ``ContextFull`` when prompt and answer do not fit the context, or the positions of the model.
+
+        Args:
+            n_ctx: Cells of the context.
+            n_ctx_train: Positions that the model was trained on.
+            room: Tokens of the answer at least.
+        """
+        limit = min(n_ctx, n_ctx_train)
+        if self.n_tokens + room <= limit:
+            return
+        what = f"a context of {n_ctx}" if n_ctx <= n_ctx_train else f"the {n_ctx_train} positions that the model knows"
+        advice = "raise --ctx (n_ctx=…) or leave something out" if n_ctx < n_ctx_train else "leave something out"
+        raise ContextFull(
+            f"{self.name}: the prompt is {self.n_tokens} tokens long and leaves no room for an answer in {what}"
+            f"{self._largest()}; {advice}"
         )
+
+    def _largest(self) -> str:
+        if self.bound is None:
+            return ""
+        sizes: dict[str, int] = {}
+        for piece in self.bound.pieces:
+            name = (piece.module or "text of the schema") if isinstance(piece, Segment) else "new text"
+            sizes[name] = sizes.get(name, 0) + len(piece.tokens)
+        parts = sorted(sizes.items(), key=lambda item: -item[1])[:3]
+        return "; its largest parts: " + ", ".join(f"{name} ({size})" for name, size in parts)
 
 
 class Planner:
     """Knows the schemas, the chat template and the blocks of one model."""
 
     def __init__(
-        self, model: Model, template: ChatTemplate, chains: Chains, positions: Positions, fidelity: Fidelity
+        self,
+        model: Model,
+        template: ChatTemplate,
+        slices: Slices,
+        lookup: Lookup,
+        positions: Positions,
+        usual: Fidelity,
     ) -> None:
         self._model = model
         self._template = template
-        self._chains = chains
+        self._slices = slices
+        self._lookup = lookup
         self._positions = positions
-        self._fidelity = fidelity
-        self.relevance = Relevance(model.text)
+        self.usual = usual
+        """The fidelity of prompts that do not say theirs."""
         self.schemas: dict[str, SchemaLayout] = {}
 
     def add_schema(self, schema: str | Path | Schema) -> SchemaLayout:
@@ -82,10 +107,6 @@ class Planner:
             raise InputError(f"no schema '{name}' has been added ({known}); add it with add_schema()")
         return layout
 
-    def tuning(self, layout: SchemaLayout, fidelity: Fidelity | None = None) -> Tuning:
-        """What is done about modules that have not seen one another."""
-        return (fidelity or Fidelity()).over(self._fidelity).tuning(layout.schema)
-
     def request(
         self,
         prompt: str | Path | Prompt | None,
@@ -93,23 +114,42 @@ class Planner:
         text: str | None = None,
         *,
         fidelity: Fidelity | None = None,
+        reuse: Reuse = "schema",
     ) -> Request:
-        """What a prompt consists of, see ``Engine.plan``."""
+        """A prompt in one of the forms that ``Engine.plan`` takes."""
+        if reuse not in REUSES:
+            raise InputError(f"reuse={reuse!r}: must be one of {', '.join(REUSES)}")
         if sum(given is not None for given in (prompt, messages, text)) != 1:
             raise InputError("give one of prompt, messages and text")
         if prompt is not None:
             parsed = parsed_prompt(prompt)
             layout = self.layout(parsed.schema)
-            tuning = self.tuning(layout, fidelity)
-            plan = bind(
-                layout,
-                resolve(parsed, layout.schema),
-                file=parsed.file,
-                lead=tuning.lead_tokens,
-                refresh=tuning.refresh(layout, self.relevance),
-                exact=self._chains if tuning.exact else None,
-            )
-            return Request(plan, parsed.schema, parsed.file)
+            bound = bind(layout, resolve(parsed, layout.schema), file=parsed.file)
+            plan = self._planning(bound, fidelity or self.usual, reuse)
+            return Request(plan, bound.n_tokens, parsed.schema, parsed.file, bound)
+        tokens = self._tokens(messages, text)
+        name = "messages" if text is None else "text"
+        return Request(lambda: self._slices.plan((), tokens), len(tokens), PREFIX, name)
+
+    def opening(self, prompt: str | Path | Prompt, fidelity: Fidelity | None = None) -> Opening:
+        """What a conversation begins with that begins with a PML prompt."""
+        parsed = parsed_prompt(prompt)
+        layout = self.layout(parsed.schema)
+        bound = bind(layout, resolve(parsed, layout.schema), file=parsed.file, opens=True)
+        plan = self._planning(bound, fidelity or self.usual, "schema", ends=False)()
+        return Opening(plan, bound.turns, bound.asks, parsed.schema)
+
+    def _planning(self, bound: Bound, fidelity: Fidelity, reuse: Reuse, *, ends: bool = True) -> Callable[[], Plan]:
+        def plan() -> Plan:
+            found = self._lookup.plan(bound, fidelity, reuse=reuse, ends=ends)
+            if found.end >= self._model.n_ctx_train:
+                # Positions left out may take what comes last past those that the model knows.
+                found = self._lookup.plan(bound, fidelity, reuse=reuse, ends=ends, packed=True)
+            return found
+
+        return plan
+
+    def _tokens(self, messages: Sequence[Message] | None, text: str | None) -> Tokens:
         parts = [] if self._model.bos is None else [np.array([self._model.bos], np.int32)]
         if messages is not None:
             turns = Turns(self._template, self._model)
@@ -120,21 +160,7 @@ class Planner:
         tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
         if len(tokens) <= (self._model.bos is not None) or (messages is not None and not messages):
             raise InputError("the prompt is empty")
-        return Request(self._chains.plan((), tokens), PREFIX, "messages" if text is None else "text")
-
-    def opening(self, prompt: str | Path | Prompt) -> Opening:
-        """What a conversation begins with that begins with a PML prompt."""
-        parsed = parsed_prompt(prompt)
-        layout = self.layout(parsed.schema)
-        tuning = self.tuning(layout)
-        plan, turns, asks = bind_opening(
-            layout,
-            resolve(parsed, layout.schema),
-            file=parsed.file,
-            lead=tuning.lead_tokens,
-            refresh=tuning.refresh(layout, self.relevance),
-        )
-        return Opening(plan, turns, asks, parsed.schema)
+        return tokens
 
 
 def parsed_prompt(prompt: str | Path | Prompt) -> Prompt:

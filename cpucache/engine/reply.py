@@ -17,9 +17,19 @@ class Metrics:
     cached_tokens: int = 0
     """Tokens of the prompt that were not evaluated for it: spliced from slices, or left in the context."""
     fresh_tokens: int = 0
-    """Tokens of the prompt that were evaluated."""
+    """Tokens of the prompt that were evaluated: new text, missing slices, and what was recomputed."""
     encoded_tokens: int = 0
     """Tokens evaluated to make slices that were missing (0 from the second time on)."""
+    exact_tokens: int = 0
+    """Cached tokens whose state is that of full prefill."""
+    clean_tokens: int = 0
+    """Cached tokens that were evaluated behind a part of what stands before them."""
+    related_tokens: int = 0
+    """Cached tokens that were evaluated behind other text of the schema."""
+    foreign_tokens: int = 0
+    """Cached tokens that were evaluated behind text of other prompts."""
+    recomputed_tokens: int = 0
+    """Tokens of slices that were evaluated afresh."""
     completion_tokens: int = 0
     ttft_ms: float = 0.0
     """Time to first token: everything from the call to the first token of the answer."""

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from cpucache.engine.opening import Opening, dump_spans, load_spans
+from cpucache.engine.opening import Opening, dump_spans, load_spans, tokens_of
 from cpucache.engine.reply import Reply
+from cpucache.engine.sampling import sampling_of
 from cpucache.engine.stream import Stream
 from cpucache.errors import ContextFull, InputError
-from cpucache.layout import History, Segment, Span, Turns
-from cpucache.layout.vocabulary import Tokens, empty, joined
-from cpucache.reuse import OnProgress
-from cpucache.runtime import Sampling
+from cpucache.layout import Tokens, Turns
+from cpucache.layout.vocabulary import empty, joined
+from cpucache.reuse import History, OnProgress, Slice, Span
 from cpucache.sessions import Entry, Transcripts
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Session:
         self._workspace = engine.workspace
         self._closed = False
         self._held: list[str] = []
-        self._opening: list[Span] = []
+        self._opening: list[Span] = [] if opening is None else engine.slices.chained(opening.plan, "opening")
         self._stream: Stream | None = None
         self._transcript = transcripts.open(name, fingerprint=engine.fingerprint, model=engine.model.path.stem)
         try:
@@ -70,6 +70,7 @@ class Session:
                 self._transcript.put(0, [first])
             elif first is not None:
                 self._check_same(first)
+                self._opening = []
             self._go_back(len(self.entries))
         except BaseException:
             self._transcript.close()
@@ -183,7 +184,7 @@ class Session:
         self, text: str | None, keep: int, max_tokens: int, progress: OnProgress | None, settings: dict[str, Any]
     ) -> Stream:
         started = perf_counter()
-        sampling = _sampling(settings)
+        sampling = sampling_of(**settings)
         with self._engine.alone():
             if self._closed:
                 raise InputError(f"session '{self.name}' has been closed")
@@ -200,13 +201,13 @@ class Session:
             before = history.n_tokens
             self._make_room(history, len(new), max_tokens)
             number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
-            chains = self._engine.chains
-            plan = chains.plan(history.spans, new, f"turn {number}")
+            slices = self._engine.slices
+            plan = slices.plan(history.spans, new, f"turn {number}")
             # The last token is evaluated in any case, and its logits give the answer: it goes with the answer.
-            message = chains.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
+            message = slices.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
             turn = _Turn(text, keep, history, turns, message, new[-1:] if text is not None else new, number)
             stream = self._engine.answer(
-                plan,
+                lambda: plan,
                 sampling,
                 max_tokens=max_tokens,
                 started=started,
@@ -256,7 +257,7 @@ class Session:
     def _prefilled(self, turn: _Turn, stream: Stream) -> None:
         """Save the state of the message, as far as it was not evaluated in whole blocks."""
         history, rate = turn.history, self._workspace.prefill_rate
-        self._save(turn.message[len(stream.plan.segments) - len(history.segments) :])
+        self._save(turn.message[len(stream.plan.slices) - len(history.slices) :])
         if stream.metrics.left_out_tokens and rate and self._engine.context.can_shift:
             moved = sum(history.size(index) for index in range(history.fixed, len(history)))
             stream.metrics.recompute_ms = moved / rate * 1000
@@ -268,7 +269,7 @@ class Session:
         history = turn.history
         entries = []
         if turn.text is not None:
-            history.add(segment.span for segment in turn.message)
+            history.add(block.span for block in turn.message)
             pieces = {"parts": [part.tokens.tolist() for part in turn.message], "pending": turn.opening.tolist()}
             size = sum(len(part.tokens) for part in turn.message) + len(turn.opening)
             entries.append(Entry("user", turn.text, pieces, history.left_out, {"tokens": size}))
@@ -279,7 +280,7 @@ class Session:
         self._transcript.put(turn.keep, entries)
         self._save(made)
         self._history, self._turns, self._pending, self._asks = history, turn.turns, pending, False
-        self._hold(history.segments)
+        self._hold(history.slices)
 
     def _answered(self, stream: Stream) -> tuple[Tokens, Tokens]:
         """The tokens of the answer as it was shown: those that the context holds, and those still to be evaluated."""
@@ -293,16 +294,16 @@ class Session:
         ids = np.array(tokens, np.int32)
         return ids[: stream.evaluated], joined([ids[stream.evaluated :], model.tokenize(rest)])
 
-    def _save(self, segments: Sequence[Segment]) -> None:
-        self._workspace.capture(segments, self._label)
+    def _save(self, slices: Sequence[Slice]) -> None:
+        self._workspace.capture(slices, self._label)
 
     @property
     def _label(self) -> str:
         """What its slices are listed under, as if it were their schema."""
         return f"session {self.name}"
 
-    def _hold(self, segments: Sequence[Segment]) -> None:
-        keys = [self._workspace.key(segment) for segment in segments]
+    def _hold(self, slices: Sequence[Slice]) -> None:
+        keys = [slice_.key for slice_ in self._workspace.loaded(slices)]
         self._engine.store.hold(keys)
         self._engine.store.let_go(self._held)
         self._held = keys
@@ -310,12 +311,12 @@ class Session:
     # -- from the transcript -----------------------------------------------------------------------------------------
     def _go_back(self, keep: int) -> None:
         self._history, self._turns, self._pending, self._asks = self._replayed(keep)
-        self._hold(self._history.segments)
+        self._hold(self._history.slices)
 
     def _replayed(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
         """The history of the first ``keep`` entries as it was then, and what follows from them for the next."""
         engine = self._engine
-        history = History(engine.chains, movable=engine.context.can_shift)
+        history = History(engine.slices, movable=engine.context.can_shift)
         turns = Turns(engine.template, engine.model)
         # Where nothing stands before, every text begins with this.
         pending = empty() if engine.model.bos is None else np.array([engine.model.bos], np.int32)
@@ -327,7 +328,7 @@ class Session:
             history.leave_out(entry.left_out)
             turns.begun, asks = True, entry.role == "user"
             if entry.role == "prompt":
-                self._opening = self._opening or load_spans(pieces)
+                self._opening = self._opening or self._reopened(pieces)
                 history.add(self._opening)
                 turns.role, turns.open, asks = pieces["role"], pieces["open"], pieces["asks"]
                 pending = empty()
@@ -339,11 +340,22 @@ class Session:
             turns.open = entry.role != "system"
         return history, turns, pending, asks
 
+    def _reopened(self, pieces: Any) -> list[Span]:
+        """The spans of the opening as written down; where a slice of it is gone, its tokens as exact slices."""
+        engine = self._engine
+        if "segments" not in pieces:
+            spans = load_spans(pieces["spans"])
+            loaded = self._workspace.loaded([span.slice for span in spans if span.slice])
+            if all(slice_.key in engine.store for slice_ in loaded):
+                return spans
+        return [block.span for block in engine.slices.cut((), tokens_of(pieces), "opening")]
+
     def _first_entry(self, system: str | None, opening: Opening | None) -> Entry | None:
         engine = self._engine
         bos = [] if engine.model.bos is None else [engine.model.bos]
         if opening is not None:
-            pieces = dump_spans(engine.chains.chained(opening.plan, "opening")) | {
+            pieces = {
+                "spans": dump_spans(self._opening),
                 "role": opening.turns.role,
                 "open": opening.turns.open,
                 "asks": opening.asks,
@@ -351,13 +363,19 @@ class Session:
             return Entry("prompt", opening.text, pieces, metrics={"tokens": opening.plan.n_tokens})
         if system is not None:
             tokens = [*bos, *Turns(engine.template, engine.model).turn("system", system).tolist()]
-            parts = [tokens[begin : begin + engine.chains.size] for begin in range(0, len(tokens), engine.chains.size)]
+            parts = [tokens[begin : begin + engine.slices.size] for begin in range(0, len(tokens), engine.slices.size)]
             return Entry("system", system, {"parts": parts, "pending": []}, metrics={"tokens": len(tokens)})
         return None
 
     def _check_same(self, first: Entry) -> None:
         begun = self.entries[0]
-        if (begun.role, begun.pieces) != (first.role, first.pieces):
+        same = begun.role == first.role and (
+            # The slices that there were when it began may be others than there are now.
+            np.array_equal(tokens_of(begun.pieces), tokens_of(first.pieces))
+            if first.role == "prompt"
+            else begun.pieces == first.pieces
+        )
+        if not same:
             what = "system text" if first.role == "system" else "prompt"
             raise InputError(f"session '{self.name}' has begun already, with another {what}; choose another name")
 
@@ -371,7 +389,7 @@ class _Turn:
         keep: int,
         history: History,
         turns: Turns,
-        message: Sequence[Segment],
+        message: Sequence[Slice],
         opening: Tokens,
         number: int,
     ) -> None:
@@ -383,12 +401,3 @@ class _Turn:
         self.opening = opening
         """What is evaluated together with the answer: at least the last token before it."""
         self.number = number
-
-
-def _sampling(settings: dict[str, Any]) -> Sampling:
-    known = {"temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop"}
-    unknown = settings.keys() - known
-    if unknown:
-        raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
-    stop = settings.pop("stop", ())
-    return Sampling(**{"temperature": 0.0} | settings, stop=(stop,) if isinstance(stop, str) else tuple(stop))

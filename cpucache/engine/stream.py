@@ -12,8 +12,7 @@ import numpy as np
 from cpucache.engine.reply import Metrics, Reply
 from cpucache.engine.text import TextStream
 from cpucache.errors import InputError
-from cpucache.layout import Plan
-from cpucache.reuse import OnProgress, Workspace
+from cpucache.reuse import OnProgress, Plan, Workspace
 from cpucache.runtime import Sampler, Sampling
 
 
@@ -28,7 +27,7 @@ class Stream:
     def __init__(
         self,
         workspace: Workspace,
-        plan: Plan,
+        plan: Callable[[], Plan],
         sampling: Sampling,
         *,
         max_tokens: int,
@@ -49,7 +48,10 @@ class Stream:
         """How many of them the context holds: all but the last, or the last as well."""
         self.metrics = Metrics(model=workspace.context.model.path.stem)
         self._workspace = workspace
-        self.plan = plan if use_cache else plan.without_reuse()
+        self.planned = plan if use_cache else lambda: plan().without_reuse()
+        """Plans the prompt by the slices that there are at the moment."""
+        self.plan = Plan(())
+        """The plan that was spliced; empty until the prompt has been evaluated."""
         self._sampling = sampling
         self._max_tokens = max_tokens
         self._started = started
@@ -93,11 +95,14 @@ class Stream:
         sampler = Sampler(self._sampling, context.model)
         out = TextStream(self._sampling.stop)
         try:
-            prefill = self._workspace.prefill(self.plan, self._schema, self._evaluated, fresh=not self._use_cache)
+            self.plan, prefill = self._workspace.prefill(
+                self.planned, self._schema, self._evaluated, fresh=not self._use_cache
+            )
             for name, value in asdict(prefill).items():
                 setattr(metrics, name, value)
             sampler.accept(self.plan.tokens)
-            room = min(self._max_tokens, context.n_ctx - metrics.prompt_tokens)
+            positions = max(context.model.n_ctx_train, self.plan.end + 1) - self.plan.end
+            room = min(self._max_tokens, context.n_ctx - metrics.prompt_tokens, positions)
             try:
                 while not self._stopping:
                     token = context.sample(sampler)

@@ -1,32 +1,24 @@
-"""From trees and a tokenizer to tokens at positions: the layout of a schema, and the plan of one prompt."""
+"""From trees or messages and a tokenizer to segments at positions: the layout of a schema, and prompts on it."""
 
-from cpucache.layout.bind import bind, bind_opening
-from cpucache.layout.chain import BLOCK, Chains
-from cpucache.layout.history import History
-from cpucache.layout.plan import Plan
-from cpucache.layout.refresh import Refresh
-from cpucache.layout.scaffold import ScaffoldLayout
+from cpucache.layout.bind import Bound, bind
 from cpucache.layout.schema import Extent, Positions, SchemaLayout
-from cpucache.layout.segment import Segment, Span
+from cpucache.layout.segment import NewText, Piece, Placeholder, Segment
 from cpucache.layout.template import ChatTemplate
 from cpucache.layout.turns import Turns
-from cpucache.layout.vocabulary import Vocabulary
+from cpucache.layout.vocabulary import Tokens, Vocabulary
 
 __all__ = [
-    "BLOCK",
-    "Chains",
+    "Bound",
     "ChatTemplate",
     "Extent",
-    "History",
-    "Plan",
+    "NewText",
+    "Piece",
+    "Placeholder",
     "Positions",
-    "Refresh",
-    "ScaffoldLayout",
     "SchemaLayout",
     "Segment",
-    "Span",
+    "Tokens",
     "Turns",
     "Vocabulary",
     "bind",
-    "bind_opening",
 ]

@@ -1,115 +1,103 @@
-"""Binding: a prompt, resolved against its schema, on the schema's layout gives a plan."""
+"""Binding: a prompt, resolved against its schema, on the schema's layout gives a list of pieces."""
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 from cpucache.errors import InputError, PMLError
-from cpucache.layout.chain import Chains
-from cpucache.layout.plan import Piece, Plan, schedule
-from cpucache.layout.refresh import Refresh
 from cpucache.layout.schema import SchemaLayout
-from cpucache.layout.segment import Segment
+from cpucache.layout.segment import NewText, Piece
 from cpucache.layout.turns import Turns
-from cpucache.layout.vocabulary import Tokens
-from cpucache.pml.tree import Argument, Included, Module, NewText, Role, RoleEnd, RoleStart, Schema, Text, Turn
+from cpucache.layout.vocabulary import Tokens, empty
+from cpucache.pml import tree
+from cpucache.pml.tree import Argument, Included, Role, RoleEnd, RoleStart, Schema, Text, Turn
 
 
-def bind(
-    layout: SchemaLayout,
-    included: Included,
-    *,
-    file: str = "<prompt>",
-    packed: bool | None = None,
-    scaffolds: bool = True,
-    lead: int = 0,
-    refresh: Refresh | None = None,
-    exact: Chains | None = None,
-) -> Plan:
-    """The plan of a prompt.
+@dataclass(frozen=True)
+class Bound:
+    """A prompt on the layout of its schema."""
 
-    ``packed`` lets slices stand back to back even where the layout reserves positions. ``scaffolds=False`` takes every
-    module as it is apart from the others, even where the prompt includes the whole of a scaffold set. ``lead`` takes
-    modules as they are behind up to so many tokens of what stands before them, where the schema has that before them,
-    too. ``refresh`` says which tokens of slices are evaluated afresh. ``exact`` makes slices of this combination of
-    modules, arguments and text instead, each in the sight of all before it, back to back. ``file`` is what errors call
-    the prompt. Raises ``PMLError`` when an argument is longer than its parameter.
+    layout: SchemaLayout
+    pieces: list[Piece]
+    """What it consists of, in the order in which the model reads it."""
+    turns: Turns
+    """The turns to go on with."""
+    asks: bool
+    """Whether its last turn is a message of the user's."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all pieces."""
+        return sum(len(piece.tokens) for piece in self.pieces)
+
+
+def bind(layout: SchemaLayout, included: Included, *, file: str = "<prompt>", opens: bool = False) -> Bound:
+    """The pieces of a prompt. ``file`` is what errors call the prompt.
+
+    The prompt ends with what opens the model's answer, unless its last turn already did, or it is plain text to go on
+    with, or ``opens`` a conversation, whose next message does so. Raises ``PMLError`` when an argument is longer than
+    its parameter, ``InputError`` when there is no text at all.
     """
-    binding = _Binding(layout, included, file, scaffolds=scaffolds)
+    binding = _Binding(layout, file)
     binding.scope(included)
-    binding.answer()
-    binding.check()
-    if exact:
-        return exact.exact(binding.pieces)
-    pieces = layout.leads.led(binding.pieces, lead)
-    return schedule(pieces, packed=layout.packed if packed is None else packed, refresh=refresh)
-
-
-def bind_opening(
-    layout: SchemaLayout, included: Included, *, file: str = "<prompt>", lead: int = 0, refresh: Refresh | None = None
-) -> tuple[Plan, Turns, bool]:
-    """The plan of a prompt that a conversation begins with, for more to follow.
-
-    Besides the plan, gives the turns to go on with, and whether the prompt waits for an answer.
-    """
-    binding = _Binding(layout, included, file)
-    binding.scope(included)
-    binding.check()
-    plan = schedule(layout.leads.led(binding.pieces, lead), packed=layout.packed, ends=False, refresh=refresh)
-    return plan, binding.turns, binding.turns.role == "user"
+    asks = binding.turns.role == "user"
+    if not opens:
+        binding.answer()
+    if not binding.stands_before():
+        raise InputError(f"{file}: the prompt is empty: it includes no text of its schema and brings none")
+    return Bound(layout, binding.pieces, binding.turns, asks)
 
 
 class _Binding:
-    def __init__(self, layout: SchemaLayout, included: Included, file: str, *, scaffolds: bool = True) -> None:
+    def __init__(self, layout: SchemaLayout, file: str) -> None:
         self.layout = layout
         self.file = file
         self.pieces: list[Piece] = []
-        order = {module: index for index, module in enumerate(_modules(included))}
-        # Where sets overlap, the text of a module is that of the first of them.
-        used = [each.segment_at for each in layout.scaffolds if each.fits(order)] if scaffolds else []
-        self._segment_at = ChainMap(*used, layout.segment_at)
         self.turns = Turns(layout.template, layout.vocabulary)
         self._answered = True  # nothing asks for an answer: the text simply goes on
 
     def scope(self, included: Included) -> None:
         if isinstance(included.scope, Schema):
-            self._segment(included.scope)
+            self._text(included.scope)
         for item in included.items:
             if isinstance(item, Included):
                 self.scope(item)
             elif isinstance(item, Text):
-                self._segment(item)
+                self._text(item)
                 self._answered = True
-            elif isinstance(item, (RoleStart, RoleEnd)):
+            elif isinstance(item, RoleStart | RoleEnd):
                 self.turns.role = item.node.role
                 self._answered = item.node.role == "assistant"
-                self._segment(item.node, end=isinstance(item, RoleEnd))
+                self._text(item.node, end=isinstance(item, RoleEnd))
             elif isinstance(item, Argument):
-                self.pieces.append(self._argument(item))
-            elif isinstance(item, NewText):
-                self.pieces.append(self.layout.vocabulary.tokenize(item.text))
+                self._argument(item)
+            elif isinstance(item, tree.NewText):
+                self._new(self.layout.vocabulary.tokenize(item.text))
                 self._answered = True
             elif isinstance(item, Turn):
                 self._turn(item)
 
     def answer(self) -> None:
-        """Open the model's answer, unless the prompt's last turn already did, or is plain text to go on with."""
+        """Open the model's answer, where the prompt asks for one."""
         if not self._answered:
-            self.pieces.append(self.turns.answer())
+            self._new(self.turns.answer())
 
-    def check(self) -> None:
-        """Raise ``InputError`` when there is no text at all."""
-        if not self.stands_before():
-            raise InputError(f"{self.file}: the prompt is empty: it includes no text of its schema and brings none")
+    def stands_before(self) -> bool:
+        """Whether there is any text so far."""
+        return sum(len(piece.tokens) for piece in self.pieces) > (self.layout.vocabulary.bos is not None)
 
-    def _segment(self, node: Text | Role | Schema, *, end: bool = False) -> None:
-        segment = self._segment_at.get((node, "end" if end else ""))
-        # Neighbouring pieces of text share a segment, and nothing can stand between them.
-        if segment is not None and not (self.pieces and self.pieces[-1] is segment):
-            self.pieces.append(segment)
+    def _text(self, node: Text | Role | Schema, *, end: bool = False) -> None:
+        segments = self.layout.segments_at.get((node, "end" if end else ""), [])
+        # Neighbouring pieces of text share segments, and nothing can stand between them.
+        if segments and not (self.pieces and self.pieces[-1] is segments[-1]):
+            self.pieces += segments
 
-    def _argument(self, item: Argument) -> Tokens:
+    def _new(self, tokens: Tokens, placeholder: Tokens | None = None) -> None:
+        # Tokens may be missing altogether: an empty argument, or what a template does not add.
+        if len(tokens) or placeholder is not None:
+            self.pieces.append(NewText(tokens, empty() if placeholder is None else placeholder))
+
+    def _argument(self, item: Argument) -> None:
         tokens = self.layout.vocabulary.tokenize(item.value)
         length = item.parameter.length
         if len(tokens) > length:
@@ -119,24 +107,10 @@ class _Binding:
                 file=self.file,
                 line=item.line,
             )
-        return tokens
+        self._new(tokens, self.layout.placeholder(item.parameter))
 
     def _turn(self, turn: Turn) -> None:
         self.turns.begun = self.stands_before()
-        self.pieces.append(self.turns.turn(turn.role, turn.text))
+        self._new(self.turns.turn(turn.role, turn.text))
         # The last turn may be the beginning of an answer, for the model to go on with.
         self._answered = turn.role == "assistant"
-
-    def stands_before(self) -> bool:
-        """Whether there is any text so far."""
-        tokens = sum(len(piece.tokens) if isinstance(piece, Segment) else len(piece) for piece in self.pieces)
-        return tokens > (self.layout.vocabulary.bos is not None)
-
-
-def _modules(included: Included) -> Iterator[Module]:
-    """The modules of a prompt in reading order."""
-    if isinstance(included.scope, Module):
-        yield included.scope
-    for item in included.items:
-        if isinstance(item, Included):
-            yield from _modules(item)

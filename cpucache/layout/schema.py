@@ -1,23 +1,27 @@
-"""The layout of a schema: every segment of it, with its tokens, its home position and what it may attend to."""
+"""The layout of a schema: every segment of it, with its tokens and its position."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from cpucache.errors import PMLError
-from cpucache.layout.lead import Leads
-from cpucache.layout.place import Contexts, Edge, Outline, Place
-from cpucache.layout.scaffold import lay_scaffolds
-from cpucache.layout.segment import Segment
+from cpucache.layout.segment import LONGEST, Placeholder, Segment
 from cpucache.layout.template import ChatTemplate
 from cpucache.layout.vocabulary import Tokens, Vocabulary, joined
 from cpucache.pml.tree import Module, Parameter, Role, RoleName, Schema, SchemaNode, Scope, Text, Union
+from cpucache.store import text_id
 
 Positions: TypeAlias = Literal["auto", "reserved", "packed"]
+POSITIONS: tuple[Positions, ...] = ("auto", "reserved", "packed")
+Edge: TypeAlias = Literal["", "end"]
+Place: TypeAlias = tuple[SchemaNode | Schema, Edge]
+"""Where a piece of text is written: a ``Text``, the start or (``"end"``) end of a ``Role``, the start of a schema."""
+Part: TypeAlias = Segment | Placeholder | Module | Union
 
 
 @dataclass
@@ -36,16 +40,11 @@ class Extent:
 class SchemaLayout:
     """A schema under one vocabulary and chat template.
 
-    ``positions``: ``reserved`` gives each module its fixed offset, ``packed`` the place right behind its context (it is
-    moved when a prompt needs it); ``auto`` reserves while the schema fits the trained context.
+    ``positions``: ``reserved`` gives each module its fixed offset in the schema, ``packed`` gives no positions, so that
+    a prompt's modules stand back to back; ``auto`` reserves while the schema fits the trained context.
 
-    What may be seen is anchored on the ancestors: a segment attends to the text of its enclosing modules that stands
-    before it, to earlier segments of its own module, parameters filled by their scaffold, and the scaffold members of
-    unions on the way. With ``anchor="none"`` a module's text attends to earlier segments of its own module alone. In a
-    scaffold set, modules have further segments that see one another.
-
-    Raises ``PMLError`` when the schema or a scaffold set is longer than the model can hold, or a scaffold longer than
-    its parameter.
+    Raises ``PMLError`` when a module with its enclosing text is longer than the model can hold, or a scaffold text
+    longer than its parameter.
     """
 
     def __init__(
@@ -60,27 +59,14 @@ class SchemaLayout:
             laid = _Laying(self, packed=True)
         self.packed = laid.packed
         self.extent = laid.extent
-        self.apart: tuple[Segment, ...] = tuple(laid.segments)
-        """The segments of the schema with every module apart, in document order: contexts before what needs them."""
-        self.segment_at: dict[Place, Segment] = laid.places
+        self.outline = laid.outline
+        """What each scope consists of, in reading order."""
+        self.segments_at: dict[Place, list[Segment]] = laid.places
+        """The segments that hold a piece of text."""
+        self._placeholders = laid.placeholders
         self.last_role: RoleName | None = laid.last_role
-        longest = max((segment.end for segment in self.apart), default=0)
-        if longest > limit:
-            self._too_long(longest, limit)
-        self.scaffolds = lay_scaffolds(schema, laid.outline, laid.places, packed=laid.packed)
-        """The scaffold sets, those first that come before others in a prompt that includes several."""
-        together = dict.fromkeys(segment for scaffold in self.scaffolds for segment in scaffold.segments)
-        self.segments: tuple[Segment, ...] = (*self.apart, *together)
-        """Every segment, those of scaffold sets last: contexts before what needs them. Those with leads are extra."""
-        self._check_scaffolds(limit)
-        woven = {
-            segment: laid.places[place]
-            for scaffold in self.scaffolds
-            for place, segment in scaffold.segment_at.items()
-            if segment is not laid.places[place]
-        }
-        self.leads = Leads(schema, laid.outline, woven, laid.contexts)
-        """Segments that have seen the end of what stands before them."""
+        if laid.longest > limit:
+            self._too_long(laid.longest, limit)
 
     @property
     def length(self) -> int:
@@ -92,9 +78,62 @@ class SchemaLayout:
         """How positions were given."""
         return "packed" if self.packed else "reserved"
 
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Every segment, in document order."""
+        return tuple(part for part in self._parts(self.schema) if isinstance(part, Segment))
+
+    @cached_property
+    def texts(self) -> frozenset[bytes]:
+        """The ``text_id`` of every segment and placeholder: the text of this schema."""
+        return self._texts(self.schema)
+
+    def placeholder(self, parameter: Parameter) -> Tokens:
+        """What stands for an argument of ``parameter`` while the schema is encoded."""
+        return self._placeholders[parameter].tokens
+
+    def may_attend_to(self, segment: Segment) -> frozenset[bytes] | None:
+        """The texts that a slice of ``segment`` may have attended to besides those of the prompt; ``None``: any."""
+        return self._limits.get(segment)
+
+    @cached_property
+    def _limits(self) -> dict[Segment, frozenset[bytes]]:
+        limits: dict[Segment, frozenset[bytes]] = {}
+
+        def walk(scope: Scope, around: frozenset[bytes], limit: frozenset[bytes] | None, isolate: bool) -> None:
+            own = frozenset(_id(part) for part in self.outline[scope] if isinstance(part, Segment | Placeholder))
+            if self.schema.anchor == "none":
+                limit = own
+            elif isolate and limit is None:
+                limit = around | self._texts(scope)
+            for part in self.outline[scope]:
+                if isinstance(part, Segment) and limit is not None:
+                    limits[part] = limit
+                elif isinstance(part, Module):
+                    walk(part, around | own, limit, part.isolate)
+                elif isinstance(part, Union):
+                    for member in part.members:
+                        walk(member, around | own, limit, part.isolate or member.isolate)
+
+        walk(self.schema, frozenset(), None, False)
+        return limits
+
+    def _parts(self, scope: Scope) -> Iterator[Segment | Placeholder]:
+        for part in self.outline[scope]:
+            if isinstance(part, Union):
+                for member in part.members:
+                    yield from self._parts(member)
+            elif isinstance(part, Module):
+                yield from self._parts(part)
+            else:
+                yield part
+
+    def _texts(self, scope: Scope) -> frozenset[bytes]:
+        return frozenset(map(_id, self._parts(scope)))
+
     def _too_long(self, longest: int, limit: int) -> None:
         sizes: dict[str, int] = {}
-        for segment in self.apart:
+        for segment in self.segments:
             name = segment.module or "(text of the schema)"
             sizes[name] = sizes.get(name, 0) + len(segment.tokens)
         largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
@@ -107,18 +146,6 @@ class SchemaLayout:
             line=self.schema.line,
         )
 
-    def _check_scaffolds(self, limit: int) -> None:
-        for scaffold in self.scaffolds:
-            longest = max((segment.end for segment in scaffold.segments), default=0)
-            if longest > limit:
-                names = ", ".join(f"'{module.name}'" for module in scaffold.modules)
-                raise PMLError(
-                    f"the scaffold of {names} needs {longest} tokens with what its modules see, the model holds "
-                    f"{limit}: name fewer modules",
-                    file=self.schema.file,
-                    line=next(each.line for each in self.schema.scaffolds if each.modules == scaffold.modules),
-                )
-
 
 class _Laying:
     """One walk through the schema, in document order."""
@@ -128,35 +155,36 @@ class _Laying:
         self.template = layout.template
         self.schema = layout.schema
         self.packed = packed
-        self.segments: list[Segment] = []
-        self.outline: Outline = {}
-        self.places: dict[Place, Segment] = {}
+        self.outline: dict[Scope, list[Part]] = {}
+        self.places: dict[Place, list[Segment]] = {}
+        self.placeholders: dict[Parameter, Placeholder] = {}
         self.last_role: RoleName | None = None
+        self.longest = 0
+        """The end of the text that reaches furthest: of the schema, or packed, of a module with its enclosing text."""
         self._first = True  # nothing stands before, in any prompt
         self._cursor = 0
-        self.contexts = Contexts(packed=packed)
         self.extent = Extent("schema", layout.schema.name, 0, 0)
-        self._scope(layout.schema, [], self.extent, "", cache=True)
+        self._scope(layout.schema, self.extent, "", cache=True)
 
-    def _scope(self, scope: Scope, visible: list[Segment], extent: Extent, path: str, *, cache: bool) -> None:
-        """Lay ``scope`` behind ``visible``, which grows by what later text of the same scope may see."""
+    def _scope(self, scope: Scope, extent: Extent, path: str, *, cache: bool) -> None:
         run: list[tuple[Place, Tokens]] = []
         outline = self.outline[scope] = []
 
-        def add(tokens: Tokens, *, placeholder: bool = False) -> Segment:
-            segment = Segment(tokens, self._start(visible), self.contexts.of(visible), path, cache, placeholder)
-            visible.append(segment)
-            outline.append(segment)
-            self.segments.append(segment)
-            self._cursor = segment.end
-            return segment
+        def advance(count: int) -> int | None:
+            home = None if self.packed else self._cursor
+            self._cursor += count
+            self.longest = max(self.longest, self._cursor)
+            return home
 
         def flush() -> None:
             tokens = joined([part for _, part in run])
-            if len(tokens):
-                segment = add(tokens)
-                extent.own += len(tokens)
-                self.places.update((place, segment) for place, _ in run)
+            segments = []
+            for begin in range(0, len(tokens), LONGEST):
+                part = tokens[begin : begin + LONGEST]
+                segments.append(Segment(part, advance(len(part)), path, cache))
+            outline.extend(segments)
+            extent.own += len(tokens)
+            self.places.update((place, segments) for place, _ in run)
             run.clear()
 
         if isinstance(scope, Schema) and self.vocabulary.bos is not None:
@@ -169,58 +197,40 @@ class _Laying:
             else:
                 flush()
                 if isinstance(node, Parameter):
-                    placeholder = add(self._placeholder(node), placeholder=True)
-                    extent.children.append(
-                        Extent("parameter", node.name, placeholder.home, placeholder.end, node.length)
-                    )
-                elif isinstance(node, Module):
+                    start = self._cursor
+                    placeholder = Placeholder(self._placeholder(node), advance(node.length))
+                    self.placeholders[node] = placeholder
+                    outline.append(placeholder)
+                    extent.children.append(Extent("parameter", node.name, start, self._cursor, node.length))
+                else:
                     outline.append(node)
-                    self._module(node, visible, extent, path)
-                elif isinstance(node, Union):
-                    outline.append(node)
-                    self._union(node, visible, extent, path)
+                    self._nested(node, extent, path)
             self._first = False
         flush()
         extent.end = max([self._cursor, *(child.end for child in extent.children)])
 
-    def _handed(self, visible: list[Segment]) -> list[Segment]:
-        """What of this the modules of the scope see."""
-        return list(visible) if self.schema.anchor == "ancestors" else []
-
-    def _start(self, visible: list[Segment]) -> int:
-        """Where text stands that sees this."""
-        return sum(len(segment.tokens) for segment in visible) if self.packed else self._cursor
-
-    def _module(self, module: Module, visible: list[Segment], parent: Extent, path: str) -> list[Segment]:
-        """Lay a module that stands behind ``visible``; gives what of it may be seen behind it."""
-        before = self._cursor
-        inner = self._handed(visible)
-        seen = len(inner)
-        name = f"{path}.{module.name}" if path else module.name
-        start = self._start(inner)
-        extent = Extent("module", module.name, start, start, cache=module.cache)
-        self._cursor = start
-        self._scope(module, inner, extent, name, cache=module.cache)
-        parent.children.append(extent)
-        self._cursor = before if self.packed else extent.end
-        return inner[seen:]
-
-    def _union(self, union: Union, visible: list[Segment], parent: Extent, path: str) -> None:
-        before = self._cursor
-        start = self._start(self._handed(visible))
-        extent = Extent("union", union.scaffold or "", start, start)
-        parent.children.append(extent)
-        seen: list[Segment] = []
+    def _nested(self, node: Module | Union, parent: Extent, path: str) -> None:
+        """Lay the module, or the members of the union, that stand here."""
+        start = self._cursor
+        if isinstance(node, Union):
+            extent = Extent("union", node.scaffold or "", start, start)
+            parent.children.append(extent)
+        else:
+            extent = parent
         # Members are alternatives: none stands before another.
         first, last_role = self._first, self.last_role
-        for member in union.members:
+        ends = []
+        for module in node.members if isinstance(node, Union) else (node,):
             self._cursor, self._first, self.last_role = start, first, last_role
-            behind = self._module(member, visible, extent, path)
-            if member.name == union.scaffold:
-                seen = behind
-        extent.end = max(child.end for child in extent.children)
-        self._cursor = before if self.packed else extent.end
-        visible.extend(seen)
+            name = f"{path}.{module.name}" if path else module.name
+            child = Extent("module", module.name, start, start, cache=module.cache)
+            self._scope(module, child, name, cache=module.cache)
+            extent.children.append(child)
+            ends.append(child.end)
+        if isinstance(node, Union):
+            extent.end = max(ends)
+        # Packed, only the enclosing text stands before what follows.
+        self._cursor = start if self.packed else max(ends)
 
     def _role(self, node: Role, edge: str) -> Tokens:
         if edge == "end":
@@ -253,3 +263,7 @@ def _events(children: Iterable[SchemaNode]) -> Iterator[tuple[SchemaNode, Edge]]
         if isinstance(child, Role):
             yield from _events(child.children)
             yield child, "end"
+
+
+def _id(part: Segment | Placeholder) -> bytes:
+    return text_id(part.tokens)

@@ -1,7 +1,8 @@
 """PML, the Prompt Markup Language: text in, validated trees out. Knows nothing of tokens or models."""
 
+from cpucache.pml.limits import Limits
 from cpucache.pml.prompt import load_prompt, parse_prompt
-from cpucache.pml.resolve import resolve
+from cpucache.pml.resolve import resolve, schema_for
 from cpucache.pml.schema import load_schema, parse_schema
 
-__all__ = ["load_prompt", "load_schema", "parse_prompt", "parse_schema", "resolve"]
+__all__ = ["Limits", "load_prompt", "load_schema", "parse_prompt", "parse_schema", "resolve", "schema_for"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 #: Every tag of PML. A module's name is itself a tag in prompts, so none of these can name a module.
 PML_TAGS = ("schema", "module", "union", "parameter", "prompt", "scaffold", "system", "user", "assistant")
@@ -19,6 +20,11 @@ _START = re.compile(f"[A-Za-z_{_LETTERS}]")
 
 _SHOWN = 60  # characters of a name or value that a message repeats
 _LISTED = 8  # valid names that a message lists
+LONGEST = 100  # characters of a name
+# Valid names among which the nearest is sought, and pairs of characters compared for it: to compare with all of a
+# million names takes a minute.
+_COMPARED = 2_000
+_PAIRS = 1_000_000
 
 
 def clip(text: str) -> str:
@@ -39,16 +45,17 @@ def tag(name: str) -> str:
 
 def hint(wrong: str, valid: Iterable[str], show: Callable[[str], str] = quote) -> str:
     """What to add to a message that rejects ``wrong``: the nearest of the ``valid`` names, and all of them if few."""
-    names = list(valid)
+    names = list(islice(valid, _COMPARED + 1))
     if not names:
         return " (none is defined here)"
-    by_key = {name.casefold(): name for name in names}
-    # A match is never sought for a longer name: comparing takes time in the product of both lengths.
-    close = difflib.get_close_matches(wrong.casefold(), by_key, n=1) if len(wrong) <= 200 else []
+    near = [name for name in names[:_COMPARED] if len(name) <= 2 * len(wrong) + 2] if len(wrong) <= LONGEST else []
+    by_key = {name.casefold(): name for name in near[: _PAIRS // (len(wrong) + 1) ** 2]}
+    close = difflib.get_close_matches(wrong.casefold(), by_key, n=1)
     said = f"; did you mean {show(by_key[close[0]])}?" if close else ""
     if close and not 1 < len(names) <= _LISTED:
         return said
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    left = f"{len(names) - _LISTED:,}" if len(names) <= _COMPARED else "many"
+    more = f" and {left} more" if len(names) > _LISTED else ""
     return f"{said} (valid here: {', '.join(show(name) for name in names[:_LISTED])}{more})"
 
 
@@ -56,6 +63,8 @@ def flaw(name: str, *, as_tag: bool = False, as_attribute: bool = False) -> str 
     """Why ``name`` can't be used, or None. ``as_tag``/``as_attribute``: prompts will write it as one."""
     if not _ANY.fullmatch(name):
         return "a name is made of letters, digits, '_', '-' and '.'"
+    if len(name) > LONGEST:
+        return f"a name has at most {LONGEST} characters"
     if not (as_tag or as_attribute):
         return None
     if not _START.match(name):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cpucache.pml.limits import Limits
 from cpucache.pml.names import PML_TAGS, flaw, quote, tag
 from cpucache.pml.tree import ROLES, Prompt, Reference, Text, Turn
 from cpucache.pml.xml import Element, is_blank, read_file, read_xml
@@ -14,19 +15,24 @@ from cpucache.pml.xml import Element, is_blank, read_file, read_xml
 _SCHEMA_TAGS = frozenset(PML_TAGS) - frozenset(ROLES)
 
 
-def load_prompt(path: Path) -> Prompt:
-    """Parse the prompt in the file ``path``. Raises ``PMLError``."""
-    return parse_prompt(read_file(path), file=str(path))
+def load_prompt(path: Path, limits: Limits | None = None) -> Prompt:
+    """Parse the prompt in the file ``path``. Raises like ``parse_prompt``."""
+    limits = limits or Limits()
+    return parse_prompt(read_file(path, limits), file=str(path), limits=limits)
 
 
-def parse_prompt(data: str | bytes, *, file: str = "<prompt>") -> Prompt:
-    """Parse a prompt; ``file`` is what error messages call it. Raises ``PMLError`` for what no schema makes valid."""
-    root = read_xml(data, file=file, root="prompt")
+def parse_prompt(data: str | bytes, *, file: str = "<prompt>", limits: Limits | None = None) -> Prompt:
+    """Parse a prompt; ``file`` is what error messages call it.
+
+    Raises ``PMLError`` for what no schema makes valid and what exceeds ``limits``; its ``others`` are the further
+    mistakes. Only what is not well-formed XML ends the search for more.
+    """
+    root = read_xml(data, file=file, root="prompt", limits=limits or Limits())
     root.check_attributes(required=("schema",), optional=None)
     arguments = dict(root.attributes)
-    schema = arguments.pop("schema")
-    if problem := flaw(schema):
-        raise root.error(f"illegal schema name {quote(schema)}: {problem}")
+    schema = arguments.pop("schema", "")
+    if "schema" in root.attributes and (problem := flaw(schema)):
+        root.report(f"illegal schema name {quote(schema)}: {problem}")
     children: list[Reference | Text | Turn] = []
     turn: Turn | None = None
     for child in root.children:
@@ -37,8 +43,9 @@ def parse_prompt(data: str | bytes, *, file: str = "<prompt>") -> Prompt:
             if isinstance(node, Text) and is_blank(node.text):
                 continue  # kept by xml:space="preserve", but there is nothing here that it could belong to
             what = "text" if isinstance(node, Text) else tag(node.name)
-            raise root.error(f"{what} after <{turn.role}> (line {turn.line}): turns come last in a prompt", node.line)
+            root.report(f"{what} after <{turn.role}> (line {turn.line}): turns come last in a prompt", node.line)
         children.append(node)
+    root.problems.check()
     return Prompt(schema, arguments, tuple(children), file, root.line)
 
 
@@ -48,18 +55,19 @@ def _turn(element: Element) -> Turn | None:
             element.check_attributes()
             text = ""
             for child in element.children:
-                if not isinstance(child, Text):
-                    raise child.error(f"{tag(child.tag)} inside the turn <{role}>: references stand outside turns")
-                text = child.text  # comments do not split text, so there is only one
+                if isinstance(child, Text):
+                    text = child.text  # comments do not split text, so there is only one
+                else:
+                    child.report(f"{tag(child.tag)} inside the turn <{role}>: references stand outside turns")
             return Turn(role, text, element.line)
     return None
 
 
 def _reference(element: Element) -> Reference:
     if element.tag in ROLES:
-        raise element.error(f"the turn <{element.tag}> can stand only directly under <prompt>")
-    if element.tag in _SCHEMA_TAGS:
-        raise element.error(
+        element.report(f"the turn <{element.tag}> can stand only directly under <prompt>")
+    elif element.tag in _SCHEMA_TAGS:
+        element.report(
             f"<{element.tag}> can't be used inside a prompt: a module is included by its name, as in <name/>"
         )
     children = tuple(child if isinstance(child, Text) else _reference(child) for child in element.children)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeAlias
 
 from cpucache.errors import PMLError
 from cpucache.pml.names import hint, quote, tag
+from cpucache.pml.problems import Problems
 from cpucache.pml.tree import (
     Argument,
     Included,
@@ -32,6 +33,7 @@ from cpucache.pml.tree import (
 )
 
 _Flat: TypeAlias = Text | Parameter | Module | Union | RoleStart | RoleEnd
+_SHOWN = 4  # schemas that a message lists
 
 
 def resolve(prompt: Prompt, schema: Schema) -> Included:
@@ -43,15 +45,28 @@ def resolve(prompt: Prompt, schema: Schema) -> Included:
     come last of all.
 
     Raises ``PMLError`` for anything in the prompt that the schema does not have, or that it has elsewhere, twice, as an
-    alternative to something else, or in another order. Whether arguments fit is for a layer that knows tokens.
+    alternative to something else, or in another order; its ``others`` are the further mistakes. Whether arguments fit
+    is for a layer that knows tokens.
     """
-    if prompt.schema != schema.name:
-        raise PMLError(
-            f"the prompt is written for the schema {quote(prompt.schema)}, but {schema.file} is {quote(schema.name)}",
-            file=prompt.file,
-            line=prompt.line,
-        )
-    return _Resolver(prompt, schema).included(schema, prompt)
+    schema_for(prompt, (schema,))
+    resolver = _Resolver(prompt, schema)
+    included = resolver.included(schema, prompt)
+    resolver.problems.check()
+    return included
+
+
+def schema_for(prompt: Prompt, schemas: Sequence[Schema]) -> Schema:
+    """The schema among ``schemas`` that ``prompt`` is written for. Raises ``PMLError``."""
+    for schema in schemas:
+        if schema.name == prompt.schema:
+            return schema
+    given = ", ".join(f"{schema.file} is {quote(schema.name)}" for schema in schemas[:_SHOWN])
+    more = f" and {len(schemas) - _SHOWN} more" if len(schemas) > _SHOWN else ""
+    near = hint(prompt.schema, [schema.name for schema in schemas]).partition(" (")[0]
+    reason = (
+        f"the prompt is written for the schema {quote(prompt.schema)}, but {given or 'no schema is given'}{more}{near}"
+    )
+    raise PMLError(reason, file=prompt.file, line=prompt.line)
 
 
 @dataclass(frozen=True)
@@ -65,8 +80,10 @@ class _Place:
 
 class _Resolver:
     def __init__(self, prompt: Prompt, schema: Schema) -> None:
-        self._prompt = prompt
+        self.problems = Problems(prompt.file)
         self._schema = schema
+        self._everywhere: dict[str, list[tuple[tuple[str, ...], Module]]] | None = None
+        """Every module of the schema by its name, once a mistake asks for it."""
 
     def included(self, scope: Scope, written: Prompt | Reference) -> Included:
         """``scope`` as ``written`` includes it."""
@@ -86,16 +103,18 @@ class _Resolver:
             else:
                 place = selection.find(node)
                 if place is None:
-                    raise self._error(self._why_unknown(node.name, scope), node.line)
+                    self.problems.report(self._why_unknown(node.name, scope), node.line)
+                    continue
                 if problem := selection.take(node, place):
-                    raise self._error(problem, node.line)
+                    self.problems.report(problem, node.line)
                 chosen.setdefault(place.run, []).extend([*waiting, self.included(place.module, node)])
                 waiting.clear()
         items: list[Item] = []
         for index, run in enumerate(runs):
             for part in run:
                 if isinstance(part, Parameter):
-                    items.append(arguments[part.name])
+                    if part.name in arguments:
+                        items.append(arguments[part.name])
                 elif not isinstance(part, Module | Union):
                     items.append(part)
             items += chosen.get(index, [])
@@ -106,28 +125,32 @@ class _Resolver:
         shown = tag("prompt" if isinstance(written, Prompt) else written.name)
         for name in written.arguments:
             if name not in parameters:
-                raise self._error(f"unknown argument {quote(name)} for {shown}{hint(name, parameters)}", written.line)
+                unknown = f"unknown argument {quote(name)} for {shown}{hint(name, parameters)}"
+                self.problems.report(unknown, written.line)
         for name, parameter in parameters.items():
             if name not in written.arguments:
                 need = f"{shown} lacks an argument for its parameter {quote(name)} (schema line {parameter.line})"
-                raise self._error(f'{need}: write {name}="..."', written.line)
+                self.problems.report(f'{need}: write {name}="..."', written.line)
         return {
-            name: Argument(parameter, written.arguments[name], written.line) for name, parameter in parameters.items()
+            name: Argument(parameter, written.arguments[name], written.line)
+            for name, parameter in parameters.items()
+            if name in written.arguments
         }
 
     def _why_unknown(self, name: str, scope: Scope) -> str:
         """What to say of a reference that names no module directly under ``scope``."""
         here = "directly under the schema" if isinstance(scope, Schema) else f"under {tag(scope.name)}"
-        elsewhere = list(_search(name, self._schema, ()))
+        if self._everywhere is None:
+            self._everywhere = {}
+            for path, module in _walk(self._schema, ()):
+                self._everywhere.setdefault(module.name, []).append((path, module))
+        elsewhere = self._everywhere.get(name)
         if not elsewhere:
             return f"there is no module {quote(name)} {here}{hint(name, modules_of(scope))}"
         path, module = elsewhere[0]
         where = f"under {quote('.'.join(path))}" if path else "directly under the schema"
         more = f" and in {len(elsewhere) - 1} more places" if len(elsewhere) > 1 else ""
         return f"the module {quote(name)} is not {here}, but {where} ({self._schema.file}:{module.line}){more}"
-
-    def _error(self, message: str, line: int) -> PMLError:
-        return PMLError(message, file=self._prompt.file, line=line)
 
 
 class _Selection:
@@ -182,9 +205,8 @@ def _flat(nodes: Iterable[SchemaNode]) -> Iterator[_Flat]:
             yield node
 
 
-def _search(name: str, scope: Scope, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Module]]:
-    """Every module called ``name``, with the names of the modules around it."""
+def _walk(scope: Scope, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Module]]:
+    """Every module below ``scope``, with the names of the modules around it."""
     for module in modules_of(scope).values():
-        if module.name == name:
-            yield path, module
-        yield from _search(name, module, (*path, module.name))
+        yield path, module
+        yield from _walk(module, (*path, module.name))

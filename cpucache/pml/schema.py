@@ -4,40 +4,47 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
-from cpucache.pml.names import flaw, hint, quote, tag
+from cpucache.pml.limits import Limits, TooLarge, read_regular
+from cpucache.pml.names import PML_TAGS, flaw, hint, quote, tag
 from cpucache.pml.scaffold import read_scaffolds
-from cpucache.pml.tree import ANCHORS, ROLES, Anchor, Module, Parameter, Role, Schema, SchemaNode, Text, Union, parts
+from cpucache.pml.tree import ANCHORS, ROLES, Anchor, Module, Parameter, Role, Schema, SchemaNode, Text, Union
 from cpucache.pml.xml import Element, has_content, is_blank, read_file, read_xml
 
 _CONTENT = ("module", "union", "parameter", *ROLES)
 _LENGTH = re.compile("[1-9][0-9]{0,8}")
-_LINK = re.compile("0|[1-9][0-9]{0,8}")
+_BESIDE = 2_000  # files of a folder among which the one that was meant is sought
 
 
-def load_schema(path: Path) -> Schema:
-    """Parse the schema in the file ``path``; ``src`` files are looked for in its folder. Raises ``PMLError``."""
-    return parse_schema(read_file(path), file=str(path), folder=path.parent)
+def load_schema(path: Path, limits: Limits | None = None) -> Schema:
+    """Parse the schema in the file ``path``, whose folder holds the ``src`` files. Raises like ``parse_schema``."""
+    limits = limits or Limits()
+    return parse_schema(read_file(path, limits), file=str(path), folder=path.parent, limits=limits)
 
 
-def parse_schema(data: str | bytes, *, file: str = "<schema>", folder: Path | None = None) -> Schema:
+def parse_schema(
+    data: str | bytes, *, file: str = "<schema>", folder: Path | None = None, limits: Limits | None = None
+) -> Schema:
     """Parse and check a schema.
 
     ``file`` is what error messages call it; ``folder`` is where ``src`` files must lie (None: ``src`` can't be used).
-    Raises ``PMLError`` for anything that breaks the rules of PML.
+    Raises ``PMLError`` for anything that breaks the rules of PML or exceeds ``limits``; its ``others`` are the further
+    mistakes. Only what is not well-formed XML ends the search for more.
     """
-    root = read_xml(data, file=file, root="schema")
-    root.check_attributes(required=("name",), optional=("anchor", "link"))
-    name = root.attributes["name"]
-    if problem := flaw(name):
-        raise root.error(f"illegal schema name {quote(name)}: {problem}")
-    anchor, link = _anchor(root), _link(root)
-    children = _Parser(folder).content(root, _Names(is_root=True), role=None)
-    schema = Schema(name, children, file, root.line, anchor=anchor, link=link)
-    if all(isinstance(node, Role) for node in parts(schema)):
-        raise root.error(f"the schema {quote(name)} is empty: give it text, a module or a parameter")
-    return replace(schema, scaffolds=read_scaffolds(root, schema))
+    limits = limits or Limits()
+    root = read_xml(data, file=file, root="schema", limits=limits)
+    root.check_attributes(required=("name",), optional=("anchor",))
+    name = _name(root, {})
+    anchor = _anchor(root)
+    children = _Parser(folder, limits).content(root, _Names(is_root=True), role=None)
+    schema = Schema(name, children, file, root.line, anchor=anchor)
+    if _is_empty(root):
+        root.report(f"the schema {quote(name)} is empty: give it text, a module or a parameter")
+    schema = replace(schema, scaffolds=read_scaffolds(root, schema))
+    root.problems.check()
+    return schema
 
 
 @dataclass
@@ -50,20 +57,27 @@ class _Names:
 
 
 class _Parser:
-    """Turns elements into nodes. ``role`` is the role tag that is open around an element, if any."""
+    """Turns elements into nodes. ``role`` is the role tag that is open around an element, if any.
 
-    def __init__(self, folder: Path | None) -> None:
+    A mistake is reported and passed over: what becomes of the tree is not seen by anyone then.
+    """
+
+    def __init__(self, folder: Path | None, limits: Limits) -> None:
         self._folder = folder
+        self._limits = limits
+        self._sources = 0
+        """Bytes of the ``src`` files so far."""
 
     def content(self, parent: Element, names: _Names, role: Element | None) -> tuple[SchemaNode, ...]:
         """The nodes inside ``parent``, whose own scope (or, for a role tag, the scope around it) is ``names``."""
-        return tuple(
+        nodes = (
             child if isinstance(child, Text) else self._node(child, parent, names, role)
             for child in parent.children
             if isinstance(child, Text) or not _is_scaffold(child, parent)
         )
+        return tuple(node for node in nodes if node is not None)
 
-    def _node(self, element: Element, parent: Element, names: _Names, role: Element | None) -> SchemaNode:
+    def _node(self, element: Element, parent: Element, names: _Names, role: Element | None) -> SchemaNode | None:
         if element.tag == "module":
             return self._module(element, names, role)
         if element.tag == "union":
@@ -73,100 +87,126 @@ class _Parser:
         for known in ROLES:
             if element.tag == known:
                 if role is not None:
-                    raise element.error(
-                        f"{tag(known)} stands inside <{role.tag}> (line {role.line}): roles can't be nested"
-                    )
+                    element.report(f"{tag(known)} stands inside <{role.tag}> (line {role.line}): roles can't be nested")
                 element.check_attributes()
                 return Role(known, self.content(element, names, element), element.line)
         if element.tag == "scaffold":
-            raise element.error(f"<scaffold> inside <{parent.tag}>: it can stand only directly under <schema>")
+            element.report(f"<scaffold> inside <{parent.tag}>: it can stand only directly under <schema>")
+            return None
         known_here = (*_CONTENT, "scaffold") if parent.tag == "schema" else _CONTENT
-        raise element.error(f"unexpected {tag(element.tag)} inside <{parent.tag}>{hint(element.tag, known_here, tag)}")
+        self._unexpected(element, f" inside <{parent.tag}>{hint(element.tag, known_here, tag)}", role)
+        return None
+
+    def _unexpected(self, element: Element, where: str, role: Element | None) -> None:
+        """Report an element that can't stand where it does, and what is wrong inside it."""
+        element.report(f"unexpected {tag(element.tag)}{where}")
+        if element.tag not in PML_TAGS:
+            self.content(element, _Names(), role)
 
     def _module(self, element: Element, names: _Names, role: Element | None) -> Module:
-        element.check_attributes(required=("name",), optional=("cache", "src", "link"))
-        name = element.attributes["name"]
-        if problem := flaw(name, as_tag=True):
-            raise element.error(f"illegal module name {quote(name)}: {problem}")
-        if name in names.modules:
-            raise element.error(_duplicate("module", name, names.modules[name]))
-        names.modules[name] = element.line
-        cache = element.attributes.get("cache", "true")
-        if cache not in ("true", "false"):
-            raise element.error(f"unknown value {quote(cache)} for 'cache'{hint(cache, ('true', 'false'))}")
-        link = _link(element)
+        element.check_attributes(required=("name",), optional=("cache", "src", "isolate"))
+        name = _name(element, names.modules, as_tag=True)
+        cache, isolate = _flag(element, "cache", default=True), _flag(element, "isolate", default=False)
         children = self._source(element) if "src" in element.attributes else self.content(element, _Names(), role)
-        return Module(name, children, cache == "true", element.line, link)
+        return Module(name, children, cache, element.line, isolate)
 
     def _union(self, element: Element, names: _Names, role: Element | None) -> Union:
-        element.check_attributes(optional=("scaffold",))
+        element.check_attributes(optional=("scaffold", "isolate"))
+        isolate = _flag(element, "isolate", default=False)
         members = []
         for child in element.children:
             if isinstance(child, Text):
                 if not is_blank(child.text):
-                    raise element.error("text inside <union>, which holds modules only: put it in a module", child.line)
+                    element.report("text inside <union>, which holds modules only: put it in a module", child.line)
             elif child.tag != "module":
-                raise child.error(f"unexpected {tag(child.tag)} inside <union>, which holds modules only")
+                self._unexpected(child, " inside <union>, which holds modules only", role)
             else:
                 members.append(self._module(child, names, role))
-        if not members:
-            raise element.error("<union> is empty: give it at least one module")
-        scaffold = element.attributes.get("scaffold")
         member_names = [member.name for member in members]
-        if scaffold is not None and scaffold not in member_names:
-            raise element.error(
-                f"the scaffold {quote(scaffold)} is not a member of its union{hint(scaffold, member_names)}"
-            )
-        return Union(tuple(members), scaffold, element.line)
+        scaffold = element.attributes.get("scaffold")
+        if not has_content(element):
+            element.report("<union> is empty: give it at least one module")
+        elif scaffold is not None and scaffold not in member_names:
+            element.report(f"the scaffold {quote(scaffold)} is not a member of its union{hint(scaffold, member_names)}")
+        return Union(tuple(members), scaffold, element.line, isolate)
 
     def _source(self, element: Element) -> tuple[Text, ...]:
-        """The verbatim text of a module's ``src`` file."""
+        """The verbatim text of a module's ``src`` file, or nothing where that is reported as a mistake."""
         src = element.attributes["src"]
         if has_content(element):
-            raise element.error(f"a module with src={quote(src)} can't have content of its own")
-        if self._folder is None:
-            raise element.error(
-                f"src={quote(src)} needs a schema that is read from a file: there is no folder to look in"
-            )
+            element.report(f"a module with src={quote(src)} can't have content of its own")
+        problem: str | None = None
+        text = ""
         try:
-            folder = self._folder.resolve()
-            path = (folder / src).resolve()
-            if not path.is_relative_to(folder):
-                raise element.error(f"src={quote(src)} lies outside the schema's folder")
-            if not path.exists():
-                beside = path.parent.iterdir() if path.parent.is_dir() else ()
-                files = sorted(other.relative_to(folder).as_posix() for other in beside)
-                raise element.error(f"src={quote(src)} does not exist in the schema's folder{hint(src, files)}")
-            # Not only for folders: reading a pipe or a device might never end.
-            if not path.is_file():
-                raise element.error(f"src={quote(src)} is not a regular file")
-            data = path.read_bytes()
-            text = data.decode()
+            text, problem = self._read(src)
         except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            raise element.error(f"src={quote(src)} is not UTF-8 (its line {line}): save it in that encoding") from None
+            line = error.object.count(b"\n", 0, error.start) + 1
+            problem = f"is not UTF-8 (its line {line}): save it in that encoding"
+        except TooLarge as error:
+            problem = f"{error.strerror}: shorten it or leave it out"
         except (OSError, RuntimeError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise element.error(f"src={quote(src)} can't be read: {reason}") from None
+            problem = f"can't be read: {(error.strerror if isinstance(error, OSError) else None) or error}"
+        if problem:
+            element.report(f"src={quote(src)} {problem}")
         return (Text(text, element.line),) if text else ()
+
+    def _read(self, src: str) -> tuple[str, str | None]:
+        """The text of a ``src`` file, and what is wrong with its place."""
+        if self._folder is None:
+            return "", "needs a schema that is read from a file: there is no folder to look in"
+        folder = self._folder.resolve()
+        path = (folder / src).resolve()
+        if not path.is_relative_to(folder):
+            return "", "lies outside the schema's folder"
+        if not path.exists():
+            beside = islice(path.parent.iterdir(), _BESIDE) if path.parent.is_dir() else ()
+            files = sorted(other.relative_to(folder).as_posix() for other in beside)
+            return "", f"does not exist in the schema's folder{hint(src, files)}"
+        if not path.is_file():
+            return "", "is not a regular file"
+        data = read_regular(path, self._limits.source)
+        self._sources += len(data)
+        if self._sources > self._limits.sources:
+            return "", f"makes more than {self._limits.sources:,} bytes of all src files: leave some out"
+        return data.decode(), None
+
+
+def _name(
+    element: Element, taken: dict[str, int], *, as_tag: bool = False, as_attribute: bool = False, reserved: str = ""
+) -> str:
+    """The name that an element gives itself, reported where it can't be used."""
+    name = element.attributes.get("name")
+    if name is None:  # which has been reported with the other attributes
+        return ""
+    problem = flaw(name, as_tag=as_tag, as_attribute=as_attribute)
+    if problem is None and name == reserved:
+        problem = "<prompt> has an attribute of that name already"
+    if problem:
+        element.report(f"illegal {element.tag} name {quote(name)}: {problem}")
+    elif name in taken:
+        used = f"already used on line {taken[name]} in the same scope"
+        element.report(f"duplicate {element.tag} name {quote(name)}: {used}")
+    else:
+        taken[name] = element.line
+    return name
 
 
 def _parameter(element: Element, names: _Names) -> Parameter:
     element.check_attributes(required=("name", "length"), optional=("scaffold",))
-    name, length = element.attributes["name"], element.attributes["length"]
-    problem = flaw(name, as_attribute=True)
-    if problem is None and names.is_root and name == "schema":
-        problem = "<prompt> has an attribute of that name already"
-    if problem:
-        raise element.error(f"illegal parameter name {quote(name)}: {problem}")
-    if name in names.parameters:
-        raise element.error(_duplicate("parameter", name, names.parameters[name]))
-    names.parameters[name] = element.line
+    name = _name(element, names.parameters, as_attribute=True, reserved="schema" if names.is_root else "")
+    length = element.attributes.get("length", "1")
     if not _LENGTH.fullmatch(length):
-        raise element.error(f"illegal length {quote(length)}: write a number of tokens from 1 to 999999999")
+        element.report(f"illegal length {quote(length)}: write a number of tokens from 1 to 999999999")
+        length = "1"
     if has_content(element):
-        raise element.error('<parameter> can\'t have content: its text comes from the prompt (or from scaffold="...")')
+        element.report('<parameter> can\'t have content: its text comes from the prompt (or from scaffold="...")')
     return Parameter(name, int(length), element.attributes.get("scaffold"), element.line)
+
+
+def _is_empty(element: Element) -> bool:
+    """Whether there is nothing in a schema or role but roles and scaffolds."""
+    inside = [child for child in element.children if isinstance(child, Text) or child.tag != "scaffold"]
+    return all(not isinstance(child, Text) and child.tag in ROLES and _is_empty(child) for child in inside)
 
 
 def _is_scaffold(element: Element, parent: Element) -> bool:
@@ -178,15 +218,12 @@ def _anchor(element: Element) -> Anchor:
     for anchor in ANCHORS:
         if given == anchor:
             return anchor
-    raise element.error(f"unknown value {quote(given)} for 'anchor'{hint(given, ANCHORS)}")
+    element.report(f"unknown value {quote(given)} for 'anchor'{hint(given, ANCHORS)}")
+    return "ancestors"
 
 
-def _link(element: Element) -> int | None:
-    given = element.attributes.get("link")
-    if given is not None and not _LINK.fullmatch(given):
-        raise element.error(f"illegal link {quote(given)}: write a number of tokens from 0 to 999999999")
-    return None if given is None else int(given)
-
-
-def _duplicate(kind: str, name: str, line: int) -> str:
-    return f"duplicate {kind} name {quote(name)}: already used on line {line} in the same scope"
+def _flag(element: Element, name: str, *, default: bool) -> bool:
+    given = element.attributes.get(name, str(default).lower())
+    if given not in ("true", "false"):
+        element.report(f"unknown value {quote(given)} for {quote(name)}{hint(given, ('true', 'false'))}")
+    return given == "true"

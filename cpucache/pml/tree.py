@@ -49,26 +49,29 @@ class Role:
 class Module:
     """A named, reusable part of a prompt. ``cache=False``: evaluated afresh in every prompt.
 
-    ``link``: how many of its first tokens are evaluated afresh when it is spliced; ``None`` leaves that to the schema.
+    ``isolate``: No text of other modules may show through in the states of this module's text: they attend to the text
+    of enclosing modules and the schema's own text alone.
     """
 
     name: str
     children: tuple[SchemaNode, ...]
     cache: bool
     line: int
-    link: int | None = None
+    isolate: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Union:
     """Modules that start at the same position, of which a prompt takes at most one.
 
-    ``scaffold`` names the member whose text stands in for the union while what follows it is encoded.
+    ``scaffold`` names the member whose text stands in for the union while what follows it is encoded. ``isolate``: what
+    it means on a module holds for every member.
     """
 
     members: tuple[Module, ...]
     scaffold: str | None
     line: int
+    isolate: bool = False
 
 
 SchemaNode: TypeAlias = Text | Parameter | Role | Module | Union
@@ -89,8 +92,7 @@ class Scaffold:
 class Schema:
     """The root: a module that is always included. ``file`` is what error messages call it.
 
-    ``anchor``: what modules see of the text around them when they are encoded. ``link``: the link tokens of modules
-    that have no number of their own; ``None`` leaves that to whoever runs the prompt.
+    ``anchor``: what modules see of the text around them when they are encoded.
     """
 
     name: str
@@ -99,7 +101,6 @@ class Schema:
     line: int
     scaffolds: tuple[Scaffold, ...] = ()
     anchor: Anchor = "ancestors"
-    link: int | None = None
 
 
 Scope: TypeAlias = Schema | Module

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
 from lxml import etree
 
 from cpucache.errors import PMLError
+from cpucache.pml.limits import Limits, TooLarge, read_regular
 from cpucache.pml.names import clip, hint, quote, tag
+from cpucache.pml.problems import Problems
+from cpucache.pml.syntax import explain
 from cpucache.pml.tree import Text
-
-# Trees are walked by recursion, here and in the layers above: this is far deeper than any real file and far shallower
-# than the stack.
-MAX_DEPTH = 100
-# lxml looks every attribute up by name, which takes time in the square of their number.
-MAX_ATTRIBUTES = 1000
 
 # Tags that say something about the whole and stand for nothing where they are: like comments, they do not split text,
 # which comes behind them if they stand in the middle of it.
@@ -34,30 +32,9 @@ _DECLARATION = re.compile(r"<\?xml[ \t\r\n][^>]*?\?>")
 _ENCODING = re.compile(r"encoding[ \t\r\n]*=[ \t\r\n]*[\"']([^\"']*)")
 _BEFORE_ROOT = re.compile(r"(?:[ \t\r\n]+|<!--.*?-->)*", re.DOTALL)
 
-# How libxml2 puts what people get wrong most often, and how it is said here. All else is passed on in its own words.
-_SAID = (
-    (
-        re.compile(r"Opening and ending tag mismatch: (\S+) line (\d+) and (\S+)"),
-        "<{}>, opened on line {}, is not closed before </{}>: a closing tag is missing or misspelt",
-    ),
-    (
-        re.compile(r"Premature end of data in tag (\S+) line (\d+)"),
-        "<{0}>, opened on line {1}, is never closed: add </{0}>",
-    ),
-    (re.compile(r"Couldn't find end of Start Tag (\S+)(?: line (\d+))?"), "the tag <{}> lacks its closing '>'"),
-    (
-        re.compile(r"Entity '(.+)' not defined"),
-        "unknown entity &{};: only &amp; &lt; &gt; &quot; &apos; and character references such as &#233; can be used",
-    ),
-    (re.compile(r"xmlParseEntityRef: no name|EntityRef: expecting ';'"), "a bare '&' in text is written &amp;"),
-    (re.compile(r"Unescaped '<' not allowed in attributes values"), "a '<' inside an attribute is written &lt;"),
-    (re.compile(r"Attribute (\S+) redefined"), "the attribute '{}' is given twice"),
-    (
-        re.compile(r"Namespace prefix (\S+) |Failed to parse QName '(.+)'"),
-        "names with a ':' can't be used: PML has no namespaces (xml:space is the only prefixed attribute)",
-    ),
-    (re.compile("XML_PARSE_HUGE"), "tags nested too deep, or a text or attribute of more than 10 million characters"),
-)
+# Start tags, comments and CDATA sections, not those inside one another. What is never closed ends with the document, so
+# that each character is looked at once.
+_MARKUP = re.compile(r"<!--.*?(?:-->|\Z)|<!\[CDATA\[.*?(?:\]\]>|\Z)|<[^/!?]", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +44,15 @@ class Element:
     tag: str
     attributes: dict[str, str]
     children: tuple[Element | Text, ...]
-    file: str
     line: int
+    problems: Problems
 
-    def error(self, message: str, line: int | None = None) -> PMLError:
-        """The error to raise about this element, or about something on ``line`` inside it."""
-        return PMLError(message, file=self.file, line=self.line if line is None else line)
+    def report(self, message: str, line: int | None = None) -> None:
+        """Report a mistake in this element, or in something on ``line`` inside it."""
+        self.problems.report(message, self.line if line is None else line)
 
-    def check_attributes(self, required: tuple[str, ...] = (), optional: tuple[str, ...] | None = ()) -> None:
-        """Raise ``PMLError`` for an attribute that this tag can't have, or one that is missing.
+    def check_attributes(self, required: tuple[str, ...] = (), optional: tuple[str, ...] | None = ()) -> bool:
+        """Report the attributes that this tag can't have, and those that are missing: false if any is.
 
         ``optional=None``: beyond the required ones, it can have any.
         """
@@ -83,10 +60,11 @@ class Element:
         for name in self.attributes:
             if optional is not None and name not in known:
                 where = f"unknown attribute {quote(name)} on {tag(self.tag)}"
-                raise self.error(where + (hint(name, known) if known else ", which takes none"))
-        for name in required:
-            if name not in self.attributes:
-                raise self.error(f'{tag(self.tag)} lacks its attribute {quote(name)}: write <{self.tag} {name}="...">')
+                self.report(where + (hint(name, known) if known else ", which takes none"))
+        missing = [name for name in required if name not in self.attributes]
+        for name in missing:
+            self.report(f'{tag(self.tag)} lacks its attribute {quote(name)}: write <{self.tag} {name}="...">')
+        return not missing
 
 
 def is_blank(text: str) -> bool:
@@ -119,22 +97,31 @@ def _folded(run: str) -> str:
     return " " if run else ""
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a schema or prompt; ``PMLError`` if it can't be read."""
+def read_file(path: Path, limits: Limits) -> bytes:
+    """The bytes of a schema or prompt. Raises ``PMLError`` if it can't be read, or is larger than ``limits`` allow."""
     try:
-        return path.read_bytes()
+        return read_regular(path, limits.document)
+    except TooLarge as error:
+        reason = f"{error.strerror}: put long texts into src files"
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise PMLError(f"can't be read: {reason}", file=str(path), line=None) from None
+        reason = f"can't be read: {(error.strerror if isinstance(error, OSError) else None) or error}"
+    raise PMLError(reason, file=str(path), line=None)
 
 
-def read_xml(data: str | bytes, *, file: str, root: str) -> Element:
+def read_xml(data: str | bytes, *, file: str, root: str, limits: Limits) -> Element:
     """Parse ``data`` into its root element, which must be ``<root>``.
 
-    Raises ``PMLError`` for whatever is not a well-formed document of the subset described above.
+    Raises ``PMLError`` for whatever is no well-formed document of the subset described above, of the size that
+    ``limits`` allow. What can be passed over is kept in the element's ``problems``.
     """
-    text = _text_of(data, file).removeprefix("\ufeff")
-    line = _check_prolog(text, file, root)
+    size = len(data if isinstance(data, bytes) else data.encode(errors="surrogatepass"))
+    if size > limits.document:
+        raise PMLError(f"has more than the {limits.document:,} bytes that are read at most", file=file, line=None)
+    problems = Problems(file)
+    text = _text_of(data, problems).removeprefix("\ufeff")
+    line = _check_prolog(text, problems, root)
+    if sum(1 for _ in islice(_MARKUP.finditer(text), limits.tags + 1)) > limits.tags:
+        problems.stop(f"more than {limits.tags:,} tags and comments: divide it into several documents", line)
     # The encoding given here overrides what the document declares, which has been checked or no longer matters.
     parser = etree.XMLParser(
         encoding="utf-8",
@@ -149,21 +136,21 @@ def read_xml(data: str | bytes, *, file: str, root: str) -> Element:
     try:
         node = etree.fromstring(text.encode(), parser)
     except etree.XMLSyntaxError as error:
-        # Later entries only follow from the first.
-        first = parser.error_log[0] if len(parser.error_log) else None
-        message, at = (first.message, first.line) if first is not None else (error.msg, error.lineno)
-        raise PMLError(_said(message), file=file, line=at) from None
-    reader = _Reader(file, line)
+        problems.stop(*explain(parser, error, text))
+    reader = _Reader(problems, line, limits)
     element = reader.element(node, preserve=False, depth=1)
     for after in node.itersiblings():
         if isinstance(after, etree._ProcessingInstruction):
-            raise PMLError(_instruction(str(after.target)), file=file, line=_end_line(after))
+            problems.report(_instruction(str(after.target)), _end_line(after))
     if element.tag != root:
-        raise element.error(f"expected <{root}> as the outermost tag, found {tag(element.tag)}")
+        # What stands inside another kind of document would only be told to be no part of this kind.
+        raise PMLError(
+            f"expected <{root}> as the outermost tag, found {tag(element.tag)}", file=file, line=element.line
+        )
     return element
 
 
-def _text_of(data: str | bytes, file: str) -> str:
+def _text_of(data: str | bytes, problems: Problems) -> str:
     try:
         if isinstance(data, str):
             data.encode()
@@ -171,19 +158,19 @@ def _text_of(data: str | bytes, file: str) -> str:
         text = data.decode()
     except UnicodeDecodeError as error:
         reason = f"byte 0x{error.object[error.start]:02x} is not UTF-8: save the file in that encoding"
-        raise PMLError(reason, file=file, line=error.object.count(b"\n", 0, error.start) + 1) from None
+        problems.stop(reason, error.object.count(b"\n", 0, error.start) + 1)
     except UnicodeEncodeError as error:
         reason = f"U+{ord(error.object[error.start]):04X} is not a character that text can hold"
-        raise PMLError(reason, file=file, line=error.object.count("\n", 0, error.start) + 1) from None
+        problems.stop(reason, error.object.count("\n", 0, error.start) + 1)
     declaration = _DECLARATION.match(text.removeprefix("\ufeff"))
     declared = _ENCODING.search(declaration.group()) if declaration else None
     if declared and declared.group(1).lower() not in ("utf-8", "utf8", "us-ascii"):
         name = quote(declared.group(1))
-        raise PMLError(f"the encoding {name} can't be used: save the file as UTF-8 and declare that", file=file, line=1)
+        problems.stop(f"the encoding {name} can't be used: save the file as UTF-8 and declare that", 1)
     return text
 
 
-def _check_prolog(text: str, file: str, root: str) -> int:
+def _check_prolog(text: str, problems: Problems, root: str) -> int:
     """Reject what may not stand before the root tag before libxml2 sees it. Returns the line of the root tag."""
     declaration = _DECLARATION.match(text)
     before = _BEFORE_ROOT.match(text, declaration.end() if declaration else 0)
@@ -191,11 +178,11 @@ def _check_prolog(text: str, file: str, root: str) -> int:
     line = text.count("\n", 0, start) + 1
     rest = text[start : start + 200]
     if not rest:
-        raise PMLError(f"nothing here: expected <{root}>", file=file, line=line)
+        problems.stop(f"nothing here: expected <{root}>", line)
     if rest[:9].upper() == "<!DOCTYPE":
-        raise PMLError("a DOCTYPE can't be used: remove it (PML has no DTD and no entities)", file=file, line=line)
+        problems.stop("a DOCTYPE can't be used: remove it (PML has no DTD and no entities)", line)
     if rest.startswith("<?"):
-        raise PMLError(_instruction(re.split(r"[\s?]", rest[2:], maxsplit=1)[0]), file=file, line=line)
+        problems.stop(_instruction(re.split(r"[\s?]", rest[2:], maxsplit=1)[0]), line)
     return line
 
 
@@ -203,13 +190,6 @@ def _instruction(target: str) -> str:
     if target.lower() == "xml":
         return "the declaration <?xml ...?> can stand only once, at the very start of the file"
     return f"the processing instruction <?{clip(target)} ...?> can't be used: remove it"
-
-
-def _said(message: str) -> str:
-    for pattern, said in _SAID:
-        if found := pattern.search(message):
-            return said.format(*(clip(group or "") for group in found.groups()))
-    return f"not well-formed XML: {clip(message.strip())}"
 
 
 def _end_line(node: etree._Element) -> int | None:
@@ -229,9 +209,10 @@ class _Reader:
     tags, and set right by every start tag.
     """
 
-    def __init__(self, file: str, line: int) -> None:
-        self._file = file
+    def __init__(self, problems: Problems, line: int, limits: Limits) -> None:
+        self._problems = problems
         self._line = line
+        self._limits = limits
 
     def element(self, node: etree._Element, preserve: bool, depth: int) -> Element:
         # A newline written as a character reference counts too many: the end of the tag is the upper bound.
@@ -240,23 +221,26 @@ class _Reader:
             end = self._line
         line = min(self._line, end)
         self._line = end
-        if depth > MAX_DEPTH:
-            raise self._error(f"tags are nested more than {MAX_DEPTH} deep", line)
+        if depth > self._limits.depth:
+            self._problems.stop(f"tags are nested more than {self._limits.depth} deep", line)
         name = str(node.tag)
         if node.nsmap:
-            raise self._error(f"xmlns on {tag(_local(name))} can't be used: PML has no namespaces", line)
-        if len(node.attrib) > MAX_ATTRIBUTES:
-            raise self._error(f"{tag(name)} has more than {MAX_ATTRIBUTES} attributes", line)
+            self._problems.stop(f"xmlns on {tag(_local(name))} can't be used: PML has no namespaces", line)
+        if len(node.attrib) > self._limits.attributes:
+            self._problems.stop(f"{tag(name)} has more than {self._limits.attributes} attributes", line)
         attributes = {str(key): str(value) for key, value in node.attrib.items()}
         space = attributes.pop(_XML_SPACE, None)
         if space not in (None, "preserve", "default"):
-            raise self._error(f"unknown value {quote(space)} for xml:space{hint(space, ('preserve', 'default'))}", line)
-        if prefixed := next((key for key in attributes if key.startswith("{")), None):
+            wrong = f"unknown value {quote(space)} for xml:space{hint(space, ('preserve', 'default'))}"
+            self._problems.report(wrong, line)
+        for prefixed in [key for key in attributes if key.startswith("{")]:
+            del attributes[prefixed]
             named = quote(f"xml:{_local(prefixed)}")
-            raise self._error(f"the attribute {named} can't be used: xml:space is the only one with a prefix", line)
+            wrong = f"the attribute {named} can't be used: xml:space is the only one with a prefix"
+            self._problems.report(wrong, line)
         preserve = preserve if space is None else space == "preserve"
         children = self._children(node, preserve, depth)
-        return Element(name, attributes, children, self._file, line)
+        return Element(name, attributes, children, line, self._problems)
 
     def _children(self, node: etree._Element, preserve: bool, depth: int) -> tuple[Element | Text, ...]:
         children: list[Element | Text] = []
@@ -266,7 +250,8 @@ class _Reader:
             if isinstance(child, etree._Comment):
                 self._line += (child.text or "").count("\n")
             elif isinstance(child, etree._ProcessingInstruction):
-                raise self._error(_instruction(str(child.target)), self._line)
+                self._problems.report(_instruction(str(child.target)), self._line)
+                self._line += (child.text or "").count("\n")
             else:
                 if child.tag not in SILENT:
                     children += run.finish(preserve)
@@ -275,9 +260,6 @@ class _Reader:
             self._take(run, child.tail)
         children += run.finish(preserve)
         return tuple(children)
-
-    def _error(self, message: str, line: int) -> PMLError:
-        return PMLError(message, file=self._file, line=line)
 
     def _take(self, run: _TextRun, text: str | None) -> None:
         if text:

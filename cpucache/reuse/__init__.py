@@ -1,8 +1,36 @@
-"""Reuse: slices made (encoder), put into a context (splicer), and the two brought together for a plan (workspace)."""
+"""Reuse: slices looked up, made (encoder) and put into a llama.cpp context (splicer), and the two brought together."""
 
-from cpucache.reuse.encoder import Encoder
+from cpucache.reuse.fidelity import DEFAULT, LEVELS, Fidelity, Level
+from cpucache.reuse.history import History
+from cpucache.reuse.lookup import REUSES, Lookup, Reuse
 from cpucache.reuse.progress import OnProgress
-from cpucache.reuse.splicer import Splicer
+from cpucache.reuse.reading import reading, scaffolded
+from cpucache.reuse.refine import asked, refine
+from cpucache.reuse.repair import Repair
+from cpucache.reuse.slices import BLOCK, Plan, Slice, Slices, Span
 from cpucache.reuse.workspace import Encoded, Prefill, Workspace
 
-__all__ = ["Encoded", "Encoder", "OnProgress", "Prefill", "Splicer", "Workspace"]
+__all__ = [
+    "BLOCK",
+    "DEFAULT",
+    "LEVELS",
+    "REUSES",
+    "Encoded",
+    "Fidelity",
+    "History",
+    "Level",
+    "Lookup",
+    "OnProgress",
+    "Plan",
+    "Prefill",
+    "Repair",
+    "Reuse",
+    "Slice",
+    "Slices",
+    "Span",
+    "Workspace",
+    "asked",
+    "reading",
+    "refine",
+    "scaffolded",
+]

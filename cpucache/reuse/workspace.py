@@ -1,41 +1,50 @@
-"""The workspace: one context, one store, and the slices that go between them."""
+"""The workspace: one llama.cpp context, one store, and the slices that go between them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from cpucache.errors import CpucacheError, ModelError
-from cpucache.layout import Plan, Segment
+from cpucache.layout import Tokens
 from cpucache.reuse.encoder import Encoder, Made, effort
 from cpucache.reuse.progress import OnProgress, Step, counting
+from cpucache.reuse.slices import Plan, Slice, Slices
 from cpucache.reuse.splicer import Refused, Spliced, Splicer
 from cpucache.runtime import Context
 from cpucache.runtime.context import Bytes, Logits
-from cpucache.runtime.model import Tokens
-from cpucache.store import SliceInfo, Store, context_key, slice_key
+from cpucache.store import SliceInfo, Store
 
 T = TypeVar("T")
 _FUTILE = 20  # attempts to get at slices none of which got any further than the one before
+_SMALLEST = 4  # tokens of a step at least
 _POLL = 0.05  # seconds between looks at what another process is making
 
 
 @dataclass
 class Prefill:
-    """What it took to get a prompt into the context. Times in milliseconds."""
+    """What it took to get a prompt into the llama.cpp context. Times in milliseconds."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Tokens that were not evaluated: spliced, or in the context already."""
     fresh_tokens: int = 0
+    """Tokens that were evaluated: new text, missing slices, and what was recomputed."""
     encoded_tokens: int = 0
-    """Tokens evaluated to make slices that were missing. In an exact plan these are among the fresh ones."""
+    """Tokens evaluated to make slices that were missing."""
+    exact_tokens: int = 0
+    """Cached tokens whose state is that of full prefill."""
+    clean_tokens: int = 0
+    related_tokens: int = 0
+    foreign_tokens: int = 0
+    recomputed_tokens: int = 0
+    """Tokens of slices that were evaluated afresh."""
     encode_ms: float = 0.0
     splice_ms: float = 0.0
     prefill_ms: float = 0.0
@@ -49,14 +58,14 @@ class Encoded:
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
-    made: set[Segment] = field(default_factory=set, repr=False)
+    made: set[Slice] = field(default_factory=set, repr=False)
 
     def add(self, made: Made) -> None:
         """Count a slice that was made."""
         self.slices += 1
-        self.tokens += len(made.segment.tokens)
+        self.tokens += len(made.slice.tokens)
         self.bytes += made.state.nbytes
-        self.made.add(made.segment)
+        self.made.add(made.slice)
 
 
 class _Gone(Exception):
@@ -64,78 +73,62 @@ class _Gone(Exception):
 
 
 class Workspace:
-    """Gets plans into a context, making on the way what slices are missing.
+    """Gets plans into a llama.cpp context, making on the way what slices are missing.
 
-    ``fingerprint`` is the hash of the model's file. Raises ``ModelError`` for plans with slices when the model's state
-    can't be spliced (recurrent models, absolute positions).
+    Raises ``ModelError`` for plans with slices when the model's state can't be spliced (recurrent models, absolute
+    positions).
     """
 
-    def __init__(self, context: Context, store: Store, fingerprint: str) -> None:
+    def __init__(self, context: Context, store: Store, slices: Slices) -> None:
         self.context = context
         self.store = store
-        self._fingerprint = fingerprint
+        self.slices = slices
         self._splicer = Splicer(context)
         self._encoder = Encoder(self._splicer)
-        self._keys: WeakKeyDictionary[Segment, str] = WeakKeyDictionary()
         self.prefill_rate: float | None = None
         """Tokens evaluated in a second, as last measured over 32 tokens or more, or a few at first."""
 
     # -- slices ------------------------------------------------------------------------------------------------------
-    def key(self, segment: Segment) -> str:
-        """The key of a segment's slice under this model and context."""
-        key = self._keys.get(segment)
-        if key is None:
-            context = self._context_key(segment)
-            key = slice_key(self._fingerprint, self.context.state_format, context, segment.tokens, segment.home)
-            self._keys[segment] = key
-        return key
-
-    def _context_key(self, segment: Segment) -> str:
-        slices = (
-            (self.key(span.segment), span.start, len(span.tokens), span.renewed)
-            for span in segment.context
-            if span.segment
-        )
-        return context_key(slices, segment.lead)
-
     def keys(self, plan: Plan) -> list[str]:
-        """The keys of the slices that a plan is made of."""
-        return [self.key(segment) for segment in self._loaded(plan.segments)]
+        """The keys of the slices that a plan is spliced from."""
+        return [slice_.key for slice_ in self.loaded(plan.slices)]
 
-    def _loaded(self, segments: Sequence[Segment]) -> Sequence[Segment]:
-        """Those of consecutive segments whose slices are loaded: a recurrent state is that of all tokens before."""
-        return segments[-1:] if self.context.model.recurrent else segments
+    def loaded(self, slices: Sequence[Slice]) -> Sequence[Slice]:
+        """Those of consecutive slices that are loaded: a recurrent state is that of all tokens before."""
+        return slices[-1:] if self.context.model.recurrent else slices
 
-    def missing(self, segments: Iterable[Segment], held: Collection[Segment] = ()) -> list[Segment]:
-        """Those of ``segments`` that have no slice, and what of their contexts is needed to make them, in order.
+    def missing(self, slices: Iterable[Slice], held: Collection[Slice] = ()) -> list[Slice]:
+        """Those of ``slices`` that the store lacks, and what of their contexts is needed to make them, in order.
 
-        Those ``held`` count as had.
+        Those ``held`` count as had. Raises ``_Gone`` for one that can't be made here.
         """
-        needed: dict[Segment, None] = {}
+        needed: dict[Slice, None] = {}
         had = set(held)
 
-        def add(segment: Segment) -> None:
-            if segment in needed or segment in had:
+        def add(slice_: Slice) -> None:
+            if slice_ in needed or slice_ in had:
                 return
-            if self.key(segment) in self.store:
-                had.add(segment)
+            if slice_.key in self.store:
+                had.add(slice_)
                 return
-            for other in self._loaded(segment.sees):
+            if slice_.context is None:
+                raise _Gone
+            for other in self.loaded(slice_.needs):
                 add(other)
-            needed[segment] = None
+            needed[slice_] = None
 
-        for segment in segments:
-            add(segment)
+        for slice_ in slices:
+            add(slice_)
         return list(needed)
 
-    def encode(self, segments: Iterable[Segment], schema: str = "", progress: OnProgress | None = None) -> Encoded:
-        """Make the slices that are missing among ``segments``."""
-        segments = list(segments)
+    def encode(self, slices: Iterable[Slice], schema: str = "", progress: OnProgress | None = None) -> Encoded:
+        """Make the slices that are missing among ``slices``."""
+        slices = list(slices)
         report = Encoded()
-        states: dict[Segment, Bytes] = {}
+        states: dict[Slice, Bytes] = {}
 
         def make() -> None:
-            missing = self.missing(segments, states)
+            missing = self.missing(slices, states)
             self._make(missing, (), (), states, schema, report, counting(progress, effort(missing)))
 
         self._mending(make, states)
@@ -143,10 +136,10 @@ class Workspace:
 
     def _make(
         self,
-        missing: list[Segment],
-        wanted: Collection[Segment],
-        held: Collection[Segment],
-        states: dict[Segment, Bytes],
+        missing: list[Slice],
+        wanted: Collection[Slice],
+        held: Collection[Slice],
+        states: dict[Slice, Bytes],
         schema: str,
         report: Encoded,
         progress: Step | None,
@@ -163,9 +156,9 @@ class Workspace:
         started = waiting = time.monotonic()
         # Kept at hand besides the wanted: contexts of what comes later. A small store may drop any of them for what is
         # made now.
-        keep = {*wanted, *(other for segment in missing for other in self._loaded(segment.sees))}
-        for segment in keep.difference(missing, held):
-            self._held(states, segment)
+        keep = {*wanted, *(other for slice_ in missing for other in self.loaded(slice_.needs))}
+        for slice_ in keep.difference(missing, held):
+            self._held(states, slice_)
         todo = missing
         while todo:
             mine = self._claimed(todo)
@@ -175,67 +168,68 @@ class Workspace:
                 for made in self._encoder.encode(mine, partial(self._held, states), progress):
                     self._keep(made, schema)
                     report.add(made)
-                    if made.segment in keep:
-                        states[made.segment] = made.state
+                    if made.slice in keep:
+                        states[made.slice] = made.state
             finally:
-                self.store.release(self.key(segment) for segment in mine)
+                self.store.release(slice_.key for slice_ in mine)
             if not mine:
                 time.sleep(_POLL)
             done = set(mine)
-            left = [segment for segment in todo if segment not in done and self.key(segment) not in self.store]
+            left = [slice_ for slice_ in todo if slice_ not in done and slice_.key not in self.store]
             waiting = waiting if len(left) == len(todo) else time.monotonic()
             todo = left
         report.seconds += time.monotonic() - started
 
-    def _claimed(self, segments: list[Segment]) -> list[Segment]:
-        """Those of ``segments`` that this process is to make now: nobody else is at them, and their contexts exist."""
-        mine: dict[Segment, None] = {}
-        elsewhere: set[Segment] = set()
-        for segment in segments:
-            ready = elsewhere.isdisjoint(self._loaded(segment.sees))
-            if ready and self.store.claim(self.key(segment)):
-                mine[segment] = None
-            elif self.key(segment) not in self.store:
-                elsewhere.add(segment)
+    def _claimed(self, slices: list[Slice]) -> list[Slice]:
+        """Those of ``slices`` that this process is to make now: nobody else is at them, and their contexts exist."""
+        mine: dict[Slice, None] = {}
+        elsewhere: set[Slice] = set()
+        for slice_ in slices:
+            ready = elsewhere.isdisjoint(self.loaded(slice_.needs))
+            if ready and self.store.claim(slice_.key):
+                mine[slice_] = None
+            elif slice_.key not in self.store:
+                elsewhere.add(slice_)
         return list(mine)
 
     def _keep(self, made: Made, schema: str) -> None:
-        segment = made.segment
+        slice_ = made.slice
         info = SliceInfo(
-            fingerprint=self._fingerprint,
+            fingerprint=self.slices.fingerprint,
             model=self.context.model.path.stem,
             schema=schema,
-            module=segment.module,
-            tokens=len(segment.tokens),
-            start=segment.home,
-            state_format=self.context.state_format,
-            context=self._context_key(segment),
+            module=slice_.module,
+            tokens=len(slice_.tokens),
+            start=slice_.start,
+            state_format=self.slices.state_format,
+            context=slice_.context_key,
             seconds=made.seconds,
+            content=self.slices.content(slice_.tokens),
+            sees=b"".join(slice_.sees).hex(),
+            sees_tokens=slice_.sees_tokens,
         )
-        self.store.put(self.key(segment), made.state, segment.tokens, info)
+        self.store.put(slice_.key, made.state, slice_.tokens, info)
 
-    def _held(self, states: dict[Segment, Bytes], segment: Segment) -> Bytes:
-        """The state of a segment, kept at hand in ``states`` from then on. Raises ``_Gone``."""
-        if segment not in states:
-            state = self.store.get(self.key(segment))
+    def _held(self, states: dict[Slice, Bytes], slice_: Slice) -> Bytes:
+        """The state of a slice, kept at hand in ``states`` from then on. Raises ``_Gone``."""
+        if slice_ not in states:
+            state = self.store.get(slice_.key)
             if state is None:
                 raise _Gone
-            states[segment] = state
-        return states[segment]
+            states[slice_] = state
+        return states[slice_]
 
-    def _check_can_be_made(self, segments: Iterable[Segment]) -> None:
-        """What sees everything before it is made where it stands, with any model. The rest has to be moved."""
-        if not self.context.can_shift and not all(segment.chained for segment in segments):
+    def _check_can_be_made(self, slices: Iterable[Slice]) -> None:
+        """What attends to everything before it is made where it stands, with any model. The rest has to be moved."""
+        if not self.context.can_shift and not all(slice_.chained for slice_ in slices):
             raise self._rigid()
 
     def _check_can_be_spliced(self, plan: Plan) -> None:
         if self.context.can_shift:
             return
-        before: tuple[Segment | None, ...] = ()
         for span in plan.spans:
-            if span.segment and not (span.whole and not span.delta and span.segment.sees == before):
+            if span.slice and (span.relation != "exact" or span.delta or not span.whole):
                 raise self._rigid()
-            before = (*before, span.segment)
 
     def _rigid(self) -> ModelError:
         model = self.context.model
@@ -247,52 +241,62 @@ class Workspace:
 
     # -- prompts -----------------------------------------------------------------------------------------------------
     def prefill(
-        self, plan: Plan, schema: str = "", progress: OnProgress | None = None, *, fresh: bool = False
-    ) -> Prefill:
-        """Get ``plan`` into the context, with logits of its last token.
+        self, plan: Callable[[], Plan], schema: str = "", progress: OnProgress | None = None, *, fresh: bool = False
+    ) -> tuple[Plan, Prefill]:
+        """Get a plan into the llama.cpp context, with logits of its last token; gives the plan and what it took.
 
-        ``fresh=True`` forgets what the context holds first, so that every token without a slice is evaluated. Slices
-        that turn out to be unusable are made again, once.
+        Args:
+            plan: Gives the plan by the slices that there are. It is asked again when a slice turns out to be gone or
+                unusable.
+            schema: What slices made on the way are listed under.
+            progress: Told about tokens evaluated.
+            fresh: Forget what the context holds first, so that every token without a slice is evaluated.
         """
         if fresh:
             self._splicer.reset()
-        self._check_can_be_spliced(plan)
         encoded = Encoded()
-        states: dict[Segment, Bytes] = {}
+        states: dict[Slice, Bytes] = {}
 
-        def splice() -> Spliced:
-            shared = self._splicer.shared(plan)
-            held = {span.segment for span in plan.spans[:shared] if span.segment}
-            wanted = [segment for segment in self._loaded(plan.segments) if segment not in held]
-            missing = self.missing(wanted, states.keys() | held)
-            step = counting(progress, effort(missing) + plan.n_tokens - plan.n_cached)
-            self._make(missing, wanted, held, states, schema, encoded, step)
-            with self.store.quiet():
-                return self._splicer.splice(plan, partial(self._held, states), step)
+        def splice() -> tuple[Plan, Spliced]:
+            planned = plan()
+            self._check_can_be_spliced(planned)
+            with self.store.using(self.keys(planned)):
+                shared = self._splicer.shared(planned)
+                held = {span.slice for span in planned.spans[:shared] if span.slice}
+                wanted = [slice_ for slice_ in self.loaded(planned.slices) if slice_ not in held]
+                missing = self.missing(wanted, states.keys() | held)
+                step = counting(progress, effort(missing) + planned.n_tokens - planned.n_cached)
+                self._make(missing, wanted, held, states, schema, encoded, step)
+                with self.store.quiet():
+                    return planned, self._splicer.splice(planned, partial(self._held, states), step)
 
-        with self.store.using(self.keys(plan)):
-            spliced = self._mending(splice, states)
-        evaluated = spliced.evaluated
-        if plan.exact:
-            evaluated += sum(len(span.tokens) for span in plan.spans if span.segment in encoded.made)
+        planned, spliced = self._mending(splice, states)
+        made = sum(len(span.tokens) for span in planned.spans if span.slice in encoded.made)
+        evaluated = spliced.evaluated + made
+        clean, related, foreign = planned.count("clean"), planned.count("related"), planned.count("foreign")
         self._learn_rate(encoded.tokens + spliced.evaluated, encoded.seconds + spliced.prefill_ms / 1000)
-        return Prefill(
-            prompt_tokens=plan.n_tokens,
-            cached_tokens=plan.n_tokens - evaluated,
+        return planned, Prefill(
+            prompt_tokens=planned.n_tokens,
+            cached_tokens=planned.n_tokens - evaluated,
             fresh_tokens=evaluated,
             encoded_tokens=encoded.tokens,
+            exact_tokens=planned.n_tokens - evaluated - clean - related - foreign,
+            clean_tokens=clean,
+            related_tokens=related,
+            foreign_tokens=foreign,
+            recomputed_tokens=planned.n_recomputed,
             encode_ms=encoded.seconds * 1000,
             splice_ms=spliced.splice_ms,
             prefill_ms=spliced.prefill_ms,
         )
 
-    def _mending(self, action: Callable[[], T], states: dict[Segment, Bytes]) -> T:
+    def _mending(self, action: Callable[[], T], states: dict[Slice, Bytes]) -> T:
         """Do ``action``; slices that turn out to be unusable are made again, each of them once.
 
         So are those that go before they are had, as often as that happens: what is in ``states`` by then is kept, so
         that each attempt gets further than the one before.
         """
-        refused: set[Segment] = set()
+        refused: set[Slice] = set()
         had, futile = -1, 0
         while True:
             try:
@@ -305,30 +309,62 @@ class Workspace:
                         "slices are evicted faster than they are made; give the store more room"
                     ) from None
             except Refused as error:
-                if error.segment in refused:
+                if error.slice in refused:
                     raise CpucacheError(f"{error}, not even when made anew; check the store's disk") from error
-                refused.add(error.segment)
-                states.pop(error.segment, None)
-                self.store.discard(self.key(error.segment))
+                refused.add(error.slice)
+                states.pop(error.slice, None)
+                self.store.discard(error.slice.key)
 
     def _learn_rate(self, tokens: int, seconds: float) -> None:
         if seconds > 0 and tokens >= (8 if self.prefill_rate is None else 32):
             self.prefill_rate = tokens / seconds
 
-    def capture(self, segments: Iterable[Segment], schema: str = "") -> int:
-        """Save what the context holds of ``segments``, evaluated as fresh text right behind their contexts.
+    def capture(self, slices: Iterable[Slice], schema: str = "") -> int:
+        """Save what the context holds of ``slices``, evaluated where they stand.
 
         Gives how many bytes there were. Writing goes on in the background.
         """
         taken = 0
-        for segment in segments:
-            state = self._splicer.capture(segment)
+        for slice_ in slices:
+            state = self._splicer.capture(slice_)
             if state is not None:
                 # What making it again would take.
-                seconds = len(segment.tokens) / (self.prefill_rate or 100.0)
-                self._keep(Made(segment, state, seconds), schema)
+                seconds = len(slice_.tokens) / (self.prefill_rate or 100.0)
+                self._keep(Made(slice_, state, seconds), schema)
                 taken += state.nbytes
         return taken
+
+    def make_in_steps(self, slice_: Slice, schema: str, seconds: float) -> Iterator[Made | None]:
+        """Evaluate a slice behind its context in steps of so many seconds; gives ``None`` after each, then the slice.
+
+        Ends without it when something else has used the llama.cpp context between two steps, when a slice of its
+        context is not there, or when another process is making it.
+        """
+        if not self.store.claim(slice_.key):
+            return
+        try:
+            with suppress(_Gone, Refused):
+                self._splicer.splice(Plan(slice_.context or ()), partial(self._held, {}))
+                taken = 0.0
+                done = 0
+                while done < len(slice_.tokens):
+                    size = max(_SMALLEST, int((self.prefill_rate or 50.0) * seconds))
+                    part = slice_.tokens[done : done + size]
+                    started = time.perf_counter()
+                    self._splicer.append(part)
+                    taken += time.perf_counter() - started
+                    done += len(part)
+                    changes = self._splicer.changes
+                    yield None
+                    if self._splicer.changes != changes:
+                        return
+                state = self._splicer.capture(slice_)
+                if state is not None:
+                    made = Made(slice_, state, taken)
+                    self._keep(made, schema)
+                    yield made
+        finally:
+            self.store.release([slice_.key])
 
     def append(self, tokens: Tokens) -> None:
         """Evaluate tokens behind everything else, with logits of the last."""
@@ -340,7 +376,7 @@ class Workspace:
         One row for each, a vocabulary long: what the model would say next if this is how it went on.
         """
         *before, last = plan.spans
-        self.prefill(Plan(tuple(before), plan.exact), schema, progress)
+        self.prefill(lambda: Plan(tuple(before)), schema, progress)
         rows = self._splicer.append(np.concatenate([last.tokens, tokens]), logits="all")
         assert rows is not None
         return rows

@@ -1,9 +1,24 @@
 """Where slices live: keys, a RAM tier, files, and an index of them. Knows bytes and hashes, nothing of llama.cpp."""
 
+from cpucache.store.asked import Asked, Combination, Part
 from cpucache.store.fingerprint import Fingerprints
 from cpucache.store.index import Kept, Row
-from cpucache.store.keys import context_key, slice_key
+from cpucache.store.keys import TEXT_ID, content_key, slice_key, text_id
 from cpucache.store.slicefile import SliceInfo
 from cpucache.store.store import Store, default_home
 
-__all__ = ["Fingerprints", "Kept", "Row", "SliceInfo", "Store", "context_key", "default_home", "slice_key"]
+__all__ = [
+    "TEXT_ID",
+    "Asked",
+    "Combination",
+    "Fingerprints",
+    "Kept",
+    "Part",
+    "Row",
+    "SliceInfo",
+    "Store",
+    "content_key",
+    "default_home",
+    "slice_key",
+    "text_id",
+]

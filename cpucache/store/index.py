@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS slices (
     fingerprint TEXT NOT NULL, model TEXT NOT NULL, schema TEXT NOT NULL, module TEXT NOT NULL,
     tokens INTEGER NOT NULL, start INTEGER NOT NULL, state_format TEXT NOT NULL, context TEXT NOT NULL,
     seconds REAL NOT NULL,
+    content TEXT NOT NULL DEFAULT '', sees TEXT NOT NULL DEFAULT '', sees_tokens INTEGER NOT NULL DEFAULT 0,
     bytes INTEGER NOT NULL,
     created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL DEFAULT 0,
     before INTEGER NOT NULL,              -- how often it was used before it was last evicted
@@ -33,13 +34,14 @@ CREATE TABLE IF NOT EXISTS slices (
     value REAL NOT NULL                   -- what decides who leaves first, see Index.reserve
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_value ON slices (whole, pinned, value);
+CREATE INDEX IF NOT EXISTS by_content ON slices (content);
+DROP TABLE IF EXISTS past;  -- of earlier versions
 -- Slices that were evicted, or found no room.
 CREATE TABLE IF NOT EXISTS absent (
     key TEXT PRIMARY KEY, uses INTEGER NOT NULL, gone REAL NOT NULL,
     model TEXT NOT NULL, schema TEXT NOT NULL, bytes INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_gone ON absent (gone);
-DROP TABLE IF EXISTS past;
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, number REAL NOT NULL) WITHOUT ROWID;
 INSERT OR IGNORE INTO totals VALUES
     ('bytes', 0), ('age', 0), ('hits', 0), ('misses', 0), ('seconds_saved', 0), ('evicted', 0),
@@ -50,8 +52,11 @@ CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON slices
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON slices
     BEGIN UPDATE totals SET number = number - old.bytes WHERE name = 'bytes'; END;
 """
+# Columns that files of earlier versions lack. Their slices are never found again, and leave by eviction.
+_ADDED = ("content TEXT NOT NULL DEFAULT ''", "sees TEXT NOT NULL DEFAULT ''", "sees_tokens INTEGER NOT NULL DEFAULT 0")
 # A slice is worth the seconds of evaluation that it saves for the room that it takes, times how often it is asked for.
 _WORTH = "(hits + before + 1) * seconds * 1e6 / bytes"
+_VARIABLES = 500  # values in one statement, of which SQLite takes 999 in every build
 _REMEMBERED = 20_000  # absent slices that are remembered: some 100 bytes each
 
 
@@ -106,7 +111,7 @@ class Index:
             return
         private_folder(path.parent)
         # A slice that a power cut leaves out of the account is found again by its name.
-        self._database = open_database(path, _SCHEMA, synchronous="NORMAL")
+        self._database = open_database(path, _SCHEMA, synchronous="NORMAL", added={"slices": _ADDED})
 
     @property
     def complete(self) -> bool:
@@ -326,6 +331,29 @@ class Index:
             cursor = self._database.execute("SELECT * FROM slices WHERE whole = 1 ORDER BY used DESC, key")
             names = [column[0] for column in cursor.description]
             return [_row(dict(zip(names, values, strict=True))) for values in cursor]
+
+    def variants(self, contents: Iterable[str]) -> list[tuple[str, SliceInfo]]:
+        """Key and account of every whole slice whose tokens have one of these content keys."""
+        wanted = list(dict.fromkeys(contents))
+        found = []
+        with self._lock:
+            for begin in range(0, len(wanted), _VARIABLES):
+                part = wanted[begin : begin + _VARIABLES]
+                marks = ", ".join("?" * len(part))
+                cursor = self._database.execute(
+                    f"SELECT * FROM slices WHERE content IN ({marks}) AND whole = 1 ORDER BY key", part
+                )
+                names = [column[0] for column in cursor.description]
+                found += [_row(dict(zip(names, values, strict=True))) for values in cursor]
+        return [(row.key, row.info) for row in found]
+
+    def speed(self, fingerprint: str) -> float | None:
+        """Tokens a second at which the slices of a model were evaluated; ``None`` when there are none."""
+        with self._lock:
+            tokens, seconds = self._database.execute(
+                "SELECT sum(tokens), sum(seconds) FROM slices WHERE fingerprint = ?", (fingerprint,)
+            ).fetchone()
+        return tokens / seconds if seconds else None
 
     def kept(self, keys: Iterable[str]) -> Kept:
         """How many of some slices are on disk, and what it takes to keep the others too."""

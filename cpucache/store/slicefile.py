@@ -55,9 +55,15 @@ class SliceInfo:
     """Position of the first token."""
     state_format: str
     context: str
-    """Key of the context that the tokens could see."""
+    """Key of the context that the tokens attended to."""
     seconds: float
     """What evaluating it took: its share of the batch, by tokens."""
+    content: str = ""
+    """The ``content_key`` of its tokens."""
+    sees: str = ""
+    """The ``text_id`` of each run of tokens that it attended to, in order, as hexadecimal digits."""
+    sees_tokens: int = 0
+    """How many tokens these are."""
 
 
 class Damaged(Exception):

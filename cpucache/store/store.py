@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import platformdirs
 
+from cpucache.store.asked import Asked
 from cpucache.store.claims import Claims
 from cpucache.store.index import Index, Kept
 from cpucache.store.opening import default_budget, open_index
@@ -79,6 +80,7 @@ class Store:
         self._using: Counter[str] = Counter()
         self.ram = RAM(ram_budget, needed=self._using)
         self._reader: ThreadPoolExecutor | None = None
+        self._here: dict[str, dict[str, SliceInfo]] = {}  # by content: what was put, in the index or not
         self._uses: Counter[str] = Counter()
         self._misses = 0
         self._noted = time.monotonic()
@@ -88,14 +90,22 @@ class Store:
         self.writable = home is not None
         self._warned = False
         self._closing = False
+        asked: Path | None = None
         if home is not None:
             try:
                 self.index, self._why = open_index(home)
                 self.writable = self._why is None
+                asked = home / "asked.sqlite" if self.writable else None
                 self.disk_budget = default_budget(home, self.index) if disk_budget is None else disk_budget
             except (OSError, sqlite3.Error) as error:
                 self.writable = False
                 self._trouble(error)
+        try:
+            self.asked = Asked(asked)
+        except sqlite3.Error as error:
+            self._trouble(error)
+            self.asked = Asked(None)
+        """What was asked and is not exact yet."""
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def flush(self) -> None:
@@ -114,6 +124,7 @@ class Store:
         self._note()
         # Mapped states hold descriptors, and the store itself lies in a cycle with its writer.
         self.ram.clear()
+        self.asked.close()
         if self.index is not None:
             self.index.close()
             self.index = None
@@ -149,6 +160,28 @@ class Store:
                 self._writer.poke()
         return state
 
+    def variants(self, contents: Iterable[str]) -> dict[str, list[tuple[str, SliceInfo]]]:
+        """Key and account of the slices there are of some tokens, by their content keys."""
+        wanted = set(contents)
+        found: dict[str, dict[str, SliceInfo]] = {content: {} for content in wanted}
+        if self.index is not None:
+            try:
+                for key, info in self.index.variants(wanted):
+                    found[info.content][key] = info
+            except sqlite3.Error as error:
+                self._trouble(error)
+        with self._lock:
+            for content in wanted & self._here.keys():
+                there = self._here[content]
+                for key in [key for key in there if key not in self]:
+                    del there[key]
+                found[content].update(there)
+        return {content: list(slices.items()) for content, slices in found.items()}
+
+    def speed(self, fingerprint: str) -> float | None:
+        """Tokens a second at which the slices of a model were evaluated; ``None`` when that is not known."""
+        return self.index.speed(fingerprint) if self.index is not None else None
+
     def _fetch(self, key: str) -> Bytes | None:
         """Bring a slice into RAM."""
         waiting = self._writer.get(key)
@@ -180,6 +213,8 @@ class Store:
     def put(self, key: str, state: Bytes, tokens: Ids, info: SliceInfo) -> None:
         """Keep a slice: at once in RAM, soon in a file. Waits only when the disk is far behind."""
         self.ram.put(key, state)
+        with self._lock:
+            self._here.setdefault(info.content, {})[key] = info
         if self.writable:
             self._writer.put(key, (state, tokens, info), state.nbytes)
         elif self._why is not None:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 
-from cpucache.layout.chain import Chains
-from cpucache.layout.segment import Segment, Span
-from cpucache.layout.vocabulary import Tokens, joined
+from cpucache.layout import Tokens
+from cpucache.layout.vocabulary import joined
+from cpucache.reuse.slices import Slice, Slices, Span
 
 
 class History:
     """Entries in order, each a few spans. The first ``fixed`` stay; those behind may leave, the oldest first.
 
-    When some leave, the rest moves down, without being evaluated again: what it knew of them it still knows
-    (CachedAttention, section 3.4). Where a model's state can't be moved (``movable=False``) the rest becomes segments
-    of its own, in the sight of what is left.
+    When some leave, the rest moves down, without being evaluated again: its states keep what they attended to
+    (CachedAttention, section 3.4). Where a model's state can't be moved (``movable=False``) the rest becomes slices
+    of its own, evaluated behind what is left.
     """
 
-    def __init__(self, chains: Chains, *, movable: bool = True) -> None:
-        self._chains = chains
+    def __init__(self, slices: Slices, *, movable: bool = True) -> None:
+        self._slices = slices
         self._movable = movable
         self._entries: list[tuple[Span, ...]] = []
         self.fixed = 0
@@ -37,12 +37,12 @@ class History:
 
     @property
     def spans(self) -> list[Span]:
-        """What is in sight, in order of position."""
+        """What is in the context, in order of position."""
         return [span for entry in self._entries for span in entry]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in sight."""
+        """Tokens in the context."""
         return sum(self.size(index) for index in range(len(self)))
 
     @property
@@ -51,26 +51,26 @@ class History:
         return next((entry[-1].end for entry in reversed(self._entries) if entry), 0)
 
     @property
-    def segments(self) -> list[Segment]:
-        """The slices in sight."""
-        return [span.segment for span in self.spans if span.segment]
+    def slices(self) -> list[Slice]:
+        """The slices in the context."""
+        return [span.slice for span in self.spans if span.slice]
 
     def size(self, entry: int) -> int:
-        """Tokens of an entry that are in sight."""
+        """Tokens of an entry that are in the context."""
         return sum(len(span.tokens) for span in self._entries[entry])
 
     def add(self, spans: Iterable[Span]) -> None:
         """The next entry. Its spans stand behind all others."""
         self._entries.append(tuple(spans))
 
-    def add_tokens(self, parts: Sequence[Tokens], module: str = "") -> list[Segment]:
-        """The next entry, cut into segments as told; gives them."""
+    def add_tokens(self, parts: Sequence[Tokens], module: str = "") -> list[Slice]:
+        """The next entry, cut into slices as told; gives them."""
         spans = self.spans
-        made: list[Segment] = []
+        made: list[Slice] = []
         for part in parts:
-            made.append(self._chains.segment(spans, part, module))
+            made.append(self._slices.make(spans, part, module))
             spans.append(made[-1].span)
-        self.add(segment.span for segment in made)
+        self.add(block.span for block in made)
         return made
 
     def leave_out(self, count: int) -> None:
@@ -93,4 +93,4 @@ class History:
             del self._entries[self.fixed + count :]
             for entry in kept:
                 tokens = joined([span.tokens for span in entry])
-                self.add(segment.span for segment in self._chains.cut(self.spans, tokens))
+                self.add(block.span for block in self._slices.cut(self.spans, tokens))

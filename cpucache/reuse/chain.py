@@ -1,0 +1,94 @@
+"""Chains: spans put one behind another, with the key of all of them at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from cpucache.layout import Tokens
+from cpucache.layout.vocabulary import joined
+from cpucache.reuse.slices import Slice, Slices, Span, Trail
+
+
+class Chain:
+    """Spans in order of position, to which more are added at the end."""
+
+    def __init__(self, slices: Slices) -> None:
+        self._slices = slices
+        self.spans: list[Span] = []
+        self.trail = Trail()
+
+    @property
+    def end(self) -> int:
+        """The position behind the last span."""
+        return self.trail.end
+
+    def copy(self) -> Chain:
+        """The same chain, to go on with apart from this one."""
+        other = Chain(self._slices)
+        other.spans, other.trail = list(self.spans), self.trail.copy()
+        return other
+
+    def add(self, span: Span) -> None:
+        """Put a span behind the others. Tokens to evaluate for one reason are one span."""
+        if not len(span.tokens):
+            return
+        self.trail.add(span)
+        last = self.spans[-1] if self.spans else None
+        if last is not None and last.end == span.start and _alike(last, span):
+            self.spans[-1] = replace(last, tokens=joined([last.tokens, span.tokens]))
+        else:
+            self.spans.append(span)
+
+    def evaluate(self, tokens: Tokens, why: str = "", module: str = "") -> None:
+        """Put tokens to evaluate right behind the others."""
+        self.add(Span(self.end, tokens, why=why, module=module))
+
+    def next(self, tokens: Tokens, module: str = "", home: int | None = None) -> Slice:
+        """The slice of ``tokens`` evaluated behind this chain; saved at ``home``, unless that is taken already."""
+        start = self.end if home is None else max(home, self.end)
+        return self._slices.make(self.spans, tokens, module, start=start, trail=self.trail)
+
+    def only(self, texts: Iterable[bytes]) -> Chain:
+        """What of this chain holds and attended to these texts alone, back to back.
+
+        Args:
+            texts: Each as its ``text_id``.
+        """
+        wanted = frozenset(texts)
+        kept = []
+        for span in self.spans:
+            trail = Trail([span])
+            if wanted.issuperset(trail.sees):
+                kept.append(span)
+        if len(kept) == len(self.spans):
+            return self
+        return self._packed(kept)
+
+    def shortened(self, room: int) -> Chain:
+        """This chain, or where it takes more than ``room`` cells, its first span and its last ones, at most half.
+
+        What is left moves down without being evaluated again, as in a conversation whose oldest turns leave.
+        """
+        if self.trail.n_tokens <= room:
+            return self
+        first, *rest = self.spans
+        left = room // 2 - len(first.tokens)
+        kept: list[Span] = []
+        for span in reversed(rest):
+            left -= len(span.tokens)
+            if left < 0:
+                break
+            kept.insert(0, span)
+        return self._packed([first, *kept] if len(first.tokens) <= room else kept)
+
+    def _packed(self, spans: Iterable[Span]) -> Chain:
+        other = Chain(self._slices)
+        for span in spans:
+            other.add(replace(span, start=other.end))
+        return other
+
+
+def _alike(one: Span, other: Span) -> bool:
+    """Whether both are tokens to evaluate, of one module and for one reason."""
+    return one.slice is None and other.slice is None and (one.why, one.module) == (other.why, other.module)

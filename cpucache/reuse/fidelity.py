@@ -1,0 +1,63 @@
+"""How near to full prefill a prompt is wanted, and for how much time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from cpucache.errors import InputError
+
+Level: TypeAlias = Literal["fast", "balanced", "high"]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What is done about slices whose contexts are not what stands before them in a prompt.
+
+    Args:
+        recompute: Share (0 to 1) of the spliced tokens that may be evaluated afresh before the first token. It goes to
+            slices that are not exact.
+        exact: Take exact slices only. What has none is evaluated, and saved.
+
+    Raises ``InputError`` for a share that is none, and for both at once.
+    """
+
+    recompute: float = 0.0
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.recompute, bool) or not isinstance(self.recompute, int | float):
+            raise InputError(f"recompute={self.recompute!r}: must be a share, from 0 to 1")
+        if not 0 <= self.recompute <= 1:
+            raise InputError(f"recompute={self.recompute}: must be a share, from 0 to 1")
+        if self.exact and self.recompute:
+            raise InputError(f"recompute={self.recompute} with exact slices only: there is nothing to recompute")
+
+    @staticmethod
+    def of(
+        fidelity: Level | Fidelity | None = None, recompute: float | None = None, *, usual: Fidelity | None = None
+    ) -> Fidelity:
+        """What a caller asks for: a level, a ``Fidelity`` or a share to recompute; else what is usual.
+
+        Raises ``InputError`` for an unknown level, and for two of these at once.
+        """
+        if fidelity is not None and recompute is not None:
+            raise InputError("give a fidelity or a share to recompute, not both: a level says what is recomputed")
+        if recompute is not None:
+            return Fidelity(recompute)
+        if fidelity is None:
+            return usual or LEVELS[DEFAULT]
+        if isinstance(fidelity, Fidelity):
+            return fidelity
+        if fidelity not in LEVELS:
+            raise InputError(f"fidelity={fidelity!r}: must be one of {', '.join(LEVELS)}")
+        return LEVELS[fidelity]
+
+
+# Set by the evaluation in bench/RESULTS.md.
+LEVELS: dict[Level, Fidelity] = {
+    "fast": Fidelity(),
+    "balanced": Fidelity(recompute=0.1),
+    "high": Fidelity(exact=True),
+}
+DEFAULT: Level = "balanced"

@@ -1,0 +1,237 @@
+"""The lookup: for each segment of a prompt, the best slice that exists."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal, NamedTuple, TypeAlias
+
+from cpucache.layout import Bound, NewText, Piece, Segment
+from cpucache.reuse.chain import Chain
+from cpucache.reuse.fidelity import Fidelity
+from cpucache.reuse.repair import Repair
+from cpucache.reuse.slices import Plan, Relation, Slice, Span
+from cpucache.reuse.workspace import Workspace
+from cpucache.store import TEXT_ID, SliceInfo, text_id
+
+Reuse: TypeAlias = Literal["schema", "anywhere"]
+"""Which slices a prompt on a schema may take: those that hold text of the schema alone, or any."""
+REUSES: tuple[Reuse, ...] = ("schema", "anywhere")
+
+
+class Found(NamedTuple):
+    """A slice that the store has of a segment's tokens."""
+
+    key: str
+    info: SliceInfo
+    sees: list[bytes]
+    relation: Relation
+
+    def worth(self, previous: bytes | None, start: int) -> tuple[bool, bool, int, bool, str]:
+        """What decides between the slices of a segment: the greatest is taken.
+
+        First come those that were evaluated right behind the text that stands before the segment here, then those that
+        were evaluated behind most text (bench/RESULTS.md), then those that need not be moved.
+
+        Args:
+            previous: The ``text_id`` of what stands right before the segment.
+            start: Where the segment is to stand.
+        """
+        follows = bool(self.sees) and self.sees[-1] == previous
+        return self.relation != "foreign", follows, self.info.sees_tokens, self.info.start == start, self.key
+
+
+class Lookup:
+    """Plans prompts on schemas by the slices that there are."""
+
+    def __init__(self, workspace: Workspace, repair: Repair) -> None:
+        self._workspace = workspace
+        self._repair = repair
+
+    def plan(
+        self,
+        bound: Bound,
+        fidelity: Fidelity,
+        *,
+        reuse: Reuse = "schema",
+        packed: bool | None = None,
+        ends: bool = True,
+    ) -> Plan:
+        """The plan of a prompt.
+
+        Args:
+            bound: The prompt on its schema.
+            fidelity: Whether slices must be exact, and which share of them is recomputed otherwise.
+            reuse: ``"anywhere"`` admits foreign slices, too.
+            packed: Modules stand back to back even where the layout reserves positions.
+            ends: The prompt ends here, so that its last token is evaluated: the answer begins with its logits, which no
+                slice holds.
+        """
+        # Tokens recomputed could not be evaluated behind a gap.
+        packed = bound.layout.packed or bool(packed) or fidelity.exact or fidelity.recompute > 0
+        planning = _Planning(self._workspace, bound, fidelity, reuse, packed=packed, ends=ends)
+        plan = Plan(tuple(planning.run()))
+        return self._repaired(plan, fidelity) if fidelity.recompute else plan
+
+    def _repaired(self, plan: Plan, fidelity: Fidelity) -> Plan:
+        spliced = sum(len(span.tokens) for span in plan.spans if span.slice)
+        chosen = self._repair.choose(plan.spans, math.ceil(fidelity.recompute * spliced))
+        chain = Chain(self._workspace.slices)
+        for span in plan.spans:
+            if span in chosen:
+                # Evaluated like new text, so that what follows it attends to it as it is then.
+                assert span.slice is not None
+                module = span.slice.module
+                chain.add(Span(chain.end, span.tokens, recomputed=True, module=module, why="recomputed"))
+            else:
+                chain.add(span)
+        return Plan(tuple(chain.spans))
+
+
+class _Planning:
+    """One prompt, planned piece by piece."""
+
+    def __init__(
+        self, workspace: Workspace, bound: Bound, fidelity: Fidelity, reuse: Reuse, *, packed: bool, ends: bool
+    ) -> None:
+        self._store = workspace.store
+        self._slices = workspace.slices
+        self._layout = bound.layout
+        self._exact = fidelity.exact
+        self._reuse = reuse
+        self._packed = packed
+        self._ends = ends
+        self._pieces = [piece for piece in bound.pieces if len(piece.tokens) or isinstance(piece, NewText)]
+        self._contents = {
+            piece: self._slices.content(piece.tokens)
+            for piece in self._pieces
+            if isinstance(piece, Segment) and piece.cache and not self._exact
+        }
+        self._variants: Mapping[str, list[tuple[str, SliceInfo]]] = self._store.variants(self._contents.values())
+        self._prompt = Chain(self._slices)
+        self._before: set[bytes] = set()
+        """The texts that stand before the piece at hand."""
+        self._previous: bytes | None = None
+        """The last of them."""
+        self._text: Chain | None = None
+        """The schema's text in the prompt so far, placeholders in the place of arguments; ``None``: the same as the
+        prompt so far."""
+
+    def run(self) -> list[Span]:
+        """The spans of the prompt."""
+        cached = [index for index, piece in enumerate(self._pieces) if isinstance(piece, Segment) and piece.cache]
+        last = cached[-1] if cached else -1
+        for index, piece in enumerate(self._pieces):
+            size = len(piece.tokens) - (self._ends and index == len(self._pieces) - 1)
+            if isinstance(piece, NewText):
+                self._new(piece, followed=index < last)
+            elif not piece.cache or not size:
+                self._evaluate(piece, 'cache="false"' if not piece.cache else "the last token")
+            else:
+                self._segment(piece, size)
+                self._prompt.evaluate(piece.tokens[size:], "the last token", piece.module)
+            if len(piece.tokens):
+                self._previous = text_id(piece.tokens)
+                self._before.add(self._previous)
+        return self._prompt.spans
+
+    # -- what a prompt brings ----------------------------------------------------------------------------------------
+    def _new(self, piece: NewText, *, followed: bool) -> None:
+        """Text that the prompt brings: evaluated, unless the very same prompt was refined."""
+        text = self._schema_text().copy()
+        text.evaluate(piece.placeholder)
+        if followed and self._prompt.trail.exact and len(piece.tokens):
+            made = self._prompt.next(piece.tokens)
+            if self._exact or made.key in self._store:
+                self._prompt.add(made.span)
+                self._text = text
+                return
+        self._prompt.evaluate(piece.tokens, "new text")
+        self._text = text
+
+    def _evaluate(self, piece: Piece, why: str) -> None:
+        module = piece.module if isinstance(piece, Segment) else ""
+        if self._text is not None:
+            self._text.evaluate(piece.tokens)
+        self._prompt.evaluate(piece.tokens, why, module)
+
+    def _schema_text(self) -> Chain:
+        return self._prompt if self._text is None else self._text
+
+    # -- what the schema has -----------------------------------------------------------------------------------------
+    def _segment(self, segment: Segment, size: int) -> None:
+        made = self._prompt.next(segment.tokens[:size] if self._exact else segment.tokens, segment.module)
+        if self._prompt.trail.exact and (self._exact or made.key in self._store):
+            made_now = made.key not in self._store
+            self._take(made, made.start, size, "exact", "no exact slice yet" if made_now else "", made=made_now)
+            return
+        found = self._found(segment)
+        start = self._prompt.end
+        if not self._packed and segment.home is not None:
+            start = max(segment.home, start)
+        if found:
+            best = max(found, key=lambda each: each.worth(self._previous, start))
+            slice_ = _opened(best, segment)
+            self._take(slice_, start, size, best.relation, "not yet evaluated behind this")
+            return
+        made = self._missing(segment)
+        trail = self._prompt.trail
+        # What is evaluated right where the prompt has it stays there.
+        in_place = made.context_key == trail.key and made.start >= start
+        exact = in_place and trail.exact and made.start == trail.end
+        start = made.start if in_place else start
+        self._take(made, start, size, "exact" if exact else "clean", self._why_missing(segment), made=True)
+
+    def _found(self, segment: Segment) -> list[Found]:
+        """The slices that this prompt may take of a segment."""
+        limit = self._layout.may_attend_to(segment)
+        found = []
+        for key, info in self._variants.get(self._contents[segment], []):
+            sees = _texts(info)
+            if limit is not None and not limit.issuperset(sees):
+                continue
+            relation = self._relation(frozenset(sees))
+            if relation != "foreign" or (self._reuse == "anywhere" and limit is None):
+                found.append(Found(key, info, sees, relation))
+        return found
+
+    def _relation(self, sees: frozenset[bytes]) -> Relation:
+        if sees <= self._before:
+            return "clean"
+        return "related" if sees <= self._layout.texts else "foreign"
+
+    def _missing(self, segment: Segment) -> Slice:
+        """The slice to make of a segment that has none: behind the schema's text in the prompt, so that other prompts
+        can take it, too."""
+        limit = self._layout.may_attend_to(segment)
+        context = self._schema_text().only(self._layout.texts if limit is None else limit)
+        return context.next(segment.tokens, segment.module, None if self._packed else segment.home)
+
+    def _why_missing(self, segment: Segment) -> str:
+        there = self._variants.get(self._contents[segment])
+        if not there:
+            return "no slice yet"
+        limited = self._layout.may_attend_to(segment) is not None
+        return "its slices attended to other modules" if limited else "its slices attended to text of other prompts"
+
+    def _take(
+        self, slice_: Slice, start: int, size: int, relation: Relation, why: str = "", *, made: bool = False
+    ) -> None:
+        span = Span(start, slice_.tokens[:size], slice_, relation, made=made, why=why)
+        if self._text is not None:
+            self._text.add(replace(span, start=max(start, self._text.end) if not self._packed else self._text.end))
+        self._prompt.add(span)
+
+
+def _texts(info: SliceInfo) -> list[bytes]:
+    data = bytes.fromhex(info.sees)
+    return [data[begin : begin + TEXT_ID] for begin in range(0, len(data), TEXT_ID)]
+
+
+def _opened(found: Found, segment: Segment) -> Slice:
+    """A slice as the store describes it."""
+    info = found.info
+    return Slice(
+        found.key, segment.tokens, info.start, info.context, tuple(found.sees), info.sees_tokens, segment.module
+    )

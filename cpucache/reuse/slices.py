@@ -1,0 +1,334 @@
+"""Slices, and the plans that they are spliced by.
+
+A slice is the saved KV state of a run of tokens, evaluated in one context, at one position. Its key names all three.
+The key of a context names what was attended to and nothing else: not how that was cut into slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from cpucache.errors import InputError
+from cpucache.layout import Tokens
+from cpucache.layout.vocabulary import joined
+from cpucache.store import content_key, slice_key, text_id
+
+BLOCK = 256
+"""Tokens of a prefix block unless told otherwise."""
+
+Relation: TypeAlias = Literal["exact", "clean", "related", "foreign"]
+"""How the context of a slice relates to what stands before it in a prompt.
+
+``exact``: it is that. ``clean``: it is a part of that. ``related``: it holds other text of the same schema.
+``foreign``: it holds text of other prompts.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """The state of ``tokens``, saved at the positions from ``start`` on. Compared by key."""
+
+    key: str
+    tokens: Tokens
+    start: int
+    context_key: str
+    sees: tuple[bytes, ...]
+    """The ``text_id`` of each run of tokens that it attended to, in order."""
+    sees_tokens: int
+    """How many tokens these are."""
+    module: str = ""
+    """Dotted path of the module that the text belongs to."""
+    context: tuple[Span, ...] | None = None
+    """The spans behind which it is evaluated; ``None`` for one that was found in the store and can't be made here."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Slice) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.start + len(self.tokens)
+
+    @property
+    def delta(self) -> int:
+        """By how many positions it is moved after it has been evaluated right behind its context."""
+        return self.start - (self.context[-1].end if self.context else 0)
+
+    @property
+    def needs(self) -> list[Slice]:
+        """The slices of its context."""
+        return [span.slice for span in self.context or () if span.slice]
+
+    @property
+    def chained(self) -> bool:
+        """Whether it stands at its position among all tokens from 0 on, and its context is all of these."""
+        return self.start == self.sees_tokens and not self.delta
+
+    @cached_property
+    def span(self) -> Span:
+        """All of it, where it was saved."""
+        return Span(self.start, self.tokens, self)
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Tokens at consecutive positions from ``start``: a slice to splice, or (no slice) tokens to evaluate.
+
+    The tokens of a slice are all of its tokens, or the first of them. Compared by identity; ``same`` compares content.
+    """
+
+    start: int
+    tokens: Tokens
+    slice: Slice | None = None
+    relation: Relation = "exact"
+    made: bool = False
+    """Whether the slice is missing, and made for this plan."""
+    recomputed: bool = False
+    """Of tokens to evaluate: whether they are evaluated although there is a slice of them."""
+    module: str = ""
+    """Of tokens to evaluate: the module that they belong to, if it is one that is never cached."""
+    why: str = ""
+    """Why no better slice was taken, or why the tokens are evaluated."""
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.start + len(self.tokens)
+
+    @property
+    def delta(self) -> int:
+        """By how many positions the slice must be moved from where it was saved."""
+        return self.start - self.slice.start if self.slice else 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of its slice."""
+        return self.slice is not None and len(self.tokens) == len(self.slice.tokens)
+
+    def moved(self, delta: int) -> Span:
+        """The same tokens, ``delta`` positions further on."""
+        return replace(self, start=self.start + delta) if delta else self
+
+    def same(self, other: Span) -> bool:
+        """Whether both put the same state at the same positions."""
+        return (
+            self.slice == other.slice
+            and self.start == other.start
+            and len(self.tokens) == len(other.tokens)
+            and (self.slice is not None or bool(np.array_equal(self.tokens, other.tokens)))
+        )
+
+    def __repr__(self) -> str:
+        what = f"{self.relation} slice {self.slice.key[:8]} of {self.slice.module!r}" if self.slice else "evaluated"
+        return f"<Span {self.start}..{self.end} {what}>"
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """Spans in order of position. Gaps between them are positions left out; spans never overlap."""
+
+    spans: tuple[Span, ...]
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Every token of the prompt, as a prompt without reuse evaluates them."""
+        return joined([span.tokens for span in self.spans])
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all spans."""
+        return sum(len(span.tokens) for span in self.spans)
+
+    @property
+    def n_cached(self) -> int:
+        """Tokens whose state comes from slices."""
+        return sum(len(span.tokens) for span in self.spans if span.slice)
+
+    @property
+    def n_recomputed(self) -> int:
+        """Tokens that are evaluated although there are slices of them."""
+        return sum(len(span.tokens) for span in self.spans if span.recomputed)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every slice attended to all that stands before it, and to nothing else."""
+        return all(span.relation == "exact" for span in self.spans)
+
+    @property
+    def slices(self) -> list[Slice]:
+        """The slices to splice, in order."""
+        return [span.slice for span in self.spans if span.slice]
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.spans[-1].end if self.spans else 0
+
+    def count(self, relation: Relation) -> int:
+        """Tokens that come from slices of this relation that were there before."""
+        spans = (span for span in self.spans if span.slice and span.relation == relation and not span.made)
+        return sum(len(span.tokens) for span in spans)
+
+    def without_reuse(self) -> Plan:
+        """The same tokens, all to be evaluated, back to back: a full prefill."""
+        return Plan((Span(0, self.tokens),))
+
+    def __repr__(self) -> str:
+        return f"<Plan of {self.n_tokens} tokens in {len(self.spans)} spans, {self.n_cached} from slices>"
+
+
+# Token ids are never negative: what is no token is told apart by these.
+_GAP, _SLICE = -1, -2
+
+
+class Trail:
+    """The key of what stands before a point of a plan, as spans are added one by one.
+
+    Tokens evaluated where they stand, and slices whose contexts are just what stands before them, count as their
+    tokens: so the key does not depend on how text was cut, or on what of it was saved. Any other slice counts by its
+    key, for its state is not that of its tokens there.
+    """
+
+    def __init__(self, spans: Iterable[Span] = ()) -> None:
+        self._digest = blake2b(digest_size=16)
+        self.end = 0
+        """The position behind the last span."""
+        self.exact = True
+        """Whether all tokens stand back to back from position 0, and attended to all before them."""
+        self.sees: list[bytes] = []
+        self._seen: dict[bytes, None] = {}
+        self.n_tokens = 0
+        for span in spans:
+            self.add(span)
+
+    @property
+    def key(self) -> str:
+        """32 hexadecimal digits."""
+        return self._digest.copy().hexdigest()
+
+    def copy(self) -> Trail:
+        """The same trail, to go on with apart from this one."""
+        other = Trail()
+        other._digest = self._digest.copy()
+        other.end, other.exact, other.n_tokens = self.end, self.exact, self.n_tokens
+        other.sees, other._seen = list(self.sees), dict(self._seen)
+        return other
+
+    def in_place(self, span: Span) -> bool:
+        """Whether the state of ``span``, put behind this, is that of its tokens evaluated there."""
+        if span.slice is None:
+            return True
+        fits = span.start == self.end and not span.delta
+        return fits and span.slice.context_key == self.key
+
+    def add(self, span: Span) -> None:
+        """Put a span behind the others."""
+        if not len(span.tokens):
+            return
+        in_place = self.in_place(span)
+        if span.start != self.end:
+            self._note(_GAP, span.start)
+        if in_place:
+            self._digest.update(np.ascontiguousarray(span.tokens, "<i4").tobytes())
+        else:
+            assert span.slice is not None
+            self._note(_SLICE, span.start, len(span.tokens))
+            self._digest.update(bytes.fromhex(span.slice.key))
+        self.exact &= in_place and span.start == self.end
+        if span.slice is not None:
+            for each in span.slice.sees:
+                self._see(each)
+        self._see(text_id(span.tokens if span.slice is None else span.slice.tokens))
+        self.n_tokens += len(span.tokens)
+        self.end = span.end
+
+    def _see(self, text: bytes) -> None:
+        if text not in self._seen:
+            self._seen[text] = None
+            self.sees.append(text)
+
+    def _note(self, *numbers: int) -> None:
+        self._digest.update(np.array(numbers, "<i4").tobytes())
+
+
+class Slices:
+    """Makes slices of one model and one format of states, by the spans behind which they are evaluated.
+
+    Long text is cut into blocks of ``size`` tokens, each of which is found again by whatever begins with the same text
+    (hash chaining, as in vLLM's automatic prefix caching).
+    """
+
+    def __init__(self, fingerprint: str, state_format: str, size: int = BLOCK) -> None:
+        if size < 1:
+            raise InputError(f"block_size={size}: a block has at least one token")
+        self.fingerprint = fingerprint
+        self.state_format = state_format
+        self.size = size
+
+    def content(self, tokens: Tokens) -> str:
+        """What all slices of these tokens are found by."""
+        return content_key(self.fingerprint, self.state_format, tokens)
+
+    def key(self, context_key: str, tokens: Tokens, start: int) -> str:
+        """The key of the slice of these tokens in that context."""
+        return slice_key(self.fingerprint, self.state_format, context_key, tokens, start)
+
+    def make(
+        self,
+        before: Sequence[Span],
+        tokens: Tokens,
+        module: str = "",
+        *,
+        start: int | None = None,
+        trail: Trail | None = None,
+    ) -> Slice:
+        """The slice of ``tokens`` evaluated right behind ``before``, then moved to ``start``, if that is elsewhere.
+
+        ``trail`` is that of ``before``, where it is known.
+        """
+        trail = Trail(before) if trail is None else trail
+        start = trail.end if start is None else start
+        context = trail.key
+        key = self.key(context, tokens, start)
+        return Slice(key, tokens, start, context, tuple(trail.sees), trail.n_tokens, module, tuple(before))
+
+    def cut(self, before: Sequence[Span], tokens: Tokens, module: str = "") -> list[Slice]:
+        """``tokens`` right behind ``before``, in blocks; the last may be shorter."""
+        spans = list(before)
+        trail = Trail(before)
+        made: list[Slice] = []
+        for begin in range(0, len(tokens), self.size):
+            block = self.make(spans, tokens[begin : begin + self.size], module, trail=trail)
+            spans.append(block.span)
+            trail.add(block.span)
+            made.append(block)
+        return made
+
+    def blocks(self, before: Sequence[Span], tokens: Tokens, module: str = "") -> list[Slice]:
+        """The whole blocks of ``tokens``: what is left behind them is shorter than a block."""
+        return self.cut(before, tokens[: len(tokens) // self.size * self.size], module)
+
+    def plan(self, before: Sequence[Span], tokens: Tokens, module: str = "") -> Plan:
+        """``before``, the whole blocks of ``tokens``, and what is left, to be evaluated: the last token at least."""
+        spans = [*before, *(block.span for block in self.blocks(before, tokens[:-1], module))]
+        done = sum(len(span.tokens) for span in spans[len(before) :])
+        return Plan((*spans, Span(spans[-1].end if spans else 0, tokens[done:])))
+
+    def chained(self, plan: Plan, module: str = "") -> list[Span]:
+        """The spans of a plan, with slices in the place of tokens to evaluate."""
+        spans: list[Span] = []
+        for span in plan.spans:
+            if span.slice:
+                spans.append(span)
+            else:
+                spans += [block.span for block in self.cut(spans, span.tokens, module)]
+        return spans
