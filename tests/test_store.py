@@ -224,6 +224,13 @@ def test_a_store_without_a_folder_is_in_memory(tmp_path: Path) -> None:
     assert KEY not in store
 
 
+def test_a_store_in_memory_makes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Store(None, ram_budget=2000) as store:
+        store.put(KEY, state(), TOKENS, INFO)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_does_not_fit_in_memory_is_read_from_disk(tmp_path: Path) -> None:
     store = Store(tmp_path, ram_budget=0)
     store.put(KEY, state(), TOKENS, INFO)

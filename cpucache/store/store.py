@@ -122,9 +122,9 @@ class Store:
         self._writer.close()
         self._closing = False
         self._note()
+        self.asked.close()
         # Mapped states hold descriptors, and the store itself lies in a cycle with its writer.
         self.ram.clear()
-        self.asked.close()
         if self.index is not None:
             self.index.close()
             self.index = None
