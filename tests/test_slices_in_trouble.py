@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cpucache.errors import ContextFull, CpucacheError, InputError, ModelError
-from cpucache.reuse import Plan, Slice, Workspace
+from cpucache.reuse import Plan, Slice, Slices, Workspace
 from cpucache.runtime import Context, KVType, Model
 from cpucache.store import SliceInfo, Store
 from tests.support.tiny import ATTENTION_ARCHS
@@ -66,6 +66,7 @@ def test_slices_outlive_a_restart(arch: str, kv_type: KVType, tiny: TinyModel, t
 def test_what_decides_a_slice_decides_its_key(tiny: TinyModel) -> None:
     tokens = some_tokens(40)
     anchor, other = slice_of(tokens[:20]), slice_of(tokens[1:21])
+    assert slice_of(tokens[20:], [slice_of(tokens[:20])]).key == slice_of(tokens[20:], [anchor]).key
     variants = [
         slice_of(tokens[20:]),
         slice_of(tokens[20:], start=1),
@@ -75,12 +76,19 @@ def test_what_decides_a_slice_decides_its_key(tiny: TinyModel) -> None:
         slice_of(tokens[20:], [other]),
     ]
     keys = []
-    models: tuple[tuple[str, KVType], ...] = (("llama", "f16"), ("llama", "q8_0"), ("qwen2", "f16"))
-    for arch, kv_type in models:
-        with bench(tiny(arch), kv_type) as b:
-            keys += [each.key for each in variants]
-            assert b.workspace.key(slice_of(tokens[20:], [slice_of(tokens[:20])])) == b.workspace.key(variants[3])
+    settings: tuple[tuple[str, KVType], ...] = (("llama", "f16"), ("llama", "q8_0"), ("qwen2", "f16"))
+    for arch, kv_type in settings:
+        with opened(tiny(arch), kv_type) as context:
+            slices = Slices(arch, context.state_format)
+            for each in variants:
+                again = slices.make(each.context or (), each.tokens, start=each.start)
+                # The context is named by its tokens: the model goes into the key once.
+                assert again.context_key == each.context_key
+                keys.append(again.key)
     assert len(set(keys)) == 3 * len(variants)
+    # Numbers of NumPy name what Python's own do.
+    whole = variants[4]
+    assert SLICES.key(whole.context_key, whole.tokens.astype(np.int64), np.int64(whole.start)) == whole.key  # type: ignore[arg-type]
 
 
 def damaged_plan(b: Bench) -> tuple[Plan, list[Slice]]:
@@ -231,7 +239,8 @@ from cpucache.store import Store
 
 tokens = np.array(json.loads(sys.stdin.read()), np.int32)
 context = Context(Model(sys.argv[1]), n_ctx=len(tokens) + 256, n_threads=1, kv_type="f32")
-workspace = Workspace(context, Store(Path(sys.argv[2]), ram_budget=1 << 30), "model")
+slices = Slices("model", "format")
+workspace = Workspace(context, Store(Path(sys.argv[2]), ram_budget=1 << 30), slices)
 seen = []
 
 def progress(done, total):
@@ -247,15 +256,15 @@ def interrupted(call):
         return True
     return False
 
-report = {"prefill": interrupted(lambda: workspace.prefill(Plan((Span(0, tokens),)), progress=progress))}
+report = {"prefill": interrupted(lambda: workspace.prefill(lambda: Plan((Span(0, tokens),)), progress=progress))}
 report["prefilled"] = seen[-1]
-whole = Segment(tokens, 0, (), "")
+whole = slices.make((), tokens)
 report["encode"] = interrupted(lambda: workspace.encode([whole], progress=progress))
 report["encoded"] = seen[-1]
 workspace.store.flush()
 report["files"] = len(list(Path(sys.argv[2]).rglob("*.safetensors")))
-part = Segment(tokens[:100], 0, (), "")
-workspace.prefill(Plan((Span(0, part.tokens, part), Span(100, tokens[100:120]))))
+part = slices.make((), tokens[:100])
+workspace.prefill(lambda: Plan((part.span, Span(100, tokens[100:120]))))
 report["logits"] = context.last_logits().tolist()
 print(json.dumps(report))
 """
