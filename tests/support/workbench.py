@@ -84,25 +84,46 @@ class Bench:
         return self.truth.last_logits()
 
     def expected(self, plan: Plan) -> Logits:
-        """Those of the last token of ``plan``, each slice evaluated where it stands, right behind its context.
+        """Those of the last token of ``plan``, each slice evaluated where it stands, behind its context.
 
-        For slices whose contexts, all together, stand at consecutive positions from 0.
+        For slices whose contexts are plain text, evaluated one token behind the other.
         """
         self.truth.clear()
+        # What matters is how far tokens are from one another: all stand so far on that every context fits before them.
+        lift = max(0, 0, *(s.slice.context[-1].end - s.start for s in plan.spans if s.slice and s.slice.context))
+        slices: list[Span] = []
         for span in plan.spans:
             if span.slice is None:
-                self.truth.decode([Run(0, span.start, span.tokens)], logits="last")
+                self._recompute(slices, lift)
+                self.truth.decode([Run(0, span.start + lift, span.tokens)], logits="last")
                 continue
-            context = span.slice.context or ()
-            before = sum(len(each.tokens) for each in context)
-            assert not context or before == context[-1].end, "a gap in the context"
-            # What matters is how far the tokens are from one another, so the context may begin anywhere, but not below
-            # 0: a slice that stands too near to the start for its context to fit before it can't be evaluated so.
-            self.truth.decode([Run(1, span.start - before, joined([*(each.tokens for each in context), span.tokens]))])
-            self.truth.remove(1, 0, span.start)
+            slices.append(span)
+            context = span.slice.context
+            assert context is not None, "found in the store: nobody knows its context"
+            start = span.start + lift
+            # As the slice was moved away from its context, so is the context moved here.
+            back = start - (context[-1].end if context else 0)
+            for each in (*(before.moved(back) for before in context), Span(start, span.tokens)):
+                self.truth.decode([Run(1, each.start, each.tokens)])
+            self.truth.remove(1, 0, start)
             self.truth.share(1, 0)
             self.truth.remove(1)
+        self._recompute(slices, lift)
         return self.truth.last_logits()
+
+    def _recompute(self, slices: list[Span], lift: int) -> None:
+        """Evaluate what is recomputed of slices that stand there, each run behind all slices as they were saved."""
+        runs = [(lift + s.start + begin, s.tokens[begin:end]) for s in slices for begin, end in s.recomputed]
+        slices.clear()
+        for start, tokens in runs:
+            self.truth.share(0, 1, 0, start)
+            self.truth.decode([Run(1, start, tokens)])
+            self.truth.share(1, 2, start, start + len(tokens))
+            self.truth.remove(1)
+        for start, tokens in runs:
+            self.truth.remove(0, start, start + len(tokens))
+        self.truth.share(2, 0)
+        self.truth.remove(2)
 
 
 @contextmanager
