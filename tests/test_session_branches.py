@@ -243,9 +243,9 @@ def test_a_session_that_begins_with_a_prompt_is_truncated(
         answer = said(running, session.stream(max_tokens=4))
         held, plan = answer.tokens, answer.stream.plan
         defined(Bench(running.workspace, context), plan, alone, held[plan.n_tokens :])
-        end = plan.end + answer.stream.evaluated
-        # The position behind the prompt, in which some were left out.
-        opening = plan.end - plan.n_tokens + sizes(session)[0]
+        end = context.last_position(0) + 1
+        # The position behind the prompt, wherever it begins here.
+        opening = end - len(held) + sizes(session)[0]
         gone = 0
         for number in range(12):
             if reopened:
