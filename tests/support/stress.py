@@ -430,8 +430,8 @@ def _listen(store: Store, note: Any) -> None:
             note("drop", key)
         drop(key)
 
-    def noted_reserve(key: str, *rest: Any) -> bool:
-        done = reserve(key, *rest)
+    def noted_reserve(key: str, *rest: Any, **named: Any) -> bool:
+        done = reserve(key, *rest, **named)
         if not done:
             note("unsaved", key)
         return done
