@@ -91,13 +91,10 @@ class Bench:
         self.truth.clear()
         # What matters is how far tokens are from one another: all stand so far on that every context fits before them.
         lift = max(0, 0, *(s.slice.context[-1].end - s.start for s in plan.spans if s.slice and s.slice.context))
-        slices: list[Span] = []
         for span in plan.spans:
             if span.slice is None:
-                self._recompute(slices, lift)
                 self.truth.decode([Run(0, span.start + lift, span.tokens)], logits="last")
                 continue
-            slices.append(span)
             context = span.slice.context
             assert context is not None, "found in the store: nobody knows its context"
             start = span.start + lift
@@ -108,22 +105,7 @@ class Bench:
             self.truth.remove(1, 0, start)
             self.truth.share(1, 0)
             self.truth.remove(1)
-        self._recompute(slices, lift)
         return self.truth.last_logits()
-
-    def _recompute(self, slices: list[Span], lift: int) -> None:
-        """Evaluate what is recomputed of slices that stand there, each run behind all slices as they were saved."""
-        runs = [(lift + s.start + begin, s.tokens[begin:end]) for s in slices for begin, end in s.recomputed]
-        slices.clear()
-        for start, tokens in runs:
-            self.truth.share(0, 1, 0, start)
-            self.truth.decode([Run(1, start, tokens)])
-            self.truth.share(1, 2, start, start + len(tokens))
-            self.truth.remove(1)
-        for start, tokens in runs:
-            self.truth.remove(0, start, start + len(tokens))
-        self.truth.share(2, 0)
-        self.truth.remove(2)
 
 
 @contextmanager
