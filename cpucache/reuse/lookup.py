@@ -122,8 +122,10 @@ class _Planning:
         """The spans of the prompt."""
         cached = [index for index, piece in enumerate(self._pieces) if isinstance(piece, Segment) and piece.cache]
         last = cached[-1] if cached else -1
+        # An argument may be empty.
+        end = max((index for index, piece in enumerate(self._pieces) if len(piece.tokens)), default=-1)
         for index, piece in enumerate(self._pieces):
-            size = len(piece.tokens) - (self._ends and index == len(self._pieces) - 1)
+            size = len(piece.tokens) - (self._ends and index == end)
             if isinstance(piece, NewText):
                 self._new(piece, followed=index < last)
             elif not piece.cache or not size:
