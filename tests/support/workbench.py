@@ -126,6 +126,11 @@ def bench(
             store.close()
 
 
+def planning() -> Workspace:
+    """A workspace to plan with and nothing else: it has no llama.cpp context, and no slice has been made."""
+    return Workspace(None, Store(None, ram_budget=PLENTY), SLICES)  # type: ignore[arg-type]
+
+
 def slice_of(tokens: Tokens, context: Sequence[Slice] = (), *, start: int | None = None) -> Slice:
     """A slice to be, evaluated behind ``context``; it stays right behind it unless told."""
     return SLICES.make([other.span for other in context], tokens, start=start)
