@@ -25,7 +25,7 @@ import numpy as np
 
 from cpucache.engine import Engine
 from cpucache.pml import parse_schema
-from cpucache.reuse import reading
+from cpucache.reuse import Level, reading
 from cpucache.store import Store
 from cpucache.store.slicefile import Damaged, SliceFiles
 from cpucache.store.upkeep import verify
@@ -65,9 +65,9 @@ def engine(model: Path, home: Path, **settings: Any) -> Engine:
     )
 
 
-def answer(engine: Engine, text: str) -> str:
-    """What an engine says to a prompt, greedily."""
-    return engine.generate(text, max_tokens=_TOKENS).text
+def answer(engine: Engine, text: str, fidelity: Level | None = None) -> str:
+    """What an engine says to a prompt, greedily. Unless it is exact, that depends on which slices there are."""
+    return engine.generate(text, max_tokens=_TOKENS, fidelity=fidelity).text
 
 
 def room(folder: Path) -> int:
@@ -328,7 +328,7 @@ def hammer(model: Path, folder: Path, processes: int, *, rounds: int, seed: int 
     folder.mkdir(parents=True, exist_ok=True)
     with engine(model, folder / "alone") as running:
         _add_schemas(running)
-        alone = [answer(running, question) for question in questions]
+        alone = [answer(running, question, "high") for question in questions]
         running.store.flush()
         sizes = [running.store.files.path(key).stat().st_size for key in running.store.files]
     report = Hammered(processes, budget=sum(sizes) // 3, largest=max(sizes))
@@ -410,7 +410,7 @@ def _ask(model: Path, home: Path, log: Path, budget: int, rounds: int, seed: int
             _listen(running.store, note)
             for _ in range(rounds):
                 number = rng.randrange(len(questions))
-                note("answer", [number, answer(running, questions[number])])
+                note("answer", [number, answer(running, questions[number], "high")])
         for warning in heard:
             note("warning", warning)
 
