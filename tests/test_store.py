@@ -12,6 +12,7 @@ import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,19 @@ def test_a_damaged_slice_is_set_aside_and_counts_as_missing(tmp_path: Path, capl
     store.put(KEY, state(), TOKENS, INFO)
     store.close()
     assert same(Store(tmp_path, ram_budget=0).get(KEY), state())
+
+
+def test_a_slice_without_its_file_is_none_of_its_tokens(tmp_path: Path) -> None:
+    """A plan takes what the index lists: it must be there."""
+    content = "ef" * 16
+    with Store(tmp_path, ram_budget=0) as store:
+        for key in (KEY, OTHER):
+            store.put(key, state(), TOKENS, replace(INFO, content=content))
+    with Store(tmp_path, ram_budget=0) as store:
+        assert store.files is not None
+        assert [key for key, _ in store.variants([content])[content]] == [KEY, OTHER]
+        store.files.path(KEY).unlink()
+        assert [key for key, _ in store.variants([content])[content]] == [OTHER]
 
 
 def test_a_slice_of_no_use_stops_neither_the_next_ones_nor_who_waits(

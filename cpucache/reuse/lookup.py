@@ -115,8 +115,10 @@ class _Planning:
         """The spans of the prompt."""
         cached = [index for index, piece in enumerate(self._pieces) if isinstance(piece, Segment) and piece.cache]
         last = cached[-1] if cached else -1
+        # An argument may be empty.
+        end = max((index for index, piece in enumerate(self._pieces) if len(piece.tokens)), default=-1)
         for index, piece in enumerate(self._pieces):
-            size = len(piece.tokens) - (self._ends and index == len(self._pieces) - 1)
+            size = len(piece.tokens) - (self._ends and index == end)
             if isinstance(piece, NewText):
                 self._new(piece, followed=index < last)
             elif not piece.cache or not size:
@@ -156,7 +158,7 @@ class _Planning:
         made = self._prompt.next(segment.tokens[:size] if self._exact else segment.tokens, segment.module)
         if self._prompt.trail.exact and (self._exact or made.key in self._store):
             made_now = made.key not in self._store
-            self._take(made, made.start, size, "exact", "no exact slice yet" if made_now else "", made=made_now)
+            self._take(segment, made, made.start, size, "exact", "no exact slice yet" if made_now else "", made=made_now)
             return
         found = self._found(segment)
         start = self._prompt.end
@@ -165,7 +167,7 @@ class _Planning:
         if found:
             best = max(found, key=lambda each: each.worth(start))
             slice_ = _opened(best, segment)
-            self._take(slice_, start, size, best.relation, "not yet evaluated behind this")
+            self._take(segment, slice_, start, size, best.relation, "not yet evaluated behind this")
             return
         made = self._missing(segment)
         trail = self._prompt.trail
@@ -174,7 +176,7 @@ class _Planning:
         exact = in_place and trail.exact and made.start == trail.end
         start = made.start if in_place else start
         relation: Relation = "exact" if exact else self._relation(frozenset(made.sees))
-        self._take(made, start, size, relation, self._why_missing(segment), made=True)
+        self._take(segment, made, start, size, relation, self._why_missing(segment), made=True)
 
     def _found(self, segment: Segment) -> list[Found]:
         """The slices that this prompt may take of a segment."""
@@ -209,11 +211,21 @@ class _Planning:
         return "its slices attended to other modules" if limited else "its slices attended to text of other prompts"
 
     def _take(
-        self, slice_: Slice, start: int, size: int, relation: Relation, why: str = "", *, made: bool = False
+        self,
+        segment: Segment,
+        slice_: Slice,
+        start: int,
+        size: int,
+        relation: Relation,
+        why: str = "",
+        *,
+        made: bool = False,
     ) -> None:
         span = Span(start, slice_.tokens[:size], slice_, relation, made=made, why=why)
         if self._text is not None:
-            self._text.add(replace(span, start=max(start, self._text.end) if not self._packed else self._text.end))
+            # Where the schema has it, wherever new text has pushed it in the prompt.
+            home = None if self._packed else segment.home
+            self._text.add(replace(span, start=max(home or 0, self._text.end)))
         self._prompt.add(span)
 
 
