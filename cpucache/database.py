@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from cpucache.private import private_file
+
+_making = threading.Lock()
 WAIT = 20.0
 """Seconds for other processes to finish their transactions."""
 
@@ -23,10 +28,20 @@ def open_database(
 
     Everything in ``schema`` must be harmless when it is there already. ``synchronous`` NORMAL may lose the last
     transactions in a power cut, never the file; FULL loses nothing. ``added`` names columns, with their types, that a
-    table gained since earlier versions: they are added to a table that lacks them.
+    table gained since earlier versions: they are added to a table that lacks them. The file is for its owner alone
+    (``private_file``), and so is its log.
 
     Raises ``sqlite3.Error`` when the file can't be used.
     """
+    # Another thread must not have locked the file yet when the one that makes it closes it. What can't be done, SQLite
+    # says in its own words.
+    if str(path) != ":memory:":
+        with _making, contextlib.suppress(OSError):
+            private_file(path)
+            # New ones get the mode of the file.
+            for log in (path.with_name(path.name + end) for end in ("-wal", "-shm")):
+                if log.exists():
+                    private_file(log)
     database = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
     try:
         _prepare(database, f"PRAGMA synchronous = {synchronous};\n{schema}", added or {})
@@ -34,6 +49,25 @@ def open_database(
         database.close()
         raise
     return database
+
+
+def read_database(path: Path) -> sqlite3.Connection:
+    """An SQLite file that can't be written, on a read-only disk for example, opened to be read.
+
+    Where no log can be made beside it, what lies in one is not seen. Raises ``sqlite3.Error`` when it can't be read.
+    """
+    failure: sqlite3.Error | None = None
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        database = sqlite3.connect(
+            f"{path.absolute().as_uri()}?{mode}", WAIT, isolation_level=None, check_same_thread=False, uri=True
+        )
+        try:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return database
+        except sqlite3.Error as error:
+            database.close()
+            failure = failure or error
+    raise failure or sqlite3.OperationalError(f"can't read {path}")
 
 
 def _prepare(database: sqlite3.Connection, script: str, added: Mapping[str, Sequence[str]]) -> None:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from cpucache.cli.main import cli
-from cpucache.store import Fingerprints, SliceInfo, Store, slice_key
+from cpucache.errors import CpucacheError
+from cpucache.store import Fingerprints, Kept, SliceInfo, Store, slice_key
 from cpucache.store.slicefile import SliceFiles
 from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
 
 DAY = 86400.0
+NOBODY = 65534
+INFO = SliceInfo("fp", "m", "s", "a", 2, 0, "f", "c", 1.0)
 
 
 class Shop:
@@ -169,6 +180,7 @@ def test_stats_count_what_happened(shop: Shop) -> None:
     shop.use(a=5, b=2)
     with shop.store() as store:
         store.missed(3)
+    cache("gc", "--disk", "20000")
     with shop.store(disk_budget=20_000) as store:
         shop.put(store, "large/big/x", 8)  # 9000 bytes
     result = json.loads(cache("stats", "--json"))
@@ -244,6 +256,16 @@ def test_verify_finds_and_repairs(shop: Shop) -> None:
     assert kinds(cache("verify")) == ["leftover", "leftover"]
 
 
+def test_slices_of_another_version_are_no_damage(shop: Shop) -> None:
+    path = shop.files.path(shop.keys["small/shop/a"])
+    path.write_bytes(path.read_bytes().replace(b"cpucache-slice-", b"cpucache-slide-"))
+    for arguments in ((), ("--repair",)):
+        text = cache("verify", *arguments)
+        assert text.startswith("outdated: ") and "a slice of another version of cpucache" in text
+    assert cache("verify") == "4 slices, 0 of them bad\n"
+    assert not path.exists()
+
+
 def test_gc_clears_up(shop: Shop) -> None:
     folder = shop.files.path(shop.keys["small/docs/x"]).parent
     old, young, aside = folder / ".old", folder / ".young", folder / "x.damaged"
@@ -270,7 +292,10 @@ def test_gc_clears_up(shop: Shop) -> None:
         (("--schema", "shop", "-m", "large"), {"small/shop/", "small/shop/a", "small/shop/b", "small/docs/x"}),
         (("--older", "30d"), {"small/shop/", "small/shop/a", "large/shop/a", "small/docs/x"}),
         (("--all",), set()),
-        (("--schema", "no such"), {"small/shop/", "small/shop/a", "small/shop/b", "large/shop/a", "small/docs/x"}),
+        (
+            ("--older", "90d", "-m", "small"),
+            {"small/shop/", "small/shop/a", "small/shop/b", "large/shop/a", "small/docs/x"},
+        ),
     ],
     ids=str,
 )
@@ -284,6 +309,7 @@ def test_rm_deletes_what_is_named(which: tuple[str, ...], left: set[str], shop: 
 def test_pinned_slices_stay_until_they_are_unpinned(shop: Shop) -> None:
     assert cache("pin", "shop", "-m", "small").strip() == "3 slices pinned"
     assert {row["module"] for row in listed("-m", "small") if row["pinned"]} == {"", "a", "b"}
+    cache("gc", "--disk", "15000")
     with shop.store(disk_budget=15_000) as store:
         shop.put(store, "small/big/x", 8)
     assert shop.there == {"small/shop/", "small/shop/a", "small/shop/b"}
@@ -321,6 +347,66 @@ def test_a_pack_can_be_bound_to_a_model(tiny: Callable[..., Path], tmp_path: Pat
     assert "1 of them new" in cache("import", tmp_path / "s.pack", "-m", model)
 
 
+def test_a_model_goes_by_its_path_and_by_its_name_in_the_catalogue(
+    tiny: Callable[..., Path], tmp_path: Path, store_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``encode -m`` takes it."""
+    model, twin = tiny("llama"), tmp_path / tiny("llama").name
+    shutil.copy(tiny("qwen2"), twin)  # another model in a file of the same name
+    with Store(store_home, ram_budget=0) as store:
+        tokens = np.arange(2, dtype=np.int32)
+        for number, path in enumerate((model, twin)):
+            info = SliceInfo(Fingerprints(None).of(path), path.stem, "s", f"m{number}", 2, 0, "f", "c", 1.0)
+            store.put(slice_key(info.fingerprint, "f", "c", tokens, 0), np.zeros(10, np.uint8), tokens, info)
+    assert [row["module"] for row in listed("-m", str(model))] == ["m0"]
+    assert [row["module"] for row in listed("-m", str(twin))] == ["m1"]
+    assert len(listed("-m", model.stem)) == 2
+    assert "1 slices for" in cache("export", "s", "-m", model, "-o", tmp_path / "s.pack")
+    monkeypatch.setenv("CPUCACHE_MODELS", str(model.parent))
+    assert [row["module"] for row in listed("-m", model.name)] == ["m0"]
+
+
+def test_export_says_what_is_missing(store_home: Path, tmp_path: Path) -> None:
+    tokens = np.arange(2, dtype=np.int32)
+
+    def put(store: Store, schema: str, number: int) -> str:
+        key = slice_key("fp", "f", "c", tokens, number)
+        info = SliceInfo("fp", "m", schema, f"m{number}", 2, number, "f", "c", 1.0)
+        store.put(key, np.zeros(1 << 20, np.uint8), tokens, info)
+        return key
+
+    with Store(store_home, ram_budget=0, disk_budget=3 << 20) as store:
+        keys = [put(store, "s", number) for number in range(7)]
+        kept = store.kept(keys)
+        assert kept == Kept(3, 3 << 20, 4, 7 << 20)
+    done = cpucache("cache", "export", "s", "-o", tmp_path / "s.pack")
+    assert (done.status, done.out.split(": ")[1][:8]) == (0, "3 slices")
+    assert "4 slices of s are not in it: they were evicted, or found no room" in done.err
+    assert "encode that again with --disk 7MiB" in done.err
+    with Store(store_home, ram_budget=0, disk_budget=kept.budget) as store:
+        for number in range(7):
+            put(store, "s", number)
+        assert store.kept(keys).missing == 0
+    done = cpucache("cache", "export", "s", "-o", tmp_path / "s.pack")
+    assert (done.status, done.err) == (0, "")
+
+
+def test_packs_are_signed_and_checked(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = Ed25519PrivateKey.generate()
+    (tmp_path / "key").write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    public = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    (tmp_path / "key.pub").write_bytes(public)
+    pack = tmp_path / "shop.pack"
+    assert cache("export", "docs", "-o", pack, "--sign", tmp_path / "key").endswith(", signed\n")
+    monkeypatch.setenv("CPUCACHE_HOME", str(tmp_path / "other"))
+    assert cache("import", pack, "--key", tmp_path / "key.pub") == "1 slices for small, 1 of them new\n"
+    monkeypatch.setenv("CPUCACHE_HOME", str(shop.home))
+    cache("export", "docs", "-o", pack)
+    done = cpucache("cache", "import", pack, "--key", tmp_path / "key.pub")
+    assert (done.status, done.out) == (2, "")
+    assert "it is not signed; nothing was imported" in done.err
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -330,8 +416,10 @@ def test_a_pack_can_be_bound_to_a_model(tiny: Callable[..., Path], tmp_path: Pat
         (("ls", "--older", "soon"), "'soon' is no age; write for example 12h or 30d"),
         (("ls", "--sort", "colour"), "is not one of"),
         (("rm",), "say which: --schema, -m, --older, or --all"),
-        (("pin", "no such"), "there are no slices of a schema 'no such'"),
+        (("pin", "no such"), "there are no slices of schema 'no such'"),
         (("export", "no such", "-o", "out"), "encode the schema first"),
+        (("export", "shpo", "-o", "out"), "there are no slices of schema 'shpo' (did you mean 'shop'?)"),
+        (("export", "shop", "-m", "smal", "-o", "out"), "model 'smal' (did you mean 'small'?)"),
         (("export", "shop", "-o", "out"), "belong to 2 models; name one with -m"),
         (("import", "not there"), "there is no such file"),
         (("import", "nonsense"), "not a pack"),
@@ -345,6 +433,137 @@ def test_mistakes_are_told_in_one_line(arguments: tuple[str, ...], message: str,
     assert done.err.count("\n") == 1
     assert message in done.err
     assert shop.there == set(shop.keys)
+
+
+def test_deleting_what_is_not_there_is_a_failure(shop: Shop) -> None:
+    for arguments, message in (
+        (("--schema", "shpo"), "there are no slices of schema 'shpo' (did you mean 'shop'?)"),
+        (("-m", "large", "--schema", "docs"), "there are no slices of schema 'docs' and model 'large'"),
+        (("-m", "medium"), "there are no slices of model 'medium'"),
+    ):
+        done = cpucache("cache", "rm", *arguments)
+        assert (done.status, done.out) == (1, "")
+        assert message in done.err
+    assert shop.there == set(shop.keys)
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Callable[[Path], AbstractContextManager[None]]]:
+    """Lets a folder be read, by a user who may write nothing there."""
+
+    @contextmanager
+    def reading(home: Path) -> Iterator[None]:
+        there = [home, *home.rglob("*")]
+        for path in there:
+            path.chmod(0o500 if path.is_dir() else 0o400)
+            if os.geteuid() == 0:
+                os.chown(path, NOBODY, -1)
+        above = [path for path in home.parents if path.stat().st_mode & 0o077 == 0] if os.geteuid() == 0 else []
+        for path in above:
+            path.chmod(0o711)
+        was = os.geteuid()
+        if was == 0:
+            os.seteuid(NOBODY)
+        try:
+            yield
+        finally:
+            os.seteuid(was)
+            for path in above:
+                path.chmod(0o700)
+            for path in there:
+                path.chmod(0o700 if path.is_dir() else 0o600)
+
+    yield reading
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["closed", "in use by others"])
+def test_a_store_that_can_only_be_read(log: bool, shop: Shop, as_nobody: Any, caplog: pytest.LogCaptureFixture) -> None:
+    other = shop.store() if log else None
+    state = np.zeros(10, np.uint8)
+    with as_nobody(shop.home):
+        assert set(names()) == set(shop.keys)
+        assert json.loads(cache("stats", "--json"))["slices"] == 5
+        assert cache("verify") == "5 slices, 0 of them bad\n"
+        with shop.store() as store:
+            assert store.get(shop.keys["small/shop/a"]) is not None
+        assert not caplog.messages, "nothing was to be written"
+        for arguments in (("gc",), ("rm", "--all"), ("pin", "shop"), ("verify", "--repair")):
+            result = CliRunner().invoke(cli, ["cache", *arguments])
+            assert isinstance(result.exception, CpucacheError)
+            assert "can't be written" in str(result.exception)
+        with shop.store() as store:
+            for key in ("ab" * 16, "cd" * 16):
+                store.put(key, state, np.arange(2, dtype=np.int32), INFO)
+            assert not store.writable
+        assert ["can't keep slices in" in message for message in caplog.messages] == [True]
+    if other:
+        other.close()
+    assert shop.there == set(shop.keys)
+
+
+def test_a_fingerprint_is_found_in_an_index_that_can_only_be_read(store_home: Path, as_nobody: Any) -> None:
+    path = store_home / "model"
+    path.write_bytes(b"x" * 100)
+    first, read = Fingerprints(store_home / "index.sqlite").of(path), []
+    with as_nobody(store_home):
+        assert Fingerprints(store_home / "index.sqlite").of(path, read.append) == first
+    assert read == []
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+NAMES = ("schema \x1b]0;owned\x07", "[red]module[/red] [/]", "two\nlines \x9b31m")
+
+
+def test_names_give_a_terminal_no_commands(store_home: Path) -> None:
+    tokens = np.arange(2, dtype=np.int32)
+    with Store(store_home, ram_budget=0) as store:
+        info = SliceInfo("fp", NAMES[2], NAMES[0], NAMES[1], 2, 0, "f", "c", 1.0)
+        store.put(slice_key("fp", "f", "c", tokens, 0), np.zeros(10, np.uint8), tokens, info)
+    for command in ("ls", "stats", "verify"):
+        text = on_a_terminal("cache", command)
+        assert not {"\x1b]", "\x9b", "\x07"} & {text[at : at + size] for at in range(len(text)) for size in (1, 2)}
+        assert "[red]module[/red] [/]" in text or command != "ls"
+        assert "two\r\nlines" not in text
+    assert listed()[0]["schema"] == NAMES[0]
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """What a command prints on a terminal."""
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "cpucache.cli.main", *arguments]
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env={**os.environ, "COLUMNS": "150"}) as process:
+        os.close(terminal)
+        said = b""
+        with contextlib.suppress(OSError):  # the terminal is gone
+            while piece := os.read(main, 1 << 16):
+                said += piece
+        assert process.wait(60) == 0
+    os.close(main)
+    return said.decode()
+
+
+def test_narrow_terminals_keep_the_names(store_home: Path) -> None:
+    tokens = np.arange(2, dtype=np.int32)
+    with Store(store_home, ram_budget=0) as store:
+        info = SliceInfo("fp", "model-135m", "support", "answers.refund", 2, 0, "f", "c", 1.0)
+        store.put(slice_key("fp", "f", "c", tokens, 0), np.zeros(10, np.uint8), tokens, info)
+    for width, gone in (
+        (120, ()),
+        (80, ()),
+        (60, ("hits", "tokens", "used")),
+        (40, ("hits", "tokens", "used", "size")),
+    ):
+        text = cpucache("cache", "ls", COLUMNS=str(width)).out
+        assert all(len(line) <= width for line in text.splitlines())
+        heads = text.split("\n")[1].split()
+        assert heads == [
+            name for name in ("schema", "module", "model", "tokens", "size", "hits", "used") if name not in gone
+        ]
+        joined = "".join(text.split())
+        assert all(name in joined for name in ("support", "model-135m"))
+    shown = cpucache("models", "list", COLUMNS="40").out
+    assert all(name in shown for name in ("smollm2-135m-instruct *", "qwen2.5-coder-1.5b-instruct"))
+    assert all(len(line) <= 40 for line in shown.splitlines() if "weights lie in" not in line)
 
 
 def test_a_store_that_can_t_be_opened_is_an_error(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -18,9 +20,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from cpucache.store import SliceInfo, Store, slice_key
-from cpucache.store.index import Index
+from cpucache.store.index import Index, Kept
+from cpucache.store.opening import rebuild
 from cpucache.store.slicefile import SliceFiles
-from cpucache.store.store import rebuild
 
 
 def info(seconds: float = 1.0, module: str = "m") -> SliceInfo:
@@ -105,6 +107,64 @@ def test_more_than_the_budget_is_refused_and_drives_nobody_out(shelf: Shelf) -> 
     shelf.add("a", 50)
     assert shelf.add("b", 101) is False
     assert (shelf.keys, shelf.bytes, shelf.deleted) == ({"a"}, 50, [])
+
+
+def test_a_smaller_budget_than_others_had_evicts_nothing(shelf: Shelf) -> None:
+    for key in "abcde":
+        shelf.add(key, 20)
+    shelf.budget = 60
+    assert shelf.add("f", 20) is False
+    assert (shelf.keys, shelf.deleted) == (set("abcde"), [])
+    shelf.index.remove(["a", "b", "c"])
+    assert shelf.add("g", 20)  # up to its own, it adds
+    assert shelf.add("h", 20) is False
+    assert (shelf.keys, shelf.deleted) == (set("deg"), [])
+    # One with the larger budget goes on as before.
+    shelf.budget = 100
+    assert shelf.add("i", 60)
+    assert shelf.bytes <= 100
+    # Shrinking by command makes the smaller one that of all.
+    shelf.index.shrink(60, shelf.deleted.append, given=True)
+    shelf.budget = 60
+    assert shelf.add("j", 60)
+    assert shelf.keys == {"j"}
+
+
+def test_what_is_not_given_counts_as_it_is_today(shelf: Shelf) -> None:
+    """A quarter of what is free is more on one day and less on another."""
+
+    def add(key: str, size: int, budget: int) -> bool:
+        done = shelf.index.reserve(key, info(), size, budget, set(), shelf.deleted.append, given=False)
+        shelf.index.commit(key)
+        return done
+
+    assert add("a", 60, 100)
+    assert add("b", 30, 100)
+    assert add("c", 30, 50)
+    assert shelf.keys == {"c"}
+    shelf.budget = 40
+    assert shelf.add("d", 30) is False
+    shelf.budget = 60
+    assert shelf.add("e", 30)
+    assert shelf.add("f", 30)
+    assert shelf.bytes == 60
+
+
+def test_it_tells_what_was_kept_and_what_the_rest_would_take(shelf: Shelf) -> None:
+    shelf.add("own", 30, 0.1)
+    for key in "abcd":
+        shelf.add(key, 30)
+    assert shelf.add("large", 200) is False
+    assert shelf.deleted == ["own", "a"]
+    assert shelf.index.kept("abcd") == Kept(3, 90, 1, 120)
+    assert shelf.index.kept(["large", "d"]) == Kept(1, 30, 1, 290)
+    assert shelf.index.kept(["never made"]) == Kept(0, 0, 1, 90)
+    assert shelf.index.absent("schema") == {"model": ["a", "large", "own"]}
+    assert shelf.index.absent("another") == {}
+    shelf.budget = 290
+    assert shelf.add("large", 200)
+    assert shelf.index.kept(["large", *"bcd"]) == Kept(4, 290, 0, 290)
+    assert shelf.index.absent("schema") == {"model": ["a", "own"]}
 
 
 def test_a_failed_delete_changes_nothing(shelf: Shelf) -> None:
@@ -317,6 +377,19 @@ def test_a_lost_index_is_made_again_from_the_files(loss: str, tmp_path: Path, ca
     caplog.clear()
     Store(tmp_path, ram_budget=0).close()
     assert not caplog.records
+
+
+def test_an_index_of_an_earlier_version_is_brought_up_to_this_one(tmp_path: Path) -> None:
+    filled(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
+        database.executescript(
+            "DROP TABLE absent; CREATE TABLE past (key TEXT PRIMARY KEY, uses INTEGER, gone REAL) WITHOUT ROWID;"
+            "CREATE INDEX by_gone ON past (gone); DELETE FROM totals WHERE name IN ('budget', 'default');"
+        )
+    index = Index(tmp_path / "index.sqlite")
+    assert {"absent", "by_gone"} <= {name for (name,) in index._database.execute("SELECT name FROM sqlite_master")}
+    assert {"budget", "default"} <= index.totals().keys()
+    index.close()
 
 
 def test_rebuilding_takes_in_what_is_sound_and_not_known(tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +16,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cpucache import Engine
-from cpucache.errors import InputError
+from cpucache.errors import CpucacheError, InputError
 from cpucache.store import SliceInfo, Store, slice_key
+from cpucache.store.opening import STAGING
 from cpucache.store.pack import export_pack, import_pack
 from cpucache.store.slicefile import SliceFiles
+from cpucache.store.upkeep import remove
+from tests.support.changes import changes
 from tests.support.command import PROMPT, SCHEMA
-from tests.support.workbench import PLENTY
 
 TOKENS = np.array([5, 6, 7], np.int32)
+PLENTY = 1 << 30
 
 
 def put(store: Store, number: int, fingerprint: str = "fp", size: int = 5000) -> str:
@@ -59,15 +78,24 @@ class Packed:
         with tarfile.open(self.path) as tar:
             return [(entry, tar.extractfile(entry).read()) for entry in tar]  # type: ignore[union-attr]
 
+    def write_as_made(self, members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        """Members, described in the manifest as a maker of packs would describe them."""
+        manifest = json.loads(members[0][1])
+        manifest["slices"] = [
+            {"key": entry.name[:32], "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for entry, data in members[1:]
+        ]
+        self.write([(members[0][0], json.dumps(manifest).encode()), *members[1:]])
+
     def write(self, members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
         with tarfile.open(self.path, "w") as tar:
             for entry, data in members:
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
 
-    def add(self, fingerprint: str | None = None) -> int:
+    def add(self, fingerprint: str | None = None, key: Path | None = None) -> int:
         with Store(self.home, ram_budget=0) as store:
-            return import_pack(store, self.path, fingerprint=fingerprint)[1]
+            return import_pack(store, self.path, fingerprint=fingerprint, key=key)[1]
 
     def expect_refused(self, match: str, fingerprint: str | None = None) -> None:
         """The pack is refused, and the store is as it was."""
@@ -179,11 +207,9 @@ def test_a_missing_slice(which: int, packed: Packed) -> None:
 def test_a_slice_of_another_model(packed: Packed) -> None:
     assert packed.files is not None
     members = packed.members()
-    manifest = json.loads(members[0][1])
-    manifest["slices"][1] = packed.foreign
-    entry = tarfile.TarInfo(f"{packed.foreign}.safetensors")
     foreign = packed.files.path(packed.foreign).read_bytes()
-    packed.write([(members[0][0], json.dumps(manifest).encode()), members[1], (entry, foreign), members[3]])
+    members[2] = (tarfile.TarInfo(f"{packed.foreign}.safetensors"), foreign)
+    packed.write_as_made(members)
     packed.expect_refused("belongs to another model")
 
 
@@ -218,12 +244,17 @@ def test_a_pack_for_another_model_than_asked_for(packed: Packed) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": "cpucache-pack-2"},
+        {"format": "cpucache-pack-1"},
         {"fingerprint": "another"},
         {"slices": None},
         {"slices": "abc"},
         {"slices": ["../../evil"]},
         {"slices": [1]},
+        {"slices": [{"key": "ab" * 16, "bytes": -1, "sha256": "ab" * 32}]},
+        {"slices": [{"key": "ab" * 16, "bytes": 1 << 70, "sha256": "ab" * 32}]},
+        {"slices": [{"key": "ab" * 16, "bytes": 10.0, "sha256": "ab" * 32}]},
+        {"slices": [{"key": "ab" * 16, "bytes": 10, "sha256": None}]},
+        {"slices": [{"key": ["ab"] * 32, "bytes": 10, "sha256": "ab" * 32}]},
     ],
     ids=str,
 )
@@ -249,6 +280,30 @@ def test_a_truncated_pack(packed: Packed) -> None:
     for length in (0, 1, 511, 512, 700, 1024, 1500, 2000, whole // 2, whole - 512, whole - 1000):
         packed.path.write_bytes(good[:length])
         packed.expect_refused(r"pack|missing|truncated")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(changes(), min_size=1, max_size=3))
+def test_a_pack_brings_what_was_packed_or_nothing(steps: list[Callable[[bytes], bytes]], packed: Packed) -> None:
+    whole = packed.path.read_bytes()
+    before = content(packed.home)
+    changed = whole
+    for step in steps:
+        changed = step(changed)
+    packed.path.write_bytes(changed)
+    try:
+        packed.add()
+        assert packed.files is not None
+        added = SliceFiles(packed.home / "slices")
+        for key in packed.keys:
+            assert added.path(key).read_bytes() == packed.files.path(key).read_bytes()
+        with Store(packed.home, ram_budget=0) as store:
+            remove(store, packed.keys)
+    except InputError as error:
+        assert "\n" not in str(error)
+    finally:
+        packed.path.write_bytes(whole)
+    assert content(packed.home) == before
 
 
 def test_what_is_no_archive_at_all(packed: Packed) -> None:
@@ -298,10 +353,246 @@ def test_memory_alone_has_no_packs(packed: Packed) -> None:
 
 
 def test_a_pack_does_not_evict_itself(packed: Packed) -> None:
-    with Store(packed.home, ram_budget=0, disk_budget=11_000) as store:
+    with Store(packed.home, ram_budget=0, disk_budget=17_000) as store:
         assert store.files is not None and store.index is not None
+        store.index.pin([packed.own], pinned=True)
         assert import_pack(store, packed.path)[1] == 2
-        assert set(store.files) == {row.key for row in store.index.rows()} == set(packed.keys[:2])
+        assert set(store.files) == {row.key for row in store.index.rows()} == {packed.own, *packed.keys[:2]}
+
+
+def test_a_pack_larger_than_the_budget_is_refused_before_anything_is_written(packed: Packed) -> None:
+    with Store(packed.home, ram_budget=0, disk_budget=11_000) as store:
+        assert store.files is not None
+        with pytest.raises(InputError, match=r"its slices take 16\.\d kB; the store's budget is 11\.0 kB"):
+            import_pack(store, packed.path)
+        assert set(store.files) == {packed.own}
+
+
+def test_a_pack_that_says_to_be_larger_than_it_is_or_than_the_disk(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever would be written goes no further than this.
+    monkeypatch.setattr(SliceFiles, "prepared", lambda self, key: pytest.fail("something was written"))
+    members = packed.members()
+    manifest = json.loads(members[0][1])
+    manifest["slices"][0]["bytes"] = 6_500_000_000
+    packed.write([(members[0][0], json.dumps(manifest).encode()), *members[1:]])
+    packed.expect_refused(r"its slices take 6\.5 GB, the file 20\.5 kB")
+    # A file of holes takes no room, and is as large as it says.
+    room = shutil.disk_usage(packed.home).free
+    manifest["slices"][0]["bytes"] = 2 * room
+    packed.write([(members[0][0], json.dumps(manifest).encode()), *members[1:]])
+    with packed.path.open("r+b") as file:
+        file.truncate(2 * room + 100_000)
+    packed.expect_refused("the store's budget is")
+    store = Store(packed.home, ram_budget=0, disk_budget=4 * room)
+    with store, pytest.raises(InputError, match="of the disk are free"):
+        import_pack(store, packed.path)
+
+
+def test_a_file_longer_than_the_manifest_says(packed: Packed) -> None:
+    members = packed.members()
+    members[1] = (members[1][0], members[1][1] + b"x" * 5000)
+    packed.write(members)
+    packed.expect_refused(r"not as long as pack\.json says")
+
+
+def test_a_header_that_is_an_extension_is_not_read(packed: Packed) -> None:
+    """A long name of gigabytes would be read into memory."""
+    good = packed.path.read_bytes()
+    for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE):
+        entry = tarfile.TarInfo("pack.json")
+        entry.type, entry.size = kind, 1 << 33
+        packed.path.write_bytes(entry.tobuf(tarfile.GNU_FORMAT) + good)
+        packed.expect_refused("does not begin with pack.json")
+
+
+def test_a_pipe_is_no_pack(packed: Packed) -> None:
+    packed.path.unlink()
+    os.mkfifo(packed.path)
+    packed.expect_refused("not a pack")
+
+
+NAMES = ["\x1b]0;owned\x07", "two\nlines", "\x9b31m", "right \u202e left", "x" * 1000]
+
+
+@pytest.mark.parametrize("field", ["model", "schema", "module"])
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_name_that_can_t_be_shown(name: str, field: str, packed: Packed) -> None:
+    with Store(packed.folder / "from", ram_budget=0) as store:
+        tokens = TOKENS[:2]
+        key = slice_key("fp", "format", "context", tokens, 0)
+        known = {"model": "model", "schema": "s", "module": "m", field: name}
+        info = SliceInfo("fp", known["model"], known["schema"], known["module"], 2, 0, "format", "context", 1)
+        store.put(key, np.zeros(10, np.uint8), tokens, info)
+        store.flush()
+        assert store.files is not None
+        members = packed.members()[:2]
+        members[1] = (tarfile.TarInfo(f"{key}.safetensors"), store.files.path(key).read_bytes())
+    packed.write_as_made(members)
+    packed.expect_refused("is no name for a model, a schema or a module")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_manifest_with_a_name_that_can_t_be_shown(name: str, packed: Packed) -> None:
+    members = packed.members()
+    manifest = json.loads(members[0][1]) | {"model": name}
+    packed.write([(members[0][0], json.dumps(manifest).encode()), *members[1:]])
+    packed.expect_refused("is no name for a model, a schema or a module")
+
+
+# ---- interrupted, and at the same time -------------------------------------------------------------------------------
+KILLED = """
+import os, sys
+from pathlib import Path
+from cpucache.store import Store
+from cpucache.store.pack import import_pack
+from cpucache.store.store import Store
+Store.adopt = lambda self, key, staged: os.kill(os.getpid(), 9) if sys.argv[3] == "killed" else input("waiting")
+store = Store(Path(sys.argv[1]), ram_budget=0)
+import_pack(store, Path(sys.argv[2]))
+"""
+
+
+def test_what_a_killed_import_leaves_is_cleared_by_the_next_start(packed: Packed) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, packed.home, packed.path, "killed"], check=False, timeout=60)
+    staging = packed.home / "slices" / STAGING
+    assert len(list(staging.rglob("*.safetensors"))) == 3
+    Store(packed.home, ram_budget=0).close()
+    assert not staging.exists()
+    assert packed.add() == 3
+
+
+def test_an_import_under_way_is_left_alone(packed: Packed) -> None:
+    command = [sys.executable, "-c", KILLED, str(packed.home), str(packed.path), "waiting"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.read(7) == b"waiting"
+            with pytest.raises(CpucacheError, match="another import into this store is under way"):
+                packed.add()
+            assert len(list((packed.home / "slices" / STAGING).rglob("*.safetensors"))) == 3
+        finally:
+            process.kill()
+    assert packed.add() == 3
+
+
+# ---- who made it -----------------------------------------------------------------------------------------------------
+
+
+def make_keys(folder: Path, form: str, name: str) -> tuple[Path, Path]:
+    """A private and a public key, as openssl or ssh-keygen write them."""
+    private = Ed25519PrivateKey.generate()
+    kinds = {
+        "PEM": (PrivateFormat.PKCS8, Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+        "OpenSSH": (PrivateFormat.OpenSSH, Encoding.OpenSSH, PublicFormat.OpenSSH),
+    }
+    private_format, encoding, public_format = kinds[form]
+    paths = folder / name, folder / f"{name}.pub"
+    paths[0].write_bytes(private.private_bytes(Encoding.PEM, private_format, NoEncryption()))
+    paths[1].write_bytes(private.public_key().public_bytes(encoding, public_format))
+    return paths
+
+
+@pytest.mark.parametrize("form", ["PEM", "OpenSSH"])
+def test_a_signed_pack_is_told_from_all_others(form: str, packed: Packed) -> None:
+    private, public = make_keys(packed.folder, form, "ours")
+    _, other = make_keys(packed.folder, form, "theirs")
+    with pytest.raises(InputError, match="it is not signed; nothing was imported"):
+        packed.add(key=public)
+    with Store(packed.folder / "from", ram_budget=0) as store:
+        assert export_pack(store, packed.keys, packed.path, key=private).signed
+    with pytest.raises(InputError, match=r"it is not signed with the key in .*theirs"):
+        packed.add(key=other)
+    members = packed.members()
+    for at, change in ((0, members[0][1].replace(b'"model"', b'"model" ')), (1, bytes(64)), (1, b"short")):
+        changed = [*members]
+        changed[at] = (members[at][0], change)
+        packed.write(changed)
+        with pytest.raises(InputError, match="it is not signed with the key in"):
+            packed.add(key=public)
+    packed.write(members)
+    assert packed.add(key=public) == 3
+
+
+def test_a_signature_covers_every_byte_of_the_slices(packed: Packed) -> None:
+    """A state can be forged so that everything fits it but the signature."""
+    private, public = make_keys(packed.folder, "PEM", "ours")
+    with Store(packed.folder / "from", ram_budget=0) as store:
+        export_pack(store, packed.keys, packed.path, key=private)
+    with Store(packed.folder / "forged", ram_budget=0) as store:
+        assert store.files is not None
+        info = SliceInfo("fp", "model", "s", "m0", 3, 0, "format", "context", 1)
+        store.files.put(packed.keys[0], np.zeros(5000, np.uint8), TOKENS, info)
+        forged = store.files.path(packed.keys[0]).read_bytes()
+    members = packed.members()
+    members[2] = (members[2][0], forged)
+    packed.write(members)
+    for key in (public, None):
+        with pytest.raises(InputError, match=r"not as long|a slice is damaged"):
+            packed.add(key=key)
+    # Without a key, whoever makes a pack is believed.
+    packed.write_as_made([members[0], *members[2:]])
+    with pytest.raises(InputError, match="it is not signed"):
+        packed.add(key=public)
+    assert packed.add() == 3
+
+
+def test_a_signed_pack_may_be_taken_unasked(packed: Packed) -> None:
+    private, _ = make_keys(packed.folder, "PEM", "ours")
+    with Store(packed.folder / "from", ram_budget=0) as store:
+        export_pack(store, packed.keys, packed.path, key=private)
+    assert packed.add() == 3
+
+
+def test_keys_that_are_of_no_use(packed: Packed) -> None:
+    private, public = make_keys(packed.folder, "PEM", "ours")
+    nonsense, locked, rsa = (packed.folder / name for name in ("nonsense", "locked", "rsa"))
+    nonsense.write_text("no key")
+    key = Ed25519PrivateKey.generate()
+    locked.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")))
+    other = X25519PrivateKey.generate()
+    rsa.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    with Store(packed.folder / "from", ram_budget=0) as store:
+        for path, match in (
+            (nonsense, "no private key in PEM or OpenSSH format"),
+            (public, "no private key in PEM or OpenSSH format"),
+            (locked, "a passphrase protects this key"),
+            (rsa, "the key is of another kind than Ed25519"),
+            (packed.folder / "missing", "the key can't be read"),
+        ):
+            with pytest.raises(InputError, match=match):
+                export_pack(store, packed.keys, packed.path, key=path)
+        export_pack(store, packed.keys, packed.path, key=private)
+    for path in (nonsense, private):
+        with pytest.raises(InputError, match="no public key in PEM or OpenSSH format"):
+            packed.add(key=path)
+
+
+def test_signatures_need_a_package(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, public = make_keys(packed.folder, "PEM", "ours")
+    with Store(packed.folder / "from", ram_budget=0) as store:
+        export_pack(store, packed.keys, packed.path, key=private)
+        monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
+        with pytest.raises(InputError, match=r"pip install 'cpucache\[sign\]'"):
+            export_pack(store, packed.keys, packed.path, key=private)
+        with pytest.raises(InputError, match=r"pip install 'cpucache\[sign\]'"):
+            packed.add(key=public)
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022])
+def test_packs_and_what_they_bring_are_for_their_owner_alone(mask: int, packed: Packed) -> None:
+    before = os.umask(mask)
+    try:
+        packed.path.unlink()
+        with Store(packed.folder / "from", ram_budget=0) as store:
+            export_pack(store, packed.keys, packed.path)
+        shutil.rmtree(packed.home)
+        packed.add()
+    finally:
+        os.umask(before)
+    assert packed.path.stat().st_mode & 0o777 == 0o600
+    for path in [packed.home, *packed.home.rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_staging_files_are_slice_files(tmp_path: Path, packed: Packed) -> None:

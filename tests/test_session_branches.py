@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cpucache.errors import InputError
-from cpucache.layout import Plan, Span
 from cpucache.pml import parse_schema
+from cpucache.reuse import Plan, Span
 from tests.support import sessions
 from tests.support.command import PROMPT, SCHEMA
 from tests.support.sessions import SYSTEM, engine, message, rendered, said, sizes, truth
@@ -179,13 +179,12 @@ def test_forks_that_say_the_same_share_that_too(tiny: Tiny, tmp_path: Path) -> N
 def defined(bench: Bench, plan: Plan, alone: Plan, answer: Tokens) -> Logits:
     """The logits that a plan with an answer ends with by its definition.
 
-    Modules, which ``alone`` has too, are each in the sight of their own context, where they stand; what follows them is
-    in the sight of everything before.
+    Modules, which ``alone`` has too, were each evaluated behind their own context; what else there is was evaluated
+    behind everything before.
     """
-    modules = {(span.start, len(span.tokens)) for span in alone.spans if span.segment}
-    spans = [
-        span if (span.start, len(span.tokens)) in modules else Span(span.start, span.tokens) for span in plan.spans
-    ]
+    modules = {span.start: span for span in alone.spans if span.slice}
+    assert [plan.spans[index].slice for index, span in enumerate(alone.spans) if span.slice] == alone.slices
+    spans = [modules.get(span.start) or Span(span.start, span.tokens) for span in plan.spans]
     if len(answer):
         spans.append(Span(plan.end, answer))
     return bench.expected(Plan(tuple(spans)))
@@ -205,9 +204,7 @@ def test_a_session_that_begins_with_a_prompt(arch: str, tiny: Tiny, tmp_path: Pa
                 assert session.unanswered
                 answer = said(running, session.stream(max_tokens=4))
                 assert answer.stream.plan.tokens.tolist() == alone.stream.plan.tokens.tolist()
-                assert answer.stream.metrics.cached_tokens == sum(
-                    len(span.tokens) for span in alone.stream.plan.spans if span.segment
-                )
+                assert answer.stream.metrics.cached_tokens == alone.stream.plan.n_cached
                 # What is new in the prompt is a slice as well, but for the last token.
                 assert distance(answer.rows[0], alone.rows[0]) < tolerance(arch, "f32")
                 plan = answer.stream.plan
@@ -246,9 +243,9 @@ def test_a_session_that_begins_with_a_prompt_is_truncated(
         answer = said(running, session.stream(max_tokens=4))
         held, plan = answer.tokens, answer.stream.plan
         defined(Bench(running.workspace, context), plan, alone, held[plan.n_tokens :])
-        end = plan.end + answer.stream.evaluated
-        # The position behind the prompt, in which some were left out.
-        opening = plan.end - plan.n_tokens + sizes(session)[0]
+        end = context.last_position(0) + 1
+        # The position behind the prompt, wherever it begins here.
+        opening = end - len(held) + sizes(session)[0]
         gone = 0
         for number in range(12):
             if reopened:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from cpucache.sessions import Entry, Transcripts
+from cpucache.sessions import Entry, Transcripts, default_sessions
 from tests.support.command import cpucache, invoke
 
+PIECES = {"parts": [[1, 2]], "pending": []}
 WORDS = "What is [bold]there[/bold] to eat?"
 
 
@@ -26,17 +30,17 @@ def conversations() -> None:
     with_soup.put(
         0,
         [
-            Entry("system", "You cook.", {}, metrics={"tokens": 5}),
-            Entry("user", WORDS, {}, metrics={"tokens": 10}),
-            Entry("assistant", "# Soup\n\n```\nwith onions\n```\n", {}, metrics=answered),
+            Entry("system", "You cook.", PIECES, metrics={"tokens": 5}),
+            Entry("user", WORDS, PIECES, metrics={"tokens": 10}),
+            Entry("assistant", "# Soup\n\n```\nwith onions\n```\n", PIECES, metrics=answered),
         ],
     )
     with_soup.fork("half")
-    last = Entry("assistant", "In an", {}, metrics={"tokens": 3, "finish": "interrupted"})
-    with_soup.put(3, [Entry("user", "When?", {}, metrics={"tokens": 4}), last])
+    last = Entry("assistant", "In an", PIECES, metrics={"tokens": 3, "finish": "interrupted"})
+    with_soup.put(3, [Entry("user", "When?", PIECES, metrics={"tokens": 4}), last])
     with_soup.close()
     begun = transcripts.open("empty", fingerprint="f", model="small")
-    begun.put(0, [Entry("system", "You are quiet.", {}, metrics={"tokens": 5})])
+    begun.put(0, [Entry("system", "You are quiet.", PIECES, metrics={"tokens": 5})])
     begun.close()
     transcripts.open("nothing said", fingerprint="f", model="small").close()
     transcripts.close()
@@ -116,6 +120,58 @@ def test_export_as_markdown_keeps_what_was_said(tmp_path: Path) -> None:
     assert places == sorted(places)
     assert invoke("sessions", "export", "soup", "-o", tmp_path / "soup.md") == ""
     assert (tmp_path / "soup.md").read_text() == text
+
+
+def test_a_file_that_is_exported_is_for_its_owner_alone(tmp_path: Path) -> None:
+    (tmp_path / "there.md").touch(0o644)
+    for name in ("there.md", "new.md"):
+        invoke("sessions", "export", "soup", "-o", tmp_path / name)
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+
+
+def test_conversations_are_for_their_owner_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "sessions"
+    before = os.umask(0)
+    try:
+        transcripts = Transcripts(folder)
+        talk = transcripts.open("talk")
+        talk.put(0, [Entry("user", "A secret.", PIECES)])
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(list(folder.iterdir())) == 4  # with the log, and a lock
+    assert modes == {0o600}
+    assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
+    talk.close()
+    transcripts.close()
+
+
+def spoil(name: str) -> None:
+    """Have the entries of a conversation follow one another in a circle."""
+    database = sqlite3.connect(default_sessions() / "sessions.sqlite")
+    with contextlib.closing(database), database:
+        last = database.execute("SELECT last FROM sessions WHERE name = ?", (name,)).fetchone()[0]
+        database.execute("UPDATE entries SET before = ? WHERE id = ?", (last, last))
+
+
+def test_a_damaged_one_is_named_and_the_others_listed() -> None:
+    assert invoke("sessions", "verify") == ""
+    spoil("empty")
+    listed = cpucache("sessions", "ls", "--json")
+    assert listed.status == 0
+    assert [each["name"] for each in json.loads(listed.out)] == ["soup", "half"]
+    assert "warning: conversation 'empty' is damaged (entry 6 stands behind entry 6" in listed.err
+    found = cpucache("sessions", "verify")
+    assert found.status == 1
+    assert found.out.startswith("empty: entry 6 stands behind")
+    assert found.err == "cpucache: 1 damaged; `cpucache sessions rm NAME` deletes a conversation\n"
+    for command in (("sessions", "export", "empty"), ("chat", "empty")):
+        refused = cpucache(*command)
+        assert (refused.status, refused.out, refused.err.count("\n")) == (1, "", 1)
+        assert "conversation 'empty' is damaged" in refused.err
+    assert cpucache("sessions", "rm", "empty", stdin="y\n").err.startswith("delete conversation 'empty' (damaged)?")
+    assert invoke("sessions", "verify") == ""
+    assert names() == {"soup", "half"}
 
 
 def test_export_as_json_has_times_and_counts() -> None:

@@ -85,7 +85,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if not sys.platform.startswith("linux") or not mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", folder):
+    if not sys.platform.startswith("linux") or not mount("-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", folder):
         pytest.skip("file systems can't be mounted here")
     try:
         yield folder

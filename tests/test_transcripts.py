@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from cpucache.errors import CpucacheError, InputError
-from cpucache.sessions import Entry, Transcripts
+from cpucache.sessions import Damaged, Entry, Transcripts
 from cpucache.sessions.records import default_sessions
+from tests.support.sessions import patience
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def rows(folder: Path) -> int:
 def test_what_was_put_is_there_for_the_next(tmp_path: Path) -> None:
     first = Transcripts(tmp_path)
     talk = first.open("talk", fingerprint="f", model="m")
-    talk.put(0, [entry("One", "system"), entry("Two", left_out=3, metrics={"tokens": 4})])
+    talk.put(0, [entry("One", "system"), entry("Two", left_out=1, metrics={"tokens": 4})])
     talk.put(2, [entry("Three", "assistant")])
     assert [each.text for each in talk.entries] == ["One", "Two", "Three"]
     talk.close()
@@ -49,7 +50,7 @@ def test_what_was_put_is_there_for_the_next(tmp_path: Path) -> None:
     second = Transcripts(tmp_path)
     found = second.open("talk", fingerprint="f", model="m").entries
     assert found == talk.entries
-    assert (found[1].role, found[1].left_out, found[1].metrics) == ("user", 3, {"tokens": 4})
+    assert (found[1].role, found[1].left_out, found[1].metrics) == ("user", 1, {"tokens": 4})
     assert found[1].pieces == {"parts": [[1, 2]], "pending": [3]}
     assert len({each.id for each in found}) == 3
     assert "talk" in second
@@ -85,7 +86,7 @@ from pathlib import Path
 from cpucache.sessions import Entry, Transcripts
 transcripts = Transcripts(Path(sys.argv[1]))
 talk = transcripts.open("talk")
-talk.put(0, [Entry("user", "whole", {})])
+talk.put(0, [Entry("user", "whole", {"parts": [], "pending": []})])
 with transcripts._change() as database:
     database.execute(
         "INSERT INTO entries (before, role, text, pieces, left_out, metrics, created) "
@@ -245,6 +246,133 @@ def test_summaries(transcripts: Transcripts) -> None:
     assert (second.messages, second.tokens, second.start) == (0, 0, "")
     assert transcripts.summary("old") == first
     assert new.entries == []
+
+
+# ---- what it takes ---------------------------------------------------------------------------------------------------
+class Reading:
+    """Counts statements, and characters of text that are read, on the connection of some transcripts."""
+
+    def __init__(self, transcripts: Transcripts) -> None:
+        self.statements = self.characters = self.steps = 0
+        database = transcripts._database
+        decode = database.text_factory
+        database.set_trace_callback(self._ran)
+        database.set_progress_handler(self._stepped, 1)
+        database.text_factory = lambda content: self._read(decode(content))
+
+    def _ran(self, _statement: str) -> None:
+        self.statements += 1
+
+    def _stepped(self) -> int:
+        self.steps += 1
+        return 0
+
+    def _read(self, text: str) -> str:
+        self.characters += len(text)
+        return text
+
+    def since(self) -> tuple[int, int, int]:
+        counted = (self.statements, self.characters, self.steps)
+        self.statements = self.characters = self.steps = 0
+        return counted
+
+
+def test_a_turn_of_a_long_conversation_costs_what_the_first_does(transcripts: Transcripts) -> None:
+    talk = transcripts.open("talk")
+    talk.put(0, [entry("You are brief.", "system")])
+    reading = Reading(transcripts)
+    costs = []
+    for number in range(300):
+        talk.put(1 + 2 * number, [entry(f"What is {number}?"), entry("A number.", "assistant")])
+        costs.append(reading.since())
+    statements, characters, steps = costs[0]
+    assert {count for count, _, _ in costs} == {statements}
+    assert {count for _, count, _ in costs} == {characters} == {0}
+    # A tree of pages grows by its logarithm.
+    assert max(count for _, _, count in costs) < steps + 20
+    assert talk.entries == transcripts.read("talk")
+
+
+def test_a_list_reads_neither_tokens_nor_what_was_said(transcripts: Transcripts) -> None:
+    for name, words in (("short", 1), ("long", 5000)):
+        talk = transcripts.open(name)
+        pieces = {"parts": [[1, 2] * words], "pending": []}
+        talk.put(0, [Entry("user", "Begun so.", pieces)])
+        talk.put(1, [Entry("user", "word " * words, pieces, metrics={"tokens": 2}) for _ in range(30)])
+    reading = Reading(transcripts)
+    costs = []
+    for name in ("short", "long"):
+        summary = transcripts.summary(name)
+        assert (summary.messages, summary.tokens, summary.start) == (31, 60, "Begun so.")
+        costs.append(reading.since())
+    assert costs[1][1] == costs[0][1] - 1  # the name is a letter shorter
+    assert costs[1][2] < costs[0][2] + 20
+
+
+# ---- damaged ---------------------------------------------------------------------------------------------------------
+FAULTS = {
+    "UPDATE entries SET before = 3 WHERE id = 1": "entry 1 stands behind entry 3",
+    "UPDATE entries SET before = 2 WHERE id = 2": "entry 2 stands behind entry 2",
+    "UPDATE entries SET before = 'x' WHERE id = 2": "entry 2 stands behind entry 'x'",
+    "DELETE FROM entries WHERE id = 2": "entry 3 stands behind entry 2",
+    "DELETE FROM entries WHERE id = 3": "entry 3, its last, is missing",
+    "UPDATE sessions SET last = 'x' WHERE name = 'bad'": "entry 'x', its last, is missing",
+    "UPDATE sessions SET used = 'x' WHERE name = 'bad'": "its times",
+    "UPDATE entries SET role = 'chief' WHERE id = 2": "entry 2 has no role that there is: 'chief'",
+    "UPDATE entries SET metrics = '{' WHERE id = 2": "entry 2: metrics: no JSON",
+    "UPDATE entries SET metrics = '[]' WHERE id = 2": "entry 2 has no metrics",
+    'UPDATE entries SET metrics = \'{"tokens": "x"}\' WHERE id = 2': "entry 2 has no metrics",
+}
+HIDDEN_FAULTS = {
+    "UPDATE entries SET pieces = '{' WHERE id = 2": "entry 2: pieces: no JSON",
+    f"UPDATE entries SET pieces = '{'[' * 100_000}' WHERE id = 2": "entry 2: pieces: no JSON",
+    "UPDATE entries SET pieces = '[]' WHERE id = 2": "entry 2 does not say what its tokens are",
+    'UPDATE entries SET pieces = \'{"parts": [["x"]], "pending": []}\' WHERE id = 2': "entry 2 does not say",
+    'UPDATE entries SET pieces = \'{"parts": [[-1]], "pending": []}\' WHERE id = 2': "entry 2 does not say",
+    "UPDATE entries SET role = 'prompt' WHERE id = 1": "entry 1 does not say what its tokens are",
+    "UPDATE entries SET text = X'FF' WHERE id = 2": "entry 2 has no text as text",
+    "UPDATE entries SET text = CAST(X'FF' AS TEXT) WHERE id = 2": "entry 2 has no text as text",
+    "UPDATE entries SET left_out = 7 WHERE id = 2": "entry 2 can't have left out 7 of 1",
+    "UPDATE entries SET created = 1e300 WHERE id = 2": "entry 2 has no time",
+}
+
+
+def spoil(folder: Path, statement: str) -> None:
+    """A good conversation of three entries, and a bad one."""
+    made = Transcripts(folder)
+    for name in ("bad", "good"):
+        talk = made.open(name)
+        talk.put(0, [entry("a"), entry("b", "assistant"), entry("c")])
+        talk.close()
+    made.close()
+    database = sqlite3.connect(folder / "sessions.sqlite")
+    database.execute(statement)
+    database.commit()
+    database.close()
+
+
+@pytest.mark.parametrize("statement", FAULTS | HIDDEN_FAULTS)
+def test_one_that_is_damaged_is_named_and_can_be_removed(
+    statement: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(tmp_path, statement)
+    transcripts = Transcripts(tmp_path)
+    with patience(20):
+        listed = [each.name for each in transcripts.summaries()]
+        assert "good" in listed
+        if statement in FAULTS:
+            assert listed == ["good"]
+            assert FAULTS[statement] in caplog.text
+        for read in (transcripts.open, transcripts.read):
+            with pytest.raises(Damaged, match="conversation 'bad' is damaged") as raised:
+                read("bad")
+            assert (FAULTS | HIDDEN_FAULTS)[statement] in raised.value.flaw
+        assert [each.name for each in transcripts.verify()] == ["bad"]
+        transcripts.remove("bad")
+        assert list(transcripts.verify()) == []
+        assert texts(transcripts, "good") == ["a", "b", "c"]
+    assert rows(tmp_path) == 3
+    transcripts.close()
 
 
 # ---- trouble ---------------------------------------------------------------------------------------------------------

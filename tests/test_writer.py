@@ -200,3 +200,30 @@ def test_who_waits_for_the_disk_comes_before_the_quiet(who: str, polite: Polite)
         }[who]
         assert ended(beside(waiting))
         assert polite.steps[:3] == ["a0", "a1", "a2"]
+
+
+# ---- what nobody expected --------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_fails_is_logged_and_the_next_ones_are_done(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[str] = []
+
+    def write(key: str, job: str) -> None:
+        if job == "bad":
+            raise TypeError("of no use")
+        done.append(key)
+
+    def rest() -> None:
+        raise RuntimeError("nothing to note")
+
+    writer: Writer[str] = Writer(write, rest, limit=LIMIT)
+    for key, job in (("a", "bad"), ("b", "good"), ("c", "bad"), ("d", "good")):
+        writer.put(key, job, LIMIT)
+    assert ended(beside(writer.flush))
+    assert done == ["b", "d"]
+    writer.poke()
+    writer.put("e", "good", 1)
+    assert ended(beside(writer.close))
+    assert done == ["b", "d", "e"]
+    assert caplog.text.count("was not written (TypeError: of no use)") == 2
+    assert "could not be noted (RuntimeError: nothing to note)" in caplog.text

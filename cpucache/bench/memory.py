@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cpucache.bench.text import filler_prompt, filler_schema
-from cpucache.engine import Engine, Fidelity
+from cpucache.engine import Engine
 from cpucache.errors import CpucacheError
 from cpucache.runtime import Context, Model, Run
 
@@ -57,11 +57,11 @@ def _alone(path: str, n_ctx: int, tokens: int) -> dict[str, int]:
 def _cached(path: str, n_ctx: int, tokens: int, modules: int) -> dict[str, int]:
     with (
         tempfile.TemporaryDirectory(prefix="cpucache-bench-") as folder,
-        Engine(path, n_ctx=n_ctx, store=folder, fidelity=Fidelity(lead_tokens=0)) as engine,
+        Engine(path, n_ctx=n_ctx, store=folder) as engine,
     ):
         engine.add_schema(filler_schema(engine, tokens, modules))
         slices = engine.encode("bench").bytes
-        engine.generate(filler_prompt(engine, modules, 12), max_tokens=4)
+        engine.generate(filler_prompt(engine, range(modules), 12), max_tokens=4)
     return {"peak": _peak(), "slices": slices}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from cpucache.bench.conversation import MESSAGES
 from cpucache.bench.series import Series
 from cpucache.engine import Engine, Session
-from cpucache.layout import Plan
+from cpucache.reuse import Plan
 from cpucache.runtime import Sampling
 
 Say = Callable[[str], None]
@@ -193,7 +193,7 @@ def _last_turn(
         stream = session.edit(number, message, max_tokens=answer, temperature=1.0, seed=seed)
     else:
         sampling = Sampling(temperature=1.0, seed=seed)
-        stream = engine.answer(plan, sampling, max_tokens=answer, started=started, label=_NAME)
+        stream = engine.answer(lambda: plan, sampling, max_tokens=answer, started=started, label=_NAME)
     stream.reply()
     return (time.perf_counter() - started) * 1000
 
@@ -201,7 +201,7 @@ def _last_turn(
 def _recomputed(engine: Engine, plan: Plan) -> float:
     started = time.perf_counter()
     return (
-        engine.answer(plan, Sampling(), max_tokens=1, started=started, label=_NAME, use_cache=False)
+        engine.answer(lambda: plan, Sampling(), max_tokens=1, started=started, label=_NAME, use_cache=False)
         .reply()
         .metrics.ttft_ms
     )

@@ -16,7 +16,7 @@ import numpy as np
 from cpucache.bench.series import Series
 from cpucache.bench.text import filler_prompt, filler_schema
 from cpucache.engine import Engine
-from cpucache.store import SliceInfo, Store, context_key, slice_key
+from cpucache.store import SliceInfo, Store, slice_key
 from cpucache.store.ram import Bytes
 from cpucache.store.store import WAITING
 
@@ -69,11 +69,10 @@ def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[st
     with tempfile.TemporaryDirectory(prefix="cpucache-bench-") as name:
         folder = Path(name)
         engine.workspace.store = engine.store = Store(folder / "store", ram_budget=0)
-        layout = engine.add_schema(filler_schema(engine, tokens, _MODULES))
+        engine.add_schema(filler_schema(engine, tokens, _MODULES))
         say(f"encoding {tokens:,} tokens")
-        engine.encode("bench")
+        keys = sorted(slice_.key for slice_ in engine.encode("bench").made)
         engine.store.flush()
-        keys = [engine.workspace.key(segment) for segment in layout.segments]
         states = [np.array(engine.store.get(key)) for key in keys]
         report.bytes = sum(state.nbytes for state in states)
         say(f"loading and saving, {repeat} times")
@@ -88,7 +87,7 @@ def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[st
         for key in keys * (_LOOKUPS // len(keys)):
             report.lookup.values.append(_timed(store.get, key))
         say(f"answering, {repeat} times, without and with writes going on")
-        prompt = filler_prompt(engine, _MODULES, 12)
+        prompt = filler_prompt(engine, range(_MODULES), 12)
         for _ in range(repeat):
             report.quiet.values.append(_ttft(engine, prompt))
             with _writing(engine.store, states):
@@ -128,14 +127,14 @@ def _save(folder: Path, states: list[Bytes]) -> None:
 
 def _slice(index: int, state: Bytes) -> tuple[str, Bytes, Any, SliceInfo]:
     tokens = np.array([index], np.int32)
-    info = SliceInfo("bench", "bench", "bench", "", 1, 0, "bench", context_key([]), 1.0)
-    return slice_key("bench", "bench", context_key([]), tokens, 0), state, tokens, info
+    info = SliceInfo("bench", "bench", "bench", "", 1, 0, "bench", "context", 1.0)
+    return slice_key("bench", "bench", "context", tokens, 0), state, tokens, info
 
 
 def _fill(store: Store) -> None:
     """Put rows without files into the index: looking up must not depend on how many there are."""
     assert store.index is not None
-    info = SliceInfo("rows", "rows", "rows", "", 1, 0, "rows", context_key([]), 1.0)
+    info = SliceInfo("rows", "rows", "rows", "", 1, 0, "rows", "context", 1.0)
     store.index.add_all((f"{number:032x}", info, 1) for number in range(_ROWS))
 
 

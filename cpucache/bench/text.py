@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 from cpucache.engine import Engine
 from cpucache.pml import parse_schema
@@ -43,7 +44,7 @@ def filler_schema(engine: Engine, tokens: int, modules: int) -> Schema:
     return parse_schema(f'<schema name="bench">{"".join(parts)}</schema>', file="<bench>")
 
 
-def filler_prompt(engine: Engine, modules: int, question: int, seed: int = 1000) -> str:
-    """A prompt that includes every module, and ``question`` new tokens."""
-    references = "".join(f"<m{index}/>" for index in range(modules))
+def filler_prompt(engine: Engine, order: Iterable[int], question: int, seed: int = 1000) -> str:
+    """A prompt that includes these modules in this order, and ``question`` new tokens."""
+    references = "".join(f"<m{index}/>" for index in order)
     return f'<prompt schema="bench">{references}{filler(engine, question, seed)}</prompt>'

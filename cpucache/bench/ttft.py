@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,9 +12,8 @@ from typing import Any
 
 from cpucache.bench.series import Series
 from cpucache.bench.text import filler_prompt, filler_schema
-from cpucache.engine import Engine
-from cpucache.engine.tuning import Level
-from cpucache.layout import Plan
+from cpucache.engine import Engine, Metrics
+from cpucache.reuse import Level, Plan
 from cpucache.reuse.splicer import TARGET
 from cpucache.runtime import Context, Run, Sampler, Sampling
 from cpucache.store import Store
@@ -33,10 +33,25 @@ class Report:
     floor: Series = field(default_factory=Series)
     ram: Series = field(default_factory=Series)
     disk: Series = field(default_factory=Series)
+    other_floor: Series = field(default_factory=Series)
+    """The floor of prompts in another order."""
+    other: Series = field(default_factory=Series)
+    """From RAM, the modules in an order never asked before, nothing recomputed."""
+    other_again: Series = field(default_factory=Series)
+    """The same prompt asked again."""
     balanced: Series = field(default_factory=Series)
-    """From RAM, with a share of the modules' tokens evaluated afresh."""
+    """From RAM, in such an order, with a share of the tokens recomputed."""
+    refined: Series = field(default_factory=Series)
+    """The same prompt after refining."""
+    encode_ms: float = 0.0
+    """Evaluation before the first token, of all prompts in another order together."""
     encode: Series = field(default_factory=Series)
     full: dict[str, Series] = field(default_factory=dict)
+
+    @property
+    def series(self) -> dict[str, Series]:
+        """What was measured in milliseconds, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Series)}
 
     @property
     def best_full(self) -> float:
@@ -46,32 +61,22 @@ class Report:
     @property
     def ratios(self) -> dict[str, float]:
         """The figures that count."""
-        ratios = {
-            "ram_to_floor": self.ram.median / self.floor.median,
-            "disk_to_floor": self.disk.median / self.floor.median,
-            "balanced_to_floor": self.balanced.median / self.floor.median,
-        }
+        ratios = {f"{name}_to_floor": getattr(self, name).median / self.floor.median for name in ("ram", "disk")}
+        for name in ("other", "other_again", "balanced", "refined"):
+            ratios[f"{name}_to_floor"] = getattr(self, name).median / self.other_floor.median
         if self.full:
-            ratios["full_to_ram"] = self.best_full / self.ram.median
-            ratios["full_to_disk"] = self.best_full / self.disk.median
-            ratios["full_to_balanced"] = self.best_full / self.balanced.median
+            for name in ("ram", "disk", "other", "balanced", "refined"):
+                ratios[f"full_to_{name}"] = self.best_full / getattr(self, name).median
             ratios["full_to_floor"] = self.best_full / self.floor.median
             ratios["encode_to_full"] = self.encode.median / self.best_full
         return ratios
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for ``--json``."""
+        facts = {name: value for name, value in vars(self).items() if isinstance(value, str | int | float)}
         return {
-            "model": self.model,
-            "cached_tokens": self.cached_tokens,
-            "fresh_tokens": self.fresh_tokens,
-            "modules": self.modules,
-            "slice_bytes": self.slice_bytes,
-            "floor": self.floor.as_dict(),
-            "ram": self.ram.as_dict(),
-            "disk": self.disk.as_dict(),
-            "balanced": self.balanced.as_dict(),
-            "encode": self.encode.as_dict(),
+            **facts,
+            **{name: series.as_dict() for name, series in self.series.items()},
             "full": {name: series.as_dict() for name, series in self.full.items()},
             "ratios": {name: round(value, 4) for name, value in self.ratios.items()},
         }
@@ -80,44 +85,64 @@ class Report:
 def measure(
     engine: Engine, *, tokens: int, modules: int, question: int, repeat: int, full_repeat: int, say: Say
 ) -> Report:
-    """Measure on one engine, in turn: balanced, RAM, floor, disk, floor, ``repeat`` times over.
+    """Measure on one engine, in turn, ``repeat`` times over.
 
-    Floor: the slices lie in the context already, and llama.cpp evaluates the fresh tokens and chooses a token, nothing
-    else. The cached ones are whole calls of ``generate`` on an empty context: reading the prompt, planning, splicing,
-    evaluating, choosing; with ``fidelity="fast"``, and from RAM also with ``"balanced"``. Full prefill runs in contexts
-    of its own with llama.cpp's defaults for a single sequence, with flash attention off and on. ``full_repeat=0``
-    leaves the full prefill out.
+    Floor: the slices lie in the llama.cpp context already, and llama.cpp evaluates the question and chooses a token,
+    nothing else. The cached ones are whole calls of ``generate`` on an empty context: reading the prompt, planning,
+    splicing, evaluating, choosing. First all modules in the schema's order, which is exact, then in a new order each
+    time. Full prefill runs in contexts of its own with llama.cpp's defaults for a single sequence, with flash attention
+    off and on. ``full_repeat=0`` leaves the full prefill out.
     """
     engine.add_schema(filler_schema(engine, tokens, modules))
-    prompt = filler_prompt(engine, modules, question)
-    plan = engine.plan(prompt, fidelity="fast")
-    report = Report(engine.model.path.stem, plan.n_cached, plan.n_tokens - plan.n_cached, modules)
+    prompt = filler_prompt(engine, range(modules), question)
+    plan = engine.plan(prompt)
+    fresh = len(plan.spans[-1].tokens)
+    report = Report(engine.model.path.stem, plan.n_tokens - fresh, fresh, modules)
     engine.warm_up()
     with tempfile.TemporaryDirectory(prefix="cpucache-bench-") as folder:
         for turn in range(max(1, full_repeat)):
-            say(f"encoding {plan.n_cached:,} tokens in {modules} modules ({turn + 1}/{max(1, full_repeat)})")
+            say(f"encoding {report.cached_tokens:,} tokens in {modules} modules ({turn + 1}/{max(1, full_repeat)})")
             engine.workspace.store = engine.store = Store(Path(folder) / str(turn), ram_budget=1 << 40)
-            encoded = engine.encode_for(prompt, fidelity="fast")
+            engine.workspace.reset()
+            encoded = engine.encode("bench")
             report.encode.values.append(encoded.seconds * 1000)
             report.slice_bytes = encoded.bytes
             if turn < full_repeat:
                 _full(engine, plan, report, say)
-        say(f"balanced, RAM, floor and disk in turn, {repeat} times")
-        engine.encode_for(prompt, fidelity="balanced")
-        engine.generate(prompt, max_tokens=1, fidelity="fast")
+        plan = engine.plan(prompt)
+        say(f"RAM, floor and disk in turn, {repeat} times")
+        engine.store.flush()
+        engine.generate(prompt, max_tokens=1)
         for _ in range(repeat):
-            # The floor needs what an answer with ``fast`` leaves in the context.
-            report.balanced.values.append(_cached(engine, prompt, "balanced"))
-            report.ram.values.append(_cached(engine, prompt))
+            report.ram.values.append(_cached(engine, prompt).ttft_ms)
             report.floor.values.append(_floor(engine, plan))
             engine.store.ram.clear()
-            report.disk.values.append(_cached(engine, prompt))
+            report.disk.values.append(_cached(engine, prompt).ttft_ms)
             report.floor.values.append(_floor(engine, plan))
+        say(f"other orders and their floor in turn, {repeat} times, each order once")
+        orders = random.Random(0)
+        for _ in range(repeat):
+            order = orders.sample(range(modules), modules)
+            _other(engine, filler_prompt(engine, order, question), report)
     return report
 
 
+def _other(engine: Engine, prompt: str, report: Report) -> None:
+    """One prompt in an order of its own: at once, again, balanced, and refined."""
+    first = _cached(engine, prompt, "fast")
+    report.other.values.append(first.ttft_ms)
+    report.encode_ms += first.encode_ms
+    report.other_floor.values.append(_floor(engine, engine.plan(prompt, fidelity="fast")))
+    report.other_again.values.append(_cached(engine, prompt, "fast").ttft_ms)
+    second = _cached(engine, prompt, "balanced")
+    report.balanced.values.append(second.ttft_ms)
+    report.encode_ms += second.encode_ms
+    engine.refine()
+    report.refined.values.append(_cached(engine, prompt, "fast").ttft_ms)
+
+
 def _floor(engine: Engine, plan: Plan) -> float:
-    """Evaluate the fresh tokens behind the slices that the last prompt left in the context."""
+    """Evaluate the question behind the slices that the last prompt left in the llama.cpp context."""
     fresh = plan.spans[-1]
     sampler = Sampler(Sampling(), engine.model)
     engine.context.remove(TARGET, fresh.start)
@@ -129,9 +154,9 @@ def _floor(engine: Engine, plan: Plan) -> float:
     return elapsed
 
 
-def _cached(engine: Engine, prompt: str, level: Level = "fast") -> float:
+def _cached(engine: Engine, prompt: str, level: Level | None = None) -> Metrics:
     engine.workspace.reset()
-    return engine.generate(prompt, max_tokens=1, fidelity=level).metrics.ttft_ms
+    return engine.generate(prompt, max_tokens=1, fidelity=level).metrics
 
 
 def _full(engine: Engine, plan: Plan, report: Report, say: Say) -> None:

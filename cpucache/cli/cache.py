@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import json
 import re
 import sys
@@ -11,12 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
-from cpucache.cli.console import err, out
+from cpucache.cli.console import as_option, err, listing, named, out
 from cpucache.errors import CpucacheError, InputError
 from cpucache.models import resolve_model
 from cpucache.store import Fingerprints, Row, Store, default_home
@@ -24,6 +26,8 @@ from cpucache.store.pack import export_pack, import_pack
 from cpucache.store.upkeep import collect, remove, verify
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_MODEL = "its name as `cache ls` shows it, a name of the catalogue, or the path of a GGUF"
+_KEY = click.Path(dir_okay=False, path_type=Path)
 _SORTS: dict[str, Callable[[Row], Any]] = {
     "used": lambda row: -row.used,
     "created": lambda row: -row.created,
@@ -46,7 +50,7 @@ def cache() -> None:
 def _selection(command: Command) -> Command:
     options = (
         click.option("--schema", help="Only slices of this schema."),
-        click.option("-m", "--model", help="Only slices of this model, by its name as `cache ls` shows it."),
+        click.option("-m", "--model", help=f"Only slices of this model: {_MODEL}."),
         click.option("--older", metavar="AGE", help="Only slices not used for so long: 12h, 30d."),
     )
     for option in reversed(options):
@@ -55,12 +59,33 @@ def _selection(command: Command) -> Command:
 
 
 def _select(store: Store, schema: str | None, model: str | None, older: str | None) -> list[Row]:
-    limit = time.time() - _age(older) if older else None
-    return [
-        row
-        for row in _index(store).rows()
-        if schema in (None, row.info.schema) and model in (None, row.info.model) and (limit is None or row.used < limit)
-    ]
+    limit = time.time() - _age(older) if older else time.time() + 1
+    rows = _index(store).rows()
+    if model and all(row.info.model != model for row in rows):
+        rows = [row for row in rows if row.info.fingerprint == _fingerprint(model)]
+    elif model:
+        rows = [row for row in rows if row.info.model == model]
+    return [row for row in rows if schema in (None, row.info.schema) and row.used < limit]
+
+
+def _fingerprint(model: str) -> str | None:
+    """That of a model's file, which may have gone since its slices were made."""
+    with contextlib.suppress(CpucacheError):
+        return Fingerprints(default_home() / "index.sqlite").of(resolve_model(model))
+    return None
+
+
+def _nothing(store: Store, schema: str | None, model: str | None) -> str:
+    """Says that there are no slices of a schema or model, and what comes near."""
+    rows = _index(store).rows()
+    schemas, models = {row.info.schema for row in rows}, {row.info.model for row in rows}
+    said = []
+    for kind, name, there in (("schema", schema, schemas), ("model", model, models)):
+        if name:
+            near = difflib.get_close_matches(name, sorted(there), 1)
+            hint = f" (did you mean '{near[0]}'?)" if near and name not in there else ""
+            said.append(f"{kind} '{name}'{hint}")
+    return f"there are no slices of {' and '.join(said)}; see `cpucache cache ls`"
 
 
 def _age(text: str) -> float:
@@ -74,9 +99,11 @@ def _store() -> Store:
     return Store(default_home(), ram_budget=0)
 
 
-def _index(store: Store) -> Any:
+def _index(store: Store, *, change: bool = False) -> Any:
     if store.index is None:
         raise CpucacheError(f"the store in {store.home} can't be opened")
+    if change and not store.writable:
+        raise CpucacheError(f"the store in {store.home} can't be written: `cache ls`, `stats` and `verify` read it")
     return store.index
 
 
@@ -91,22 +118,21 @@ def list_slices(schema: str | None, model: str | None, older: str | None, sort: 
     if as_json:
         click.echo(json.dumps([_as_dict(row) for row in rows], indent=2))
         return
-    table = Table(box=SIMPLE_HEAD)
-    for name in ("schema", "module", "model"):
-        table.add_column(name, overflow="fold")
-    for name in ("tokens", "size", "hits", "used"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.info.schema + (" (pinned)" if row.pinned else ""),
-            row.info.module or "(schema)",
-            row.info.model,
+    columns = [Column(name, overflow="fold") for name in ("schema", "module", "model")]
+    columns += [Column(name, justify="right", no_wrap=True) for name in ("tokens", "size", "hits", "used")]
+    cells = [
+        (
+            named(row.info.schema + (" (pinned)" if row.pinned else "")),
+            named(row.info.module or "(schema)"),
+            named(row.info.model),
             f"{row.info.tokens:,}",
             decimal(row.bytes),
             f"{row.hits:,}",
             _ago(row.used),
         )
-    out.print(table)
+        for row in rows
+    ]
+    out.print(listing(columns, cells, expendable=("hits", "tokens", "used", "size")))
     out.print(f"{len(rows):,} slices, {decimal(sum(row.bytes for row in rows))}", style="dim")
 
 
@@ -165,12 +191,12 @@ def stats(as_json: bool) -> None:
     for name, value in (
         ("slices", f"{len(rows):,}"),
         ("on disk", f"{decimal(int(totals['bytes']))} of {decimal(budget)}"),
-        *((f"  {name}", decimal(size)) for name, size in sorted(models.items())),
+        *((f"  {named(name)}", decimal(size)) for name, size in sorted(models.items())),
         ("hits", rate),
         ("evicted", f"{int(totals['evicted']):,}"),
         ("evaluation saved", f"{totals['seconds_saved']:,.0f} s"),
     ):
-        table.add_row(f"[dim]{name}[/dim]", value)
+        table.add_row(Text(name, "dim"), value)
     out.print(table)
 
 
@@ -183,6 +209,7 @@ def verify_slices(repair: bool) -> None:
     """
     columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn())
     with _store() as store, Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        _index(store, change=repair)
         task = bars.add_task("", total=None)
         findings = verify(
             store, repair=repair, progress=lambda done, total: bars.update(task, completed=done, total=total)
@@ -197,11 +224,20 @@ def verify_slices(repair: bool) -> None:
 
 
 @cache.command()
-def gc() -> None:
+@click.option(
+    "--disk",
+    "budget",
+    metavar="SIZE",
+    help="Shrink the store to this size, whatever others were given: --disk elsewhere evicts nothing that they keep.",
+)
+def gc(budget: str | None) -> None:
     """Clear up: what killed processes left, files set aside, and whatever is over the budget."""
+    from cpucache.engine.size import parse_size  # the engine is loaded where it is needed
+
+    size = None if budget is None else parse_size(budget)
     with _store() as store:
-        _index(store)
-        freed = collect(store)
+        _index(store, change=True)
+        freed = collect(store, size)
     out.print(f"{decimal(freed)} freed")
 
 
@@ -213,48 +249,75 @@ def remove_slices(schema: str | None, model: str | None, older: str | None, ever
     if not (everything or schema or model or older):
         raise click.UsageError("say which: --schema, -m, --older, or --all")
     with _store() as store:
+        _index(store, change=True)
         rows = _select(store, schema, model, older)
+        if not rows and not _select(store, schema, model, None) and (schema or model):
+            raise CpucacheError(_nothing(store, schema, model))
         remove(store, [row.key for row in rows])
     out.print(f"{len(rows):,} slices deleted, {decimal(sum(row.bytes for row in rows))} freed")
 
 
 @cache.command()
 @click.argument("schema")
-@click.option("-m", "--model", help="Only slices of this model.")
+@click.option("-m", "--model", help=f"Only slices of this model: {_MODEL}.")
 @click.option("--off", is_flag=True, help="Unpin.")
 def pin(schema: str, model: str | None, off: bool) -> None:
     """Keep the slices of SCHEMA (its name), whatever else needs room."""
     with _store() as store:
+        _index(store, change=True)
         rows = _select(store, schema, model, None)
         if not rows:
-            raise InputError(f"there are no slices of a schema '{schema}'; see `cpucache cache ls`")
+            raise InputError(_nothing(store, schema, model))
         _index(store).pin([row.key for row in rows], pinned=not off)
     out.print(f"{len(rows):,} slices {'unpinned' if off else 'pinned'}")
 
 
 @cache.command("export")
 @click.argument("schema")
-@click.option("-m", "--model", help="Only slices of this model: needed when there are several.")
+@click.option("-m", "--model", help=f"Needed when there are slices of several: {_MODEL}.")
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The pack.")
-def export_slices(schema: str, model: str | None, output: Path) -> None:
+@click.option("--sign", "key", metavar="KEY", type=_KEY, help="Sign it with this private Ed25519 key (PEM or OpenSSH).")
+def export_slices(schema: str, model: str | None, output: Path, key: Path | None) -> None:
     """Write the slices of SCHEMA (its name) for a model to one file.
 
     Make them on a fast machine, ship them with an offline application, and `cpucache cache import` adds them there.
+    What is damaged on the way is noticed; only a signature tells a pack of yours from one that somebody forged.
     """
     with _store() as store:
-        pack = export_pack(store, [row.key for row in _select(store, schema, model, None)], output)
-    out.print(f"{output}: {len(pack.keys):,} slices for {pack.model}, {decimal(output.stat().st_size)}", soft_wrap=True)
+        rows = _select(store, schema, model, None)
+        if not rows:
+            raise InputError(f"{_nothing(store, schema, model)}, or encode the schema first")
+        pack = export_pack(store, [row.key for row in rows], output, key=key)
+        absent = store.kept(_index(store).absent(schema).get(pack.model, ()))
+    signed = ", signed" if pack.signed else ""
+    about = f"{len(pack.keys):,} slices for {pack.model}, {decimal(output.stat().st_size)}{signed}"
+    out.print(f"{output}: {about}", soft_wrap=True, markup=False)
+    if absent.missing:
+        text = f"{absent.missing:,} slices of {schema} are not in it: they were evicted, or found no room. Unless they "
+        text += (
+            f"are of an earlier version of {schema}, encode that again with --disk {as_option(absent.budget)}, then "
+        )
+        err.print(f"cpucache: warning: {text}export it again", soft_wrap=True, markup=False)
 
 
 @cache.command("import")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-m", "--model", help="Refuse the pack unless it was made for this model (a name or a path).")
-def import_slices(file: Path, model: str | None) -> None:
-    """Add the slices of a pack to the store, after checking every one of them; a bad pack is refused whole."""
+@click.option("--key", metavar="KEY", type=_KEY, help="Refuse the pack unless this public Ed25519 key has signed it.")
+def import_slices(file: Path, model: str | None, key: Path | None) -> None:
+    """Add the slices of a pack to the store, after checking every one of them; a bad pack is refused whole.
+
+    The checks find damage, not intent: whoever made a pack decides what the model believes that it has read. Take
+    packs from those whom you trust, and let --key tell that it is theirs.
+    """
     if not file.is_file():
         raise InputError(f"{file}: there is no such file")
     home = default_home()
     fingerprint = Fingerprints(home / "index.sqlite").of(resolve_model(model)) if model else None
     with _store() as store:
-        pack, new = import_pack(store, file, fingerprint=fingerprint)
-    out.print(f"{len(pack.keys):,} slices for {pack.model}, {new:,} of them new", soft_wrap=True)
+        _index(store, change=True)
+        pack, new = import_pack(store, file, fingerprint=fingerprint, key=key)
+        kept = store.kept(pack.keys)
+    out.print(f"{len(pack.keys):,} slices for {pack.model}, {new:,} of them new", soft_wrap=True, markup=False)
+    if kept.missing:
+        raise CpucacheError(f"{kept.missing:,} of them found no room: unpin or delete others, and import it again")

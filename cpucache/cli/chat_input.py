@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cpucache.cli.console import err
 from cpucache.errors import InputError
+from cpucache.private import private_file
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -111,8 +112,7 @@ class Terminal:
 
         history = folder / "history"
         # What somebody wrote is nobody else's business.
-        history.touch(mode=0o600)
-        history.chmod(0o600)
+        private_file(history)
         self._leaving = False
         self._session: PromptSession[str] = PromptSession(
             history=FileHistory(str(history)),

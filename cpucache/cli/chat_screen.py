@@ -15,7 +15,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.text import Text
 
-from cpucache.cli.console import seconds
+from cpucache.cli.console import printed, safe, seconds
 from cpucache.engine import Metrics
 
 Answer: TypeAlias = Callable[[], AbstractContextManager[Callable[[str], None]]]
@@ -107,7 +107,7 @@ def markdown_answer(console: Console) -> Answer:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             blocks = _Blocks(console, live)
             try:
-                yield blocks.add
+                yield lambda piece: blocks.add(safe(piece))
             finally:
                 blocks.finish()
 
@@ -118,7 +118,7 @@ def markdown_answer(console: Console) -> Answer:
 def plain_answer() -> Iterator[Callable[[str], None]]:
     """An answer as it comes."""
     try:
-        yield lambda piece: click.echo(piece, nl=False)
+        yield lambda piece: click.echo(printed(piece), nl=False)
     finally:
         click.echo()
 

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from cpucache.cli.console import seconds, times, token_bar
+from cpucache.cli.console import kinds, seconds, times, token_bar
 from cpucache.cli.options import FIDELITY
 from cpucache.engine import Engine, Reply
 from cpucache.engine.planner import Message
@@ -37,6 +37,7 @@ class Comparison:
             "cached": self.cached.as_dict(),
             "uncached": self.uncached.as_dict(),
             "speedup": round(self.speedup, 3),
+            "same": self.cached.text == self.uncached.text,
         }
 
 
@@ -88,6 +89,11 @@ def comparison_table(result: Comparison) -> Table:
     table.add_row("prompt", f"{one.metrics.prompt_tokens:,} tokens", f"{other.metrics.prompt_tokens:,} tokens")
     table.add_row("  evaluated", f"{one.metrics.fresh_tokens:,}", f"{other.metrics.fresh_tokens:,}")
     table.add_row("  from cache", f"{one.metrics.cached_tokens:,}", f"{other.metrics.cached_tokens:,}")
+    near = kinds(other.metrics).strip(" ()")
+    if near:
+        table.add_row("  of these", "", near)
+    same = "the same" if one.text == other.text else "another one; see `cpucache fidelity`"
+    table.add_row("answer is", "", same)
     if min(one.metrics.completion_tokens, other.metrics.completion_tokens) > 1:
         table.add_row("speed", *(f"{1000 / reply.metrics.tpot_ms:.1f} tok/s" for reply in (one, other)))
     if result.encoded.slices:

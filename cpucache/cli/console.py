@@ -3,21 +3,64 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.table import Column, Table
 from rich.text import Text
 
 from cpucache.errors import InputError
 from cpucache.pml import load_prompt, load_schema, parse_prompt, parse_schema, resolve, schema_for
 from cpucache.pml.tree import Prompt, Schema
-from cpucache.reuse import OnProgress
+
+if TYPE_CHECKING:
+    from cpucache.engine.reply import Metrics
+    from cpucache.reuse import OnProgress
+
+# What a terminal takes for a command: C0 but for tab and newline, DEL, and C1.
+_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")}, "\N{REPLACEMENT CHARACTER}")
+
+
+def safe(text: str) -> str:
+    """``text`` for a terminal: what it would obey instead of showing is replaced."""
+    return text.translate(_CONTROLS)
+
+
+def printed(text: str) -> str:
+    """``text`` for standard output: made safe for a terminal, as it is for a pipe or a file."""
+    return safe(text) if sys.stdout.isatty() else text
+
+
+class _Safe(RenderHook):
+    """Makes safe what a console prints on a terminal, but for what it tells the terminal itself."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Shown(each) for each in renderables] if self._console.is_terminal else renderables
+
+
+class _Shown:
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._inner, options):
+            yield segment if segment.control else Segment(safe(segment.text), segment.style)
+
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+for _console in (out, err):
+    _console.push_render_hook(_Safe(_console))
 
 
 class _Speed(ProgressColumn):
@@ -48,6 +91,41 @@ def token_bar(label: str, *, shown: bool = True) -> Iterator[OnProgress]:
         yield show
 
 
+_NAME = 28  # characters that a column of names has at least, if its names are as long
+
+
+def listing(
+    columns: Sequence[Column], rows: Iterable[Sequence[str | Text]], *, expendable: Sequence[str], **look: Any
+) -> Table:
+    """A table for ``out``. Where that is too narrow, the ``expendable`` columns are left out, the first ones first.
+
+    Columns that may not wrap get the room they need, the others at least that of a name.
+    """
+    rows = list(rows)
+    needs = {column.header: _needs(column, [row[at] for row in rows]) for at, column in enumerate(columns)}
+    for name in expendable:
+        # Each has a space at either side, and one towards its neighbour or the edge.
+        if sum(need + 3 for need in needs.values()) + 1 <= out.width:
+            break
+        del needs[name]
+    kept = [at for at, column in enumerate(columns) if column.header in needs]
+    table = Table(*(columns[at] for at in kept), box=SIMPLE_HEAD, **look)
+    for row in rows:
+        table.add_row(*(row[at] for at in kept))
+    return table
+
+
+def _needs(column: Column, cells: Sequence[str | Text]) -> int:
+    lines = [line for cell in (str(column.header), *map(str, cells)) for line in cell.splitlines()]
+    longest = max(map(cell_len, lines), default=0)
+    return longest if column.no_wrap and not column.ratio else max(min(longest, _NAME), column.min_width or 0)
+
+
+def named(text: str) -> Text:
+    """A name for one line of a terminal, as it is spelt."""
+    return Text(safe(text).replace("\n", "\N{REPLACEMENT CHARACTER}"))
+
+
 def read_schema(name: str) -> Schema:
     """The schema in a file; ``-`` is standard input, whose ``src`` files lie in the current folder."""
     if name == "-":
@@ -74,6 +152,24 @@ def check_prompt(prompt: Prompt, schemas: Sequence[Schema]) -> Schema:
     return schema
 
 
+def kinds(metrics: Metrics) -> str:
+    """How near to full prefill the cached tokens of an answer are; nothing where they are the same."""
+    approximate = [
+        f"{count:,} {name}"
+        for name, count in (
+            ("clean", metrics.clean_tokens),
+            ("related", metrics.related_tokens),
+            ("foreign", metrics.foreign_tokens),
+        )
+        if count
+    ]
+    if not approximate:
+        return ""
+    exact = [f"{metrics.exact_tokens:,} exact"] if metrics.exact_tokens else []
+    recomputed = f"; {metrics.recomputed_tokens:,} recomputed" if metrics.recomputed_tokens else ""
+    return f" ({', '.join([*exact, *approximate])}{recomputed})"
+
+
 def seconds(milliseconds: float) -> str:
     """A time for people: ``25 µs``, ``1.3 ms``, ``231 ms``, ``4.75 s``."""
     if milliseconds < 0.1:
@@ -81,6 +177,11 @@ def seconds(milliseconds: float) -> str:
     if milliseconds >= 1000:
         return f"{milliseconds / 1000:.2f} s"
     return f"{milliseconds:.1f} ms" if milliseconds < 10 else f"{milliseconds:.0f} ms"
+
+
+def as_option(size: int) -> str:
+    """A number of bytes, rounded up, as options take it: ``17MiB``."""
+    return f"{-(-size >> 20)}MiB"
 
 
 def times(ratio: float) -> str:

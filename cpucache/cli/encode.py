@@ -2,55 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
 from rich.filesize import decimal
 
-from cpucache.cli.console import err, out, read_schema, token_bar
+from cpucache.cli.console import as_option, check_prompt, err, out, read_prompt, read_schema, token_bar
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
 from cpucache.errors import CpucacheError
-from cpucache.layout.lead import LEAD
+from cpucache.pml.tree import Prompt, Schema
+from cpucache.reuse import Encoded, OnProgress
+from cpucache.store import Kept
 
 
 @click.command()
 @click.argument("schemas", nargs=-1, required=True, metavar="SCHEMA...")
 @click.option(
-    "--lead",
-    type=click.IntRange(0),
-    metavar="K",
-    help="Encode modules behind K to 3K tokens of what the schema has before them, too, as prompts want them that "
-    f"leave out none of that; 0: only by themselves, in half the time or less, and half the room.  [default: {LEAD:,}]",
+    "-p",
+    "--prompts",
+    multiple=True,
+    metavar="PROMPT",
+    help="Also make what this prompt needs to be exact. May be given several times.",
 )
+@click.option("--quick", is_flag=True, help="Only the first pass: leave out scaffold sets.")
+@click.option("--refine", is_flag=True, help="Then make exact what was asked lately, the most used first.")
 @engine_options
-def encode(schemas: tuple[str, ...], model: str, lead: int | None, **options: Any) -> None:
-    """Evaluate every module of each SCHEMA and save its state, so that no prompt has to wait for it.
+def encode(
+    schemas: tuple[str, ...], prompts: tuple[str, ...], quick: bool, refine: bool, model: str, **options: Any
+) -> None:
+    """Evaluate each SCHEMA once and save its state, so that no prompt on it has to wait for a module.
 
-    A prompt that leaves modules out may still make those that stand behind them once more, the first time.
+    The first pass evaluates the schema in reading order. From then on every selection and order of its modules is
+    answered at once; prompts that begin like the schema are exact. The second pass makes likely prompts exact: scaffold
+    sets, and the prompts given with --prompts.
 
-    What is in the store already is not evaluated again. Slices are found by what they contain: change a module, and
-    only that module, what sees it and what stands closely behind it is encoded anew.
+    What is in the store already is not evaluated again. Slices are found by what they contain: when a module changes,
+    that module and what stands behind it are evaluated anew.
+
+    \b
+    cpucache encode schemas/trip/schema.xml
+    cpucache encode schemas/trip/schema.xml -p schemas/trip/kyoto-first-visit.xml
+    cpucache encode schemas/trip/schema.xml --refine
     """
     parsed = [read_schema(name) for name in schemas]
+    asked: dict[Schema, list[Prompt]] = {schema: [] for schema in parsed}
+    for name in prompts:
+        prompt = read_prompt(name)
+        asked[check_prompt(prompt, parsed)].append(prompt)
     with Engine(model, **options) as engine:
         for schema in parsed:
             engine.add_schema(schema)
-            try:
-                with token_bar(f"encoding {schema.name}") as progress:
-                    done = engine.encode(schema.name, progress, lead_tokens=lead)
-                engine.store.flush()
-            except KeyboardInterrupt:
-                err.print("what has been encoded is kept, and the same command goes on from there", soft_wrap=True)
-                raise
-            if not engine.store.writable:
-                raise CpucacheError(f"{schema.name}: its slices can't be saved to {engine.store.home}")
-            if done.slices:
-                speed = done.tokens / done.seconds
-                out.print(
-                    f"{schema.name}: {done.slices} slices, {done.tokens:,} tokens in {done.seconds:.1f} s "
-                    f"({speed:.0f} tok/s), {decimal(done.bytes)}",
-                    soft_wrap=True,
+            _pass(engine, schema.name, f"encoding {schema.name}", partial(engine.encode, schema.name))
+            if asked[schema] or (schema.scaffolds and not quick):
+                _pass(
+                    engine,
+                    f"{schema.name}, likely prompts",
+                    f"likely prompts on {schema.name}",
+                    partial(engine.encode_likely, schema.name, asked[schema]),
                 )
-            else:
-                out.print(f"{schema.name}: all its slices are in the store already", soft_wrap=True)
+            if refine:
+                _refine(engine, schema.name)
+
+
+def _pass(engine: Engine, name: str, label: str, work: Callable[[OnProgress], Encoded]) -> None:
+    """Make slices under a bar, and say what was made and kept."""
+    try:
+        with token_bar(label) as progress:
+            done = work(progress)
+        kept = engine.store.kept(slice_.key for slice_ in done.wanted)
+    except KeyboardInterrupt:
+        err.print("what has been encoded is kept, and the same command goes on from there", soft_wrap=True)
+        raise
+    _report(engine, name, done, kept)
+
+
+def _refine(engine: Engine, schema: str) -> None:
+    def work(progress: OnProgress) -> Encoded:
+        done, total = 0, engine.to_refine(schema)
+
+        def step(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            progress(min(done, total), total)
+
+        return engine.refine(schema, step)
+
+    _pass(engine, f"{schema}, refined", f"refining {schema}", work)
+
+
+def _report(engine: Engine, name: str, done: Encoded, kept: Kept) -> None:
+    if not engine.store.writable:
+        raise CpucacheError(f"{name}: its slices can't be saved to {engine.store.home}")
+    if done.slices:
+        speed = done.tokens / done.seconds
+        out.print(
+            f"{name}: {done.slices} slices, {done.tokens:,} tokens in {done.seconds:.1f} s "
+            f"({speed:.0f} tok/s), {decimal(done.bytes)}",
+            soft_wrap=True,
+        )
+    elif not kept.missing:
+        out.print(f"{name}: all its slices are in the store already", soft_wrap=True)
+    if kept.missing:
+        raise CpucacheError(
+            f"{name}: {kept.missing} of {kept.missing + kept.slices} slices found no room on the disk; "
+            f"to keep all of them, use --disk {as_option(kept.budget)}"
+        )

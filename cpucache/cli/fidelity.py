@@ -22,7 +22,7 @@ from cpucache.bench.plot import new_figure
 from cpucache.cli.console import check_prompt, err, out, read_prompt, read_schema, seconds
 from cpucache.cli.options import engine_options, fidelity_options, split_fidelity
 from cpucache.engine import Engine
-from cpucache.engine.advice import FidelityReport, OnTrial, Trial
+from cpucache.engine.advice import FidelityReport, OnTrial
 
 _WORST = 12
 """Tokens that are shown unless all are asked for."""
@@ -65,13 +65,14 @@ def fidelity(
 ) -> None:
     """How far the cached answer to PROMPT, a file (- for standard input), is from the uncached one.
 
-    Modules have not seen one another, so what is said from their slices is not quite what is said without. Here the
+    Slices that were evaluated behind other text than stands before them now give nearly, not quite, what is said
+    without. Here the
     prompt is answered both ways, and for its last fresh tokens, and for each token of the uncached answer, what the
     model would say next is compared: by the Kullback-Leibler divergence (KL, in nats; 0: no difference), by whether
     both think the same token the likeliest (top-1), and by how much less likely the token has become (NLL).
 
-    Then link tokens and scaffolds are tried on the modules of the prompt, one by one, and recomputing on all of them,
-    and listed with what they bring and what they cost, the best first. That takes as long as some full prefills.
+    Then recomputing more of the slices is tried, and exact slices, and listed with what they bring and what they cost,
+    the best first. That takes as long as some full prefills.
 
     \b
     cpucache fidelity schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml
@@ -229,13 +230,7 @@ def _advice(report: FidelityReport) -> str:
         return f"{tried[0].upper()}{tried[1:]} it nearer; --no-cache answers without reuse."
     delay = report.delay_ms(best)
     return (
-        f"{_deed(best)}: KL goes from {now.kl_mean:.4f} to {best.distance.kl_mean:.4f}, the first token comes "
+        f"Use {best.change}: KL goes from {now.kl_mean:.4f} to {best.distance.kl_mean:.4f}, the first token comes "
         + (f"{seconds(delay)} later" if delay > max(1.0, now.ttft_ms / 10) else "as soon as now")
         + (f", and the store holds {decimal(best.bytes)} more." if best.bytes else ".")
     )
-
-
-def _deed(trial: Trial) -> str:
-    if trial.change.startswith("<"):
-        return f"Put {trial.change} into the schema"
-    return f"{'Use' if trial.change.startswith('--') else 'Set'} {trial.change}"

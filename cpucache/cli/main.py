@@ -19,7 +19,8 @@ _COMMANDS = {
     "demo": ("cpucache.cli.demo", "demo", "See the main job: a long prompt, uncached against cached."),
     "run": ("cpucache.cli.run", "run", "Answer a prompt."),
     "chat": ("cpucache.cli.chat", "chat", "Talk with a model; conversations go on where they stood."),
-    "sessions": ("cpucache.cli.sessions", "sessions", "List, delete and export conversations."),
+    "sessions": ("cpucache.cli.sessions", "sessions", "List, check, delete and export conversations."),
+    "plan": ("cpucache.cli.plan", "plan", "Show which slice each part of a prompt takes, and why."),
     "fidelity": ("cpucache.cli.fidelity", "fidelity", "Measure how far a cached answer is from the uncached one."),
     "encode": ("cpucache.cli.encode", "encode", "Evaluate and save every module of schemas."),
     "schema": ("cpucache.cli.schema", "schema", "Check schemas, and show how they are laid out."),
@@ -79,7 +80,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command. Exit status: 0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("cpucache: warning: %(message)s"))
+    handler.setFormatter(_Formatter("cpucache: warning: %(message)s"))
     logging.getLogger("cpucache").addHandler(handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a character of an answer or of a drawing gets a question mark instead.
@@ -88,10 +89,10 @@ def main() -> None:
         status = cli.main(prog_name="cpucache", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except click.UsageError as error:
-        click.echo(_usage(error), err=True)
+        click.echo(_safe(_usage(error)), err=True)
         sys.exit(2)
     except CpucacheError as error:
-        click.echo(f"cpucache: {error}", err=True)
+        click.echo(_safe(f"cpucache: {error}"), err=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except (KeyboardInterrupt, click.Abort):
         click.echo("cpucache: interrupted", err=True)
@@ -101,8 +102,22 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        click.echo(f"cpucache: {error}", err=True)
+        click.echo(_safe(f"cpucache: {error}"), err=True)
         sys.exit(1)
+
+
+class _Formatter(logging.Formatter):
+    """Messages name what others wrote, such as slices and conversations."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _safe(super().format(record))
+
+
+def _safe(text: str) -> str:
+    # Imported when there is something to say: it takes rich along.
+    from cpucache.cli.console import safe
+
+    return safe(text)
 
 
 def _usage(error: click.UsageError) -> str:

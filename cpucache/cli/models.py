@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column
 from rich.text import Text
 
+from cpucache.cli.console import listing, out
 from cpucache.models.catalogue import default_model, known_models
 from cpucache.models.pull import OnProgress, Progress, pull, remove
 from cpucache.models.weights import models_dir, resolve_model, unlisted_files
@@ -44,18 +44,21 @@ def list_models(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    table = Table(box=SIMPLE_HEAD, caption=f"weights lie in {models_dir()}", caption_justify="left")
-    table.add_column("model (* the default)")
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("context", justify="right", no_wrap=True)
-    table.add_column("licence", no_wrap=True)
-    table.add_column("pulled", no_wrap=True)
+    columns = [
+        Column("model (* the default)", min_width=max(len(row["name"]) for row in rows) + 2),
+        Column("size", justify="right", no_wrap=True),
+        Column("context", justify="right", no_wrap=True),
+        Column("licence", no_wrap=True),
+        Column("pulled", no_wrap=True),
+    ]
+    cells = []
     for row in rows:
         about = Text(f"{row['name']}{' *' if row['default'] else ''}")
         about.append(f"\n{row['description'] or 'not in the catalogue'}", style="dim")
         context = "" if row["context"] is None else f"{row['context']:,}"
-        table.add_row(about, decimal(row["size"]), context, row["licence"], "yes" if row["pulled"] else "no")
-    Console().print(table)
+        cells.append((about, decimal(row["size"]), context, row["licence"] or "", "yes" if row["pulled"] else "no"))
+    look = {"caption": f"weights lie in {models_dir()}", "caption_justify": "left"}
+    out.print(listing(columns, cells, expendable=("licence", "context", "size", "pulled"), **look))
 
 
 def _rows() -> list[Row]:

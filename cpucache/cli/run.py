@@ -13,7 +13,7 @@ import click
 from rich.markup import escape
 
 from cpucache.cli.compare import compare, comparison_table
-from cpucache.cli.console import check_prompt, err, out, read_prompt, read_schema, seconds, token_bar
+from cpucache.cli.console import check_prompt, err, kinds, out, printed, read_prompt, read_schema, seconds, token_bar
 from cpucache.cli.options import engine_options, fidelity_options, sampling_options, split_fidelity
 from cpucache.engine import Engine, Metrics
 from cpucache.errors import InputError
@@ -64,7 +64,7 @@ def run(
     exactness = split_fidelity(options)
     if schema_file is None:
         if any(value is not None for value in exactness.values()):
-            raise click.UsageError("--fidelity, --link and --recompute are for PML prompts, which need --schema")
+            raise click.UsageError("--fidelity and --recompute are for PML prompts, which need --schema")
         asked, schema = _read_text(prompt, raw=raw), None
     elif raw:
         raise click.UsageError("--raw and --schema exclude each other")
@@ -90,12 +90,13 @@ def run(
             click.echo(json.dumps(stream.reply().as_dict()))
             return
         try:
-            click.echo(first, nl=False)
+            click.echo(printed(first), nl=False)
             for piece in stream:
-                click.echo(piece, nl=False)
+                click.echo(printed(piece), nl=False)
         finally:
             click.echo()
-        figures = _figures(stream.metrics, saved=engine.store.writable)
+        made = [span.slice.key for span in stream.plan.spans if span.slice and span.made]
+        figures = _figures(stream.metrics, saved=not engine.store.kept(made).missing)
         err.print(f"[dim]{escape(figures)}[/dim]", soft_wrap=True)
 
 
@@ -136,11 +137,11 @@ def _messages(name: str, text: str) -> list[dict[str, Any]]:
 def _figures(metrics: Metrics, *, saved: bool) -> str:
     parts = [
         f"first token after {seconds(metrics.ttft_ms)}",
-        f"{metrics.cached_tokens:,} of {metrics.prompt_tokens:,} prompt tokens from cache",
+        f"{metrics.cached_tokens:,} of {metrics.prompt_tokens:,} prompt tokens from cache{kinds(metrics)}",
     ]
     if metrics.encoded_tokens:
         made = f"{metrics.encoded_tokens:,} tokens encoded in {seconds(metrics.encode_ms)}"
-        parts.append(f"{made}, saved for next time" if saved else made)
+        parts.append(f"{made}, saved for next time" if saved else f"{made}, not all saved: no room (--disk)")
     if metrics.completion_tokens > 1:
         parts.append(f"{1000 / metrics.tpot_ms:.1f} tok/s")
     return " · ".join(parts)

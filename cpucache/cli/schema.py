@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import click
@@ -13,8 +13,7 @@ from rich.text import Text
 from cpucache.cli.console import check_prompt, err, out, read_prompt, read_schema
 from cpucache.cli.options import model_option, positions_option
 from cpucache.errors import InputError, PMLError
-from cpucache.layout import ChatTemplate, Extent, Positions, ScaffoldLayout, SchemaLayout, Segment
-from cpucache.layout.lead import LEAD
+from cpucache.layout import ChatTemplate, Extent, Positions, SchemaLayout
 from cpucache.models import resolve_model
 from cpucache.pml.problems import MOST_PROBLEMS
 from cpucache.pml.tree import Schema
@@ -23,8 +22,7 @@ from cpucache.runtime import Model
 _BAR = 40
 _LEAST_BAR = 8
 _GAP = 2
-_STYLES = {"schema": "bold", "module": "cyan", "union": "magenta", "parameter": "yellow", "scaffold": "green"}
-_NAMES = 30  # characters of a scaffold's names in the drawing
+_STYLES = {"schema": "bold", "module": "cyan", "union": "magenta", "parameter": "yellow"}
 
 
 @click.group()
@@ -108,17 +106,15 @@ def show(file: str, model: str, positions: Positions) -> None:
     """Draw how a schema FILE is laid out: its modules, their tokens, and the positions that they take.
 
     Members of a union start at the same position. A module's own tokens are what is encoded and saved for it; what is
-    nested in it counts for itself. Scaffolds come last, with the tokens that they are encoded and saved for in
-    addition. Bytes are for keys and values of 16 bits.
+    nested in it counts for itself. Bytes are for keys and values of 16 bits, for one slice of everything.
     """
     parsed = read_schema(file)
     loaded = Model(resolve_model(model), vocab_only=True)
     layout = _layout(parsed, loaded, positions)
     rows = [_row(prefix, extent) for prefix, extent in _extents(layout.extent, "", "")]
-    rows += [_scaffold_row(scaffold) for scaffold in layout.scaffolds]
     columns = [
         ["tokens", *(f"{row.tokens:,}" if row.tokens else "" for row in rows)],
-        ["positions", *(f"{row.strokes[0][0]:,}-{row.strokes[-1][1]:,}" for row in rows)],
+        ["positions", *(f"{row.start:,}-{row.end:,}" for row in rows)],
     ]
     scale = f"0 to {layout.length:,}"
     # The names get what they need; of what stands behind them a narrow terminal shows as much as it has room for.
@@ -134,16 +130,14 @@ def show(file: str, model: str, positions: Positions) -> None:
     width = min(_BAR, room - _GAP)
     if width >= max(_LEAST_BAR, len(scale)):
         table.add_column(no_wrap=True)
-        cells.append([Text(scale, "dim"), *(Text(_bar(row.strokes, layout.length, width), row.style) for row in rows)])
+        cells.append([Text(scale, "dim"), *(Text(_bar(row, layout.length, width), row.style) for row in rows)])
     for line in zip(*cells, strict=True):
         table.add_row(*line)
     out.print(table)
     anchor = "" if parsed.anchor == "ancestors" else f", anchor {parsed.anchor}"
-    _say(f"{_cost(layout.apart, loaded)}, {layout.positions} positions{anchor}")
-    for scaffold in layout.scaffolds:
-        _say(f"scaffold {_names(scaffold)}: {_cost(scaffold.segments, loaded)}")
-    if led := layout.leads.segments(LEAD):
-        _say(f"again, behind what stands before: {_cost(led, loaded)}")
+    _say(f"{_cost(layout, loaded)}, {layout.positions} positions{anchor}")
+    for scaffold in parsed.scaffolds:
+        _say(f"scaffold: {' + '.join(module.name for module in scaffold.modules)}")
 
 
 def _layout(parsed: Schema, model: Model, positions: Positions) -> SchemaLayout:
@@ -156,8 +150,8 @@ def _say(line: str) -> None:
     out.print(line, style="dim", markup=False, soft_wrap=not out.is_terminal)
 
 
-def _cost(segments: Iterable[Segment], model: Model) -> str:
-    segments = list(segments)
+def _cost(layout: SchemaLayout, model: Model) -> str:
+    segments = layout.segments
     tokens = sum(len(segment.tokens) for segment in segments)
     each = _bytes_of_a_token(model)
     size = f", {tokens * each / 2**20:,.1f} MiB" if each else ""
@@ -183,24 +177,14 @@ class _Row:
     label: Text
     style: str
     tokens: int
-    strokes: list[tuple[int, int]]
-    """Positions [start, end), in order."""
+    start: int
+    end: int
+    """The position behind the last."""
 
 
 def _row(prefix: str, extent: Extent) -> _Row:
     label = Text(prefix, style="dim") + _label(extent)
-    return _Row(label, _STYLES[extent.kind], extent.own, [(extent.start, extent.end)])
-
-
-def _scaffold_row(scaffold: ScaffoldLayout) -> _Row:
-    label = Text(f"scaffold {_names(scaffold)}", _STYLES["scaffold"])
-    label.truncate(_NAMES, overflow="ellipsis")
-    strokes = sorted({(segment.home, segment.end) for segment in scaffold.segment_at.values()}) or [(0, 0)]
-    return _Row(label, _STYLES["scaffold"], sum(len(segment.tokens) for segment in scaffold.segments), strokes)
-
-
-def _names(scaffold: ScaffoldLayout) -> str:
-    return " + ".join(module.name for module in scaffold.modules)
+    return _Row(label, _STYLES[extent.kind], extent.own, extent.start, extent.end)
 
 
 def _label(extent: Extent) -> Text:
@@ -218,11 +202,8 @@ def _extents(extent: Extent, prefix: str, below: str) -> Iterator[tuple[str, Ext
         yield from _extents(child, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "))
 
 
-def _bar(strokes: Iterable[tuple[int, int]], length: int, width: int) -> str:
-    """Positions as strokes on a line that stands for the whole schema."""
-    line = ["·"] * width
-    for start, stop in strokes:
-        begin = min(width - 1, start * width // max(1, length))
-        end = max(begin + 1, min(width, -(-stop * width // max(1, length))))
-        line[begin:end] = "█" * (end - begin)
-    return "".join(line)
+def _bar(row: _Row, length: int, width: int) -> str:
+    """Positions as a stroke on a line that stands for the whole schema."""
+    begin = min(width - 1, row.start * width // max(1, length))
+    end = max(begin + 1, min(width, -(-row.end * width // max(1, length))))
+    return "·" * begin + "█" * (end - begin) + "·" * (width - end)

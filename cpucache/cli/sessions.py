@@ -10,19 +10,19 @@ from datetime import datetime
 from pathlib import Path
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 from rich.text import Text
 
-from cpucache.errors import InputError
-from cpucache.sessions import Summary, Transcripts
+from cpucache.cli.console import listing, out, printed, safe
+from cpucache.errors import CpucacheError, InputError
+from cpucache.private import private_file
+from cpucache.sessions import Damaged, Summary, Transcripts
 from cpucache.sessions.export import as_json, as_markdown, iso
 
 
 @click.group()
 def sessions() -> None:
-    """List, delete and export conversations (see `cpucache chat`).
+    """List, check, delete and export conversations (see `cpucache chat`).
 
     They lie in $CPUCACHE_SESSIONS, else in the platform's user data folder. What the model made of them is in the
     store, with all other slices, and can be made again.
@@ -41,27 +41,28 @@ def _transcripts() -> Iterator[Transcripts]:
 @sessions.command("ls")
 @click.option("--json", "in_json", is_flag=True, help="Print one JSON array instead of a table.")
 def list_sessions(in_json: bool) -> None:
-    """List conversations, the latest used first."""
+    """List conversations, the latest used first. A warning names those that can't be read."""
     with _transcripts() as transcripts:
         summaries = transcripts.summaries()
     if in_json:
         click.echo(json.dumps([_as_dict(summary) for summary in summaries], indent=2))
         return
-    console = Console(highlight=False)
     if not summaries:
-        console.print("no conversations yet: `cpucache chat` begins one")
+        out.print("no conversations yet: `cpucache chat` begins one")
         return
-    table = Table(box=SIMPLE_HEAD, expand=True)
-    table.add_column("conversation", no_wrap=True, overflow="ellipsis", ratio=1)
-    table.add_column("model", no_wrap=True)
-    for name in ("messages", "tokens"):
-        table.add_column(name, no_wrap=True, justify="right")
-    table.add_column("last used", no_wrap=True)
-    for summary in summaries:
-        about = Text(summary.name).append(f"\n{summary.start}", style="dim")
-        used = datetime.fromtimestamp(summary.used).strftime("%Y-%m-%d %H:%M")
-        table.add_row(about, Text(summary.model), f"{summary.messages:,}", f"{summary.tokens:,}", used)
-    console.print(table)
+    columns = [Column("conversation", no_wrap=True, ratio=1), Column("model", no_wrap=True)]
+    columns += [Column(name, no_wrap=True, justify="right") for name in ("messages", "tokens", "last used")]
+    rows = [
+        (
+            Text(summary.name).append(f"\n{summary.start}", style="dim"),
+            Text(summary.model),
+            f"{summary.messages:,}",
+            f"{summary.tokens:,}",
+            datetime.fromtimestamp(summary.used).strftime("%Y-%m-%d %H:%M"),
+        )
+        for summary in summaries
+    ]
+    out.print(listing(columns, rows, expendable=("tokens", "messages", "model", "last used"), expand=True))
 
 
 def _as_dict(summary: Summary) -> dict[str, object]:
@@ -74,10 +75,27 @@ def _as_dict(summary: Summary) -> dict[str, object]:
 def remove_sessions(names: tuple[str, ...], yes: bool) -> None:
     """Delete conversations, but for what others share with them."""
     with _transcripts() as transcripts:
-        for summary in [transcripts.summary(name) for name in dict.fromkeys(names)]:
-            question = f"delete conversation '{summary.name}' ({summary.messages:,} messages)?"
-            if yes or click.confirm(question, err=True):
-                transcripts.remove(summary.name)
+        for name, about in [(name, _about(transcripts, name)) for name in dict.fromkeys(names)]:
+            if yes or click.confirm(f"delete conversation '{safe(name)}' ({about})?", err=True):
+                transcripts.remove(name)
+
+
+def _about(transcripts: Transcripts, name: str) -> str:
+    try:
+        return f"{transcripts.summary(name).messages:,} messages"
+    except Damaged:
+        return "damaged"
+
+
+@sessions.command("verify")
+def verify_sessions() -> None:
+    """Read every conversation; names those that are damaged. Exit status 1 if there are any."""
+    with _transcripts() as transcripts:
+        damaged = list(transcripts.verify())
+    for each in damaged:
+        click.echo(printed(f"{each.name}: {each.flaw}"))
+    if damaged:
+        raise CpucacheError(f"{len(damaged):,} damaged; `cpucache sessions rm NAME` deletes a conversation")
 
 
 @sessions.command("export")
@@ -92,7 +110,7 @@ def remove_sessions(names: tuple[str, ...], yes: bool) -> None:
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A file.  [default: standard output]")
 def export_session(name: str, form: str, output: Path | None) -> None:
-    """Write a conversation down."""
+    """Write a conversation down. A file is for its owner alone."""
     with _transcripts() as transcripts:
         entries, summary = transcripts.read(name), transcripts.summary(name)
     text = (
@@ -101,9 +119,10 @@ def export_session(name: str, form: str, output: Path | None) -> None:
         else json.dumps(as_json(entries, summary), indent=2, ensure_ascii=False) + "\n"
     )
     if output is None:
-        click.echo(text, nl=False)
+        click.echo(printed(text), nl=False)
         return
     try:
+        private_file(output)
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{output}: {error.strerror}") from error

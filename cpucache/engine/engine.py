@@ -48,7 +48,7 @@ from cpucache.reuse import (
     scaffolded,
 )
 from cpucache.reuse.encoder import Made
-from cpucache.reuse.refine import exact_slices
+from cpucache.reuse.refine import exact_slices, to_refine
 from cpucache.runtime import Context, KVType, Model, Sampling
 from cpucache.sessions import Transcripts
 from cpucache.store import Fingerprints, Store, default_home
@@ -120,7 +120,7 @@ class Engine:
             # What is free now that the weights and the context are there.
             free = psutil.virtual_memory().available
             self.store = Store(home, ram_budget=free // 4 if ram is None else ram, disk_budget=disk, paranoid=paranoid)
-            opened.callback(lambda: self.store.close())
+            opened.callback(self._close_store)
             self.fingerprint = Fingerprints(home / "index.sqlite").of(path)
             self.slices = Slices(self.fingerprint, self.context.state_format, block_size)
             self.workspace = Workspace(self.context, self.store, self.slices)
@@ -137,6 +137,10 @@ class Engine:
             self._sessions: WeakSet[Session] = WeakSet()
             self._idle = Idle(self._refine_when_idle) if refine == "idle" else None
             self._opened = opened.pop_all()
+
+    def _close_store(self) -> None:
+        # The benchmarks give an engine another store meanwhile.
+        self.store.close()
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
@@ -208,10 +212,15 @@ class Engine:
         for made in self._refining(schema):
             if made is not None:
                 done.add(made)
+                done.wanted.append(made.slice)
                 done.seconds += made.seconds
                 if progress:
                     progress(len(made.slice.tokens))
         return done
+
+    def to_refine(self, schema: str | None = None) -> int:
+        """Tokens that ``refine`` would evaluate."""
+        return to_refine(self.slices, self.store, schema)
 
     def _refining(self, schema: str | None = None, *, wait: bool = True) -> Iterator[Made | None]:
         """Steps of refining, each with the context to itself; without ``wait``, while nobody else has it."""
@@ -430,11 +439,17 @@ class Engine:
     ) -> Session:
         """A conversation that is kept: opened where it stood, or begun.
 
-        ``system`` is the system text of a new one, ``prompt`` a PML prompt (whose schema has been added) that a new one
-        begins with, whose fidelity is given as for ``plan``. ``when_full`` says what happens when the context overflows: the ``"oldest"`` turns leave, as many
-        as must, or ``"half"`` of them at once, and the rest moves down without being evaluated again; ``"refuse"``
-        raises ``ContextFull``. Raises ``InputError`` when it is with another model, or has begun otherwise, and
-        ``CpucacheError`` when it is open elsewhere.
+        Args:
+            name: What it is found by.
+            system: The system text of a new one.
+            prompt: Instead, a PML prompt that a new one begins with. Its schema must have been added.
+            when_full: What happens when the context overflows. The ``"oldest"`` turns leave, as many as must, or
+                ``"half"`` of them at once, and the rest moves down without being evaluated again; ``"refuse"`` raises
+                ``ContextFull``.
+            fidelity: Of ``prompt``, given as for ``plan``; likewise ``recompute``.
+
+        Raises ``InputError`` when it is with another model, or has begun otherwise, and ``CpucacheError`` when it is
+        open elsewhere.
         """
         wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
         opening = None if prompt is None else self.planner.opening(prompt, wanted)

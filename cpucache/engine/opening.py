@@ -1,4 +1,4 @@
-"""How a conversation that begins with a PML prompt keeps it: by its tokens and slices, whatever becomes of the schema."""
+"""How a conversation keeps the PML prompt that it begins with: by its tokens and slices, not by the schema."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def dump_spans(spans: Sequence[Span]) -> list[dict[str, Any]]:
             "at": span.start,
             "count": len(span.tokens),
             "relation": span.relation,
-            "recomputed": [list(run) for run in span.recomputed],
             "key": span.slice.key,
             "tokens": span.slice.tokens.tolist(),
             "start": span.slice.start,
@@ -51,8 +50,7 @@ def load_spans(dumped: Sequence[dict[str, Any]]) -> list[Span]:
         sees = tuple(bytes.fromhex(text) for text in each["sees"])
         tokens = np.array(each["tokens"], np.int32)
         slice_ = Slice(each["key"], tokens, each["start"], each["context"], sees, each["sees_tokens"], each["module"])
-        runs = tuple((begin, end) for begin, end in each["recomputed"])
-        spans.append(Span(each["at"], tokens[: each["count"]], slice_, each["relation"], recomputed=runs))
+        spans.append(Span(each["at"], tokens[: each["count"]], slice_, each["relation"]))
     return spans
 
 

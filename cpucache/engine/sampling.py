@@ -9,7 +9,9 @@ from typing import Any
 from cpucache.runtime import Sampling
 
 
-def sampling_of(sampling: Sampling | None = None, *, stop: str | Sequence[str] | None = None, **keywords: Any) -> Sampling:
+def sampling_of(
+    sampling: Sampling | None = None, *, stop: str | Sequence[str] | None = None, **keywords: Any
+) -> Sampling:
     """``sampling``, else the greedy default, with those of its fields changed that are given and not ``None``.
 
     Raises ``InputError`` for values out of range, ``TypeError`` for a keyword that is no field.

@@ -401,4 +401,3 @@ class _Turn:
         self.opening = opening
         """What is evaluated together with the answer: at least the last token before it."""
         self.number = number
-

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cpucache.errors import InputError, PMLError
 from cpucache.layout.schema import SchemaLayout
-from cpucache.layout.segment import NewText, Piece, Segment
+from cpucache.layout.segment import NewText, Piece
 from cpucache.layout.turns import Turns
 from cpucache.layout.vocabulary import Tokens, empty
 from cpucache.pml import tree

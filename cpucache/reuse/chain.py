@@ -91,5 +91,4 @@ class Chain:
 
 def _alike(one: Span, other: Span) -> bool:
     """Whether both are tokens to evaluate, of one module and for one reason."""
-    fresh = one.slice is None and other.slice is None and not (one.recomputed or other.recomputed)
-    return fresh and (one.why, one.module) == (other.why, other.module)
+    return one.slice is None and other.slice is None and (one.why, one.module) == (other.why, other.module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -25,18 +25,21 @@ class Found(NamedTuple):
 
     key: str
     info: SliceInfo
-    sees: frozenset[bytes]
+    sees: list[bytes]
     relation: Relation
 
-    def worth(self, before: Collection[bytes], start: int) -> tuple[float, ...]:
-        """Slices that are worth more are taken first.
+    def worth(self, previous: bytes | None, start: int) -> tuple[bool, bool, int, bool, str]:
+        """What decides between the slices of a segment: the greatest is taken.
 
-        Long text before a module brings its state nearer to full prefill than short text that does stand before it
-        (bench/RESULTS.md). Of two that attended to as much, the one with more of what stands before it is taken, then
-        the one that need not be moved.
+        First come those that were evaluated right behind the text that stands before the segment here, then those that
+        were evaluated behind most text (bench/RESULTS.md), then those that need not be moved.
+
+        Args:
+            previous: The ``text_id`` of what stands right before the segment.
+            start: Where the segment is to stand.
         """
-        there = sum(1 for text in self.sees if text in before)
-        return (self.relation != "foreign", self.info.sees_tokens, there, self.info.start == start)
+        follows = bool(self.sees) and self.sees[-1] == previous
+        return self.relation != "foreign", follows, self.info.sees_tokens, self.info.start == start, self.key
 
 
 class Lookup:
@@ -73,17 +76,16 @@ class Lookup:
 
     def _repaired(self, plan: Plan, fidelity: Fidelity) -> Plan:
         spliced = sum(len(span.tokens) for span in plan.spans if span.slice)
-        runs = self._repair.choose(plan.spans, math.ceil(fidelity.recompute * spliced))
+        chosen = self._repair.choose(plan.spans, math.ceil(fidelity.recompute * spliced))
         chain = Chain(self._workspace.slices)
         for span in plan.spans:
-            chosen = runs.get(span, ())
-            if chosen == ((0, len(span.tokens)),):
+            if span in chosen:
                 # Evaluated like new text, so that what follows it attends to it as it is then.
                 assert span.slice is not None
-                again = Span(chain.end, span.tokens, recomputed=chosen, module=span.slice.module, why="recomputed")
-                chain.add(again)
+                module = span.slice.module
+                chain.add(Span(chain.end, span.tokens, recomputed=True, module=module, why="recomputed"))
             else:
-                chain.add(replace(span, recomputed=chosen))
+                chain.add(span)
         return Plan(tuple(chain.spans))
 
 
@@ -110,6 +112,8 @@ class _Planning:
         self._prompt = Chain(self._slices)
         self._before: set[bytes] = set()
         """The texts that stand before the piece at hand."""
+        self._previous: bytes | None = None
+        """The last of them."""
         self._text: Chain | None = None
         """The schema's text in the prompt so far, placeholders in the place of arguments; ``None``: the same as the
         prompt so far."""
@@ -121,17 +125,19 @@ class _Planning:
         for index, piece in enumerate(self._pieces):
             size = len(piece.tokens) - (self._ends and index == len(self._pieces) - 1)
             if isinstance(piece, NewText):
-                self._new(piece, size, followed=index < last)
+                self._new(piece, followed=index < last)
             elif not piece.cache or not size:
                 self._evaluate(piece, 'cache="false"' if not piece.cache else "the last token")
             else:
                 self._segment(piece, size)
                 self._prompt.evaluate(piece.tokens[size:], "the last token", piece.module)
-            self._before.add(text_id(piece.tokens))
+            if len(piece.tokens):
+                self._previous = text_id(piece.tokens)
+                self._before.add(self._previous)
         return self._prompt.spans
 
     # -- what a prompt brings ----------------------------------------------------------------------------------------
-    def _new(self, piece: NewText, size: int, *, followed: bool) -> None:
+    def _new(self, piece: NewText, *, followed: bool) -> None:
         """Text that the prompt brings: evaluated, unless the very same prompt was refined."""
         text = self._schema_text().copy()
         text.evaluate(piece.placeholder)
@@ -165,9 +171,9 @@ class _Planning:
         if not self._packed and segment.home is not None:
             start = max(segment.home, start)
         if found:
-            best = max(found, key=lambda each: (*each.worth(self._before, start), each.key))
+            best = max(found, key=lambda each: each.worth(self._previous, start))
             slice_ = _opened(best, segment)
-            self._take(slice_, start, size, best.relation, f"the best of {len(found)}; none was evaluated behind this")
+            self._take(slice_, start, size, best.relation, "not yet evaluated behind this")
             return
         made = self._missing(segment)
         trail = self._prompt.trail
@@ -182,10 +188,10 @@ class _Planning:
         limit = self._layout.may_attend_to(segment)
         found = []
         for key, info in self._variants.get(self._contents[segment], []):
-            sees = frozenset(_texts(info))
-            if limit is not None and not sees <= limit:
+            sees = _texts(info)
+            if limit is not None and not limit.issuperset(sees):
                 continue
-            relation = self._relation(sees)
+            relation = self._relation(frozenset(sees))
             if relation != "foreign" or (self._reuse == "anywhere" and limit is None):
                 found.append(Found(key, info, sees, relation))
         return found
@@ -226,5 +232,6 @@ def _texts(info: SliceInfo) -> list[bytes]:
 def _opened(found: Found, segment: Segment) -> Slice:
     """A slice as the store describes it."""
     info = found.info
-    sees = tuple(_texts(info))
-    return Slice(found.key, segment.tokens, info.start, info.context, sees, info.sees_tokens, segment.module)
+    return Slice(
+        found.key, segment.tokens, info.start, info.context, tuple(found.sees), info.sees_tokens, segment.module
+    )

@@ -47,9 +47,7 @@ def stands_for(union: Union) -> Module | None:
 class _Reading:
     """One walk through a schema; ``chosen`` limits it to these modules and what is nested in them."""
 
-    def __init__(
-        self, layout: SchemaLayout, slices: Slices, room: int, chosen: set[Scope] | None = None
-    ) -> None:
+    def __init__(self, layout: SchemaLayout, slices: Slices, room: int, chosen: set[Scope] | None = None) -> None:
         self._layout = layout
         self._slices = slices
         self._room = room

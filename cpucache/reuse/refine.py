@@ -42,6 +42,14 @@ def exact_slices(parts: Sequence[Part], slices: Slices) -> list[Slice]:
     return made
 
 
+def to_refine(slices: Slices, store: Store, schema: str | None = None) -> int:
+    """Tokens of the exact slices that ``refine`` would make."""
+    wanted: dict[Slice, None] = {}
+    for combination in store.asked.combinations(slices.fingerprint, slices.state_format, schema):
+        wanted.update(dict.fromkeys(exact_slices(combination.parts, slices)))
+    return sum(len(slice_.tokens) for slice_ in wanted if slice_.key not in store)
+
+
 def refine(workspace: Workspace, store: Store, schema: str | None = None) -> Iterator[Made | None]:
     """Make the exact slices that are missing, the most asked combinations first.
 

@@ -1,8 +1,8 @@
-"""Repair: which tokens of spliced slices are evaluated afresh, within a budget.
+"""Repair: which slices of a plan are evaluated afresh, within a budget.
 
-A module as a whole, evaluated in sight of all that stands before it, brings an answer nearer to full prefill if the
-answer is in it; single tokens here and there do not (bench/RESULTS.md). The module is found as search engines find it:
-by the words that it shares with the prompt's new text.
+A module as a whole, evaluated behind all that stands before it, brings an answer nearer to full prefill if the answer
+is in it. A part of a module does more harm than good, so that modules are recomputed whole or not at all
+(bench/RESULTS.md). They are found as search engines find them: by the words that they share with the prompt's new text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from weakref import WeakKeyDictionary
 
 from cpucache.layout import Tokens
-from cpucache.reuse.slices import Runs, Slice, Span
+from cpucache.reuse.slices import Slice, Span
 
 _WORD = re.compile(r"\w+")
 
@@ -32,25 +32,24 @@ class Repair:
         self._text = text
         self._known: WeakKeyDictionary[Slice, frozenset[str]] = WeakKeyDictionary()
 
-    def choose(self, spans: Sequence[Span], budget: int) -> dict[Span, Runs]:
-        """The runs of each span to evaluate afresh, ``budget`` tokens in all: the most relevant module from its
-        beginning on, then the next.
+    def choose(self, spans: Sequence[Span], budget: int) -> set[Span]:
+        """The spans to evaluate afresh: those of the most relevant modules, ``budget`` tokens in all.
 
-        Only slices that are not exact are considered, and none that is made for this plan. The question is the tokens of the plan that are evaluated in any
-        case.
+        The first module may take twice the budget, since less than a module is of no use. Only slices that are not
+        exact are considered, and none that is made for this plan. The question is the tokens of the plan that are
+        evaluated in any case.
         """
         modules: dict[str, list[Span]] = {}
         for span in spans:
             if span.slice and span.relation != "exact" and not span.made:
                 modules.setdefault(span.slice.module, []).append(span)
-        runs: dict[Span, Runs] = {}
+        chosen: set[Span] = set()
         for module in self._ranked(modules, [span.tokens for span in spans if span.slice is None]):
-            for span in modules[module]:
-                size = min(len(span.tokens), budget)
-                budget -= size
-                if size:
-                    runs[span] = ((0, size),)
-        return runs
+            size = sum(len(span.tokens) for span in modules[module])
+            if size <= (budget if chosen else 2 * budget):
+                chosen.update(modules[module])
+                budget = max(0, budget - size)
+        return chosen
 
     def _ranked(self, modules: dict[str, list[Span]], new: Iterable[Tokens]) -> list[str]:
         asked = {word for tokens in new for word in self._words_of(tokens)}

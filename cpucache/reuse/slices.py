@@ -22,12 +22,11 @@ from cpucache.store import content_key, slice_key, text_id
 BLOCK = 256
 """Tokens of a prefix block unless told otherwise."""
 
-Runs: TypeAlias = tuple[tuple[int, int], ...]
 Relation: TypeAlias = Literal["exact", "clean", "related", "foreign"]
 """How the context of a slice relates to what stands before it in a prompt.
 
-``exact``: it is that. ``clean``: it is a part of that. ``related``: it holds other text of the same schema. ``foreign``:
-it holds text of other prompts.
+``exact``: it is that. ``clean``: it is a part of that. ``related``: it holds other text of the same schema.
+``foreign``: it holds text of other prompts.
 """
 
 
@@ -93,9 +92,8 @@ class Span:
     relation: Relation = "exact"
     made: bool = False
     """Whether the slice is missing, and made for this plan."""
-    recomputed: Runs = ()
-    """Ranges [begin, end) of the slice's tokens that are evaluated afresh where the slice stands, in order; all tokens
-    of a span to evaluate, if there is a slice of them."""
+    recomputed: bool = False
+    """Of tokens to evaluate: whether they are evaluated although there is a slice of them."""
     module: str = ""
     """Of tokens to evaluate: the module that they belong to, if it is one that is never cached."""
     why: str = ""
@@ -116,11 +114,6 @@ class Span:
         """Whether it is all of its slice."""
         return self.slice is not None and len(self.tokens) == len(self.slice.tokens)
 
-    @property
-    def n_recomputed(self) -> int:
-        """How many tokens are evaluated although a slice holds them."""
-        return sum(end - begin for begin, end in self.recomputed)
-
     def moved(self, delta: int) -> Span:
         """The same tokens, ``delta`` positions further on."""
         return replace(self, start=self.start + delta) if delta else self
@@ -130,7 +123,6 @@ class Span:
         return (
             self.slice == other.slice
             and self.start == other.start
-            and self.recomputed == other.recomputed
             and len(self.tokens) == len(other.tokens)
             and (self.slice is not None or bool(np.array_equal(self.tokens, other.tokens)))
         )
@@ -159,12 +151,12 @@ class Plan:
     @property
     def n_cached(self) -> int:
         """Tokens whose state comes from slices."""
-        return sum(len(span.tokens) - span.n_recomputed for span in self.spans if span.slice)
+        return sum(len(span.tokens) for span in self.spans if span.slice)
 
     @property
     def n_recomputed(self) -> int:
-        """Tokens of slices that are evaluated afresh."""
-        return sum(span.n_recomputed for span in self.spans)
+        """Tokens that are evaluated although there are slices of them."""
+        return sum(len(span.tokens) for span in self.spans if span.recomputed)
 
     @property
     def exact(self) -> bool:
@@ -184,7 +176,7 @@ class Plan:
     def count(self, relation: Relation) -> int:
         """Tokens that come from slices of this relation that were there before."""
         spans = (span for span in self.spans if span.slice and span.relation == relation and not span.made)
-        return sum(len(span.tokens) - span.n_recomputed for span in spans)
+        return sum(len(span.tokens) for span in spans)
 
     def without_reuse(self) -> Plan:
         """The same tokens, all to be evaluated, back to back: a full prefill."""
@@ -195,7 +187,7 @@ class Plan:
 
 
 # Token ids are never negative: what is no token is told apart by these.
-_GAP, _SLICE, _RECOMPUTED = -1, -2, -3
+_GAP, _SLICE = -1, -2
 
 
 class Trail:
@@ -235,7 +227,7 @@ class Trail:
         """Whether the state of ``span``, put behind this, is that of its tokens evaluated there."""
         if span.slice is None:
             return True
-        fits = span.start == self.end and not span.delta and not span.recomputed
+        fits = span.start == self.end and not span.delta
         return fits and span.slice.context_key == self.key
 
     def add(self, span: Span) -> None:
@@ -251,7 +243,6 @@ class Trail:
             assert span.slice is not None
             self._note(_SLICE, span.start, len(span.tokens))
             self._digest.update(bytes.fromhex(span.slice.key))
-            self._note(*(number for run in span.recomputed for number in (_RECOMPUTED, *run)))
         self.exact &= in_place and span.start == self.end
         if span.slice is not None:
             for each in span.slice.sees:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, TypeAlias
 
@@ -125,13 +125,10 @@ class Splicer:
 
     def _recognise(self, slice_: Slice) -> bool:
         """Whether the target has evaluated the tokens of a slice behind its context."""
-        trail = Trail()
-        for index, held in enumerate(self._held):
-            if held.start <= slice_.start < held.end:
-                break
-            trail.add(held)
-        else:
+        index = next((i for i, held in enumerate(self._held) if held.start <= slice_.start < held.end), None)
+        if index is None:
             return False
+        trail, held = Trail(self._held[:index]), self._held[index]
         begin = slice_.start - held.start
         if begin and held.slice is None:
             trail.add(Span(held.start, held.tokens[:begin]))
@@ -148,15 +145,8 @@ class Splicer:
 
     def shared(self, plan: Plan) -> int:
         """Number of leading spans of ``plan`` that the target holds and can extend."""
-        spans = plan.spans
-        pairs = zip(self._held, spans, strict=False)
-        count = sum(1 for _ in takewhile(lambda pair: pair[0].same(pair[1]), pairs))
-        # Recomputed tokens attend to slices as saved. Slices recomputed earlier have changed, so start over.
-        begin = next((index for index in range(count, 0, -1) if not spans[index - 1].slice), 0)
-        behind = takewhile(lambda span: span.slice, spans[count:])
-        if any(span.recomputed for span in spans[begin:count]) and any(span.recomputed for span in behind):
-            return begin
-        return count
+        pairs = zip(self._held, plan.spans, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0].same(pair[1]), pairs))
 
     def _keep(self, plan: Plan, report: Spliced) -> list[Span]:
         """Cut the target back to what it shares with ``plan``; gives the spans that are still to come."""
@@ -196,7 +186,7 @@ class Splicer:
             delta = first.start - held.start
             if delta < 0 and first.start >= gap:
                 # A slice is what it is wherever it stands. Fresh tokens have seen what is leaving.
-                staying = list(takewhile(lambda span: span.slice and not span.recomputed, self._held[index:]))
+                staying = list(takewhile(lambda span: span.slice, self._held[index:]))
                 if not staying:
                     return
                 self.context.remove(TARGET, staying[-1].end)
@@ -239,40 +229,12 @@ class Splicer:
             if park != TARGET and part.slices:
                 self.context.share(park, TARGET)
                 self.context.remove(park)
-            self._recompute(part.slices, FREE[len(parts) :], report, progress)
             if part.fresh:
                 started = time.perf_counter()
                 run = Run(TARGET, part.fresh.start, part.fresh.tokens)
                 self.context.decode([run], logits="last", progress=progress)
                 report.evaluated += len(run.tokens)
                 report.prefill_ms += _since(started)
-
-    def _recompute(self, slices: Sequence[Span], spare: Sequence[int], report: Spliced, progress: Step | None) -> None:
-        """Evaluate afresh what is to be recomputed of slices that lie in the target, all of it side by side.
-
-        Each run of tokens sees everything before it as it is saved, other runs included: so that one evaluation serves
-        all, which costs little more than a single token does.
-        """
-        runs = [Run(0, span.start + begin, span.tokens[begin:end]) for span in slices for begin, end in span.recomputed]
-        if not runs:
-            return
-        started = time.perf_counter()
-        *places, done = spare
-        for batch in (runs[first : first + len(places)] for first in range(0, len(runs), len(places))):
-            placed = [replace(run, sequence=sequence) for run, sequence in zip(batch, places, strict=False)]
-            for run in placed:
-                self.context.share(TARGET, run.sequence, 0, run.start)
-            self.context.decode(placed, progress=progress)
-            for run in placed:
-                self.context.share(run.sequence, done, run.start, run.start + len(run.tokens))
-                self.context.remove(run.sequence)
-                report.evaluated += len(run.tokens)
-                report.loaded -= len(run.tokens)
-        for run in runs:
-            self.context.remove(TARGET, run.start, run.start + len(run.tokens))
-        self.context.share(done, TARGET)
-        self.context.remove(done)
-        report.prefill_ms += _since(started)
 
     def _load(self, span: Span, sequence: int, state: State) -> None:
         assert span.slice is not None
@@ -313,8 +275,7 @@ def _grouped(spans: Sequence[Span]) -> list[list[_Part]]:
             slices = []
     if slices:
         parts.append(_Part(tuple(slices), None))
-    # Half of the free sequences stay free, for what is recomputed.
-    size = len(FREE) // 2
+    size = 1 + len(FREE)
     return [parts[begin : begin + size] for begin in range(0, len(parts), size)]
 
 

@@ -59,6 +59,8 @@ class Encoded:
     bytes: int = 0
     seconds: float = 0.0
     made: set[Slice] = field(default_factory=set, repr=False)
+    wanted: list[Slice] = field(default_factory=list, repr=False)
+    """The slices that were asked for, made now or there before."""
 
     def add(self, made: Made) -> None:
         """Count a slice that was made."""
@@ -124,14 +126,16 @@ class Workspace:
     def encode(self, slices: Iterable[Slice], schema: str = "", progress: OnProgress | None = None) -> Encoded:
         """Make the slices that are missing among ``slices``."""
         slices = list(slices)
-        report = Encoded()
+        report = Encoded(wanted=slices)
         states: dict[Slice, Bytes] = {}
 
         def make() -> None:
             missing = self.missing(slices, states)
             self._make(missing, (), (), states, schema, report, counting(progress, effort(missing)))
 
-        self._mending(make, states)
+        # Slices of one schema do not push one another out.
+        with self.store.using(slice_.key for slice_ in slices):
+            self._mending(make, states)
         return report
 
     def _make(
@@ -273,16 +277,17 @@ class Workspace:
         planned, spliced = self._mending(splice, states)
         made = sum(len(span.tokens) for span in planned.spans if span.slice in encoded.made)
         evaluated = spliced.evaluated + made
+        clean, related, foreign = planned.count("clean"), planned.count("related"), planned.count("foreign")
         self._learn_rate(encoded.tokens + spliced.evaluated, encoded.seconds + spliced.prefill_ms / 1000)
         return planned, Prefill(
             prompt_tokens=planned.n_tokens,
             cached_tokens=planned.n_tokens - evaluated,
             fresh_tokens=evaluated,
             encoded_tokens=encoded.tokens,
-            exact_tokens=planned.n_tokens - evaluated - sum(map(planned.count, ("clean", "related", "foreign"))),
-            clean_tokens=planned.count("clean"),
-            related_tokens=planned.count("related"),
-            foreign_tokens=planned.count("foreign"),
+            exact_tokens=planned.n_tokens - evaluated - clean - related - foreign,
+            clean_tokens=clean,
+            related_tokens=related,
+            foreign_tokens=foreign,
             recomputed_tokens=planned.n_recomputed,
             encode_ms=encoded.seconds * 1000,
             splice_ms=spliced.splice_ms,
@@ -334,7 +339,7 @@ class Workspace:
         return taken
 
     def make_in_steps(self, slice_: Slice, schema: str, seconds: float) -> Iterator[Made | None]:
-        """Evaluate a slice behind its context in steps of so many seconds; gives ``None`` after each, the slice at last.
+        """Evaluate a slice behind its context in steps of so many seconds; gives ``None`` after each, then the slice.
 
         Ends without it when something else has used the llama.cpp context between two steps, when a slice of its
         context is not there, or when another process is making it.

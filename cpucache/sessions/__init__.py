@@ -1,5 +1,6 @@
 """Conversations on disk: what was said, and how its tokens were evaluated. Their KV state lies in the store."""
 
-from cpucache.sessions.records import Entry, Summary, Transcript, Transcripts, default_sessions
+from cpucache.sessions.entries import Entry
+from cpucache.sessions.records import Damaged, Summary, Transcript, Transcripts, default_sessions
 
-__all__ = ["Entry", "Summary", "Transcript", "Transcripts", "default_sessions"]
+__all__ = ["Damaged", "Entry", "Summary", "Transcript", "Transcripts", "default_sessions"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from cpucache.sessions.records import Entry, Summary
+from cpucache.sessions.entries import Entry
+from cpucache.sessions.records import Summary
 
 _HEADINGS = {"system": "System", "user": "You", "assistant": "Answer", "prompt": "Prompt"}
 

@@ -7,32 +7,37 @@ shares what it has in common with the original, and editing or answering again l
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import filelock
 import platformdirs
 
 from cpucache.database import open_database
 from cpucache.errors import CpucacheError, InputError
+from cpucache.private import private_folder
+from cpucache.sessions.entries import Entry, Flaw, check_path, check_session, read_entry, read_metrics
 
+_log = logging.getLogger(__name__)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     id INTEGER PRIMARY KEY,
     before INTEGER REFERENCES entries (id),
-    role TEXT NOT NULL, text TEXT NOT NULL,
-    pieces TEXT NOT NULL,                 -- JSON: how its tokens were evaluated
+    role TEXT NOT NULL,
     left_out INTEGER NOT NULL,            -- entries from the beginning on that were out of sight by then
     metrics TEXT NOT NULL,                -- JSON
-    created REAL NOT NULL
+    created REAL NOT NULL,
+    -- The long ones last: what stands before them is read without them.
+    text TEXT NOT NULL,
+    pieces TEXT NOT NULL                  -- JSON: how its tokens were evaluated
 );
 CREATE INDEX IF NOT EXISTS by_before ON entries (before);
 CREATE TABLE IF NOT EXISTS sessions (
@@ -52,25 +57,6 @@ def default_sessions() -> Path:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One message, as it was evaluated.
-
-    ``role``: ``system``, ``user``, ``assistant``, or ``prompt`` for the PML prompt that a conversation began with.
-    ``pieces`` (JSON) and ``left_out`` are for the one who evaluates, see ``engine.session``.
-    """
-
-    role: str
-    text: str
-    pieces: Any
-    left_out: int = 0
-    metrics: dict[str, Any] = field(default_factory=dict)
-    created: float = field(default_factory=time.time)
-    """Seconds since the epoch."""
-    id: int = 0
-    """Given when it is written."""
-
-
-@dataclass(frozen=True)
 class Summary:
     """A conversation in a list. Times are seconds since the epoch."""
 
@@ -86,6 +72,15 @@ class Summary:
     """How its first message begins."""
 
 
+class Damaged(CpucacheError):
+    """What is written down of a conversation can't be read."""
+
+    def __init__(self, name: str, flaw: Flaw) -> None:
+        self.name = name
+        self.flaw = str(flaw)
+        super().__init__(f"conversation '{name}' is damaged ({flaw}); `cpucache sessions rm` deletes it")
+
+
 class Transcripts:
     """All conversations below ``folder``. Processes and threads may share it; one at a time has a conversation open.
 
@@ -96,11 +91,11 @@ class Transcripts:
         self.folder = folder or default_sessions()
         self._turn = threading.RLock()
         try:
-            # What people say to a model is nobody else's business.
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            private_folder(self.folder)
             # What somebody wrote is not lost in a power cut.
             self._database = open_database(self.folder / "sessions.sqlite", _SCHEMA, synchronous="FULL")
             self._database.row_factory = sqlite3.Row
+            self._database.text_factory = lambda content: content.decode(errors="surrogateescape")
         except (OSError, sqlite3.Error) as error:
             raise CpucacheError(f"can't keep conversations in {self.folder}: {error}") from error
 
@@ -115,8 +110,8 @@ class Transcripts:
     def open(self, name: str, *, fingerprint: str = "", model: str = "") -> Transcript:
         """A conversation, which nobody else may open until it is closed; one of this name is made if there is none.
 
-        Raises ``InputError`` for a bad name and when it is with another model, ``CpucacheError`` when it is open
-        elsewhere.
+        Raises ``InputError`` for a bad name and when it is with another model, ``Damaged`` when it can't be read, and
+        ``CpucacheError`` when it is open elsewhere.
         """
         check_name(name)
         lock = self._lock(name)
@@ -133,24 +128,40 @@ class Transcripts:
                     f"conversation '{name}' is with {row['model']}, not {model}: "
                     f"open it with that model, or begin another"
                 )
-            return Transcript(self, name, lock, self._path(row["last"]))
+            return Transcript(self, name, lock, self._entries(row))
         except BaseException:
             lock.release()
             raise
 
     def read(self, name: str) -> list[Entry]:
-        """The entries of a conversation, from the first on. Raises ``InputError`` when there is none of this name."""
-        return self._path(self._known(name)["last"])
+        """The entries of a conversation, from the first on.
+
+        Raises ``InputError`` when there is none of this name, ``Damaged`` when it can't be read.
+        """
+        return self._entries(self._known(name))
 
     def summaries(self) -> list[Summary]:
-        """Every conversation, the latest used first."""
-        with self._alone():
-            rows = self._database.execute("SELECT * FROM sessions ORDER BY used DESC, name").fetchall()
-        return [self._summary(row) for row in rows]
+        """Every conversation, the latest used first. A warning names each that can't be read, and is left out."""
+        found = []
+        for row in self._rows():
+            try:
+                found.append(self._summary(row))
+            except Damaged as damaged:
+                _log.warning("%s", damaged)
+        return found
 
     def summary(self, name: str) -> Summary:
-        """One of them. Raises ``InputError`` when there is none of this name."""
+        """One of them. Raises ``InputError`` when there is none of this name, ``Damaged`` when it can't be read."""
         return self._summary(self._known(name))
+
+    def verify(self) -> Iterator[Damaged]:
+        """Read everything; gives what is wrong with each conversation that can't be read."""
+        for row in self._rows():
+            try:
+                self._summary(row)
+                self._entries(row)
+            except Damaged as damaged:
+                yield damaged
 
     def remove(self, name: str) -> None:
         """Delete a conversation, and what no other shares with it.
@@ -186,47 +197,61 @@ class Transcripts:
             raise InputError(f"no conversation '{name}' (see `cpucache sessions ls`)")
         return row
 
+    def _rows(self) -> list[sqlite3.Row]:
+        with self._alone():
+            return self._database.execute("SELECT * FROM sessions ORDER BY used DESC, name").fetchall()
+
     def _summary(self, row: sqlite3.Row) -> Summary:
-        entries = self._path(row["last"])
-        said = [entry for entry in entries if entry.role != "system"]
+        """Without reading any text but that of one message, or tokens."""
+        rows = self._path(row, "role, metrics")
+        try:
+            read = [read_metrics(each) for each in rows]
+        except Flaw as flaw:
+            raise Damaged(row["name"], flaw) from flaw
+        said = [each["id"] for each, (role, _) in zip(rows, read, strict=True) if role != "system"]
+        with self._alone():
+            found = self._database.execute("SELECT text FROM entries WHERE id = ?", (said[0] if said else None,))
+            start = (found.fetchone() or [""])[0]
         return Summary(
             name=row["name"],
             model=row["model"],
             fingerprint=row["fingerprint"],
             messages=len(said),
-            tokens=sum(int(entry.metrics.get("tokens", 0)) for entry in entries),
+            tokens=sum(metrics.get("tokens", 0) for _, metrics in read),
             created=row["created"],
             used=row["used"],
-            start=" ".join(said[0].text.split())[:60] if said else "",
+            start=" ".join(str(start).split())[:60],
         )
 
-    def _path(self, last: int | None) -> list[Entry]:
+    def _entries(self, row: sqlite3.Row) -> list[Entry]:
+        rows = self._path(row, "entries.*")
+        try:
+            return [read_entry(each, index) for index, each in enumerate(rows)]
+        except Flaw as flaw:
+            raise Damaged(row["name"], flaw) from flaw
+
+    def _path(self, row: sqlite3.Row, columns: str) -> list[sqlite3.Row]:
+        """The rows of a conversation, in order. Raises ``Damaged`` where they do not lead to its beginning."""
         with self._alone():
             rows = self._database.execute(
-                """
-                WITH RECURSIVE path (id, depth) AS (
-                    SELECT ?, 0 UNION ALL SELECT entries.before, depth + 1 FROM entries JOIN path USING (id))
-                SELECT entries.* FROM entries JOIN path USING (id) ORDER BY depth DESC
+                f"""
+                WITH RECURSIVE path (id) AS (
+                    SELECT ? UNION ALL SELECT before FROM entries JOIN path USING (id) WHERE before < id)
+                SELECT id, before, {columns} FROM entries JOIN path USING (id) ORDER BY id
                 """,
-                (last,),
+                (row["last"],),
             ).fetchall()
-        return [
-            Entry(
-                row["role"],
-                row["text"],
-                json.loads(row["pieces"]),
-                row["left_out"],
-                json.loads(row["metrics"]),
-                row["created"],
-                row["id"],
-            )
-            for row in rows
-        ]
+        try:
+            check_session(row)
+            check_path(rows, row["last"])
+        except Flaw as flaw:
+            raise Damaged(row["name"], flaw) from flaw
+        return rows
 
     def _lock(self, name: str) -> filelock.BaseFileLock:
         # Names may hold what a file system does not take, and differ where it sees no difference.
         path = self.folder / f"{sha256(name.encode()).hexdigest()[:32]}.lock"
-        lock = filelock.FileLock(path)
+        lock = filelock.FileLock(path, mode=0o600)
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
@@ -279,8 +304,8 @@ class Transcript:
 
     def put(self, keep: int, entries: Sequence[Entry]) -> None:
         """Go on with ``entries`` behind the first ``keep``: all of them are written, or none."""
-        before = self.entries[:keep]
-        last = before[-1].id if before else None
+        last = self.entries[keep - 1].id if keep else None
+        written = []
         with self._transcripts._change() as database:
             for entry in entries:
                 values = (entry.role, entry.text, json.dumps(entry.pieces), entry.left_out, json.dumps(entry.metrics))
@@ -289,9 +314,10 @@ class Transcript:
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
                     (last, *values, entry.created),
                 )
-                last = cursor.lastrowid
+                last = cursor.lastrowid or 0
+                written.append(replace(entry, id=last))
             database.execute("UPDATE sessions SET last = ?, used = ? WHERE name = ?", (last, time.time(), self.name))
-        self.entries = self._transcripts._path(last)
+        self.entries[keep:] = written
 
     def fork(self, name: str, keep: int | None = None) -> None:
         """Give the first ``keep`` entries (all) another name too. Raises ``InputError`` when it is taken."""

@@ -2,7 +2,7 @@
 
 from cpucache.store.asked import Asked, Combination, Part
 from cpucache.store.fingerprint import Fingerprints
-from cpucache.store.index import Row
+from cpucache.store.index import Kept, Row
 from cpucache.store.keys import TEXT_ID, content_key, slice_key, text_id
 from cpucache.store.slicefile import SliceInfo
 from cpucache.store.store import Store, default_home
@@ -12,6 +12,7 @@ __all__ = [
     "Asked",
     "Combination",
     "Fingerprints",
+    "Kept",
     "Part",
     "Row",
     "SliceInfo",

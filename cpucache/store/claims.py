@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from cpucache.private import private_folder
+
 
 class Claims:
     """Locks on slices that are being made, one file each below ``folder``.
@@ -27,9 +29,10 @@ class Claims:
         if self._folder is None or key in self._held:
             return True
         # Taken by the thread that evaluates, given back by the one that writes.
-        lock = FileLock(self._folder / f"{key}.lock", thread_local=False)
+        lock = FileLock(self._folder / f"{key}.lock", mode=0o600, thread_local=False)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            if not self._folder.exists():
+                private_folder(self._folder)
             lock.acquire(blocking=False)
         except Timeout:
             return False

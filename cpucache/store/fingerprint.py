@@ -9,7 +9,8 @@ from pathlib import Path
 
 import xxhash
 
-from cpucache.database import open_database
+from cpucache.database import open_database, read_database
+from cpucache.private import private_folder
 
 _CHUNK = 1 << 22
 _SCHEMA = """
@@ -51,8 +52,11 @@ class Fingerprints:
     def _open(self) -> contextlib.closing[sqlite3.Connection]:
         if self._index is None:
             raise FileNotFoundError
-        self._index.parent.mkdir(parents=True, exist_ok=True)
-        return contextlib.closing(open_database(self._index, _SCHEMA, synchronous="NORMAL"))
+        private_folder(self._index.parent)
+        try:
+            return contextlib.closing(open_database(self._index, _SCHEMA, synchronous="NORMAL"))
+        except sqlite3.OperationalError:
+            return contextlib.closing(read_database(self._index))
 
 
 def _hash(path: Path, progress: Callable[[int], None] | None) -> str:

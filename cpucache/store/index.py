@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cpucache.database import open_database
+from cpucache.database import open_database, read_database
+from cpucache.private import private_folder
 from cpucache.store.slicefile import SliceInfo
 
 _SCHEMA = """
@@ -34,11 +35,18 @@ CREATE TABLE IF NOT EXISTS slices (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_value ON slices (whole, pinned, value);
 CREATE INDEX IF NOT EXISTS by_content ON slices (content);
-CREATE TABLE IF NOT EXISTS past (key TEXT PRIMARY KEY, uses INTEGER NOT NULL, gone REAL NOT NULL) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS by_gone ON past (gone);
+DROP TABLE IF EXISTS past;  -- of earlier versions
+-- Slices that were evicted, or found no room.
+CREATE TABLE IF NOT EXISTS absent (
+    key TEXT PRIMARY KEY, uses INTEGER NOT NULL, gone REAL NOT NULL,
+    model TEXT NOT NULL, schema TEXT NOT NULL, bytes INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_gone ON absent (gone);
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, number REAL NOT NULL) WITHOUT ROWID;
 INSERT OR IGNORE INTO totals VALUES
-    ('bytes', 0), ('age', 0), ('hits', 0), ('misses', 0), ('seconds_saved', 0), ('evicted', 0);
+    ('bytes', 0), ('age', 0), ('hits', 0), ('misses', 0), ('seconds_saved', 0), ('evicted', 0),
+    ('budget', 0),   -- the largest that a process was given
+    ('default', 0);  -- what processes that were given none kept to last
 CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON slices
     BEGIN UPDATE totals SET number = number + new.bytes WHERE name = 'bytes'; END;
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON slices
@@ -49,7 +57,7 @@ _ADDED = ("content TEXT NOT NULL DEFAULT ''", "sees TEXT NOT NULL DEFAULT ''", "
 # A slice is worth the seconds of evaluation that it saves for the room that it takes, times how often it is asked for.
 _WORTH = "(hits + before + 1) * seconds * 1e6 / bytes"
 _VARIABLES = 500  # values in one statement, of which SQLite takes 999 in every build
-_REMEMBERED = 20_000  # evicted slices whose uses are remembered: some 60 bytes each
+_REMEMBERED = 20_000  # absent slices that are remembered: some 100 bytes each
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,18 @@ class Row:
     pinned: bool
 
 
+@dataclass(frozen=True)
+class Kept:
+    """How many of some slices are on disk."""
+
+    slices: int
+    bytes: int
+    missing: int
+    """How many are not: they were evicted, found no room, or were never made."""
+    budget: int
+    """Bytes that a budget must have to keep the missing ones besides all that is on disk."""
+
+
 class _Victim(NamedTuple):
     key: str
     bytes: int
@@ -75,13 +95,21 @@ class _Victim(NamedTuple):
 class Index:
     """The account of the slices in one folder. Raises ``sqlite3.Error`` and ``OSError`` when its file can't be used.
 
-    May be used from several threads.
+    ``read_only``: the file can't be written; all that changes it fails. May be used from several threads.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.read_only = read_only
         self._lock = threading.Lock()
+        if read_only:
+            self._database = read_database(path)
+            columns = {name for _, name, *_ in self._database.execute("PRAGMA table_info(slices)")}
+            if not columns.issuperset(SliceInfo.__dataclass_fields__):
+                self._database.close()
+                raise sqlite3.OperationalError("the index is not one of this version, and can't be brought up to it")
+            return
+        private_folder(path.parent)
         # A slice that a power cut leaves out of the account is found again by its name.
         self._database = open_database(path, _SCHEMA, synchronous="NORMAL", added={"slices": _ADDED})
 
@@ -114,7 +142,15 @@ class Index:
 
     # -- adding and evicting -----------------------------------------------------------------------------------------
     def reserve(
-        self, key: str, info: SliceInfo, size: int, budget: int, keep: Collection[str], delete: Callable[[str], None]
+        self,
+        key: str,
+        info: SliceInfo,
+        size: int,
+        budget: int,
+        keep: Collection[str],
+        delete: Callable[[str], None],
+        *,
+        given: bool = True,
     ) -> bool:
         """Speak for ``size`` bytes before they are written, evicting what is worth least to stay below ``budget``.
 
@@ -125,27 +161,45 @@ class Index:
         when it comes back. Pinned slices and those in ``keep`` stay. ``delete`` removes a victim's file before its room
         is given to another, so that the disk never holds more than the budget.
 
+        Nothing is evicted for a ``budget`` that is smaller than others had: than the largest that was ever ``given``,
+        and than what was kept to last where none was.
+
         A slice that is in the account already has its room; until ``commit`` it counts as unfinished again. False when
-        there is no room that may be made.
+        there is no room that may be made: the slice is noted as absent.
         """
         while True:
             with self._change() as database:
                 again = "UPDATE slices SET whole = 0, created = ? WHERE key = ?"
                 if database.execute(again, (time.time(), key)).rowcount:
                     return True
+                name = "budget" if given else "default"
+                largest = max(budget, self._total(name)) if given else budget
+                database.execute("UPDATE totals SET number = ? WHERE name = ?", (largest, name))
                 excess = self._total("bytes") + size - budget
                 if excess <= 0:
                     self._insert(key, info, size, whole=False)
                     return True
-                victims, enough = self._victims(excess, keep)
+                smaller = budget < max(self._total("budget"), self._total("default"))
+                victims, enough = ([], False) if smaller else self._victims(excess, keep)
                 if not enough:
+                    database.execute(
+                        "INSERT OR IGNORE INTO absent VALUES (?, 0, ?, ?, ?, ?)",
+                        (key, time.time(), info.model, info.schema, size),
+                    )
+                    self._forget()
                     return False
                 leaving = self._doom(victims)
             self._evict(victims, leaving, delete)
 
-    def shrink(self, budget: int, delete: Callable[[str], None]) -> int:
-        """Evict down to ``budget``, as far as what is pinned allows; gives the bytes freed."""
-        with self._change():
+    def shrink(self, budget: int, delete: Callable[[str], None], *, given: bool = False) -> int:
+        """Evict down to ``budget``, as far as what is pinned allows; gives the bytes freed.
+
+        One that is ``given`` takes the place of all that others had.
+        """
+        with self._change() as database:
+            if given:
+                database.execute("UPDATE totals SET number = ? WHERE name = 'budget'", (budget,))
+                database.execute("UPDATE totals SET number = 0 WHERE name = 'default'")
             victims, _ = self._victims(self._total("bytes") - budget, ())
             leaving = self._doom(victims)
         self._evict(victims, leaving, delete)
@@ -187,13 +241,10 @@ class Index:
             same = "WHERE key = ? AND whole = 0 AND created = ?"
             with self._change() as database:
                 for victim in victims[:gone]:
-                    uses = f"SELECT key, hits + before + 1, ? FROM slices {same}"
-                    database.execute(f"INSERT OR REPLACE INTO past {uses}", (time.time(), victim.key, leaving))
+                    uses = f"SELECT key, hits + before + 1, ?, model, schema, bytes FROM slices {same}"
+                    database.execute(f"INSERT OR REPLACE INTO absent {uses}", (time.time(), victim.key, leaving))
                     database.execute(f"DELETE FROM slices {same}", (victim.key, leaving))
-                database.execute(
-                    "DELETE FROM past WHERE gone < (SELECT gone FROM past ORDER BY gone DESC LIMIT 1 OFFSET ?)",
-                    (_REMEMBERED,),
-                )
+                self._forget()
                 for victim in victims[gone:]:
                     again = f"UPDATE slices SET whole = 1, created = ? {same}"
                     database.execute(again, (victim.created, victim.key, leaving))
@@ -201,19 +252,26 @@ class Index:
                 database.execute("UPDATE totals SET number = max(number, ?) WHERE name = 'age'", (age,))
                 database.execute("UPDATE totals SET number = number + ? WHERE name = 'evicted'", (gone,))
 
+    def _forget(self) -> None:
+        """Of absent slices, remember the latest only."""
+        self._database.execute(
+            "DELETE FROM absent WHERE gone < (SELECT gone FROM absent ORDER BY gone DESC LIMIT 1 OFFSET ?)",
+            (_REMEMBERED,),
+        )
+
     def _insert(self, key: str, info: SliceInfo, size: int, *, whole: bool) -> None:
         now = time.time()
         row = asdict(info) | {"key": key, "bytes": size, "created": now, "used": now, "whole": whole}
         columns = ", ".join(row)
         marks = ", ".join(f":{name}" for name in row)
-        before = "coalesce((SELECT uses FROM past WHERE key = :key), 0)"
+        before = "coalesce((SELECT uses FROM absent WHERE key = :key), 0)"
         age = "(SELECT number FROM totals WHERE name = 'age')"
         self._database.execute(
             f"INSERT OR IGNORE INTO slices ({columns}, before, value) "
             f"VALUES ({marks}, {before}, {age} + ({before} + 1) * :seconds * 1e6 / :bytes)",
             row,
         )
-        self._database.execute("DELETE FROM past WHERE key = ?", (key,))
+        self._database.execute("DELETE FROM absent WHERE key = ?", (key,))
 
     def commit(self, key: str) -> None:
         """The file of a reserved slice is there, whole."""
@@ -288,6 +346,37 @@ class Index:
                 names = [column[0] for column in cursor.description]
                 found += [_row(dict(zip(names, values, strict=True))) for values in cursor]
         return [(row.key, row.info) for row in found]
+
+    def speed(self, fingerprint: str) -> float | None:
+        """Tokens a second at which the slices of a model were evaluated; ``None`` when there are none."""
+        with self._lock:
+            tokens, seconds = self._database.execute(
+                "SELECT sum(tokens), sum(seconds) FROM slices WHERE fingerprint = ?", (fingerprint,)
+            ).fetchone()
+        return tokens / seconds if seconds else None
+
+    def kept(self, keys: Iterable[str]) -> Kept:
+        """How many of some slices are on disk, and what it takes to keep the others too."""
+        sizes: list[int] = []
+        missing: list[int] = []
+        with self._lock:
+            for key in dict.fromkeys(keys):
+                row = self._database.execute("SELECT bytes FROM slices WHERE key = ? AND whole = 1", (key,)).fetchone()
+                if row:
+                    sizes.append(row[0])
+                else:
+                    row = self._database.execute("SELECT bytes FROM absent WHERE key = ?", (key,)).fetchone()
+                    missing.append(row[0] if row else 0)
+            return Kept(len(sizes), sum(sizes), len(missing), int(self._total("bytes")) + sum(missing))
+
+    def absent(self, schema: str) -> dict[str, list[str]]:
+        """Slices of a schema that were evicted or found no room: their keys by the name of the model."""
+        found: dict[str, list[str]] = {}
+        with self._lock:
+            rows = self._database.execute("SELECT model, key FROM absent WHERE schema = ? ORDER BY key", (schema,))
+            for model, key in rows:
+                found.setdefault(model, []).append(key)
+        return found
 
     def unfinished(self, older_than: float) -> list[str]:
         """Slices spoken for more than so many seconds ago whose writer never came back."""

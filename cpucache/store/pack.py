@@ -1,29 +1,43 @@
 """Packs: the slices of a schema for one model in one file.
 
 They are made on a fast machine and shipped with an offline application. A pack is an uncompressed tar (f16 state does
-not compress): first ``pack.json``, which names the model's fingerprint and every slice, then the slice files as they
-lie in a store.
+not compress): first ``pack.json``, which names the model's fingerprint and every slice with its size and its SHA-256;
+then ``pack.json.sig``, its Ed25519 signature, if it was signed; then the slice files as they lie in a store.
+
+The hashes tell a damaged pack from a whole one, not a forged one: a state is what the model believes that it has read,
+and nobody can tell by its bytes whether it is. Only a signature says where a pack comes from, to those who ask for it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import shutil
 import tarfile
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from cpucache.errors import InputError
-from cpucache.store.slicefile import Damaged, SliceFiles
+from rich.filesize import decimal
+
+from cpucache.errors import CpucacheError, InputError
+from cpucache.private import private_file
+from cpucache.store.claims import Claims
+from cpucache.store.opening import STAGING
+from cpucache.store.signature import is_signed, sign
+from cpucache.store.slicefile import Damaged, NoFile, SliceFiles, open_regular
 from cpucache.store.store import Store
 
-_FORMAT = "cpucache-pack-1"
+_FORMAT = "cpucache-pack-2"
 _MANIFEST = "pack.json"
+_SIGNATURE = "pack.json.sig"
 _MANIFEST_LIMIT = 64 << 20
+_NAME_LIMIT = 200  # characters
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -33,10 +47,25 @@ class Pack:
     fingerprint: str
     model: str
     keys: tuple[str, ...]
+    signed: bool = False
 
 
-def export_pack(store: Store, keys: Iterable[str], path: Path) -> Pack:
-    """Write slices to a pack; it appears at ``path`` when it is whole.
+@dataclass(frozen=True)
+class _Entry:
+    """A slice file in a pack."""
+
+    key: str
+    bytes: int
+    sha256: str
+
+    @property
+    def sound(self) -> bool:
+        fine = type(self.bytes) is int and 0 < self.bytes < 1 << 63
+        return fine and _is_hex(self.key, 32) and _is_hex(self.sha256, 64)
+
+
+def export_pack(store: Store, keys: Iterable[str], path: Path, *, key: Path | None = None) -> Pack:
+    """Write slices to a pack, signed with the private ``key`` in a file; it appears at ``path`` when it is whole.
 
     Raises ``InputError`` when there are none, or when they belong to several models.
     """
@@ -45,7 +74,7 @@ def export_pack(store: Store, keys: Iterable[str], path: Path) -> Pack:
         raise InputError("a store in memory has no slices to export")
     keys = tuple(keys)
     try:
-        known = {key: files.info(key) if files.check(key) else None for key in keys}
+        known = {each: files.info(each) if files.check(each) else None for each in keys}
     except Damaged as damaged:
         raise InputError(f"{damaged}; run `cpucache cache verify --repair`, then encode the schema again") from damaged
     models = {(found[0].fingerprint, found[0].model) for found in known.values() if found}
@@ -53,85 +82,175 @@ def export_pack(store: Store, keys: Iterable[str], path: Path) -> Pack:
         raise InputError("there are no such slices in the store; encode the schema first")
     if len(models) > 1:
         raise InputError(f"these slices belong to {len(models)} models; name one with -m")
-    pack = Pack(*models.pop(), keys)
-    manifest = json.dumps(
-        {"format": _FORMAT, "fingerprint": pack.fingerprint, "model": pack.model, "slices": list(keys)}
-    ).encode()
+    pack = Pack(*models.pop(), keys, signed=key is not None)
+    _check_name(pack.model, path)
+    slices = [vars(_entry(each, files.path(each))) for each in keys]
+    said = {"format": _FORMAT, "fingerprint": pack.fingerprint, "model": pack.model, "slices": slices}
+    head = {_MANIFEST: json.dumps(said).encode()}
+    if key is not None:
+        head[_SIGNATURE] = sign(head[_MANIFEST], key)
     partial = path.with_name(path.name + ".part")
     try:
-        with tarfile.open(partial, "w") as tar:
-            entry = tarfile.TarInfo(_MANIFEST)
-            entry.size = len(manifest)
-            tar.addfile(entry, io.BytesIO(manifest))
-            for key in keys:
-                entry = tarfile.TarInfo(f"{key}.safetensors")
-                with files.path(key).open("rb") as file:
-                    entry.size = files.path(key).stat().st_size
-                    tar.addfile(entry, file)
+        private_file(partial)
+        with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar:
+            for name, data in head.items():
+                _add(tar, name, len(data), io.BytesIO(data))
+            for each in slices:
+                with open_regular(files.path(each["key"])) as file:
+                    _add(tar, f"{each['key']}.safetensors", each["bytes"], file)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return pack
 
 
-def import_pack(store: Store, path: Path, *, fingerprint: str | None = None) -> tuple[Pack, int]:
+def _entry(key: str, path: Path) -> _Entry:
+    digest, size = hashlib.sha256(), 0
+    with open_regular(path) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return _Entry(key, size, digest.hexdigest())
+
+
+def _add(tar: tarfile.TarFile, name: str, size: int, file: IO[bytes]) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = size
+    tar.addfile(entry, file)
+
+
+def import_pack(
+    store: Store, path: Path, *, fingerprint: str | None = None, key: Path | None = None
+) -> tuple[Pack, int]:
     """Add the slices of a pack to a store; gives the pack, and how many slices were new.
 
-    Everything is checked before anything is added: names (nothing but slices: no folders, links or paths), each
-    slice's hash and key, and that all belong to the pack's model, and to the model of ``fingerprint`` if that is given.
-    Raises ``InputError``, with nothing added.
+    Everything is checked before anything is added: the signature, if the public ``key`` of its origin is given; names
+    (nothing but slices: no folders, links or paths); each slice's hashes and key; and that all belong to the pack's
+    model, and to the model of ``fingerprint`` if that is given. Room on the disk and in the budget for all of it is
+    checked before a byte is written. Raises ``InputError``, with nothing added.
     """
-    if store.files is None or store.index is None:
+    if store.files is None or store.index is None or store.home is None:
         raise InputError("a store in memory can't import a pack")
-    store.files.folder.mkdir(parents=True, exist_ok=True)
-    # Beside the slices, so that they only have to be renamed.
-    with tempfile.TemporaryDirectory(prefix=".import-", dir=store.files.folder) as folder:
-        staged = SliceFiles(Path(folder))
-        try:
-            with tarfile.open(path, "r:") as tar:
-                pack = _manifest(tar, path)
-                _extract(tar, pack, staged, path)
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            raise InputError(f"{path}: not a pack, or truncated ({error})") from error
-        if fingerprint is not None and pack.fingerprint != fingerprint:
-            raise InputError(f"{path}: it was made for another model ({pack.model})")
-        for key in pack.keys:
-            _check(staged, key, pack, path)
-        with store.using(pack.keys):
-            return pack, sum(store.adopt(key, staged) for key in pack.keys)
-
-
-def _manifest(tar: tarfile.TarFile, path: Path) -> Pack:
-    entry = tar.next()
-    file = tar.extractfile(entry) if entry and entry.name == _MANIFEST and entry.isreg() else None
-    if entry is None or file is None or entry.size > _MANIFEST_LIMIT:
-        raise InputError(f"{path}: not a pack: it does not begin with {_MANIFEST}")
     try:
-        said = json.loads(file.read())
-        pack = Pack(str(said["fingerprint"]), str(said["model"]), tuple(str(key) for key in said["slices"]))
-        fine = said["format"] == _FORMAT and len(set(pack.keys)) == len(pack.keys)
-        fine = fine and all(len(key) == 32 and set(key) <= set("0123456789abcdef") for key in pack.keys)
+        with open_regular(path) as file, _staging(store.home, store.files) as staged:
+            pack, entries = _manifest(file, path, key)
+            if fingerprint is not None and pack.fingerprint != fingerprint:
+                raise InputError(f"{path}: it was made for another model ({pack.model})")
+            _check_room(store, file, entries, path)
+            _extract(file, pack, entries, staged, path)
+            with store.using(pack.keys):
+                return pack, sum(store.adopt(each, staged) for each in pack.keys)
+    except (tarfile.TarError, EOFError, NoFile) as error:
+        raise InputError(f"{path}: not a pack, or truncated ({error})") from error
+
+
+@contextmanager
+def _staging(home: Path, files: SliceFiles) -> Iterator[SliceFiles]:
+    """A folder beside the slices, so that these only have to be renamed. Whoever is killed leaves it: see ``Store``."""
+    claims = Claims(home / "claims")
+    if not claims.take(STAGING):
+        raise CpucacheError("another import into this store is under way; try again when it is done")
+    folder = files.folder / STAGING
+    try:
+        yield SliceFiles(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        claims.release([STAGING])
+
+
+def _next(file: IO[bytes]) -> tarfile.TarInfo | None:
+    """The next entry of a tar, by its header alone: no extension of the format is understood. ``None``: the end."""
+    block = file.read(tarfile.BLOCKSIZE)
+    return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape") if block.strip(b"\0") else None
+
+
+def _read(file: IO[bytes], entry: tarfile.TarInfo) -> Iterator[bytes]:
+    """The bytes of an entry, and the padding behind them skipped."""
+    left = entry.size
+    while left:
+        chunk = file.read(min(left, _CHUNK))
+        if not chunk:
+            raise EOFError("it ends within a file")
+        left -= len(chunk)
+        yield chunk
+    file.read(-entry.size % tarfile.BLOCKSIZE)
+
+
+def _manifest(file: IO[bytes], path: Path, key: Path | None) -> tuple[Pack, list[_Entry]]:
+    entry = _next(file)
+    if entry is None or entry.name != _MANIFEST or not entry.isreg() or entry.size > _MANIFEST_LIMIT:
+        raise InputError(f"{path}: not a pack: it does not begin with {_MANIFEST}")
+    data = b"".join(_read(file, entry))
+    try:
+        said = json.loads(data)
+        if said["format"] != _FORMAT:
+            raise InputError(f"{path}: its {_MANIFEST} is not one of this version")
+        entries = [_Entry(each["key"], each["bytes"], each["sha256"]) for each in said["slices"]]
+        pack = Pack(str(said["fingerprint"]), str(said["model"]), tuple(each.key for each in entries))
+        fine = all(each.sound for each in entries) and len(set(pack.keys)) == len(pack.keys)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: its {_MANIFEST} can't be read ({error})") from error
     if not fine:
-        raise InputError(f"{path}: its {_MANIFEST} is not one of this version")
-    return pack
+        raise InputError(f"{path}: its {_MANIFEST} can't be read (a slice that is none)")
+    _check_name(pack.model, path)
+    signature = _signature(file)
+    if key is not None:
+        if signature is None:
+            raise InputError(f"{path}: it is not signed; nothing was imported")
+        if not is_signed(data, signature, key):
+            raise InputError(f"{path}: it is not signed with the key in {key}; nothing was imported")
+    return Pack(pack.fingerprint, pack.model, pack.keys, signature is not None), entries
 
 
-def _extract(tar: tarfile.TarFile, pack: Pack, staged: SliceFiles, path: Path) -> None:
+def _signature(file: IO[bytes]) -> bytes | None:
+    """What stands behind the manifest, if it is a signature; else nothing has been read."""
+    here = file.tell()
+    entry = _next(file)
+    if entry is not None and entry.name == _SIGNATURE and entry.isreg() and entry.size <= tarfile.BLOCKSIZE:
+        return b"".join(_read(file, entry))
+    file.seek(here)
+    return None
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Names are shown on terminals, line by line."""
+    if not name.isprintable() or len(name) > _NAME_LIMIT:
+        raise InputError(f"{path}: {name[:40]!a} is no name for a model, a schema or a module")
+
+
+def _check_room(store: Store, file: IO[bytes], entries: list[_Entry], path: Path) -> None:
+    """A pack is small that claims to be large; and what is large has to have its room."""
+    size, there = sum(each.bytes for each in entries), os.fstat(file.fileno()).st_size
+    if size > there:
+        raise InputError(f"{path}: truncated: its slices take {decimal(size)}, the file {decimal(there)}")
+    if size > store.disk_budget:
+        raise InputError(f"{path}: its slices take {decimal(size)}; the store's budget is {decimal(store.disk_budget)}")
+    free = shutil.disk_usage(store.home or ".").free
+    if size > free:
+        raise InputError(f"{path}: its slices take {decimal(size)}, and {decimal(free)} of the disk are free")
+
+
+def _extract(file: IO[bytes], pack: Pack, entries: list[_Entry], staged: SliceFiles, path: Path) -> None:
     """Copy the slices out one by one; nothing is unpacked under a name that the archive chose."""
-    expected = {f"{key}.safetensors": key for key in pack.keys}
-    while (entry := tar.next()) is not None:
-        key = expected.pop(entry.name, None)
-        file = tar.extractfile(entry) if entry.isreg() and not entry.issparse() else None
-        if key is None or file is None:
-            raise InputError(f"{path}: '{entry.name[:80]}' does not belong into a pack; nothing was imported")
-        target = staged.path(key)
-        target.parent.mkdir(exist_ok=True)
+    expected = {f"{each.key}.safetensors": each for each in entries}
+    while (entry := _next(file)) is not None:
+        here = expected.pop(entry.name, None)
+        if here is None or not entry.isreg():
+            raise InputError(f"{path}: {entry.name[:80]!a} does not belong into a pack; nothing was imported")
+        if entry.size != here.bytes:
+            raise InputError(f"{path}: slice {here.key} is not as long as {_MANIFEST} says; nothing was imported")
+        digest = hashlib.sha256()
+        target = staged.prepared(here.key)
+        private_file(target)
         with target.open("wb") as out:
-            shutil.copyfileobj(file, out, 1 << 20)
+            for chunk in _read(file, entry):
+                digest.update(chunk)
+                out.write(chunk)
             out.flush()
             os.fsync(out.fileno())
+        if digest.hexdigest() != here.sha256:
+            raise InputError(f"{path}: a slice is damaged ({here.key}); nothing was imported")
+        _check(staged, here.key, pack, path)
     if expected:
         raise InputError(f"{path}: {len(expected)} of its slices are missing; nothing was imported")
 
@@ -144,3 +263,9 @@ def _check(staged: SliceFiles, key: str, pack: Pack, path: Path) -> None:
         raise InputError(f"{path}: a slice is damaged ({damaged}); nothing was imported") from damaged
     if found is None or found[0].fingerprint != pack.fingerprint:
         raise InputError(f"{path}: slice {key} belongs to another model; nothing was imported")
+    for name in (found[0].model, found[0].schema, found[0].module):
+        _check_name(name, path)
+
+
+def _is_hex(text: str, length: int) -> bool:
+    return len(text) == length and set(text) <= set("0123456789abcdef")

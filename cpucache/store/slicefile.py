@@ -1,17 +1,21 @@
 """Slice files: one safetensors file a slice, found by its key, read by mapping it.
 
 A file holds two tensors, ``state`` (bytes, as llama.cpp saved them) and ``tokens`` (their ids), and metadata: what the
-slice is, and the xxh3 of the state. It appears under its name only when it is whole (temporary file, fsync, rename).
+slice is, and the xxh3 of that, of the ids and of the state. It appears under its name only when it is whole (temporary
+file, fsync, rename). The hash guards against accidents, not against others who can write to the folder: whoever changes
+a state can write the hash that fits it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
 import mmap
 import os
+import stat
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from cpucache.private import private_folder
 from cpucache.store.keys import slice_key
 from cpucache.store.ram import Bytes
 
@@ -65,6 +70,32 @@ class Damaged(Exception):
     """A file is not the slice that its name promises."""
 
 
+class Outdated(Damaged):
+    """A file is a slice of an earlier version: sound, and of no use."""
+
+
+class NoFile(OSError):
+    """Something else than a file has a file's name."""
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """A file, opened for reading. Never waits: a pipe is told from a file before anything is read.
+
+    Raises ``NoFile`` for what is no regular file (a folder, a link, a pipe, a socket, a device), and ``OSError``.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        # So Linux and the BSDs refuse links and sockets.
+        if error.errno in {errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EOPNOTSUPP}:
+            raise NoFile(error.errno, "not a regular file", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise NoFile(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
 class SliceFiles:
     """Slices in files below ``folder``. Raises ``OSError`` when the file system refuses."""
 
@@ -74,6 +105,13 @@ class SliceFiles:
     def path(self, key: str) -> Path:
         """Where the slice of this key lies, or would."""
         return self.folder / key[:2] / f"{key}{_SUFFIX}"
+
+    def prepared(self, key: str) -> Path:
+        """Where it lies, in a folder that is there."""
+        path = self.path(key)
+        if not path.parent.exists():
+            private_folder(path.parent)
+        return path
 
     def __contains__(self, key: str) -> bool:
         return self.path(key).is_file()
@@ -85,10 +123,9 @@ class SliceFiles:
                 yield path.stem
 
     def leftovers(self) -> Iterator[Path]:
-        """Temporary files of writers and imports that were killed, and files that were set aside."""
+        """Temporary files of writers that were killed, and what was set aside."""
         yield from self.folder.glob("??/.*")
         yield from self.folder.glob("??/*.damaged")
-        yield from self.folder.glob(".import-*/??/*")
 
     def put(
         self, key: str, state: Bytes, tokens: Ids, info: SliceInfo, pause: Callable[[], None] | None = None
@@ -98,13 +135,11 @@ class SliceFiles:
         ``pause`` is called every few megabytes, to give way to something more urgent. The file is written here and not
         by the safetensors library, which would copy the state and could not be made to pause.
         """
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        digest = xxhash.xxh3_64()
-        for chunk in _chunks(state, pause):
-            digest.update(chunk)  # type: ignore[arg-type]
+        path = self.prepared(key)
         ids = np.ascontiguousarray(tokens, "<i4").view(np.uint8)
-        header = _header(key, digest.hexdigest(), len(ids), len(state), info)
+        facts = {"format": _FORMAT, "key": key, **{name: str(value) for name, value in asdict(info).items()}}
+        digest = _digest(facts, ids, *_chunks(state, pause))
+        header = _header({**facts, "xxh3": digest}, len(ids), len(state))
         handle, name = tempfile.mkstemp(prefix=f".{key}.", dir=path.parent)
         temporary = Path(name)
         try:
@@ -127,14 +162,14 @@ class SliceFiles:
     def get(self, key: str, *, unless: Identity | None = None) -> tuple[Bytes, Identity] | None:
         """The state, mapped from its file, and which file that is.
 
-        It is read when it is used, and stays valid even when the file is deleted meanwhile. It is compared with its
-        hash, ``unless`` this very file was compared before. Raises ``Damaged`` when the file is not what it should be.
+        It is read when it is used, and stays valid even when the file is deleted meanwhile. The file is compared with
+        its hash, ``unless`` this very file was compared before. Raises ``Damaged`` when it is not what it should be.
         """
         opened = self._open(key)
         if opened is None:
             return None
-        if opened.identity != unless and _hash(opened.state) != opened.metadata["xxh3"]:
-            raise Damaged(f"{self.path(key)}: its content has changed since it was written")
+        if opened.identity != unless:
+            self._compare(key, opened)
         return opened.state, opened.identity
 
     def info(self, key: str) -> tuple[SliceInfo, int] | None:
@@ -143,7 +178,7 @@ class SliceFiles:
         return (opened.info, opened.state.nbytes) if opened else None
 
     def check(self, key: str) -> bool:
-        """Compare everything: the state with its hash, and the key with all that it is made from. False: no such file.
+        """Compare everything: the file with its hash, and the key with all that it is made from. False: no such file.
 
         Raises ``Damaged``.
         """
@@ -151,39 +186,47 @@ class SliceFiles:
         if opened is None:
             return False
         info = opened.info
-        if _hash(opened.state) != opened.metadata["xxh3"]:
-            raise Damaged(f"{self.path(key)}: its content has changed since it was written")
+        self._compare(key, opened)
         if slice_key(info.fingerprint, info.state_format, info.context, opened.tokens, info.start) != key:
             raise Damaged(f"{self.path(key)}: it is another slice than its name says")
         return True
 
+    def _compare(self, key: str, opened: _Opened) -> None:
+        facts = {name: value for name, value in opened.metadata.items() if name != "xxh3"}
+        if _digest(facts, opened.tokens.view(np.uint8), opened.state) != opened.metadata["xxh3"]:
+            raise Damaged(f"{self.path(key)}: its content has changed since it was written")
+
     def _open(self, key: str) -> _Opened | None:
         path = self.path(key)
         try:
-            with path.open("rb") as file:
-                stat = os.fstat(file.fileno())
-                if stat.st_size < 8:
+            with open_regular(path) as file:
+                found = os.fstat(file.fileno())
+                if found.st_size < 8:
                     raise Damaged(f"{path}: truncated")
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except NoFile as error:
+            raise Damaged(f"{path}: {error.strerror}") from error
         length = struct.unpack_from("<Q", mapping)[0]
-        if length > min(stat.st_size - 8, _HEADER_LIMIT):
+        if length > min(found.st_size - 8, _HEADER_LIMIT):
             raise Damaged(f"{path}: truncated")
         try:
             header = json.loads(mapping[8 : 8 + length])
             metadata = header["__metadata__"]
             data = np.frombuffer(mapping, np.uint8, offset=8 + length)
             state, tokens = (_tensor(header[name], kind, data) for name, kind in (("state", "U8"), ("tokens", "I32")))
+            if metadata["format"] != _FORMAT:
+                raise Outdated(f"{path}: a slice of another version of cpucache")
             info = _info(metadata)
-            fine = metadata["format"] == _FORMAT and metadata["key"] == key and isinstance(metadata["xxh3"], str)
+            fine = metadata["key"] == key and isinstance(metadata["xxh3"], str)
             fine = fine and info.seconds >= 0 and math.isfinite(info.seconds)
             fine = fine and state.nbytes + tokens.nbytes == data.nbytes and info.tokens * 4 == tokens.nbytes
         except (ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError) as error:
             raise Damaged(f"{path}: not a slice ({error})") from error
         if not fine:
             raise Damaged(f"{path}: header and content do not agree")
-        identity = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        identity = (found.st_ino, found.st_mtime_ns, found.st_size)
         return _Opened(metadata, info, state, tokens.view("<i4"), identity)
 
     def set_aside(self, key: str) -> None:
@@ -209,7 +252,7 @@ class _Opened:
 def _tensor(entry: dict[str, Any], kind: str, data: Bytes) -> Bytes:
     begin, end = entry["data_offsets"]
     if entry["dtype"] != kind or not 0 <= begin <= end <= data.nbytes:
-        raise ValueError(f"a tensor of {entry['dtype']} at {begin} to {end}")
+        raise ValueError(f"a tensor of {str(entry['dtype'])[:8]!a} at {begin} to {end}")
     return data[begin:end]
 
 
@@ -218,16 +261,18 @@ def _info(metadata: dict[str, str]) -> SliceInfo:
     return SliceInfo(**{field.name: kinds[str(field.type)](metadata[field.name]) for field in fields(SliceInfo)})
 
 
-def _hash(state: Bytes) -> str:
-    return xxhash.xxh3_64_hexdigest(state)  # type: ignore[arg-type]
+def _digest(facts: dict[str, str], *parts: Bytes) -> str:
+    digest = xxhash.xxh3_64(json.dumps(facts, sort_keys=True).encode())
+    for part in parts:
+        digest.update(part)  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
-def _header(key: str, digest: str, n_ids: int, n_state: int, info: SliceInfo) -> bytes:
+def _header(metadata: dict[str, str], n_ids: int, n_state: int) -> bytes:
     """The head of a safetensors file: the length of what follows, and JSON padded to a multiple of eight bytes."""
-    facts = {name: str(value) for name, value in asdict(info).items()}
     text = json.dumps(
         {
-            "__metadata__": {"format": _FORMAT, "key": key, "xxh3": digest, **facts},
+            "__metadata__": metadata,
             "tokens": {"dtype": "I32", "shape": [n_ids // 4], "data_offsets": [0, n_ids]},
             "state": {"dtype": "U8", "shape": [n_state], "data_offsets": [n_ids, n_ids + n_state]},
         }

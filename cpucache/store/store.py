@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import shutil
 import sqlite3
 import threading
 import time
@@ -21,7 +19,8 @@ import platformdirs
 
 from cpucache.store.asked import Asked
 from cpucache.store.claims import Claims
-from cpucache.store.index import Index
+from cpucache.store.index import Index, Kept
+from cpucache.store.opening import default_budget, open_index
 from cpucache.store.ram import RAM, Bytes
 from cpucache.store.slicefile import Damaged, Identity, Ids, SliceFiles, SliceInfo
 from cpucache.store.writer import Writer
@@ -31,7 +30,6 @@ _log = logging.getLogger("cpucache.store")
 WAITING = 256 << 20
 _PAGE = 4096  # bytes
 _NOTE_EVERY = 5.0  # seconds between entries of what was used
-_ABANDONED = 600.0  # seconds after which a slice that was never finished is given up
 _Job: TypeAlias = "tuple[Bytes, Ids, SliceInfo]"
 
 
@@ -47,10 +45,15 @@ class Store:
     ``home=None`` keeps to RAM. Slices are written by a thread in the background; ``flush`` waits for it, ``close``
     (also at the end of a ``with``) does so and ends it. Several processes may share a folder.
 
+    The disk budget is one of all slices in the folder. When it is reached, what is worth least leaves. Without a
+    ``disk_budget`` it is a quarter of what is free or taken by slices, or the largest that another process was given
+    for this folder, if that is more. A process whose ``disk_budget`` is smaller than what others kept to adds nothing
+    beyond it and evicts nothing: what others keep stays. ``kept`` tells what of some slices is on disk.
+
     Trouble with the disk never stops inference: it is reported once, as a warning of the logger ``cpucache.store``, and
-    what can't be written is kept in RAM alone. A damaged file is set aside and counts as missing. ``paranoid`` checks
-    the hash of a file each time that it is mapped, not only the first. ``patience`` is how many seconds to wait for a
-    slice that another process is making, before making it too.
+    what can't be written is kept in RAM alone; from a folder that can't be written, slices are read. A damaged file is
+    set aside and counts as missing. ``paranoid`` checks the hash of a file each time that it is mapped, not only the
+    first. ``patience`` is how many seconds to wait for a slice that another process is making, before making it too.
 
     ``writable`` tells whether slices still go to the disk. May be used from several threads.
     """
@@ -70,6 +73,8 @@ class Store:
         self.files = SliceFiles(home / "slices") if home else None
         self.index: Index | None = None
         self.disk_budget = 0
+        self._given = disk_budget is not None
+        self._why: Exception | None = None  # why the folder can only be read
         self._claims = Claims(home / "claims" if home else None)
         self._lock = threading.Lock()
         self._using: Counter[str] = Counter()
@@ -88,8 +93,9 @@ class Store:
         asked: Path | None = None
         if home is not None:
             try:
-                self.index = _open_index(home)
-                asked = home / "asked.sqlite"
+                self.index, self._why = open_index(home)
+                self.writable = self._why is None
+                asked = home / "asked.sqlite" if self.writable else None
                 self.disk_budget = default_budget(home, self.index) if disk_budget is None else disk_budget
             except (OSError, sqlite3.Error) as error:
                 self.writable = False
@@ -108,7 +114,7 @@ class Store:
         self._note()
 
     def close(self) -> None:
-        """Write what is waiting and let go of the folder."""
+        """Write what is waiting and let go of the folder, and of every state in RAM."""
         self._closing = True
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
@@ -117,6 +123,8 @@ class Store:
         self._closing = False
         self._note()
         self.asked.close()
+        # Mapped states hold descriptors, and the store itself lies in a cycle with its writer.
+        self.ram.clear()
         if self.index is not None:
             self.index.close()
             self.index = None
@@ -170,6 +178,10 @@ class Store:
                 found[content].update(there)
         return {content: list(slices.items()) for content, slices in found.items()}
 
+    def speed(self, fingerprint: str) -> float | None:
+        """Tokens a second at which the slices of a model were evaluated; ``None`` when that is not known."""
+        return self.index.speed(fingerprint) if self.index is not None else None
+
     def _fetch(self, key: str) -> Bytes | None:
         """Bring a slice into RAM."""
         waiting = self._writer.get(key)
@@ -205,6 +217,8 @@ class Store:
             self._here.setdefault(info.content, {})[key] = info
         if self.writable:
             self._writer.put(key, (state, tokens, info), state.nbytes)
+        elif self._why is not None:
+            self._trouble(self._why)
 
     def discard(self, key: str, *, aside: bool = False) -> None:
         """Forget a slice; ``aside`` keeps its file under another name for inspection."""
@@ -230,17 +244,21 @@ class Store:
             return False
         with self._lock:
             keep = set(self._using)
-        if not self.index.reserve(key, *found, self.disk_budget, keep, self.files.drop):
+        if not self.index.reserve(key, *found, self.disk_budget, keep, self.files.drop, given=self._given):
             return False
-        path = self.files.path(key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staged.path(key).replace(path)
+            staged.path(key).replace(self.files.prepared(key))
         except BaseException:
             self.index.remove([key])
             raise
         self.index.commit(key)
         return True
+
+    def kept(self, keys: Iterable[str]) -> Kept:
+        """How many of some slices are on disk, once all that was put is (``flush``)."""
+        self.flush()
+        keys = list(keys)
+        return Kept(0, 0, len(keys), 0) if self.index is None else self.index.kept(keys)
 
     def missed(self, count: int) -> None:
         """Note that so many slices were asked for that were not there."""
@@ -319,7 +337,8 @@ class Store:
             return
         with self._lock:
             keep = set(self._using)
-        if self.index.reserve(key, info, state.nbytes, self.disk_budget, keep, self.files.drop):
+        size = state.nbytes
+        if self.index.reserve(key, info, size, self.disk_budget, keep, self.files.drop, given=self._given):
             try:
                 self.files.put(key, state, tokens, info, self._writer.give_way)
             except BaseException:
@@ -333,7 +352,7 @@ class Store:
             uses, self._uses = self._uses, Counter()
             misses, self._misses = self._misses, 0
             self._noted = time.monotonic()
-        if self.index is None or self.files is None or not (uses or misses):
+        if self.index is None or self.index.read_only or self.files is None or not (uses or misses):
             return
         try:
             for key in self.index.touch(uses, misses=misses):
@@ -348,56 +367,3 @@ class Store:
         if not self._warned:
             _log.warning("can't keep slices in %s (%s); going on from memory", self.home, error)
             self._warned = True
-
-
-def _open_index(home: Path) -> Index:
-    """The index of a folder. One that is no database (any more) is put aside.
-
-    One that is new, for whatever reason, is filled from the files.
-    """
-    path = home / "index.sqlite"
-    files = SliceFiles(home / "slices")
-    try:
-        index = Index(path)
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError):
-            raise
-        _log.warning("%s is damaged (%s); it is made again from the slices", path, error)
-        path.replace(path.with_suffix(".damaged"))
-        for leftover in ("-wal", "-shm"):
-            path.with_name(path.name + leftover).unlink(missing_ok=True)
-        index = Index(path)
-    try:
-        if not index.complete:
-            rebuild(index, files)
-            index.completed()
-        for key in index.unfinished(_ABANDONED):
-            # Whoever was at it, writing or evicting, was killed before the account was right again.
-            if key in files:
-                index.commit(key)
-            else:
-                index.remove([key])
-    except BaseException:
-        index.close()
-        raise
-    return index
-
-
-def rebuild(index: Index, files: SliceFiles) -> int:
-    """Take every file that is not in the account into it; gives how many. Damaged ones are left for ``verify``."""
-    known = {row.key for row in index.rows()}
-    count = 0
-    for key in files:
-        if key not in known:
-            with contextlib.suppress(Damaged, OSError):
-                found = files.info(key)
-                if found is not None:
-                    index.add_all([(key, *found)])
-                    count += 1
-    return count
-
-
-def default_budget(home: Path, index: Index) -> int:
-    """Bytes on disk that slices may take unless told otherwise: a quarter of what is free or taken by them already."""
-    there = next(folder for folder in (home, *home.parents) if folder.exists())
-    return int(shutil.disk_usage(there).free + index.totals()["bytes"]) // 4

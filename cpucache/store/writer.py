@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+_log = logging.getLogger(__name__)
 Job = TypeVar("Job")
 
 
@@ -15,9 +17,9 @@ class Writer(Generic[Job]):
     """Jobs by key, done one after the other by a thread of its own, in the order in which they came.
 
     At most ``limit`` bytes wait: a caller with more has to wait itself, so that a fast evaluation can't fill the memory
-    with what a slow disk has not taken yet. ``write`` does a job and must not raise. ``idle`` is called whenever there
-    is nothing left to do. The thread starts with the first job and does not keep a program from ending; call ``close``
-    for what still waits.
+    with what a slow disk has not taken yet. ``write`` does a job, ``idle`` is called whenever there is nothing left to
+    do. What either of them raises is logged, and the thread goes on with the next job. The thread starts with the first
+    job and does not keep a program from ending; call ``close`` for what still waits.
     """
 
     def __init__(self, write: Callable[[str, Job], None], idle: Callable[[], None], *, limit: int) -> None:
@@ -133,12 +135,21 @@ class Writer(Generic[Job]):
                 self._doing = job[0] if job else None
             if job is not None:
                 key, (what, size) = job
-                self._write(key, what)
-                with self._changed:
-                    # Only now: until a slice lies in its file, it is found here.
-                    del self._jobs[key]
-                    self._doing = None
-                    self._waiting -= size
-                    self._changed.notify_all()
+                try:
+                    self._write(key, what)
+                except Exception as error:
+                    _log.warning("%s was not written (%s: %s)", key, type(error).__name__, error)
+                    _log.debug("where that happened", exc_info=True)
+                finally:
+                    with self._changed:
+                        # Only now: until a slice lies in its file, it is found here.
+                        del self._jobs[key]
+                        self._doing = None
+                        self._waiting -= size
+                        self._changed.notify_all()
             if not self._jobs:
-                self._idle()
+                try:
+                    self._idle()
+                except Exception as error:
+                    _log.warning("what was used could not be noted (%s: %s)", type(error).__name__, error)
+                    _log.debug("where that happened", exc_info=True)

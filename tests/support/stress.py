@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from cpucache.engine import Engine, Fidelity
+from cpucache.engine import Engine
 from cpucache.pml import parse_schema
+from cpucache.reuse import reading
 from cpucache.store import Store
 from cpucache.store.slicefile import Damaged, SliceFiles
 from cpucache.store.upkeep import verify
@@ -60,7 +61,7 @@ def engine(model: Path, home: Path, **settings: Any) -> Engine:
     return Engine(
         model,
         store=home,
-        **{"threads": 1, "n_ctx": _N_CTX, "ram_budget": 1 << 28, "fidelity": Fidelity(lead_tokens=0), **settings},
+        **{"threads": 1, "n_ctx": _N_CTX, "ram_budget": 1 << 28, **settings},
     )
 
 
@@ -169,20 +170,18 @@ def _encode_for_ever(model: Path, home: Path, budget: int, seed: int, reports: C
         while True:
             topic += 1
             layout = running.add_schema(parse_schema(schema("s", 30, topic)))
-            keys = {segment: running.workspace.key(segment) for segment in layout.segments}
             # In turn all at once, so that many wait for the disk, and one by one.
             if topic % 2:
                 running.encode("s")
                 running.store.flush()
-                ready = set(keys.values())
-                for key in ready:
-                    reports.send_bytes(key.encode())
+                for slice_ in reading(layout, running.slices, _N_CTX - 1):
+                    reports.send_bytes(slice_.key.encode())
                 continue
             for i in range(30):
                 running.encode_for(prompt("s", i))
                 running.store.flush()
-                for segment in running.plan(prompt("s", i)).segments:
-                    reports.send_bytes(keys[segment].encode())
+                for slice_ in running.plan(prompt("s", i)).slices:
+                    reports.send_bytes(slice_.key.encode())
 
 
 def _received(reports: Connection) -> Iterator[str]:
@@ -239,7 +238,7 @@ def flip(model: Path, home: Path, flips: int, *, seed: int = 0) -> Flips:
         running.add_schema(parsed)
         expected = answer(running, question)
         plan = running.plan(question)
-        keys = sorted({running.workspace.key(segment) for segment in plan.segments})
+        keys = sorted({slice_.key for slice_ in plan.slices})
     files = SliceFiles(home / "slices")
     for _ in range(flips):
         key = rng.choice(keys)
@@ -431,8 +430,8 @@ def _listen(store: Store, note: Any) -> None:
             note("drop", key)
         drop(key)
 
-    def noted_reserve(key: str, *rest: Any) -> bool:
-        done = reserve(key, *rest)
+    def noted_reserve(key: str, *rest: Any, **named: Any) -> bool:
+        done = reserve(key, *rest, **named)
         if not done:
             note("unsaved", key)
         return done

@@ -1,0 +1,141 @@
+"""``cpucache plan``: which slice each part of a prompt takes, and what the prompt will cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from cpucache.cli.console import check_prompt, out, read_prompt, read_schema, seconds
+from cpucache.cli.options import engine_options, fidelity_options, split_fidelity
+from cpucache.engine import Engine
+from cpucache.layout import SchemaLayout
+from cpucache.reuse import Plan, Span
+from cpucache.store import Store
+
+_WIDE = 120
+"""Columns of a terminal that has room for the names of what a slice was evaluated behind."""
+_STYLES = {"exact": "green", "clean": "cyan", "related": "yellow", "foreign": "magenta"}
+
+
+@click.command(short_help="Show which slice each part of a prompt takes, and why.")
+@click.argument("prompt")
+@click.option(
+    "-s", "--schema", "schema_file", required=True, metavar="FILE", help="The prompt's schema; - for standard input."
+)
+@engine_options
+@fidelity_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(prompt: str, schema_file: str, model: str, as_json: bool, **options: Any) -> None:
+    """Show which slice each part of PROMPT takes, a file (- for standard input), and what the prompt will cost.
+
+    Nothing is evaluated and nothing is saved. A slice is exact when it was evaluated behind just what stands before it
+    in the prompt, clean when behind a part of that, related when behind other text of the same schema. What has no
+    slice is evaluated once, and saved.
+
+    \b
+    cpucache plan schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml
+    """
+    wanted = split_fidelity(options)
+    asked, schema = read_prompt(prompt, schema=schema_file), read_schema(schema_file)
+    check_prompt(asked, [schema])
+    with Engine(model, **options) as engine:
+        layout = engine.add_schema(schema)
+        found = engine.plan(asked, **wanted)
+        texts = _texts(layout)
+        rows = [_row(span, engine.store, texts) for span in found.spans]
+        rate = engine.store.speed(engine.fingerprint)
+    cost = _cost(found, rate)
+    if as_json:
+        click.echo(json.dumps({**cost, "spans": rows}, indent=2))
+        return
+    out.print(_table(rows))
+    out.print(Text(_summary(cost)), soft_wrap=True)
+
+
+def _texts(layout: SchemaLayout) -> dict[bytes, str]:
+    """The module of each text of a schema."""
+    names = dict.fromkeys(layout.texts, "(argument)")
+    names.update((segment.id, segment.module or "(schema)") for segment in reversed(layout.segments))
+    return names
+
+
+def _row(span: Span, store: Store, texts: dict[bytes, str]) -> dict[str, Any]:
+    slice_ = span.slice
+    row: dict[str, Any] = {
+        "module": slice_.module if slice_ else span.module,
+        "position": span.start,
+        "tokens": len(span.tokens),
+        "from": "evaluated",
+        "recomputed": span.recomputed,
+        "why": span.why,
+    }
+    if slice_ is not None:
+        place = "RAM" if slice_.key in store.ram else "disk"
+        row |= {
+            "from": "to be made" if span.made else place,
+            "relation": span.relation,
+            "slice": slice_.key,
+            "context": _names(texts.get(text, "(other text)") for text in slice_.sees),
+            "context_tokens": slice_.sees_tokens,
+            "moved": span.delta,
+        }
+    return row
+
+
+def _names(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _cost(found: Plan, rate: float | None) -> dict[str, Any]:
+    evaluated = found.n_tokens - found.n_cached + sum(len(span.tokens) for span in found.spans if span.made)
+    return {
+        "tokens": found.n_tokens,
+        "exact": found.count("exact"),
+        "clean": found.count("clean"),
+        "related": found.count("related"),
+        "foreign": found.count("foreign"),
+        "recomputed": found.n_recomputed,
+        "evaluated": evaluated,
+        "evaluate_ms": round(1000 * evaluated / rate, 1) if rate else None,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("module", overflow="fold", min_width=12)
+    for name in ("position", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("slice")
+    wide = out.width >= _WIDE
+    table.add_column("evaluated behind", overflow="fold")
+    if wide:
+        table.add_column("why")
+    for row in rows:
+        relation = row.get("relation", "")
+        what = f"{relation}, {row['from']}" if relation else row["why"] or row["from"]
+        behind = f"{row['context_tokens']:,} tokens" if relation else ""
+        if wide and behind:
+            behind += f": {', '.join(row['context'])}" if row["context"] else ""
+        cells: list[Text | str] = [
+            Text(row["module"] or ("(schema)" if relation else "")),
+            f"{row['position']:,}",
+            f"{row['tokens']:,}",
+            Text(what, style=_STYLES.get(relation, "dim")),
+            Text(behind),
+        ]
+        if wide:
+            cells.append(Text(row["why"] if relation else ""))
+        table.add_row(*cells)
+    return table
+
+
+def _summary(cost: dict[str, Any]) -> str:
+    kinds = ", ".join(f"{cost[kind]:,} {kind}" for kind in ("exact", "clean", "related", "foreign") if cost[kind])
+    time = f", about {seconds(cost['evaluate_ms'])} as fast as slices were made" if cost["evaluate_ms"] else ""
+    return f"{cost['tokens']:,} tokens: {kinds or 'none'} from slices; {cost['evaluated']:,} to evaluate{time}"
