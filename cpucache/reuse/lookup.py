@@ -157,8 +157,9 @@ class _Planning:
     def _segment(self, segment: Segment, size: int) -> None:
         made = self._prompt.next(segment.tokens[:size] if self._exact else segment.tokens, segment.module)
         if self._prompt.trail.exact and (self._exact or made.key in self._store):
-            made_now = made.key not in self._store
-            self._take(segment, made, made.start, size, "exact", "no exact slice yet" if made_now else "", made=made_now)
+            absent = made.key not in self._store
+            why = "no exact slice yet" if absent else ""
+            self._take(segment, made, made.start, size, "exact", why, made=absent)
             return
         found = self._found(segment)
         start = self._prompt.end
