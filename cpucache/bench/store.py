@@ -64,8 +64,8 @@ def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[st
 
     ``load``: from the store, with nothing in RAM and the page cache warm, into llama.cpp. ``copy``: the same bytes from
     plain memory into llama.cpp. ``save``: until the slices are on disk. ``write``: the same bytes to plain files, with
-    fsync. ``lookup``: whether a key is there and its state, with 100,000 others in the index. ``variants``: which slices
-    there are of some tokens, among these. ``quiet`` and ``busy``:
+    fsync. ``lookup``: whether a key is there and its state, with 100,000 others in the index. ``variants``: which
+    slices there are of some tokens, among these. ``quiet`` and ``busy``:
     time to first token of a cached prompt, without and with slices being written in the background.
     """
     report = StoreReport()

@@ -79,7 +79,9 @@ class _Reading:
                 detached = alone or (self._layout.schema.anchor == "none" and self._chosen is None)
                 before = self._detached(around if alone else []) if detached else chain.copy()
                 after = self.scope(member, before, around, isolated=isolated or alone)
-                stands = self._chosen is not None or not isinstance(part, Union) or member is stands_for(part)
+                stands = (
+                    self._chosen is not None or not isinstance(part, Union) or member is stands_for(part, self._layout)
+                )
                 if stands and not detached:
                     behind = after
             chain = behind
@@ -87,7 +89,7 @@ class _Reading:
 
     def _takes(self, member: Module, scope: Scope, part: Module | Union) -> bool:
         assert self._chosen is not None
-        if scope in self._chosen and (not isinstance(part, Union) or member is stands_for(part)):
+        if scope in self._chosen and (not isinstance(part, Union) or member is stands_for(part, self._layout)):
             self._chosen.add(member)
         return member in self._chosen
 
