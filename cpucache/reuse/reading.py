@@ -41,10 +41,13 @@ def scaffolded(layout: SchemaLayout, slices: Slices, modules: Collection[Module]
     return list(walk.made)
 
 
-def stands_for(union: Union) -> Module | None:
-    """The member of a union that stands before what follows it: its scaffold member, else its first."""
+def stands_for(union: Union, layout: SchemaLayout) -> Module:
+    """The member of a union that stands before what follows it: its scaffold member, else its longest.
+
+    Behind the longest member, what follows is evaluated at the position that the schema reserves, and need not be moved.
+    """
     named = (member for member in union.members if member.name == union.scaffold)
-    return next(named, union.members[0])
+    return next(named, None) or max(union.members, key=layout.size)
 
 
 class _Reading:
