@@ -44,7 +44,7 @@ def scaffolded(layout: SchemaLayout, slices: Slices, modules: Collection[Module]
 def stands_for(union: Union, layout: SchemaLayout) -> Module:
     """The member of a union that stands before what follows it: its scaffold member, else its longest.
 
-    Behind the longest member, what follows is evaluated at the position that the schema reserves, and need not be moved.
+    Behind the longest member, what follows is evaluated at its reserved position, and need not be moved.
     """
     named = (member for member in union.members if member.name == union.scaffold)
     return next(named, None) or max(union.members, key=layout.size)
