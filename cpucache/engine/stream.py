@@ -37,6 +37,7 @@ class Stream:
         schema: str = "",
         use_cache: bool = True,
         progress: OnProgress | None = None,
+        at_start: Callable[[Stream], None] | None = None,
         at_first: Callable[[Stream], None] | None = None,
         at_end: Callable[[Stream], None] | None = None,
     ) -> None:
@@ -57,6 +58,7 @@ class Stream:
         self._schema = schema
         self._use_cache = use_cache
         self._progress = progress
+        self._at_start = at_start
         self._at_first = at_first
         self._at_end = at_end
         self._stopping = False
@@ -93,6 +95,8 @@ class Stream:
         sampler = Sampler(self._sampling, context.model)
         out = TextStream(self._sampling.stop)
         try:
+            if self._at_start:
+                self._timed(self._at_start)
             prefill = self._workspace.prefill(self.plan, self._schema, self._evaluated, fresh=not self._use_cache)
             for name, value in asdict(prefill).items():
                 setattr(metrics, name, value)
