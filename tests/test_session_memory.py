@@ -102,6 +102,17 @@ def test_opening_a_session_reads_it_into_memory(tiny: Tiny, tmp_path: Path) -> N
         assert eventually(lambda: running.store.ram.used == size)
 
 
+def test_of_a_recurrent_model_the_last_snapshot_is_read(tiny: Tiny, tmp_path: Path) -> None:
+    """It is the state of everything before."""
+    size = begun(tiny("mamba"), tmp_path)
+    with engine(tiny("mamba"), tmp_path) as running, running.session("s") as session:
+        session.prefetch().result()
+        assert len(session.keys) == 1
+        assert 0 < running.store.ram.used < size / 5
+        # It is the one.
+        assert session.send(message(9), max_tokens=1).metrics.cached_tokens > sum(sizes(session)[:-2]) - 2
+
+
 def test_a_prompt_is_read_ahead_on_demand(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, block_size=16) as running:
         running.generate(text=TEXT, max_tokens=1)

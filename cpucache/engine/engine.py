@@ -374,12 +374,14 @@ class Engine:
         label: str,
         use_cache: bool = True,
         progress: OnProgress | None = None,
+        at_start: Callable[[Stream], None] | None = None,
         at_first: Callable[[Stream], None] | None = None,
         at_end: Callable[[Stream], None] | None = None,
     ) -> Stream:
         """The answer to a plan.
 
-        ``at_first`` and ``at_end`` are called when the first token has been handed over and when the answer ends.
+        ``at_start``, ``at_first`` and ``at_end`` are called before anything is evaluated, when the first token has been
+        handed over, and when the answer ends.
         """
         return Stream(
             self.workspace,
@@ -391,6 +393,7 @@ class Engine:
             schema=label,
             use_cache=use_cache,
             progress=progress,
+            at_start=at_start,
             at_first=at_first,
             at_end=at_end,
         )

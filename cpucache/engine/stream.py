@@ -36,6 +36,7 @@ class Stream:
         schema: str = "",
         use_cache: bool = True,
         progress: OnProgress | None = None,
+        at_start: Callable[[Stream], None] | None = None,
         at_first: Callable[[Stream], None] | None = None,
         at_end: Callable[[Stream], None] | None = None,
     ) -> None:
@@ -59,6 +60,7 @@ class Stream:
         self._schema = schema
         self._use_cache = use_cache
         self._progress = progress
+        self._at_start = at_start
         self._at_first = at_first
         self._at_end = at_end
         self._stopping = False
@@ -95,6 +97,8 @@ class Stream:
         sampler = Sampler(self._sampling, context.model)
         out = TextStream(self._sampling.stop)
         try:
+            if self._at_start:
+                self._timed(self._at_start)
             self.plan, prefill = self._workspace.prefill(
                 self.planned, self._schema, self._evaluated, fresh=not self._use_cache
             )
