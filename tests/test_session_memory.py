@@ -41,9 +41,9 @@ def eventually(condition: Callable[[], bool]) -> bool:
     return True
 
 
-def begun(model: Path, folder: Path) -> int:
+def begun(model: Path, folder: Path, disk_budget: int | None = None) -> int:
     """Begin a session of three turns; gives the bytes of its slices."""
-    with engine(model, folder, block_size=16) as running, running.session("s", system=SYSTEM) as session:
+    with engine(model, folder, block_size=16, disk_budget=disk_budget) as running, running.session("s", system=SYSTEM) as session:
         for number in range(3):
             session.send(message(number), max_tokens=5)
         return running.store.ram.used
@@ -66,7 +66,9 @@ def test_what_an_open_session_needs_stays_in_memory(is_open: bool, tiny: Tiny, t
 @pytest.mark.parametrize("is_open", [True, False])
 def test_what_an_open_session_needs_stays_on_disk(is_open: bool, tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama")
-    size = begun(model, tmp_path)
+    size = begun(model, tmp_path / "elsewhere")
+    # A budget smaller than one that was kept to before evicts nothing.
+    begun(model, tmp_path, disk_budget=2 * size)
     with engine(model, tmp_path, block_size=16, ram_budget=1, disk_budget=2 * size) as running, truth(model) as true:
         session = running.session("s")
         keys = needed(running, session)
