@@ -99,10 +99,9 @@ class Engine:
         usual = Fidelity.of(fidelity)
         ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
         _check(positions=(positions, POSITIONS), refine=(refine, REFINES))
-        if threads is not None and threads < 1:
-            raise InputError(f"threads={threads}: must be 1 or more")
-        if block_size < 1:
-            raise InputError(f"block_size={block_size}: a block has at least one token")
+        for setting, value in (("threads", threads), ("n_ctx", n_ctx), ("block_size", block_size)):
+            if value is not None and value < 1:
+                raise InputError(f"{setting}={value}: must be 1 or more")
         path = resolve_model(str(model or default_model()))
         home = Path(store) if store else default_home()
         # What was opened is closed again when something behind it fails.

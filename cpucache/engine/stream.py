@@ -40,8 +40,8 @@ class Stream:
         at_first: Callable[[Stream], None] | None = None,
         at_end: Callable[[Stream], None] | None = None,
     ) -> None:
-        if max_tokens < 1:
-            raise InputError(f"max_tokens={max_tokens}: must be at least 1")
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InputError(f"max_tokens={max_tokens!r}: must be a number of at least 1")
         self.text = ""
         self.tokens: list[int] = []
         """The tokens of the answer so far."""
