@@ -99,6 +99,8 @@ class _Planning:
         self._slices = workspace.slices
         self._layout = bound.layout
         self._exact = fidelity.exact
+        # A recurrent state can't be cut back to the tokens before the last.
+        self._cuts = workspace.context.can_shift
         self._reuse = reuse
         self._packed = packed
         self._ends = ends
@@ -122,8 +124,10 @@ class _Planning:
         """The spans of the prompt."""
         cached = [index for index, piece in enumerate(self._pieces) if isinstance(piece, Segment) and piece.cache]
         last = cached[-1] if cached else -1
+        # Behind it, arguments may be empty.
+        end = max((index for index, piece in enumerate(self._pieces) if len(piece.tokens)), default=-1)
         for index, piece in enumerate(self._pieces):
-            size = len(piece.tokens) - (self._ends and index == len(self._pieces) - 1)
+            size = len(piece.tokens) - (self._ends and index == end)
             if isinstance(piece, NewText):
                 self._new(piece, followed=index < last)
             elif not piece.cache or not size:
@@ -161,7 +165,7 @@ class _Planning:
 
     # -- what the schema has -----------------------------------------------------------------------------------------
     def _segment(self, segment: Segment, size: int) -> None:
-        made = self._prompt.next(segment.tokens[:size] if self._exact else segment.tokens, segment.module)
+        made = self._prompt.next(segment.tokens if self._cuts else segment.tokens[:size], segment.module)
         if self._prompt.trail.exact and (self._exact or made.key in self._store):
             made_now = made.key not in self._store
             self._take(made, made.start, size, "exact", "no exact slice yet" if made_now else "", made=made_now)
