@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cpucache.engine import Engine
 from cpucache.errors import InputError
 from cpucache.pml import parse_schema
 from cpucache.reuse import Plan, Slice, Span, reading
@@ -228,6 +229,36 @@ def test_a_session_that_begins_with_a_prompt(arch: str, tiny: Tiny, tmp_path: Pa
                 assert distance(answer.rows[0], begins) < tolerance(arch, "f32")
                 assert distance(answer.rows[-1], ends) < tolerance(arch, "f32")
                 evaluated = plan.n_tokens + answer.stream.evaluated
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_beginning_is_evaluated_once_and_keeps_its_keys(encoded: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """Whatever the product is set to by itself, in another process, and when better slices have come meanwhile."""
+
+    def opened() -> Engine:
+        running = Engine(tiny("llama"), store=tmp_path / "slices", sessions=tmp_path / "sessions", threads=1)
+        running.add_schema(parse_schema(SCHEMA))
+        return running
+
+    # Its modules stand behind others than they were evaluated behind.
+    picked = '<prompt schema="shop"><winter/><hours opens="ten"/><user>What is there to eat?</user></prompt>'
+    with opened() as running:
+        if encoded:
+            running.encode("shop")
+        with running.session("s", prompt=picked) as session:
+            session.send(max_tokens=4)
+            keys, first = session.keys, session.n_tokens
+        assert keys
+        running.encode("shop")
+        running.encode_for(picked, fidelity="high")
+    for _ in range(3):
+        with opened() as running, running.session("s", prompt=picked) as session:
+            assert session.keys == keys
+            metrics = session.send("And to drink?", max_tokens=4).metrics
+            assert metrics.encoded_tokens == 0
+            assert metrics.cached_tokens == first
+            assert session.keys[: len(keys)] == keys
+            keys, first = session.keys, session.n_tokens
 
 
 @pytest.mark.parametrize("arch", ["llama", "mpt", "gemma3"])
