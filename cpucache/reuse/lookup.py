@@ -166,7 +166,9 @@ class _Planning:
         made = self._prompt.next(segment.tokens[:size] if self._exact else segment.tokens, segment.module)
         if self._prompt.trail.exact and (self._exact or made.key in self._store):
             made_now = made.key not in self._store
-            self._take(segment, made, made.start, size, "exact", "no exact slice yet" if made_now else "", made=made_now)
+            self._take(
+                segment, made, made.start, size, "exact", "no exact slice yet" if made_now else "", made=made_now
+            )
             return
         found = self._found(segment)
         start = self._prompt.end
