@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cpucache.engine import Engine
-from cpucache.errors import InputError
+from cpucache.errors import CpucacheError, InputError
 from cpucache.pml import parse_schema
 from cpucache.reuse import Plan, Slice, Span, reading
 from tests.support import sessions
@@ -306,6 +309,29 @@ def test_a_session_that_begins_with_a_prompt_is_truncated(
             held, end = answer.tokens, end + len(new)
         assert gone > 2
         session.close()
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        *(("key", 3), ("key", "xy"), ("context", None), ("sees", ["abc"]), ("sees", "abcd"), ("start", -1)),
+        *(("at", "0"), ("count", None), ("tokens", [-1]), ("module", None), ("sees_tokens", 1.5)),
+    ],
+    ids=str,
+)
+def test_a_damaged_beginning_is_named(member: str, value: object, tiny: Tiny, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path) as running:
+        running.add_schema(parse_schema(SCHEMA))
+        with running.session("s", prompt=PROMPT) as session:
+            pieces = session.entries[0].pieces
+    pieces["spans"][-1][member] = value
+    (path,) = (tmp_path / "sessions").glob("*.sqlite")
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE entries SET pieces = ?", [json.dumps(pieces)])
+    with engine(tiny("llama"), tmp_path) as running:
+        with pytest.raises(CpucacheError, match="conversation 's' is damaged .* what its tokens are"):
+            running.session("s")
+        running.session("other").close()
 
 
 def test_a_prompt_and_a_system_text_exclude_each_other(tiny: Tiny, tmp_path: Path) -> None:
