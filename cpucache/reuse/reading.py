@@ -32,14 +32,17 @@ def reading(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
 
 
 def scaffolded(layout: SchemaLayout, slices: Slices, modules: Collection[Module], room: int) -> list[Slice]:
-    """The slices of a scaffold set: its modules and the text around them alone, back to back."""
+    """The slices of a scaffold set: its modules and the text around them alone, back to back.
+
+    So they are with ``anchor="none"``, too: a prompt takes them where they are exact.
+    """
     walk = _Reading(layout, slices, room, set(modules))
     walk.scope(layout.schema, Chain(slices), [])
     return list(walk.made)
 
 
 def stands_for(union: Union) -> Module | None:
-    """The member of a union that stands before what follows it: its scaffold member, else its longest."""
+    """The member of a union that stands before what follows it: its scaffold member, else its first."""
     named = (member for member in union.members if member.name == union.scaffold)
     return next(named, union.members[0])
 
@@ -73,7 +76,7 @@ class _Reading:
                 if self._chosen is not None and not self._takes(member, scope, part):
                     continue
                 alone = (part.isolate or member.isolate) and not isolated
-                detached = alone or self._layout.schema.anchor == "none"
+                detached = alone or (self._layout.schema.anchor == "none" and self._chosen is None)
                 before = self._detached(around if alone else []) if detached else chain.copy()
                 after = self.scope(member, before, around, isolated=isolated or alone)
                 stands = self._chosen is not None or not isinstance(part, Union) or member is stands_for(part)
