@@ -241,19 +241,17 @@ class Session:
 
     def _make_room(self, history: History, new: int, max_tokens: int) -> None:
         """Let the oldest turns leave until the new one fits, with room for its answer."""
-        context = self._engine.context
-        room = min(max_tokens, context.n_ctx // 4)
+        n_ctx, known = self._engine.context.n_ctx, self._engine.model.n_ctx_train
+        room = min(max_tokens, min(n_ctx, known) // 4)
 
-        def fits() -> bool:
+        def fits(room: int) -> bool:
             # Cells, and positions that the model knows: where modules were left out there are more of these.
-            return history.n_tokens + new + room <= context.n_ctx and history.end + new + room <= max(
-                context.model.n_ctx_train, context.n_ctx
-            )
+            return history.n_tokens + new + room <= n_ctx and history.end + new + room <= known
 
         # What stays is evaluated again where it can't be moved: that is to happen rarely.
-        oldest = self.when_full == "oldest" and context.can_shift
+        oldest = self.when_full == "oldest" and self._engine.context.can_shift
         roles = [entry.role for entry in self.entries[: len(history)]]
-        while not fits():
+        while not fits(room):
             # A question leaves with its answer.
             ends = [
                 index - history.fixed
@@ -263,17 +261,20 @@ class Session:
             if self.when_full == "refuse" or not ends:
                 break
             history.leave_out(ends[0] if oldest else ends[(len(ends) - 1) // 2])
-        if self.when_full == "refuse" and not fits():
+        if fits(room if self.when_full == "refuse" else 1):
+            return
+        where = f"a context of {n_ctx}" if n_ctx <= known else f"the {known} positions that the model knows"
+        more = "raise --ctx (n_ctx=…)" if n_ctx < known else ""
+        if self.when_full == "refuse":
+            advice = ", or ".join(filter(None, [more, "let old turns leave (when_full='oldest')"]))
             raise ContextFull(
                 f"session '{self.name}': {history.n_tokens} tokens of conversation and {new} new ones leave no room "
-                f"for an answer in a context of {context.n_ctx}; raise --ctx (n_ctx=…), or let old turns leave "
-                "(when_full='oldest')"
+                f"for an answer in {where}; {advice}"
             )
-        if history.n_tokens + new >= context.n_ctx:
-            raise ContextFull(
-                f"session '{self.name}': a message of {new} tokens does not fit a context of {context.n_ctx}, not even "
-                "when every turn before it leaves; raise --ctx (n_ctx=…) or shorten it"
-            )
+        raise ContextFull(
+            f"session '{self.name}': a message of {new} tokens does not fit {where}, not even when every turn before "
+            f"it leaves; {' or '.join(filter(None, [more, 'shorten it']))}"
+        )
 
     def _begin(self, turn: Turn) -> None:
         """Write the message down, once."""
