@@ -152,12 +152,17 @@ def measure_accuracy(
                 # What refining adds would be found by the other variants.
                 for variant in sorted(todo, key=lambda each: each.refined):
                     for number, example in enumerate(questions):
-                        if (example.line, variant.name) not in results or variant.name == FULL:
+                        if all((example.line, each.name) in results for each in variants):
+                            continue
+                        # The others are compared with what is said in full, of which results hold the text alone.
+                        kept = (example.line, variant.name) in results
+                        if not kept or variant.name == FULL:
                             progress(done + number, len(chosen), variant.name)
                             answer, truths[example.line] = _answer(
                                 engine, example, task, variant, truths.get(example.line)
                             )
-                            results.add(answer)
+                            if not kept:
+                                results.add(answer)
         done += len(questions)
     outcomes = summarise(
         {variant.name: [results[example.line, variant.name] for example in chosen] for variant in variants}
@@ -230,6 +235,11 @@ def _answer(engine: Engine, example: Example, task: Task, variant: Variant, true
     if variant.cached:
         again_ms = _ask(engine, request, task, variant, max_tokens=1).metrics.ttft_ms
         floor_ms = floor(engine, request.plan())
+    if not variant.refined:
+        # Exact slices would be found by the other variants.
+        for span in first.plan.spans:
+            if span.slice and span.made:
+                engine.store.discard(span.slice.key)
     metrics = first.metrics
     answer = Answer(
         example=example.line,

@@ -120,6 +120,8 @@ def _dropped(example: Example, drop: float, draw: random.Random, shuffle: bool) 
     if not (drop or shuffle):
         return example
     holds = [any(answer.casefold() in each.text.casefold() for answer in example.answers) for each in example.passages]
+    if example.alone:
+        holds[example.gold] = True
     chosen = [index for index, right in enumerate(holds) if right or draw.random() >= drop] or [0]
     if shuffle:
         draw.shuffle(chosen)

@@ -163,8 +163,13 @@ _PLAIN: dict[str, Variant] = {
 
 
 def parse_variants(text: str) -> list[Variant]:
-    """Variants by name, as in ``full,fast,recompute:0.2,standalone+recompute:0.1``. Raises ``InputError``."""
+    """Variants by name, as in ``full,fast,recompute:0.2,standalone+recompute:0.1``, ``full`` being the first.
+
+    Raises ``InputError``.
+    """
     variants = [_variant(name.strip()) for name in text.split(",")]
+    if variants[0].name != FULL:
+        raise InputError(f"the first variant is '{FULL}', which the others are compared with")
     names = [variant.name for variant in variants]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"variant '{min(twice)}' is given twice")

@@ -144,4 +144,6 @@ def _figures(metrics: Metrics, *, saved: bool) -> str:
         parts.append(f"{made}, saved for next time" if saved else made)
     if metrics.completion_tokens > 1:
         parts.append(f"{1000 / metrics.tpot_ms:.1f} tok/s")
+    if metrics.finish == "length":
+        parts.append(f"cut after {metrics.completion_tokens:,} tokens")
     return " · ".join(parts)

@@ -129,7 +129,7 @@ class Engine:
             lookup = Lookup(self.workspace, Repair(self.model.text))
             # Gaps between positions come from moving, which not every model's state allows.
             positions = positions if self.context.can_shift else "packed"
-            self.planner = Planner(self.model, self.template, self.slices, lookup, positions, usual)
+            self.planner = Planner(self.model, self.template, self.slices, lookup, positions, usual, self.context.n_ctx)
             self._lock = threading.RLock()
             self._running: Stream | None = None
             self._opening = threading.Lock()
