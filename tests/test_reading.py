@@ -23,7 +23,9 @@ def text(desk: Prompting, spans: Any) -> str:
     return "".join(letters.text(span.tokens) for span in spans)
 
 
-def stands(inside: str, attributes: str = "", *, room: int = 1 << 20, positions: str = "packed") -> list[tuple[str, str]]:
+def stands(
+    inside: str, attributes: str = "", *, room: int = 1 << 20, positions: str = "packed"
+) -> list[tuple[str, str]]:
     """Text of every slice of a schema, and what stands before it."""
     with planning(written(inside, attributes), positions) as desk:  # type: ignore[arg-type]
         made = reading(desk.layout, desk.workspace.slices, room)
@@ -94,8 +96,10 @@ def test_where_a_schema_is_longer_than_there_is_room_the_oldest_text_leaves() ->
     assert made[5:] == [("ee", "Rdd"), ("ff", "Rddee"), ("gg", "Rddeeff"), ("hh", "Rgg")]
     assert all(len(one) + len(before) <= 10 for one, before in made)
     # Slices are found by what they attended to, whatever left.
-    with planning(written("R<module name='x'>" + "x" * 1000 + "</module>" + now + M("c"))) as desk:
-        desk.pretend(reading(desk.layout, desk.workspace.slices, 1500))
+    with planning(
+        written("R<module name='x'>" + "x" * 1000 + "</module>" + now + "<module name='c'>" + "c" * 200 + "</module>")
+    ) as desk:
+        desk.pretend(reading(desk.layout, desk.workspace.slices, 1700))
         plan = desk.plan("<c/><user>?</user>")
         assert not any(span.made for span in plan.spans)
 
@@ -148,7 +152,11 @@ def test_a_chain_is_shortened_in_its_middle() -> None:
 def test_blocks() -> None:
     text = tokens("abcdefghij")
     blocks = SLICES.cut((), text)
-    assert [(each.start, len(each.tokens), each.chained) for each in blocks] == [(0, 4, True), (4, 4, True), (8, 2, True)]
+    assert [(each.start, len(each.tokens), each.chained) for each in blocks] == [
+        (0, 4, True),
+        (4, 4, True),
+        (8, 2, True),
+    ]
     assert SLICES.blocks((), text) == blocks[:2]
     plan = SLICES.plan((), text)
     assert (plan.n_cached, plan.exact, plan.tokens.tolist()) == (8, True, text.tolist())

@@ -14,7 +14,9 @@ MANY = 100_000
 
 
 def info(content: str) -> SliceInfo:
-    return SliceInfo("fp", "m", "s", "a", tokens=1, start=0, state_format="f", context="c", seconds=0.1, content=content)
+    return SliceInfo(
+        "fp", "m", "s", "a", tokens=1, start=0, state_format="f", context="c", seconds=0.1, content=content
+    )
 
 
 def content(number: int) -> str:
@@ -32,7 +34,7 @@ def test_variants_among_many_slices(tmp_path: Path) -> None:
     with Store(tmp_path, ram_budget=0) as store:
         assert store.index is not None
         # Two of each text.
-        store.index.add_all((f"{number:032x}", info(content(number // 2)), 0) for number in range(MANY))
+        store.index.add_all((f"{number:032x}", info(content(number // 2)), 1) for number in range(MANY))
         found = store.variants([content(7)])
         assert sorted(key for key, _ in found[content(7)]) == [f"{number:032x}" for number in (14, 15)]
         (plan,) = store.index._database.execute(
