@@ -42,7 +42,7 @@ def allowed(desk: Prompting, module: str) -> list[tuple[int, ...]]:
     alone = next((isolated for path, isolated, _ in texts if path == module), "")
     if not alone:
         return [tokens for _, _, tokens in texts]
-    around = ["", *(alone[: at] for at, letter in enumerate(alone) if letter == ".")]
+    around = ["", *(alone[:at] for at, letter in enumerate(alone) if letter == ".")]
     return [tokens for path, isolated, tokens in texts if path in around or isolated == alone]
 
 
@@ -84,7 +84,9 @@ def keep(desk: Prompting, slices: list[Slice], known: Meanings) -> None:
 
 @quick
 @given(schemas(), PLACED, st.data())
-def test_no_prompt_takes_what_attended_to_text_of_another(schema: Schema, positions: Positions, data: st.DataObject) -> None:
+def test_no_prompt_takes_what_attended_to_text_of_another(
+    schema: Schema, positions: Positions, data: st.DataObject
+) -> None:
     """Nor what attended to other modules, where it may not, nor to an older version of the schema."""
     known = Meanings()
     with desk_of(schema, positions, data) as first:

@@ -101,6 +101,8 @@ class Span:
     """Of tokens to evaluate: the module that they belong to, if it is one that is never cached."""
     why: str = ""
     """Why no better slice was taken, or why the tokens are evaluated."""
+    joined: tuple[bytes, ...] = ()
+    """Of tokens to evaluate that were several texts: the ``text_id`` of each."""
 
     @property
     def end(self) -> int:
@@ -116,6 +118,11 @@ class Span:
     def whole(self) -> bool:
         """Whether it is all of its slice."""
         return self.slice is not None and len(self.tokens) == len(self.slice.tokens)
+
+    @property
+    def texts(self) -> tuple[bytes, ...]:
+        """The ``text_id`` of each text that it holds."""
+        return self.joined or (text_id(self.tokens if self.slice is None else self.slice.tokens),)
 
     def moved(self, delta: int) -> Span:
         """The same tokens, ``delta`` positions further on."""
@@ -250,7 +257,8 @@ class Trail:
         if span.slice is not None:
             for each in span.slice.sees:
                 self._see(each)
-        self._see(text_id(span.tokens if span.slice is None else span.slice.tokens))
+        for each in span.texts:
+            self._see(each)
         self.n_tokens += len(span.tokens)
         self.end = span.end
 
