@@ -25,7 +25,7 @@ _F32, _F16 = 0, 1  # GGML_TYPE_F32, GGML_TYPE_F16 (ggml.h)
 _FLOATS: dict[int, np.dtype[np.floating]] = {_F32: np.dtype("<f4"), _F16: np.dtype("<f2")}
 _CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
 _HEAD = 16  # bytes: what a state is and of which sequence, the number of streams, the number of cells
-_CELLS = 256  # of the context that the angles are learnt in
+_CELLS = 4  # that each shift is tried on
 _POWERS = [1 << power for power in range(13)]
 _CHECKS = [-1, -1777, 3001]
 # Shifts that are tried: angles come from the powers of two, the rest must agree with them.
@@ -74,11 +74,11 @@ class _Layout:
         cells = self._take(self.count * _CELL.itemsize).view(_CELL)
         if (cells["sequences"] != 1).any():
             raise _Unknown("cells that say more than a position")
-        transposed, layers = self._numbers(2)
-        if transposed > 1 or layers > len(state):
+        self.transposed, layers = self._numbers(2)
+        if self.transposed > 1 or layers > len(state):
             raise _Unknown("no layers where they were expected")
         self.keys = [self._by_cell() for _ in range(layers)]
-        self.values = [self._by_value() if transposed else self._by_cell() for _ in range(layers)]
+        self.values = [self._by_value() if self.transposed else self._by_cell() for _ in range(layers)]
         if self._at != len(state):
             raise _Unknown(f"{len(state) - self._at} bytes behind the values")
 
@@ -149,6 +149,7 @@ class Rotation:
     def __init__(self, turns: Sequence[_Turn | None], threads: int) -> None:
         self._turns = turns
         self._threads = threads
+        self._pool = ThreadPoolExecutor(threads)  # its threads end with it
 
     def moved(self, state: Bytes, delta: int) -> Bytes | None:
         """A state with all its cells ``delta`` positions further on; ``None`` when it is not laid out as expected."""
@@ -174,14 +175,11 @@ class Rotation:
                 _rotate(keys.of(state), keys.of(out), self._turns[layer], delta)
 
         shares = [range(first, len(self._turns), self._threads) for first in range(self._threads)]
-        with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(move, shares))
+        list(self._pool.map(move, shares))
         return out
 
 
-def _rotate(
-    source: npt.NDArray[np.floating], target: npt.NDArray[np.floating], turn: _Turn | None, delta: int
-) -> None:
+def _rotate(source: npt.NDArray[np.floating], target: npt.NDArray[np.floating], turn: _Turn | None, delta: int) -> None:
     if turn is None or turn.size < turn.period:
         target[:] = source
     if turn is None:
@@ -219,7 +217,7 @@ def learn(context: Context, state: Bytes) -> Rotation | None:
 
 
 def _learn(context: Context, state: Bytes, like: _Layout) -> Iterator[_Turn | None]:
-    before, after = _shifted(context, like, state[:12])
+    before, after = _shifted(context, like, state[:8])
     known: _Turn | None = None
     for keys, shifted in zip(before, after, strict=True):
         known = _fit(keys, shifted, known)
@@ -228,50 +226,43 @@ def _learn(context: Context, state: Bytes, like: _Layout) -> Iterator[_Turn | No
 
 def _shifted(context: Context, like: _Layout, head: Bytes) -> tuple[list[Floats], list[Floats]]:
     """Random keys of each layer before and after shifts by ``_DELTAS``, as done by llama.cpp: shifts, cells, floats."""
-    small = Context(context.model, n_ctx=_CELLS, n_threads=context.n_threads, kv_type="f32", flash="off")
+    random = np.random.default_rng(0)
+    before = [random.standard_normal((len(_DELTAS), _CELLS, keys.shape[1]), np.float32) for keys in like.keys]
+    # With flash attention values lie like keys, which saves time.
+    small = Context(context.model, n_ctx=1, n_threads=context.n_threads, kv_type="f32", flash="on")
     try:
-        count = small.n_ctx // len(_DELTAS)
-        start = -min(_DELTAS)
-        random = np.random.default_rng(0)
-        before = [random.standard_normal((len(_DELTAS), count, block.shape[1]), np.float32) for block in like.keys]
-        for sequence, delta in enumerate(_DELTAS):
-            crafted = _craft(head, like, start, [keys[sequence] for keys in before])
-            if not small.load(sequence, crafted):
+        # llama.cpp shifts before it evaluates, and evaluates nothing when there is no room for it.
+        spare = small.n_ctx - len(_DELTAS) * _CELLS
+        crafted = [[keys[sequence] for keys in before] for sequence in range(len(_DELTAS))]
+        crafted.append([np.zeros((spare, keys.shape[1]), np.float32) for keys in like.keys])
+        for sequence, keys in enumerate(crafted):
+            if not small.load(sequence, _craft(head, like, keys)):
                 raise _Unknown("llama.cpp refuses a state made here")
+        for sequence, delta in enumerate(_DELTAS):
             small.shift(sequence, delta)
-        # One token more than there is room for: llama.cpp applies the shifts, and evaluates nothing.
-        filler = np.full(small.n_ctx - count * len(_DELTAS) + 1, context.model.filler, np.int32)
         try:
-            small.decode([Run(len(_DELTAS), 0, filler)])
+            small.decode([Run(len(crafted), 0, np.array([context.model.filler], np.int32))])
         except ContextFull:
             pass
         else:
             raise _Unknown("a full context takes more tokens")
         saved = [small.save(sequence) for sequence in range(len(_DELTAS))]
-        after = [
-            np.stack(layer)
-            for layer in zip(*([keys.of(each) for keys in _Layout(each).keys] for each in saved), strict=True)
-        ]
-        return before, after
     finally:
         small.close()
+    after = [np.stack([keys.of(state) for state in saved]) for keys in _Layout(saved[0]).keys]
+    return before, after
 
 
-def _craft(head: Bytes, like: _Layout, start: int, keys: Sequence[Floats]) -> Bytes:
-    """A state with these keys as f32, values of 0, and positions from ``start`` on; of the shape of another."""
+def _craft(head: Bytes, like: _Layout, keys: Sequence[Floats]) -> Bytes:
+    """A state with these keys, and values of 0, as f32; of the shape of another."""
     count = len(keys[0])
     cells = np.zeros(count, _CELL)
-    cells["position"] = np.arange(start, start + count)
+    cells["position"] = np.arange(count) - min(_DELTAS)
     cells["sequences"] = 1
-    transposed_and_layers = np.array([1, len(keys)], "<u4")
-    parts = [head, np.array([count], "<u4"), cells, np.array([1, len(keys)], "<u4")]
-    for layer in keys:
-        parts += [np.array([_F32, 4 * layer.shape[1], 0], "<u4"), layer]
-    # Those of the state are transposed if it was made without flash attention.
-    transposed = like.values[0].shape[1] == like.count
-    for values in like.values:
-        width = values.shape[0 if transposed else 1]
-        parts += [np.array([_F32, 4, width], "<u4"), np.zeros(width * count, np.float32)]
+    parts = [head, np.array([1, count], "<u4"), cells, np.array([0, len(keys)], "<u4")]
+    widths = [values.shape[0 if like.transposed else 1] for values in like.values]
+    for rows in (*keys, *(np.zeros((count, width), np.float32) for width in widths)):
+        parts += [np.array([_F32, rows.itemsize * rows.shape[1], 0], "<u4"), rows]
     return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
 
 
@@ -310,7 +301,9 @@ def _angles(halves: bool, head: int, before: Floats, after: Floats) -> Angles | 
     for power, measured in zip(_POWERS, turned, strict=False):
         # Full turns are known from smaller shifts, fractions of one better from larger shifts.
         angles = angles + np.angle(measured * np.exp(-1j * angles * power)) / power
-    expected = pairs[0] * np.exp(1j * angles * np.array(_DELTAS)[:, None])[:, None]
+    # Under YaRN llama.cpp also scales keys by a constant, whenever it shifts them. They have been scaled already.
+    scale = np.abs(turned).mean()
+    expected = scale * pairs[0] * np.exp(1j * angles * np.array(_DELTAS)[:, None])[:, None]
     return angles if (np.abs(pairs[1] - expected) <= _TOLERANCE * np.maximum(1, np.abs(expected))).all() else None
 
 
