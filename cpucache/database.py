@@ -35,12 +35,13 @@ def open_database(
     """
     # Another thread must not have locked the file yet when the one that makes it closes it. What can't be done, SQLite
     # says in its own words.
-    with _making, contextlib.suppress(OSError):
-        private_file(path)
-        # New ones get the mode of the file.
-        for log in (path.with_name(path.name + end) for end in ("-wal", "-shm")):
-            if log.exists():
-                private_file(log)
+    if str(path) != ":memory:":
+        with _making, contextlib.suppress(OSError):
+            private_file(path)
+            # New ones get the mode of the file.
+            for log in (path.with_name(path.name + end) for end in ("-wal", "-shm")):
+                if log.exists():
+                    private_file(log)
     database = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
     try:
         _prepare(database, f"PRAGMA synchronous = {synchronous};\n{schema}", added or {})

@@ -96,7 +96,6 @@ ON = "-s schema.xml -m llama.gguf --threads 1"
         (f"{RUN} -m folder", ["folder", "directory"]),
         (f"{RUN} -m odd.gguf --kv-type q8_0", ["odd.gguf", "32", "q8_0", "f16"]),
         (f"{RUN} -m mamba.gguf", ["mamba", "--no-cache"]),
-        ("encode schema.xml -m mamba.gguf", ["mamba"]),
         ("schema show schema.xml -m nothing-like-it", ["unknown model 'nothing-like-it'", "cpucache models list"]),
         ("schema check schema.xml -m no.gguf", ["not a GGUF"]),
         ("models path tinylama-1.1b-chat", ["did you mean 'tinyllama-1.1b-chat'?"]),

@@ -9,13 +9,24 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from cpucache.layout import Plan, Segment, Span
-from cpucache.layout.plan import Piece, schedule
-from cpucache.reuse import Workspace
+from cpucache.reuse import Plan, Slice, Span, Workspace
 from cpucache.reuse.splicer import FREE
 from cpucache.runtime import KVType
 from tests.support.tiny import ATTENTION_ARCHS
-from tests.support.workbench import TOLERANCE, bench, chain, cut, distance, plan_of, segment, some_tokens, tolerance
+from tests.support.workbench import (
+    SLICES,
+    TOLERANCE,
+    Tokens,
+    bench,
+    chain,
+    cut,
+    distance,
+    plan_of,
+    scheduled,
+    slice_of,
+    some_tokens,
+    tolerance,
+)
 
 TinyModel = Callable[..., Path]
 
@@ -31,10 +42,10 @@ kv_types = pytest.mark.parametrize("kv_type", KV_TYPES)
 @pytest.mark.parametrize("places", [(1,), (59,), (20, 41), (3, 6, 9, 30, 31, 50)], ids=str)
 def test_a_chain_gives_full_prefill(arch: str, kv_type: KVType, places: tuple[int, ...], tiny: TinyModel) -> None:
     text, question = cut(some_tokens(69), 60)
-    segments = chain(cut(text, *places))
+    slices = chain(cut(text, *places))
     with bench(tiny(arch), kv_type) as b:
         expected = b.full(np.concatenate([text, question]))
-        assert distance(b.logits(plan_of(*segments, question)), expected) < tolerance(arch, kv_type)
+        assert distance(b.logits(plan_of(*slices, question)), expected) < tolerance(arch, kv_type)
         # The first part of it counts, or this would show nothing.
         assert distance(b.full(np.concatenate([text[places[0] :], question])), expected) > 0.04
 
@@ -42,12 +53,12 @@ def test_a_chain_gives_full_prefill(arch: str, kv_type: KVType, places: tuple[in
 @archs
 def test_a_chain_encoded_piece_by_piece_gives_full_prefill(arch: str, tiny: TinyModel) -> None:
     tokens = some_tokens(69)
-    segments = chain(cut(tokens[:60], 7, 30, 33))
+    slices = chain(cut(tokens[:60], 7, 30, 33))
     with bench(tiny(arch)) as b:
-        for each in segments:
+        for each in slices:
             assert b.workspace.encode([each]).slices == 1
-        plan = plan_of(*segments, tokens[60:])
-        prefill = b.workspace.prefill(plan)
+        plan = plan_of(*slices, tokens[60:])
+        prefill = b.prefill(plan)
         assert (prefill.cached_tokens, prefill.fresh_tokens, prefill.encoded_tokens) == (60, 9, 0)
         assert distance(b.workspace.context.last_logits(), b.full(tokens)) < tolerance(arch, "f32")
 
@@ -63,23 +74,23 @@ def test_a_chain_longer_than_a_batch_gives_full_prefill(arch: str, kv_type: KVTy
 
 @archs
 def test_fresh_tokens_between_slices_of_a_chain_give_full_prefill(arch: str, tiny: TinyModel) -> None:
-    """Parameters: what the prompt brings stands where the slice behind was made in the sight of the same tokens."""
+    """Parameters: what the prompt brings stands where the slice behind was made behind the same tokens."""
     tokens = some_tokens(80)
     one, argument, two, question = cut(tokens, 30, 37, 70)
-    segments = chain([one, argument, two])
+    slices = chain([one, argument, two])
     with bench(tiny(arch)) as b:
-        plan = plan_of(segments[0], argument, segments[2], question)
+        plan = plan_of(slices[0], argument, slices[2], question)
         assert distance(b.logits(plan), b.full(tokens)) < tolerance(arch, "f32")
-        assert b.workspace.prefill(plan, fresh=True).fresh_tokens == 7 + 10
+        assert b.prefill(plan, fresh=True).fresh_tokens == 7 + 10
 
 
 # ---- a moved slice is one evaluated there ---------------------------------------------------------------------------
 def moved_plans() -> dict[str, Plan]:
     text = some_tokens(100, seed=1)
-    anchor = segment(text[:20])
-    near = segment(text[20:40], [anchor])
-    far = segment(text[40:65], [anchor], home=50)
-    alone = segment(text[65:85], home=200)
+    anchor = slice_of(text[:20])
+    near = slice_of(text[20:40], [anchor])
+    far = slice_of(text[40:65], [anchor], start=50)
+    alone = slice_of(text[65:85], start=200)
     question, more = text[85:92], text[92:]
     return {
         "by the encoder": plan_of(anchor, far, question),
@@ -108,8 +119,8 @@ def test_a_moved_slice_is_one_evaluated_there(arch: str, kv_type: KVType, case: 
 @kv_types
 def test_one_position_off_would_show(arch: str, kv_type: KVType, tiny: TinyModel) -> None:
     tokens = some_tokens(50)
-    anchor = segment(tokens[:20])
-    far = segment(tokens[20:40], [anchor], home=30)
+    anchor = slice_of(tokens[:20])
+    far = slice_of(tokens[20:40], [anchor], start=30)
     right, off = (plan_of(anchor, (far, start), tokens[40:]) for start in (25, 26))
     with bench(tiny(arch), kv_type) as b:
         assert distance(b.logits(off), b.expected(right)) > 2 * tolerance(arch, kv_type)
@@ -119,9 +130,9 @@ def test_one_position_off_would_show(arch: str, kv_type: KVType, tiny: TinyModel
 def test_siblings_side_by_side_are_those_made_one_by_one(arch: str, tiny: TinyModel) -> None:
     """More of them than a context has sequences, some moved, in one encoding."""
     text = some_tokens(2000)
-    anchor = segment(text[:20])
+    anchor = slice_of(text[:20])
     siblings = [
-        segment(text[20 + 10 * i : 30 + 10 * i + i % 7], [anchor], home=20 + 5 * (i % 4)) for i in range(len(FREE) + 5)
+        slice_of(text[20 + 10 * i : 30 + 10 * i + i % 7], [anchor], start=20 + 5 * (i % 4)) for i in range(len(FREE) + 5)
     ]
     with bench(tiny(arch)) as b:
         b.workspace.encode([anchor, *siblings])
@@ -134,10 +145,10 @@ def test_siblings_side_by_side_are_those_made_one_by_one(arch: str, tiny: TinyMo
 def test_a_slice_does_not_depend_on_what_was_made_with_it(arch: str, tiny: TinyModel) -> None:
     """Parts of one module, moved: made at once, one by one, and behind a context from the store."""
     text = some_tokens(90)
-    anchor = segment(text[:20])
-    first = segment(text[20:40], [anchor], home=60)
-    second = segment(text[40:55], [anchor, first])
-    third = segment(text[55:75], [anchor, first, second])
+    anchor = slice_of(text[:20])
+    first = slice_of(text[20:40], [anchor], start=60)
+    second = slice_of(text[40:55], [anchor, first])
+    third = slice_of(text[55:75], [anchor, first, second])
     plan = plan_of(anchor, first, second, third, text[75:])
     with bench(tiny(arch)) as b:
         at_once = b.logits(plan)
@@ -152,13 +163,13 @@ def test_a_slice_does_not_depend_on_what_was_made_with_it(arch: str, tiny: TinyM
 @kv_types
 def test_moved_slices_behind_several_fresh_spans(arch: str, kv_type: KVType, tiny: TinyModel) -> None:
     text = some_tokens(200)
-    anchor = segment(text[:20])
-    modules = [segment(text[20 + 15 * i : 35 + 15 * i], [anchor], home=20 + 15 * i) for i in range(6)]
-    pieces: list[Piece] = [anchor]
+    anchor = slice_of(text[:20])
+    modules = [slice_of(text[20 + 15 * i : 35 + 15 * i], [anchor], start=20 + 15 * i) for i in range(6)]
+    pieces: list[Slice | Tokens] = [anchor]
     for i, module in enumerate(modules):
         pieces += [text[110 + 4 * i : 114 + 4 * i], module]
-    plan = schedule([*pieces, text[180:]], packed=False)
-    assert [span.delta for span in plan.spans if span.segment] == [0, 4, 8, 12, 16, 20, 24]
+    plan = scheduled([*pieces, text[180:]])
+    assert [span.delta for span in plan.spans if span.slice] == [0, 4, 8, 12, 16, 20, 24]
     with bench(tiny(arch), kv_type) as b:
         assert distance(b.logits(plan), b.expected(plan)) < tolerance(arch, kv_type)
 
@@ -166,11 +177,11 @@ def test_moved_slices_behind_several_fresh_spans(arch: str, kv_type: KVType, tin
 @archs
 def test_more_stretches_than_free_sequences(arch: str, tiny: TinyModel) -> None:
     text = some_tokens(500)
-    modules = [segment(text[6 * i : 6 * i + 6], home=6 * i) for i in range(2 * len(FREE) + 5)]
-    pieces: list[Piece] = []
+    modules = [slice_of(text[6 * i : 6 * i + 6], start=6 * i) for i in range(2 * len(FREE) + 5)]
+    pieces: list[Slice | Tokens] = []
     for i, module in enumerate(modules):
         pieces += [module, text[400 + i : 401 + i]]
-    plan = schedule([*pieces, text[-5:]], packed=False)
+    plan = scheduled([*pieces, text[-5:]])
     with bench(tiny(arch)) as b:
         assert distance(b.logits(plan), b.expected(plan)) < tolerance(arch, "f32")
 
@@ -179,29 +190,29 @@ def test_more_stretches_than_free_sequences(arch: str, tiny: TinyModel) -> None:
 def test_a_plan_that_ends_in_a_slice_has_logits_too(arch: str, tiny: TinyModel) -> None:
     tokens = some_tokens(40)
     first, last = chain([tokens[:25], tokens[25:]])
-    moved = segment(tokens[25:], [first], home=30)
+    moved = slice_of(tokens[25:], [first], start=30)
     single = chain([tokens[:39], tokens[39:]])
     with bench(tiny(arch)) as b:
         for pieces in ([first, last], [first, last], single):
-            assert distance(b.logits(schedule(pieces, packed=False)), b.full(tokens)) < tolerance(arch, "f32")
-        assert distance(b.logits(schedule([first, moved], packed=True)), b.full(tokens)) < tolerance(arch, "f32")
+            assert distance(b.logits(scheduled(pieces)), b.full(tokens)) < tolerance(arch, "f32")
+        assert distance(b.logits(scheduled([first, moved], packed=True)), b.full(tokens)) < tolerance(arch, "f32")
 
 
 # ---- what the next plan shares --------------------------------------------------------------------------------------
-def random_plan(rng: np.random.Generator, pool: list[Segment], before: Plan | None) -> Plan:
+def random_plan(rng: np.random.Generator, pool: list[Slice], before: Plan | None) -> Plan:
     """Some of ``pool``, fresh tokens between and behind; often beginning like the plan before it."""
-    pieces: list[Piece] = []
+    pieces: list[Slice | Tokens] = []
     if before is not None and rng.random() < 0.7:
         for span in before.spans[: rng.integers(len(before.spans) + 1)]:
-            pieces.append(span.segment or span.tokens[: rng.integers(1, len(span.tokens) + 1)])
-    used = {piece for piece in pieces if isinstance(piece, Segment)}
+            pieces.append(span.slice or span.tokens[: rng.integers(1, len(span.tokens) + 1)])
+    used = {piece for piece in pieces if isinstance(piece, Slice)}
     for each in pool:
         if each not in used and rng.random() < 0.3:
             pieces.append(each)
         if rng.random() < 0.2:
             pieces.append(some_tokens(int(rng.integers(1, 9)), seed=int(rng.integers(3))))
     pieces.append(some_tokens(int(rng.integers(1, 12)), seed=int(rng.integers(3))))
-    return schedule(pieces, packed=bool(rng.random() < 0.3))
+    return scheduled(pieces, packed=bool(rng.random() < 0.3))
 
 
 @archs
@@ -209,16 +220,16 @@ def random_plan(rng: np.random.Generator, pool: list[Segment], before: Plan | No
 def test_any_sequence_of_plans_gives_what_each_gives_alone(arch: str, seed: int, tiny: TinyModel) -> None:
     text = some_tokens(300)
     trunk = chain(cut(text[:100], 40, 45))
-    pool = [*trunk, *(segment(text[100 + 30 * i : 130 + 30 * i], trunk[: i % 3], home=60 + 10 * i) for i in range(6))]
+    pool = [*trunk, *(slice_of(text[100 + 30 * i : 130 + 30 * i], trunk[: i % 3], start=60 + 10 * i) for i in range(6))]
     rng = np.random.default_rng(seed)
     with bench(tiny(arch)) as b:
-        alone = Workspace(b.truth, b.workspace.store, tiny(arch).stem)
+        alone = Workspace(b.truth, b.workspace.store, SLICES)
         plan: Plan | None = None
         for _ in range(30):
             if plan is None or rng.random() < 0.85:
                 plan = random_plan(rng, pool, plan)
-            spent = b.workspace.prefill(plan)
-            alone.prefill(plan, fresh=True)
+            spent = b.prefill(plan)
+            alone.prefill(lambda plan=plan: plan, fresh=True)
             assert spent.cached_tokens + spent.fresh_tokens == plan.n_tokens
             assert distance(b.workspace.context.last_logits(), b.truth.last_logits()) < tolerance(arch, "f32")
             if rng.random() < 0.5:  # an answer, which the next plan may go on from
@@ -239,16 +250,16 @@ def test_what_is_shared_is_not_evaluated_again(tiny: TinyModel) -> None:
     question, answer = tokens[50:60], tokens[60:63]
     with bench(tiny("llama")) as b:
         workspace = b.workspace
-        assert workspace.prefill(plan_of(one, two, question)).fresh_tokens == 10
-        assert workspace.prefill(plan_of(one, two, question)).fresh_tokens == 1
+        assert b.prefill(plan_of(one, two, question)).fresh_tokens == 60
+        assert b.prefill(plan_of(one, two, question)).fresh_tokens == 1
         workspace.append(answer)
         again = plan_of(one, two, np.concatenate([question, answer, tokens[63:70]]))
-        assert workspace.prefill(again).fresh_tokens == 7
+        assert b.prefill(again).fresh_tokens == 7
         assert distance(workspace.context.last_logits(), b.full(tokens[:70])) < TOLERANCE["f32"]
-        assert workspace.prefill(again, fresh=True).fresh_tokens == 20
+        assert b.prefill(again, fresh=True).fresh_tokens == 20
         # What is in the context already needs no store.
         workspace.store.ram.clear()
-        assert workspace.prefill(plan_of(one, question)).fresh_tokens == 10
+        assert b.prefill(plan_of(one, question)).fresh_tokens == 10
         workspace.reset()
-        assert workspace.prefill(plan_of(one, question)).encoded_tokens == 30
-        assert workspace.prefill(Plan((Span(0, tokens),))).fresh_tokens == 100
+        assert b.prefill(plan_of(one, question)).encoded_tokens == 30
+        assert b.prefill(Plan((Span(0, tokens),))).fresh_tokens == 100

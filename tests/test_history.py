@@ -1,4 +1,4 @@
-"""Histories: whatever is added and leaves, everything stands where it should and has seen what it should."""
+"""Histories: whatever is added and leaves, everything stands where it should and attended to what it should."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpucache.layout import Chains, History, Segment, Span
-from tests.support.workbench import some_tokens
+from cpucache.reuse import History, Slice, Slices, Span
+from tests.support.workbench import slice_of, some_tokens
 
 
 @dataclass
@@ -35,8 +35,12 @@ def tokens(span: Span) -> list[int]:
     return span.tokens.tolist()
 
 
-def in_sight(segment: Segment) -> list[int]:
-    return [token for span in segment.context for token in tokens(span)]
+def slices(size: int = 256) -> Slices:
+    return Slices("model", "format", size)
+
+
+def attended(slice_: Slice) -> list[int]:
+    return [token for span in slice_.context or () for token in tokens(span)]
 
 
 adding = st.lists(st.integers(1, 4), max_size=3).map(lambda sizes: ("add", sizes))
@@ -48,18 +52,18 @@ steps = st.lists(st.one_of(adding, adding, leaving, st.just(("copy", None))), ma
 @given(st.integers(0, 2), steps, st.booleans(), st.integers(1, 3))
 def test_any_history_is_what_lists_say(fixed: int, steps: list, movable: bool, size: int) -> None:
     oracle = Oracle(fixed)
-    history = History(Chains(size), movable=movable)
+    history = History(slices(size), movable=movable)
     history.fixed = fixed
-    seen: dict[Segment, list[int]] = {}
+    seen: dict[Slice, list[int]] = {}
     for number, (what, value) in enumerate(steps):
         if what == "add":
             before = oracle.tokens
             parts = [some_tokens(n, seed=97 * number + i) for i, n in enumerate(value)]
             made = history.add_tokens(parts, "here")
-            assert [segment.tokens.tolist() for segment in made] == [part.tolist() for part in parts]
-            for segment in made:
-                seen[segment] = list(before)
-                before += segment.tokens.tolist()
+            assert [slice_.tokens.tolist() for slice_ in made] == [part.tolist() for part in parts]
+            for slice_ in made:
+                seen[slice_] = list(before)
+                before += slice_.tokens.tolist()
             oracle.entries.append([token for part in parts for token in part.tolist()])
         elif what == "leave":
             count = min(value, len(oracle.entries) - fixed)
@@ -80,27 +84,27 @@ def test_any_history_is_what_lists_say(fixed: int, steps: list, movable: bool, s
         assert [token for span in spans for token in tokens(span)] == oracle.tokens
         assert [span.start for span in spans] == np.cumsum([0, *(len(span.tokens) for span in spans)])[:-1].tolist()
         assert history.end == len(oracle.tokens)
-        assert history.segments == [span.segment for span in spans]
+        assert history.slices == [span.slice for span in spans]
         for span in spans:
-            assert span.segment is not None
+            assert span.slice is not None
             if movable:
-                # It is still what it was made as, in the sight of what was there then.
-                assert in_sight(span.segment) == seen[span.segment]
-                assert span.segment.home == len(seen[span.segment])
+                # It is still what it was made as, behind what was there then.
+                assert attended(span.slice) == seen[span.slice]
+                assert span.slice.start == len(seen[span.slice])
                 assert span.delta <= 0
             else:
-                # It was made where it stands, in the sight of what is there now.
+                # It was made where it stands, behind what is there now.
                 assert span.delta == 0
-                assert span.segment.chained
+                assert span.slice.chained
                 assert len(span.tokens) <= max(size, 4)
 
 
-def test_the_same_history_twice_is_the_same_segments() -> None:
-    chains = Chains()
+def test_the_same_history_twice_is_the_same_slices() -> None:
+    making = slices()
     parts = [some_tokens(5, seed=i) for i in range(6)]
 
     def built() -> History:
-        history = History(chains)
+        history = History(making)
         history.fixed = 1
         for index, part in enumerate(parts):
             if index == 4:
@@ -109,37 +113,36 @@ def test_the_same_history_twice_is_the_same_segments() -> None:
         return history
 
     one, two = built(), built()
-    assert one.segments == two.segments
-    # What came later has seen a shorter text, so it is another segment than without the gap.
-    whole = History(chains)
+    assert one.slices == two.slices
+    # What came later attended to a shorter text, so it is another slice than without the gap.
+    whole = History(making)
     for part in parts:
         whole.add_tokens([part])
-    assert whole.segments[:4] == [*one.segments[:1], *whole.segments[1:3], one.segments[1]]
-    assert whole.segments[4] is not one.segments[2]
+    assert whole.slices[:4] == [*one.slices[:1], *whole.slices[1:3], one.slices[1]]
+    assert whole.slices[4] != one.slices[2]
 
 
 def test_positions_left_out_of_what_is_fixed_stay_so() -> None:
     """A PML prompt may leave modules out, and their positions empty."""
-    chains = Chains()
-    first, second = (Segment(some_tokens(4, seed=i), home, (), "") for i, home in enumerate((0, 10)))
-    history = History(chains)
+    first, second = (slice_of(some_tokens(4, seed=i), start=start) for i, start in enumerate((0, 10)))
+    history = History(slices())
     history.fixed = 1
     history.add([first.span, second.span])
     one, two, three = (history.add_tokens([some_tokens(3, seed=i)])[0] for i in range(2, 5))
-    assert [segment.home for segment in (one, two, three)] == [14, 17, 20]
+    assert [slice_.start for slice_ in (one, two, three)] == [14, 17, 20]
     history.leave_out(1)
-    assert [(span.start, span.segment) for span in history.spans] == [(0, first), (10, second), (14, two), (17, three)]
+    assert [(span.start, span.slice) for span in history.spans] == [(0, first), (10, second), (14, two), (17, three)]
     history.leave_out(2)
-    assert [(span.start, span.segment) for span in history.spans] == [(0, first), (10, second), (14, three)]
+    assert [(span.start, span.slice) for span in history.spans] == [(0, first), (10, second), (14, three)]
     history.leave_out(3)
     assert history.end == 14
-    assert history.add_tokens([some_tokens(2)])[0].home == 14
+    assert history.add_tokens([some_tokens(2)])[0].start == 14
 
 
 @pytest.mark.parametrize("movable", [True, False])
 def test_leaving_twice_is_leaving_once(movable: bool) -> None:
     def history(*counts: int) -> History:
-        made = History(Chains(), movable=movable)
+        made = History(slices(), movable=movable)
         for index in range(6):
             made.add_tokens([some_tokens(2 + index, seed=index)])
         for count in counts:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -375,6 +377,19 @@ def test_a_lost_index_is_made_again_from_the_files(loss: str, tmp_path: Path, ca
     caplog.clear()
     Store(tmp_path, ram_budget=0).close()
     assert not caplog.records
+
+
+def test_an_index_of_an_earlier_version_is_brought_up_to_this_one(tmp_path: Path) -> None:
+    filled(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
+        database.executescript(
+            "DROP TABLE absent; CREATE TABLE past (key TEXT PRIMARY KEY, uses INTEGER, gone REAL) WITHOUT ROWID;"
+            "CREATE INDEX by_gone ON past (gone); DELETE FROM totals WHERE name IN ('budget', 'default');"
+        )
+    index = Index(tmp_path / "index.sqlite")
+    assert {"absent", "by_gone"} <= {name for (name,) in index._database.execute("SELECT name FROM sqlite_master")}
+    assert {"budget", "default"} <= index.totals().keys()
+    index.close()
 
 
 def test_rebuilding_takes_in_what_is_sound_and_not_known(tmp_path: Path) -> None:

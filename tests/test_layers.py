@@ -45,7 +45,6 @@ HOMES = {
     "llama_cpp": {"runtime"},
     "lxml": {"pml"},
     "jinja2": {"layout"},
-    "safetensors": {"store"},
     "cryptography": {"store"},
     "sqlite3": {"database", "store", "sessions"},
     "huggingface_hub": {"models"},

@@ -1,17 +1,21 @@
-"""A schema's layout: which segments there are, what they hold, where they stand and what they see."""
+"""A schema's layout: which segments there are, what they hold and where they stand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cpucache.errors import PMLError
-from cpucache.layout import ChatTemplate, Extent, Positions, SchemaLayout, Segment
+from cpucache.layout import ChatTemplate, Extent, Placeholder, Positions, SchemaLayout, Segment
+from cpucache.layout.segment import LONGEST
 from cpucache.pml import parse_schema
+from cpucache.pml.tree import Module, Scope, Union
 from cpucache.runtime import Model
+from cpucache.store import text_id
 from tests.support.letters import FILLER, Letters
 from tests.support.tiny import BOS, CHATML, IM_END, IM_START, UNK
 
@@ -29,16 +33,29 @@ def lay(
     return SchemaLayout(schema, letters, ChatTemplate(template, bos=letters.bos_text or "", eos="</s>"), positions)
 
 
-def text(layout: SchemaLayout, segment: Segment) -> str:
+def parts(layout: SchemaLayout) -> list[Segment | Placeholder]:
+    """Every segment and placeholder, in document order."""
+
+    def walk(scope: Scope) -> Iterator[Segment | Placeholder]:
+        for part in layout.outline[scope]:
+            if isinstance(part, Union | Module):
+                for module in part.members if isinstance(part, Union) else (part,):
+                    yield from walk(module)
+            else:
+                yield part
+
+    return list(walk(layout.schema))
+
+
+def text(layout: SchemaLayout, part: Segment | Placeholder) -> str:
     assert isinstance(layout.vocabulary, Letters)
-    return layout.vocabulary.text(segment.tokens)
+    return layout.vocabulary.text(part.tokens)
 
 
-def shown(layout: SchemaLayout) -> list[tuple[str, str, int, list[str]]]:
-    """Module, text, home, and what is in sight, of every segment."""
+def shown(layout: SchemaLayout) -> list[tuple[str, str, int | None]]:
+    """Module (``?`` for a placeholder), text and home of every part."""
     return [
-        (segment.module, text(layout, segment), segment.home, [text(layout, seen) for seen in segment.sees])
-        for segment in layout.segments
+        (part.module if isinstance(part, Segment) else "?", text(layout, part), part.home) for part in parts(layout)
     ]
 
 
@@ -52,55 +69,90 @@ def drawn(extent: Extent) -> Any:
 NESTED = "AB<module name='m'>cde<module name='n'>f</module>gh</module>IJ<module name='o'>k</module>"
 
 
-def test_modules_see_the_text_of_the_modules_around_them_and_no_other() -> None:
+def test_segments_stand_in_the_order_of_the_schema() -> None:
     assert shown(lay(NESTED, "reserved")) == [
-        ("", "AB", 0, []),
-        ("m", "cde", 2, ["AB"]),
-        ("m.n", "f", 5, ["AB", "cde"]),
-        ("m", "gh", 6, ["AB", "cde"]),
-        ("", "IJ", 8, ["AB"]),
-        ("o", "k", 10, ["AB", "IJ"]),
+        ("", "AB", 0),
+        ("m", "cde", 2),
+        ("m.n", "f", 5),
+        ("m", "gh", 6),
+        ("", "IJ", 8),
+        ("o", "k", 10),
     ]
 
 
-def test_packed_segments_stand_right_behind_what_they_see() -> None:
+def test_packed_segments_have_no_position() -> None:
     layout = lay(NESTED, "packed")
     assert layout.positions == "packed"
-    assert [(segment.module, segment.home) for segment in layout.segments] == [
-        ("", 0),
-        ("m", 2),
-        ("m.n", 5),
-        ("m", 5),
-        ("", 2),
-        ("o", 4),
-    ]
-    assert all(segment.home == segment.context_end for segment in layout.segments)
-    # What is seen does not depend on where things stand.
-    assert [row[3] for row in shown(layout)] == [row[3] for row in shown(lay(NESTED, "reserved"))]
+    assert shown(layout) == [(module, text, None) for module, text, _ in shown(lay(NESTED, "reserved"))]
 
 
 def test_modules_without_text_of_their_own_take_no_room() -> None:
     layout = lay("<module name='a'></module><module name='b'><module name='c'>xy</module></module>z")
-    assert shown(layout) == [("b.c", "xy", 0, []), ("", "z", 2, [])]
+    assert shown(layout) == [("b.c", "xy", 0), ("", "z", 2)]
 
 
-def test_modules_that_are_not_cached_have_segments_that_others_see() -> None:
+def test_modules_that_are_not_cached_have_segments() -> None:
     layout = lay(
         "A<module name='m' cache='false'>b<module name='n'>c</module><parameter name='p' length='1'/></module>"
     )
-    assert [(text(layout, segment), segment.cache, segment.placeholder) for segment in layout.segments] == [
-        ("A", True, False),
-        ("b", False, False),
-        ("c", True, False),
-        (FILLER, False, True),
+    assert [(text(layout, segment), segment.cache) for segment in layout.segments] == [
+        ("A", True),
+        ("b", False),
+        ("c", True),
     ]
-    assert [text(layout, seen) for seen in layout.segments[2].sees] == ["A", "b"]
     assert [extent.cache for extent in layout.extent.children] == [False]
 
 
 def test_equal_modules_have_segments_of_their_own() -> None:
     layout = lay("<module name='a'>x</module><module name='b'>x</module>")
     assert layout.segments[0] != layout.segments[1]
+    assert layout.segments[0].id == layout.segments[1].id
+
+
+def test_long_text_is_cut() -> None:
+    layout = lay(f"<module name='m'>{'x' * (2 * LONGEST)}y</module>z")
+    assert [(segment.module, len(segment.tokens), segment.home) for segment in layout.segments] == [
+        ("m", LONGEST, 0),
+        ("m", LONGEST, LONGEST),
+        ("m", 1, 2 * LONGEST),
+        ("", 1, 2 * LONGEST + 1),
+    ]
+    assert layout.segments_at[layout.schema.children[0].children[0], ""] == list(layout.segments[:3])  # type: ignore[union-attr]
+
+
+# ---- what may be attended to -----------------------------------------------------------------------------------------
+
+
+def limits(layout: SchemaLayout) -> dict[str, set[str] | None]:
+    """The texts that slices of each text may have attended to; ``None``: any."""
+    texts = {part.id if isinstance(part, Segment) else text_id(part.tokens): part for part in parts(layout)}
+    found: dict[str, set[str] | None] = {}
+    for segment in layout.segments:
+        limit = layout.may_attend_to(segment)
+        found[text(layout, segment)] = None if limit is None else {text(layout, texts[each]) for each in limit}
+    return found
+
+
+def test_an_isolated_module_attends_to_itself_and_the_text_around_it() -> None:
+    assert limits(
+        lay("A<module name='m'>b<module name='n' isolate='true'>c<module name='o'>d</module></module>e</module>F")
+    ) == {"A": None, "b": None, "c": set("AbecdF"), "d": set("AbecdF"), "e": None, "F": None}
+
+
+def test_the_members_of_an_isolated_union_are_isolated() -> None:
+    content = "A<union isolate='true'><module name='x'>1</module><module name='y'>2</module></union>"
+    assert limits(lay(content)) == {"A": None, "1": set("A1"), "2": set("A2")}
+
+
+def test_without_an_anchor_text_attends_to_its_own_module() -> None:
+    content = "A<module name='m'>b<module name='n'>c</module>d</module>E"
+    assert limits(lay(content, attributes="anchor='none'")) == {
+        "A": set("AE"),
+        "b": set("bd"),
+        "c": set("c"),
+        "d": set("bd"),
+        "E": set("AE"),
+    }
 
 
 # ---- unions ----------------------------------------------------------------------------------------------------------
@@ -109,32 +161,7 @@ def test_equal_modules_have_segments_of_their_own() -> None:
 def test_union_members_start_together_and_the_longest_is_the_length() -> None:
     content = "A<union><module name='x'>1</module><module name='y'>234</module><module name='z'>56</module></union>B"
     layout = lay(content)
-    assert shown(layout) == [
-        ("", "A", 0, []),
-        ("x", "1", 1, ["A"]),
-        ("y", "234", 1, ["A"]),
-        ("z", "56", 1, ["A"]),
-        ("", "B", 4, ["A"]),
-    ]
-    assert lay(content, "packed").segments[-1].home == 1
-
-
-@pytest.mark.parametrize("positions", ["reserved", "packed"])
-def test_a_scaffold_is_in_sight_of_what_follows_the_union(positions: Positions) -> None:
-    layout = lay(
-        "A<union scaffold='x'><module name='x'>12<module name='in'>3</module></module><module name='y'>4567</module>"
-        "</union>B<module name='m'>c</module>",
-        positions,
-    )
-    assert [(row[1], row[3]) for row in shown(layout)] == [
-        ("A", []),
-        ("12", ["A"]),
-        ("3", ["A", "12"]),
-        ("4567", ["A"]),
-        ("B", ["A", "12"]),  # a module inside the member is left out or not: it is no part of the stand-in
-        ("c", ["A", "12", "B"]),
-    ]
-    assert layout.segments[4].home == (5 if positions == "reserved" else 3)
+    assert shown(layout) == [("", "A", 0), ("x", "1", 1), ("y", "234", 1), ("z", "56", 1), ("", "B", 4)]
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
@@ -145,17 +172,11 @@ def test_a_parameter_is_filled_by_its_scaffold_and_then_the_filler() -> None:
         "<module name='m'>a<parameter name='p' length='4' scaffold='xy'/>b<parameter name='q' length='2'/></module>"
     )
     filled, empty = "xy" + 2 * FILLER, 2 * FILLER
-    assert shown(layout) == [
-        ("m", "a", 0, []),
-        ("m", filled, 1, ["a"]),
-        ("m", "b", 5, ["a", filled]),
-        ("m", empty, 6, ["a", filled, "b"]),
-    ]
-    assert [segment.placeholder for segment in layout.segments] == [False, True, False, True]
+    assert shown(layout) == [("m", "a", 0), ("?", filled, 1), ("m", "b", 5), ("?", empty, 6)]
 
 
 def test_a_scaffold_as_long_as_its_parameter_fits_and_a_longer_one_does_not() -> None:
-    assert shown(lay("<parameter name='p' length='3' scaffold='xyz'/>")) == [("", "xyz", 0, [])]
+    assert shown(lay("<parameter name='p' length='3' scaffold='xyz'/>")) == [("?", "xyz", 0)]
     with pytest.raises(PMLError, match=r"^s\.xml:2: .*'p' is 5 tokens long, 2 more than its length 3$") as caught:
         lay("A\n<parameter name='p' length='3' scaffold='vwxyz'/>")
     assert caught.value.line == 2
@@ -180,12 +201,13 @@ def test_role_tags_become_template_text_inside_the_segments_next_to_them() -> No
 def test_places_lead_to_segments() -> None:
     layout = lay("<system>S<module name='m'>x</module></system>", template=CHATML, bos_text="<s>")
     system = layout.schema.children[0]
-    assert layout.segment_at[layout.schema, ""] is layout.segment_at[system, ""] is layout.segments[0]
-    assert layout.segment_at[system, "end"] is layout.segments[-1]
+    first, last = [layout.segments[0]], [layout.segments[-1]]
+    assert layout.segments_at[layout.schema, ""] == layout.segments_at[system, ""] == first
+    assert layout.segments_at[system, "end"] == last
 
 
 def test_without_a_template_roles_end_their_lines() -> None:
-    assert shown(lay("<system>S</system><user>U</user>")) == [("", "S\nU\n", 0, [])]
+    assert shown(lay("<system>S</system><user>U</user>")) == [("", "S\nU\n", 0)]
 
 
 def test_only_the_first_role_of_all_opens_the_template() -> None:
@@ -210,11 +232,11 @@ def test_union_members_are_alternatives_to_the_template_too() -> None:
 
 def test_the_beginning_of_text_opens_the_schema() -> None:
     assert shown(lay("<module name='m'>x</module>y", bos_text="<s>")) == [
-        ("", "<s>", 0, []),
-        ("m", "x", 1, ["<s>"]),
-        ("", "y", 2, ["<s>"]),
+        ("", "<s>", 0),
+        ("m", "x", 1),
+        ("", "y", 2),
     ]
-    assert shown(lay("ab", bos_text="<s>")) == [("", "<s>ab", 0, [])]
+    assert shown(lay("ab", bos_text="<s>")) == [("", "<s>ab", 0)]
 
 
 def test_the_beginning_of_text_is_there_once_when_the_template_writes_it_too() -> None:
@@ -236,7 +258,6 @@ def test_auto_reserves_while_the_schema_fits_the_trained_context() -> None:
     assert (lay(MANY, n_ctx_train=60).positions, lay(MANY, n_ctx_train=60).length) == ("reserved", 60)
     packed = lay(MANY, n_ctx_train=59)
     assert packed.positions == "packed"
-    assert [segment.home for segment in packed.segments] == [0] * 5
 
 
 def test_reserved_positions_beyond_the_trained_context_are_refused_with_the_largest_modules() -> None:
@@ -250,7 +271,7 @@ def test_reserved_positions_beyond_the_trained_context_are_refused_with_the_larg
 
 def test_what_is_too_long_even_when_packed_is_refused() -> None:
     content = f"aaaaaa<module name='m'>{'b' * 18}</module>cccccc<module name='o'>d</module>"
-    # Nothing is in sight of m but the six letters before it.
+    # Before m stand, in any prompt, the six letters before it.
     assert lay(content, n_ctx_train=24).positions == "packed"
     message = (
         r"'s' needs 24 tokens, the model holds 23; its largest modules: m \(18\), \(text of the schema\) \(12\), o"
@@ -305,17 +326,18 @@ def test_a_layout_under_a_vocabulary_of_llama_cpp(
     with Model(tiny("llama", add_bos=add_bos, **settings), vocab_only=True) as model:
         template = ChatTemplate(model.chat_template, bos=model.special_text("bos"), eos=model.special_text("eos"))
         layout = SchemaLayout(schema, model, template)
-        texts = [model.text(segment.tokens, special=True) for segment in layout.segments]
+        all_parts = parts(layout)
+        texts = [model.text(part.tokens, special=True) for part in all_parts]
         begin = "<s>" if add_bos else ""
         assert texts[:2] == [f"{begin}<|im_start|>system\nin the end", " of the one "]
         assert texts[3] == "<|im_end|>\n"
-        first, filled = layout.segments[0].tokens.tolist(), layout.segments[2].tokens.tolist()
+        first, filled = all_parts[0].tokens.tolist(), all_parts[2].tokens.tolist()
         assert first[: 1 + add_bos] == [BOS, IM_START][1 - add_bos :]
-        assert layout.segments[3].tokens[0] == IM_END
+        assert all_parts[3].tokens[0] == IM_END
         assert model.text(filled[:-6]).startswith("the")
         assert (len(filled), set(filled[-6:])) == (9, {UNK})
-        homes = [segment.home for segment in layout.segments]
-        assert homes == [0, *(segment.end for segment in layout.segments[:-1])]
+        sizes = [len(part.tokens) for part in all_parts]
+        assert [part.home for part in all_parts] == np.cumsum([0, *sizes[:-1]]).tolist()
 
 
 def test_the_trained_context_of_a_model_decides(tiny: Callable[..., Path]) -> None:

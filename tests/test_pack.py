@@ -37,9 +37,9 @@ from cpucache.store.slicefile import SliceFiles
 from cpucache.store.upkeep import remove
 from tests.support.changes import changes
 from tests.support.command import PROMPT, SCHEMA
-from tests.support.workbench import PLENTY
 
 TOKENS = np.array([5, 6, 7], np.int32)
+PLENTY = 1 << 30
 
 
 def put(store: Store, number: int, fingerprint: str = "fp", size: int = 5000) -> str:

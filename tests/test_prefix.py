@@ -141,9 +141,8 @@ def test_a_changed_token_is_known_up_to_its_block(arch: str, place: float, tiny:
     changed = tokens.copy()
     changed[index] = changed[index] % 200 + 7
     with engine(model, tmp_path, block_size=SIZE) as running, truth(model) as true:
-        stream = running.answer(
-            running.chains.plan((), changed), sessions.greedy(), max_tokens=3, started=0.0, label="(text)"
-        )
+        plan = running.slices.plan((), changed)
+        stream = running.answer(lambda: plan, sessions.greedy(), max_tokens=3, started=0.0, label="(text)")
         answer = said(running, stream)
         assert answer.fresh == len(tokens) - min(index // SIZE * SIZE, blocks(len(tokens)))
         true.check(arch, answer)
@@ -169,7 +168,7 @@ def test_the_size_of_blocks(arch: str, size: int, tiny: Tiny, tmp_path: Path) ->
 def test_blocks_have_256_tokens_unless_told(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path) as running:
         plan = running.plan(text=message(1, 200))
-        assert {len(span.tokens) for span in plan.spans if span.segment} == {256}
+        assert {len(span.tokens) for span in plan.spans if span.slice} == {256}
     for size in (0, -1):
         with pytest.raises(InputError, match=f"block_size={size}"), engine(tiny("llama"), tmp_path, block_size=size):
             pass

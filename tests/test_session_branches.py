@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cpucache.errors import InputError
-from cpucache.layout import Plan, Span
 from cpucache.pml import parse_schema
+from cpucache.reuse import Plan, Slice, Span, reading
 from tests.support import sessions
 from tests.support.command import PROMPT, SCHEMA
 from tests.support.sessions import SYSTEM, engine, message, rendered, said, sizes, truth
@@ -176,16 +176,15 @@ def test_forks_that_say_the_same_share_that_too(tiny: Tiny, tmp_path: Path) -> N
 
 
 # ---- beginning with a PML prompt -------------------------------------------------------------------------------------
-def defined(bench: Bench, plan: Plan, alone: Plan, answer: Tokens) -> Logits:
+def defined(bench: Bench, plan: Plan, modules: Iterable[Slice], answer: Tokens) -> Logits:
     """The logits that a plan with an answer ends with by its definition.
 
-    Modules, which ``alone`` has too, are each in the sight of their own context, where they stand; what follows them is
-    in the sight of everything before.
+    Slices of ``modules`` were each evaluated behind their own context; what else there is was evaluated behind
+    everything before.
     """
-    modules = {(span.start, len(span.tokens)) for span in alone.spans if span.segment}
-    spans = [
-        span if (span.start, len(span.tokens)) in modules else Span(span.start, span.tokens) for span in plan.spans
-    ]
+    known = {slice_.key: slice_ for slice_ in modules}
+    assert known.keys() & {slice_.key for slice_ in plan.slices}
+    spans = [Span(each.start, each.tokens, known.get(each.slice.key) if each.slice else None) for each in plan.spans]
     if len(answer):
         spans.append(Span(plan.end, answer))
     return bench.expected(Plan(tuple(spans)))
@@ -197,21 +196,20 @@ def test_a_session_that_begins_with_a_prompt(arch: str, tiny: Tiny, tmp_path: Pa
     model = tiny(arch)
     with opened(model) as context:
         with engine(model, tmp_path) as running:
-            running.add_schema(parse_schema(SCHEMA))
+            layout = running.add_schema(parse_schema(SCHEMA))
             running.encode("shop")
+            modules = reading(layout, running.slices, running.context.n_ctx - 1)
             alone = said(running, running.stream(PROMPT, max_tokens=4))
             bench = Bench(running.workspace, context)
             with running.session("s", prompt=PROMPT) as session:
                 assert session.unanswered
                 answer = said(running, session.stream(max_tokens=4))
                 assert answer.stream.plan.tokens.tolist() == alone.stream.plan.tokens.tolist()
-                assert answer.stream.metrics.cached_tokens == sum(
-                    len(span.tokens) for span in alone.stream.plan.spans if span.segment
-                )
+                assert answer.stream.metrics.cached_tokens == alone.stream.plan.n_cached
                 # What is new in the prompt is a slice as well, but for the last token.
                 assert distance(answer.rows[0], alone.rows[0]) < tolerance(arch, "f32")
                 plan = answer.stream.plan
-                ends = defined(bench, plan, alone.stream.plan, answer.tokens[plan.n_tokens :])
+                ends = defined(bench, plan, modules, answer.tokens[plan.n_tokens :])
                 assert distance(answer.rows[-1], ends) < tolerance(arch, "f32")
                 assert not session.unanswered
                 assert session.entries[0].role == "prompt"
@@ -225,8 +223,8 @@ def test_a_session_that_begins_with_a_prompt(arch: str, tiny: Tiny, tmp_path: Pa
                 answer = said(running, session.stream(message(number), max_tokens=4))
                 plan = answer.stream.plan
                 assert answer.fresh == plan.n_tokens - evaluated
-                begins = defined(bench, plan, alone.stream.plan, answer.tokens[:0])
-                ends = defined(bench, plan, alone.stream.plan, answer.tokens[plan.n_tokens :])
+                begins = defined(bench, plan, modules, answer.tokens[:0])
+                ends = defined(bench, plan, modules, answer.tokens[plan.n_tokens :])
                 assert distance(answer.rows[0], begins) < tolerance(arch, "f32")
                 assert distance(answer.rows[-1], ends) < tolerance(arch, "f32")
                 evaluated = plan.n_tokens + answer.stream.evaluated
@@ -245,10 +243,10 @@ def test_a_session_that_begins_with_a_prompt_is_truncated(
         session = running.session("s", prompt=PROMPT)
         answer = said(running, session.stream(max_tokens=4))
         held, plan = answer.tokens, answer.stream.plan
-        defined(Bench(running.workspace, context), plan, alone, held[plan.n_tokens :])
-        end = plan.end + answer.stream.evaluated
-        # The position behind the prompt, in which some were left out.
-        opening = plan.end - plan.n_tokens + sizes(session)[0]
+        defined(Bench(running.workspace, context), plan, alone.slices, held[plan.n_tokens :])
+        end = context.last_position(0) + 1
+        # The position behind the prompt, wherever it begins here.
+        opening = end - len(held) + sizes(session)[0]
         gone = 0
         for number in range(12):
             if reopened:

@@ -20,7 +20,10 @@ TEXT = message(1, 60)
 
 def needed(running: Engine, session: Session) -> list[str]:
     """The keys of the slices that the next turn of a session needs: those of its plan, as far as there are any."""
-    return [key for key in running.workspace.keys(session.stream("?", max_tokens=1).plan) if key in running.store]
+    plan = session.stream("?", max_tokens=1).planned()
+    keys = [key for key in running.workspace.keys(plan) if key in running.store]
+    assert keys
+    return keys
 
 
 def stream_by(running: Engine, count: int) -> None:

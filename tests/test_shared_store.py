@@ -14,7 +14,7 @@ from pathlib import Path
 from cpucache.reuse import Workspace
 from cpucache.store import Store
 from cpucache.store.claims import Claims
-from tests.support.workbench import PLENTY, TOLERANCE, bench, chain, cut, distance, opened, plan_of, some_tokens
+from tests.support.workbench import PLENTY, SLICES, TOLERANCE, bench, chain, cut, distance, opened, plan_of, some_tokens
 
 TinyModel = Callable[..., Path]
 
@@ -23,15 +23,15 @@ import json, sys
 from pathlib import Path
 from cpucache.reuse import Workspace
 from cpucache.store import Store
-from tests.support.workbench import chain, cut, opened, some_tokens
+from tests.support.workbench import SLICES, chain, cut, opened, some_tokens
 
-segments = chain(cut(some_tokens(700), 100, 200, 300, 400, 500, 600))
+slices = chain(cut(some_tokens(700), 100, 200, 300, 400, 500, 600))
 with opened(Path(sys.argv[1])) as context, Store(Path(sys.argv[2]), ram_budget=1 << 30) as store:
-    workspace = Workspace(context, store, "model")
+    workspace = Workspace(context, store, SLICES)
     print("ready", flush=True)
     sys.stdin.readline()
-    report = workspace.encode(segments)
-    print(json.dumps({"slices": report.slices, "all": all(workspace.key(each) in store for each in segments)}))
+    report = workspace.encode(slices)
+    print(json.dumps({"slices": report.slices, "all": all(each.key in store for each in slices)}))
 """
 
 
@@ -69,12 +69,11 @@ def test_two_stores_make_each_slice_once_and_answer_right(tiny: TinyModel, tmp_p
 
     def work(number: int) -> tuple[int, float]:
         with bench(path, home=tmp_path) as b:
-            b.workspace._fingerprint = "model"
-            segments = chain(cut(tokens[:360], 60, 120, 180, 240, 300))
-            plan = plan_of(*segments, tokens[360:])
+            slices = chain(cut(tokens[:360], 60, 120, 180, 240, 300))
+            plan = plan_of(*slices, tokens[360:])
             expected = b.expected(plan)
             start.wait(60)
-            spent = b.workspace.prefill(plan)
+            spent = b.prefill(plan)
             return spent.encoded_tokens, distance(b.workspace.context.last_logits(), expected)
 
     with ThreadPoolExecutor(2) as pool:
@@ -84,29 +83,29 @@ def test_two_stores_make_each_slice_once_and_answer_right(tiny: TinyModel, tmp_p
 
 
 def test_who_waits_too_long_makes_it_too(tiny: TinyModel, tmp_path: Path) -> None:
-    (segment,) = chain([some_tokens(40)])
+    (slice_,) = chain([some_tokens(40)])
     with opened(tiny("llama")) as context, Store(tmp_path, ram_budget=PLENTY, patience=0.2) as store:
-        workspace = Workspace(context, store, "model")
+        workspace = Workspace(context, store, SLICES)
         somebody = Claims(tmp_path / "claims")
-        assert somebody.take(workspace.key(segment))
+        assert somebody.take(slice_.key)
         started = time.monotonic()
-        assert workspace.encode([segment]).slices == 1
+        assert workspace.encode([slice_]).slices == 1
         assert time.monotonic() - started >= 0.2
         store.flush()
-        assert list(store.files or ()) == [workspace.key(segment)]
-        somebody.release([workspace.key(segment)])
+        assert list(store.files or ()) == [slice_.key]
+        somebody.release([slice_.key])
 
 
 def test_a_claim_that_is_given_back_is_taken_over(tiny: TinyModel, tmp_path: Path) -> None:
-    (segment,) = chain([some_tokens(40)])
+    (slice_,) = chain([some_tokens(40)])
     with opened(tiny("llama")) as context, Store(tmp_path, ram_budget=PLENTY) as store:
-        workspace = Workspace(context, store, "model")
-        key = workspace.key(segment)
+        workspace = Workspace(context, store, SLICES)
+        key = slice_.key
         somebody = Claims(tmp_path / "claims")
         assert somebody.take(key)
         timer = threading.Timer(0.2, somebody.release, ([key],))
         timer.start()
-        assert workspace.encode([segment]).slices == 1
+        assert workspace.encode([slice_]).slices == 1
         timer.join()
         store.flush()
         # And it is free again.

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from cpucache.errors import ContextFull, CpucacheError, InputError, ModelError
-from cpucache.layout import Plan, Segment
-from cpucache.reuse import Workspace
+from cpucache.reuse import Plan, Slice, Slices, Workspace
 from cpucache.runtime import Context, KVType, Model
 from cpucache.store import SliceInfo, Store
 from tests.support.tiny import ATTENTION_ARCHS
 from tests.support.workbench import (
     PLENTY,
+    SLICES,
     TOLERANCE,
     Bench,
     Logits,
@@ -29,7 +29,7 @@ from tests.support.workbench import (
     distance,
     opened,
     plan_of,
-    segment,
+    slice_of,
     some_tokens,
 )
 
@@ -47,46 +47,54 @@ def files_of(home: Path) -> list[Path]:
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 def test_slices_outlive_a_restart(arch: str, kv_type: KVType, tiny: TinyModel, tmp_path: Path) -> None:
     tokens = some_tokens(70)
-    first, far = segment(tokens[:30]), segment(tokens[30:60], home=45)
+    first, far = slice_of(tokens[:30]), slice_of(tokens[30:60], start=45)
     with bench(tiny(arch), kv_type, home=tmp_path) as b:
         before = b.logits(plan_of(first, far, tokens[60:]))
-        states = [b.workspace.store.get(b.workspace.key(each)) for each in (first, far)]
-    # Equal segments, not the same ones: nothing but the store connects the two.
-    first, far = segment(tokens[:30]), segment(tokens[30:60], home=45)
+        states = [b.workspace.store.get(each.key) for each in (first, far)]
+    # Equal slices, not the same ones: nothing but the store connects the two.
+    first, far = slice_of(tokens[:30]), slice_of(tokens[30:60], start=45)
     with bench(tiny(arch), kv_type, home=tmp_path) as b:
-        spent = b.workspace.prefill(plan_of(first, far, tokens[60:]))
+        spent = b.prefill(plan_of(first, far, tokens[60:]))
         assert (spent.cached_tokens, spent.encoded_tokens) == (60, 0)
         assert distance(b.workspace.context.last_logits(), before) < 1e-4
         for each, state in zip((first, far), states, strict=True):
-            again = b.workspace.store.get(b.workspace.key(each))
+            again = b.workspace.store.get(each.key)
             assert state is not None and again is not None
             assert np.array_equal(state, again)
 
 
 def test_what_decides_a_slice_decides_its_key(tiny: TinyModel) -> None:
     tokens = some_tokens(40)
-    anchor, other = segment(tokens[:20]), segment(tokens[1:21])
+    anchor, other = slice_of(tokens[:20]), slice_of(tokens[1:21])
+    assert slice_of(tokens[20:], [slice_of(tokens[:20])]).key == slice_of(tokens[20:], [anchor]).key
     variants = [
-        segment(tokens[20:]),
-        segment(tokens[20:], home=1),
-        segment(tokens[21:]),
-        segment(tokens[20:], [anchor]),
-        segment(tokens[20:], [anchor], home=30),
-        segment(tokens[20:], [other]),
+        slice_of(tokens[20:]),
+        slice_of(tokens[20:], start=1),
+        slice_of(tokens[21:]),
+        slice_of(tokens[20:], [anchor]),
+        slice_of(tokens[20:], [anchor], start=30),
+        slice_of(tokens[20:], [other]),
     ]
     keys = []
-    models: tuple[tuple[str, KVType], ...] = (("llama", "f16"), ("llama", "q8_0"), ("qwen2", "f16"))
-    for arch, kv_type in models:
-        with bench(tiny(arch), kv_type) as b:
-            keys += [b.workspace.key(each) for each in variants]
-            assert b.workspace.key(segment(tokens[20:], [segment(tokens[:20])])) == b.workspace.key(variants[3])
+    settings: tuple[tuple[str, KVType], ...] = (("llama", "f16"), ("llama", "q8_0"), ("qwen2", "f16"))
+    for arch, kv_type in settings:
+        with opened(tiny(arch), kv_type) as context:
+            slices = Slices(arch, context.state_format)
+            for each in variants:
+                again = slices.make(each.context or (), each.tokens, start=each.start)
+                # The context is named by its tokens: the model goes into the key once.
+                assert again.context_key == each.context_key
+                keys.append(again.key)
     assert len(set(keys)) == 3 * len(variants)
+    # Numbers of NumPy name what Python's own do.
+    whole = variants[4]
+    assert SLICES.key(whole.context_key, whole.tokens.astype(np.int64), np.int64(whole.start)) == whole.key  # type: ignore[arg-type]
 
 
-def damaged_plan(b: Bench) -> tuple[Plan, list[Segment]]:
+def damaged_plan(b: Bench) -> tuple[Plan, list[Slice]]:
     tokens = some_tokens(80)
-    segments = chain(cut(tokens[:70], 20, 45))
-    return plan_of(*segments, tokens[70:]), segments
+    slices = chain(cut(tokens[:70], 20, 45))
+    return plan_of(*slices, tokens[70:]), slices
 
 
 def flip_a_byte(path: Path) -> None:
@@ -100,9 +108,9 @@ def test_damaged_files_are_set_aside_and_made_again(
     which: tuple[int, ...], tiny: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with bench(tiny("llama"), home=tmp_path) as b:
-        plan, segments = damaged_plan(b)
+        plan, slices = damaged_plan(b)
         right = b.logits(plan)
-        names = [f"{b.workspace.key(each)}.safetensors" for each in segments]
+        names = [f"{each.key}.safetensors" for each in slices]
     for i in which:
         flip_a_byte(next(tmp_path.rglob(names[i])))
     with bench(tiny("llama"), home=tmp_path) as b, caplog.at_level(logging.WARNING, "cpucache.store"):
@@ -114,22 +122,22 @@ def test_damaged_files_are_set_aside_and_made_again(
     caplog.clear()
     with bench(tiny("llama"), home=tmp_path) as b:
         plan, _ = damaged_plan(b)
-        assert b.workspace.prefill(plan).encoded_tokens == 0
+        assert b.prefill(plan).encoded_tokens == 0
         assert distance(b.workspace.context.last_logits(), right) < 1e-4
     assert not caplog.messages
 
 
 def test_a_damaged_context_is_made_again_before_what_needs_it(tiny: TinyModel, tmp_path: Path) -> None:
     with bench(tiny("llama"), home=tmp_path) as b:
-        plan, segments = damaged_plan(b)
+        plan, slices = damaged_plan(b)
         right = b.logits(plan)
-        names = [f"{b.workspace.key(each)}.safetensors" for each in segments]
+        names = [f"{each.key}.safetensors" for each in slices]
     flip_a_byte(next(tmp_path.rglob(names[0])))
     next(tmp_path.rglob(names[2])).unlink()
     with bench(tiny("llama"), home=tmp_path) as b:
-        plan, segments = damaged_plan(b)
-        assert b.workspace.encode(segments).slices >= 2
-        assert b.workspace.prefill(plan).encoded_tokens == 0
+        plan, slices = damaged_plan(b)
+        assert b.workspace.encode(slices).slices >= 2
+        assert b.prefill(plan).encoded_tokens == 0
         assert distance(b.workspace.context.last_logits(), right) < 1e-4
 
 
@@ -138,13 +146,13 @@ def test_a_damaged_context_is_made_again_before_what_needs_it(tiny: TinyModel, t
 def test_a_state_that_llama_cpp_refuses_is_made_again(change: str, which: int, tiny: TinyModel, tmp_path: Path) -> None:
     """The hash is right here: the file was written that way."""
     with bench(tiny("llama", n_layer=2)) as b:
-        plan, segments = damaged_plan(b)
+        plan, slices = damaged_plan(b)
         b.logits(plan)
-        foreign = b.workspace.store.get(b.workspace.key(segments[which]))
+        foreign = b.workspace.store.get(slices[which].key)
     with bench(tiny("llama"), home=tmp_path) as b:
-        plan, segments = damaged_plan(b)
+        plan, slices = damaged_plan(b)
         right = b.logits(plan)
-        key = b.workspace.key(segments[which])
+        key = slices[which].key
         state = b.workspace.store.get(key)
         assert state is not None and foreign is not None
         wrong = {
@@ -155,7 +163,7 @@ def test_a_state_that_llama_cpp_refuses_is_made_again(change: str, which: int, t
         }[change]
         b.workspace.reset()
         b.workspace.store.discard(key)
-        b.workspace.store.put(key, wrong.copy(), segments[which].tokens, SliceInfo("", "", "", "", 0, 0, "", "", 0.0))
+        b.workspace.store.put(key, wrong.copy(), slices[which].tokens, SliceInfo("", "", "", "", 0, 0, "", "", 0.0))
         assert distance(b.logits(plan), right) < 1e-4
         again = b.workspace.store.get(key)
         assert again is not None and np.array_equal(again, state)
@@ -172,14 +180,14 @@ def test_a_store_that_keeps_returning_nonsense_is_an_error(
         monkeypatch.setattr(Store, "get", lambda self, key: nonsense)
         monkeypatch.setattr(Store, "__contains__", lambda self, key: True)
         with pytest.raises(CpucacheError, match="check the store's disk"):
-            b.workspace.prefill(plan)
+            b.prefill(plan)
 
 
 @pytest.mark.parametrize("slices", [0, 1, 2])
 def test_a_store_too_small_for_the_prompt_still_answers_right(slices: int, tiny: TinyModel) -> None:
     tokens = some_tokens(200)
-    anchor = segment(tokens[:30])
-    modules = [segment(tokens[30 * i : 30 * i + 30], [anchor], home=30 * i) for i in range(1, 6)]
+    anchor = slice_of(tokens[:30])
+    modules = [slice_of(tokens[30 * i : 30 * i + 30], [anchor], start=30 * i) for i in range(1, 6)]
     plans = [
         plan_of(anchor, modules[0], modules[3], tokens[180:190]),
         plan_of(anchor, modules[1], modules[2], modules[4], tokens[180:190]),
@@ -214,7 +222,7 @@ def test_an_interruption_leaves_all_in_order(arch: str, tiny: TinyModel, tmp_pat
         assert files_of(tmp_path) == []
         assert distance(b.logits(small), b.expected(small)) < TOLERANCE["f32"]
         with pytest.raises(KeyboardInterrupt):
-            b.workspace.prefill(large, progress=interrupt_half_way)
+            b.prefill(large, progress=interrupt_half_way)
         for plan in (small, large, small):
             assert distance(b.logits(plan), b.expected(plan)) < TOLERANCE["f32"]
         b.workspace.store.flush()
@@ -225,14 +233,14 @@ INTERRUPTED = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
 import numpy as np
-from cpucache.layout import Plan, Segment, Span
-from cpucache.reuse import Workspace
+from cpucache.reuse import Plan, Slices, Span, Workspace
 from cpucache.runtime import Context, Model
 from cpucache.store import Store
 
 tokens = np.array(json.loads(sys.stdin.read()), np.int32)
 context = Context(Model(sys.argv[1]), n_ctx=len(tokens) + 256, n_threads=1, kv_type="f32")
-workspace = Workspace(context, Store(Path(sys.argv[2]), ram_budget=1 << 30), "model")
+slices = Slices("model", "format")
+workspace = Workspace(context, Store(Path(sys.argv[2]), ram_budget=1 << 30), slices)
 seen = []
 
 def progress(done, total):
@@ -248,15 +256,15 @@ def interrupted(call):
         return True
     return False
 
-report = {"prefill": interrupted(lambda: workspace.prefill(Plan((Span(0, tokens),)), progress=progress))}
+report = {"prefill": interrupted(lambda: workspace.prefill(lambda: Plan((Span(0, tokens),)), progress=progress))}
 report["prefilled"] = seen[-1]
-whole = Segment(tokens, 0, (), "")
+whole = slices.make((), tokens)
 report["encode"] = interrupted(lambda: workspace.encode([whole], progress=progress))
 report["encoded"] = seen[-1]
 workspace.store.flush()
 report["files"] = len(list(Path(sys.argv[2]).rglob("*.safetensors")))
-part = Segment(tokens[:100], 0, (), "")
-workspace.prefill(Plan((Span(0, part.tokens, part), Span(100, tokens[100:120]))))
+part = slices.make((), tokens[:100])
+workspace.prefill(lambda: Plan((part.span, Span(100, tokens[100:120]))))
 report["logits"] = context.last_logits().tolist()
 print(json.dumps(report))
 """
@@ -285,8 +293,8 @@ def test_ctrl_c_stops_an_evaluation_in_the_middle(tiny: TinyModel, tmp_path: Pat
 # ---- limits ---------------------------------------------------------------------------------------------------------
 def test_more_than_the_context_holds_is_refused_and_harms_nothing(tiny: TinyModel, tmp_path: Path) -> None:
     tokens = some_tokens(2000)
-    long, short = segment(tokens[:600]), segment(tokens[600:620])
-    behind = segment(tokens[620:640], [long])
+    long, short = slice_of(tokens[:600]), slice_of(tokens[600:620])
+    behind = slice_of(tokens[620:640], [long])
     with bench(tiny("llama"), home=tmp_path) as b:
         b.workspace.encode([long])
     with bench(tiny("llama"), home=tmp_path, n_ctx=256) as b:
@@ -294,15 +302,15 @@ def test_more_than_the_context_holds_is_refused_and_harms_nothing(tiny: TinyMode
             plan_of(tokens[:600]),
             plan_of(long, tokens[:10]),
             plan_of(long, behind, tokens[:10]),
-            plan_of(segment(tokens[5:505]), tokens[:10]),
+            plan_of(slice_of(tokens[5:505]), tokens[:10]),
             plan_of(short, tokens[:600]),
         ):
             with pytest.raises(ContextFull, match="context of 256 tokens is full"):
-                b.workspace.prefill(plan)
+                b.prefill(plan)
             fine = plan_of(short, tokens[:10])
             assert distance(b.logits(fine), b.expected(fine)) < TOLERANCE["f32"]
         # A slice that is only too long for this context is no bad slice.
-        assert b.workspace.key(long) in b.workspace.store
+        assert long.key in b.workspace.store
         assert not list(tmp_path.rglob("*.damaged"))
 
 
@@ -316,13 +324,13 @@ def test_quantized_keys_need_heads_of_a_multiple_of_64(tiny: TinyModel) -> None:
 def test_a_recurrent_model_takes_no_slices_but_answers(tiny: TinyModel) -> None:
     tokens = some_tokens(90)
     with opened(tiny("mamba")) as context, opened(tiny("mamba")) as truth:
-        workspace = Workspace(context, Store(None, ram_budget=PLENTY), "mamba")
+        workspace = Workspace(context, Store(None, ram_budget=PLENTY), SLICES)
         b = Bench(workspace, truth)
-        plan = plan_of(segment(tokens[:40]), segment(tokens[40:80], home=40), tokens[80:])
+        plan = plan_of(slice_of(tokens[:40]), slice_of(tokens[40:80], start=40), tokens[80:])
         with pytest.raises(ModelError, match="a mamba model keeps a recurrent state"):
-            workspace.prefill(plan)
+            b.prefill(plan)
         with pytest.raises(ModelError, match="use_cache=False"):
-            workspace.encode(plan.segments)
+            workspace.encode(plan.slices)
 
         def check(plan: Plan, expected: Logits) -> None:
             assert distance(b.logits(plan), expected) < TOLERANCE["f32"]

@@ -12,6 +12,7 @@ import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpucache import Engine
-from cpucache.store import Fingerprints, Kept, SliceInfo, Store, context_key, default_home, slice_key
+from cpucache.store import Fingerprints, Kept, SliceInfo, Store, content_key, default_home, slice_key
 from cpucache.store.ram import RAM, Bytes
 from cpucache.store.slicefile import Damaged, SliceFiles
 from cpucache.store.upkeep import collect, verify
@@ -224,6 +225,13 @@ def test_a_store_without_a_folder_is_in_memory(tmp_path: Path) -> None:
     assert KEY not in store
 
 
+def test_a_store_in_memory_makes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Store(None, ram_budget=2000) as store:
+        store.put(KEY, state(), TOKENS, INFO)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_does_not_fit_in_memory_is_read_from_disk(tmp_path: Path) -> None:
     store = Store(tmp_path, ram_budget=0)
     store.put(KEY, state(), TOKENS, INFO)
@@ -247,6 +255,19 @@ def test_a_damaged_slice_is_set_aside_and_counts_as_missing(tmp_path: Path, capl
     store.put(KEY, state(), TOKENS, INFO)
     store.close()
     assert same(Store(tmp_path, ram_budget=0).get(KEY), state())
+
+
+def test_a_slice_without_its_file_is_none_of_its_tokens(tmp_path: Path) -> None:
+    """A plan takes what the index lists: it must be there."""
+    content = "ef" * 16
+    with Store(tmp_path, ram_budget=0) as store:
+        for key in (KEY, OTHER):
+            store.put(key, state(), TOKENS, replace(INFO, content=content))
+    with Store(tmp_path, ram_budget=0) as store:
+        assert store.files is not None
+        assert [key for key, _ in store.variants([content])[content]] == [KEY, OTHER]
+        store.files.path(KEY).unlink()
+        assert [key for key, _ in store.variants([content])[content]] == [OTHER]
 
 
 def test_a_slice_of_no_use_stops_neither_the_next_ones_nor_who_waits(
@@ -473,13 +494,13 @@ def test_the_default_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 def test_every_part_of_what_decides_a_state_is_in_its_key() -> None:
     tokens = np.arange(5, dtype=np.int32)
-    base = ("model", "format", context_key([("a", 0, 3, ())]), tokens, 7)
+    base = ("model", "format", "context", tokens, 7)
     keys = {
         slice_key(*base),
         slice_key("model2", *base[1:]),
         slice_key(base[0], "format2", *base[2:]),
-        slice_key(*base[:2], context_key([("b", 0, 3, ())]), *base[3:]),
-        slice_key(*base[:2], context_key([]), *base[3:]),
+        slice_key(*base[:2], "another", *base[3:]),
+        slice_key(*base[:2], "", *base[3:]),
         slice_key(*base[:3], tokens[:4], 7),
         slice_key(*base[:3], tokens[::-1], 7),
         slice_key(*base[:3], np.append(tokens, 0), 7),
@@ -494,23 +515,17 @@ def test_every_part_of_what_decides_a_state_is_in_its_key() -> None:
     assert slice_key(*base) == slice_key(*base[:3], np.repeat(tokens, 2)[::2], 7)
 
 
-def test_contexts_are_told_apart_by_what_is_in_them_and_in_which_order() -> None:
-    one, other = ("a", 0, 5, ()), ("b", 5, 5, ())
-    lists = [
-        [],
-        [one],
-        [other],
-        [one, other],
-        [other, one],
-        [one, one],
-        [("a", 1, 5, ())],
-        [("a", 0, 4, ())],
-        [("a", 0, 5, ((0, 2),))],
-        [("a", 0, 5, ((0, 2), (3, 4)))],
-        [("a", 0, 5, ()), ("b", 6, 5, ())],
-    ]
-    assert len({context_key(slices) for slices in lists}) == len(lists)
-    assert context_key(iter([one, other])) == context_key([one, other])
+def test_slices_of_the_same_tokens_have_their_content_in_common() -> None:
+    tokens = np.arange(5, dtype=np.int32)
+    keys = {
+        content_key("model", "format", tokens),
+        content_key("model2", "format", tokens),
+        content_key("model", "format2", tokens),
+        content_key("modelf", "ormat", tokens),
+        content_key("model", "format", tokens[:4]),
+    }
+    assert len(keys) == 5
+    assert content_key("model", "format", np.repeat(tokens, 2)[::2]) in keys
 
 
 # ---- fingerprints ----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from cpucache.pml import parse_schema
+from cpucache.reuse import Level
 from cpucache.store import Store
 from tests.support import stress
 from tests.support.command import cpucache
@@ -28,14 +29,13 @@ PLENTY = stress.PLENTY
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """``expected(prompt)`` is what an engine with nothing in its way says."""
-    home = tmp_path_factory.mktemp("undisturbed")
+def expected(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """``expected(prompt)`` is what an engine with nothing in its way, and nothing in its store, says."""
 
-    def said(question: str) -> str:
-        with stress.engine(tiny("llama"), home) as engine:
+    def said(question: str, fidelity: Level | None = None) -> str:
+        with stress.engine(tiny("llama"), tmp_path_factory.mktemp("undisturbed")) as engine:
             engine.add_schema(parse_schema(stress.schema("s", 30)))
-            return stress.answer(engine, question)
+            return stress.answer(engine, question, fidelity)
 
     return said
 
@@ -93,7 +93,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_on_a_full_disk_inference_goes_on(small_disk: Path, tiny: Tiny, expected: Callable[[str], str]) -> None:
+def test_on_a_full_disk_inference_goes_on(small_disk: Path, tiny: Tiny, expected: Callable[..., str]) -> None:
     with stress.warnings() as heard, stress.engine(tiny("llama"), small_disk, disk_budget=PLENTY) as engine:
         engine.add_schema(parse_schema(stress.schema("s", 30)))
         engine.encode("s")
@@ -113,7 +113,9 @@ def test_on_a_full_disk_inference_goes_on(small_disk: Path, tiny: Tiny, expected
     # And once more, from what is there and with still no room.
     with stress.engine(tiny("llama"), small_disk, disk_budget=PLENTY) as engine:
         engine.add_schema(parse_schema(stress.schema("s", 30)))
-        assert stress.answer(engine, QUESTION) == expected(QUESTION)
+        assert stress.answer(engine, QUESTION, "high") == expected(QUESTION, "high")
+        # Of what there is besides, some slices are missing.
+        assert stress.answer(engine, QUESTION)
 
 
 def run(tiny: Tiny, tmp_path: Path, home: Path) -> tuple[int, str, list[str]]:
@@ -144,7 +146,7 @@ def test_the_command_line_warns_once_of_a_full_disk(small_disk: Path, tiny: Tiny
 
 
 def test_a_read_only_store_is_read_and_not_complained_about_twice(
-    small_disk: Path, tiny: Tiny, tmp_path: Path, expected: Callable[[str], str]
+    small_disk: Path, tiny: Tiny, tmp_path: Path, expected: Callable[..., str]
 ) -> None:
     with stress.engine(tiny("llama"), small_disk, disk_budget=PLENTY) as engine:
         engine.add_schema(parse_schema(stress.schema("s", 30)))
@@ -163,7 +165,7 @@ def test_a_read_only_store_is_read_and_not_complained_about_twice(
 
 
 def test_a_damaged_slice_on_a_read_only_disk_is_made_again_in_memory(
-    small_disk: Path, tiny: Tiny, expected: Callable[[str], str]
+    small_disk: Path, tiny: Tiny, expected: Callable[..., str]
 ) -> None:
     with stress.engine(tiny("llama"), small_disk, disk_budget=PLENTY) as engine:
         engine.add_schema(parse_schema(stress.schema("s", 30)))
@@ -184,7 +186,7 @@ def test_a_damaged_slice_on_a_read_only_disk_is_made_again_in_memory(
     assert len(heard) == len(set(heard)), "said twice"
 
 
-def test_a_slice_that_may_not_be_read_is_made_again(tiny: Tiny, tmp_path: Path, expected: Callable[[str], str]) -> None:
+def test_a_slice_that_may_not_be_read_is_made_again(tiny: Tiny, tmp_path: Path, expected: Callable[..., str]) -> None:
     with stress.engine(tiny("llama"), tmp_path) as engine:
         engine.add_schema(parse_schema(stress.schema("s", 30)))
         stress.answer(engine, QUESTION)
@@ -200,7 +202,7 @@ def test_a_slice_that_may_not_be_read_is_made_again(tiny: Tiny, tmp_path: Path, 
 
 
 def test_a_store_deleted_under_a_running_process(
-    tiny: Tiny, tmp_path: Path, expected: Callable[[str], str], caplog: pytest.LogCaptureFixture
+    tiny: Tiny, tmp_path: Path, expected: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     home = tmp_path / "store"
     caplog.set_level(logging.WARNING)
@@ -220,6 +222,7 @@ def test_a_store_deleted_under_a_running_process(
 EVICT = """
 import sys
 from pathlib import Path
+from cpucache.reuse import Level
 from cpucache.store import Store
 store = Store(Path(sys.argv[1]), ram_budget=0, disk_budget=0)
 print(store.index.shrink(0, store.files.drop))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,14 @@ from cpucache.bench.datasets import Example
 from cpucache.bench.results import Answer, Results
 from cpucache.bench.scores import Interval, paired_interval
 from cpucache.bench.series import Series
-from cpucache.bench.tasks import FULL, Task, Variant
-from cpucache.engine import Engine
+from cpucache.bench.tasks import FULL, SCHEMA, Task, Variant
+from cpucache.bench.ttft import floor
+from cpucache.engine import Engine, Stream
+from cpucache.engine.fidelity import Truth, distance, truth
+from cpucache.engine.planner import Request
 from cpucache.errors import InputError, PMLError
 from cpucache.pml import parse_schema
+from cpucache.runtime import Sampling
 from cpucache.store import Store
 
 OnAnswer = Callable[[int, int, str], None]
@@ -32,6 +39,14 @@ class Outcome:
     scores: dict[str, float] = field(default_factory=dict)
     gains: dict[str, Interval] = field(default_factory=dict)
     ttft_to_full: float | None = None
+    ttft_to_floor: float | None = None
+    again_to_floor: float | None = None
+    kl: float = 0.0
+    kl_median: float = 0.0
+    same: float = 1.0
+    """Share of answers that are those of full prefill."""
+    encoded_tokens: int = 0
+    """Tokens evaluated to make missing slices, of all questions together."""
 
     @property
     def n(self) -> int:
@@ -47,8 +62,10 @@ class Outcome:
             for key, value in zip(("difference", "low", "high"), gain, strict=True):
                 scores[name][key] = round(100 * value, 2)
         result = {"variant": self.variant, "n": self.n, "scores": scores, "ttft": self.ttft.as_dict()}
-        if self.ttft_to_full is not None:
-            result["ttft_to_full"] = round(self.ttft_to_full, 4)
+        for name in ("ttft_to_full", "ttft_to_floor", "again_to_floor", "kl", "kl_median", "same", "encoded_tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                result[name] = round(value, 4)
         return result
 
 
@@ -87,6 +104,7 @@ def settings_of(
         "task": task.name,
         "wording": hashlib.sha256(repr(sorted(wording.items())).encode()).hexdigest()[:16],
         "passages": len(examples[0].passages) if examples[0].alone else None,
+        "chosen": len(examples[0].chosen) if examples[0].chosen is not None else None,
         "seed": seed,
         "positions": positions,
         "kv_type": engine.context.kv_type,
@@ -110,20 +128,37 @@ def measure_accuracy(
 ) -> AccuracyReport:
     """Answer the first ``limit`` examples that fit the context in every variant; what ``results`` holds is not redone.
 
-    All variants answer one question before the next is asked, greedily, with the same limit of tokens. Slices are
-    encoded ahead and then spliced from RAM into an empty context; they are shared by the variants of a question and
-    dropped before the next one. ``data`` and ``seed`` are where the examples are from. Raises ``InputError`` when none
-    fits the context or one does not suit the task.
+    Questions that share a schema are answered in every variant before the next schema is encoded, greedily, with the
+    same limit of tokens. Slices are encoded ahead, as ``Engine.encode`` does it, and spliced from RAM into an empty
+    context. ``full`` must be the first variant. ``data`` and ``seed`` are where the examples are from. Raises
+    ``InputError`` when none fits the context or one does not suit the task.
     """
     chosen, too_long = _chosen(engine, examples, task, limit)
     engine.warm_up()
-    for done, example in enumerate(chosen):
-        missing = [variant for variant in variants if (example.line, variant.name) not in results]
-        if missing:
+    done = 0
+    for _, group in groupby(chosen, key=lambda example: example.passages):
+        questions = list(group)
+        if all((example.line, variant.name) in results for example in questions for variant in variants):
+            done += len(questions)
+            continue
+        truths: dict[int, Truth] = {}
+        for _, ways in groupby(sorted(variants, key=lambda each: (each.cached, each.encoded)), lambda e: e.encoded):
+            todo = list(ways)
             with _slices_in_memory(engine):
-                for variant in missing:
-                    progress(done, len(chosen), variant.name)
-                    results.add(_answer(engine, example, task, variant))
+                _add_schema(engine, questions[0], task, todo[0])
+                if any(variant.cached for variant in todo):
+                    progress(done, len(chosen), "encoding")
+                    engine.encode(SCHEMA)
+                # What refining adds would be found by the other variants.
+                for variant in sorted(todo, key=lambda each: each.refined):
+                    for number, example in enumerate(questions):
+                        if (example.line, variant.name) not in results or variant.name == FULL:
+                            progress(done + number, len(chosen), variant.name)
+                            answer, truths[example.line] = _answer(
+                                engine, example, task, variant, truths.get(example.line)
+                            )
+                            results.add(answer)
+        done += len(questions)
     outcomes = summarise(
         {variant.name: [results[example.line, variant.name] for example in chosen] for variant in variants}
     )
@@ -142,8 +177,14 @@ def summarise(answers: dict[str, list[Answer]]) -> list[Outcome]:
             outcome.scores[name] = sum(scores) / len(scores)
             if full and variant != FULL:
                 outcome.gains[name] = paired_interval(scores, [answer.scores[name] for answer in full])
+        outcome.kl = sum(answer.kl for answer in given) / len(given)
+        outcome.kl_median = Series([answer.kl for answer in given]).median
+        outcome.same = sum(answer.same for answer in given) / len(given)
+        outcome.encoded_tokens = sum(answer.encoded_tokens for answer in given)
         if full and variant != FULL:
             outcome.ttft_to_full = outcome.ttft.median / Series([answer.ttft_ms for answer in full]).median
+            outcome.ttft_to_floor = Series([answer.ttft_ms / answer.floor_ms for answer in given]).median
+            outcome.again_to_floor = Series([answer.again_ms / answer.floor_ms for answer in given]).median
         outcomes.append(outcome)
     return outcomes
 
@@ -174,24 +215,57 @@ def _chosen(engine: Engine, examples: Sequence[Example], task: Task, limit: int 
     return chosen, too_long
 
 
-def _answer(engine: Engine, example: Example, task: Task, variant: Variant) -> Answer:
-    _add_schema(engine, example, task, variant)
+def _answer(engine: Engine, example: Example, task: Task, variant: Variant, true: Truth | None) -> tuple[Answer, Truth]:
+    """What a variant answers, and what full prefill says, which is ``true`` if that is known already."""
     prompt = task.prompt(example)
-    encoded = engine.encode_for(prompt, **variant.fidelity).tokens if variant.cached else 0
-    engine.workspace.reset()
-    reply = engine.generate(
-        prompt, max_tokens=task.max_tokens, stop=task.stop, use_cache=variant.cached, **variant.fidelity
-    )
-    return Answer(
+    request = engine.planner.request(prompt, fidelity=variant.fidelity)
+    first = _ask(engine, request, task, variant, max_tokens=1 if variant.refined else task.max_tokens)
+    if variant.refined:
+        engine.refine()
+        first = _ask(engine, request, task, variant)
+    if true is None:
+        true = truth(engine.workspace, request.plan(), 1, first.tokens, first.text, first.metrics.ttft_ms)
+    found = distance(engine.workspace, first.plan, true)
+    again_ms = floor_ms = 0.0
+    if variant.cached:
+        again_ms = _ask(engine, request, task, variant, max_tokens=1).metrics.ttft_ms
+        floor_ms = floor(engine, request.plan())
+    metrics = first.metrics
+    answer = Answer(
         example=example.line,
         variant=variant.name,
-        text=reply.text,
-        scores=task.score(reply.text, example),
-        ttft_ms=reply.metrics.ttft_ms,
-        prompt_tokens=reply.metrics.prompt_tokens,
-        fresh_tokens=reply.metrics.fresh_tokens,
-        encoded_tokens=encoded,
+        text=first.text,
+        scores=task.score(first.text, example),
+        ttft_ms=metrics.ttft_ms,
+        prompt_tokens=metrics.prompt_tokens,
+        fresh_tokens=metrics.fresh_tokens,
+        encoded_tokens=metrics.encoded_tokens,
+        again_ms=again_ms,
+        floor_ms=floor_ms,
+        kl=float(found.kl.mean()) if len(found.kl) else 0.0,
+        same=first.text.strip() == true.text.strip(),
+        exact=metrics.exact_tokens,
+        clean=metrics.clean_tokens,
+        related=metrics.related_tokens,
+        recomputed=metrics.recomputed_tokens,
     )
+    return answer, true
+
+
+def _ask(engine: Engine, request: Request, task: Task, variant: Variant, *, max_tokens: int | None = None) -> Stream:
+    """The answer to a prompt, with nothing in the llama.cpp context before."""
+    engine.workspace.reset()
+    stream = engine.answer(
+        request.plan,
+        Sampling(stop=task.stop),
+        max_tokens=max_tokens or task.max_tokens,
+        started=time.perf_counter(),
+        label=request.label,
+        use_cache=variant.cached,
+        at_end=partial(engine.note_asked, request) if variant.refined else None,
+    )
+    stream.reply()
+    return stream
 
 
 def _add_schema(engine: Engine, example: Example, task: Task, variant: Variant) -> None:

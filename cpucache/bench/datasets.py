@@ -44,6 +44,10 @@ class Example:
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
     alone: bool = False
+    gold: int = 0
+    """Of a question that is ``alone``: the number of the passage with the answer."""
+    chosen: tuple[int, ...] | None = None
+    """The passages that the prompt names, by number from 0 on, in its order; ``None``: all, in the schema's."""
 
 
 def read_examples(path: Path, *, passages: int | None = None, seed: int = 0) -> list[Example]:
@@ -67,6 +71,59 @@ def read_examples(path: Path, *, passages: int | None = None, seed: int = 0) -> 
     examples = [_joined(example, gold, count, seed, path) if example.alone else example for example in examples]
     random.Random(seed).shuffle(examples)
     return examples
+
+
+def selected(
+    examples: Sequence[Example],
+    *,
+    seed: int,
+    pick: int | None = None,
+    of: int | None = None,
+    drop: float = 0.0,
+    shuffle: bool = False,
+) -> list[Example]:
+    """The same questions with a selection of passages, each in an order of its own.
+
+    Args:
+        examples: Questions in the order in which they are asked.
+        seed: Draws what is selected.
+        pick: Passages that a prompt names, the one with the answer among them.
+        of: Passages of a schema. So many questions share one, of which each has the answer to one of them.
+        drop: Instead, each passage that does not hold an answer is left out with this probability.
+        shuffle: The passages that are left stand in an order of their own.
+
+    Raises ``InputError`` when there are too few passages.
+    """
+    if pick is None:
+        return [_dropped(example, drop, random.Random(f"{seed}:{example.line}"), shuffle) for example in examples]
+    if of is None or not 0 < pick <= of:
+        raise InputError("--pick K needs --of M passages, at least as many")
+    found = []
+    for begin in range(0, len(examples) - of + 1, of):
+        group = examples[begin : begin + of]
+        if not all(example.alone for example in group):
+            raise InputError("--pick is for files whose questions have one passage with the answer each")
+        # The passage with the answer is the one that the file gives.
+        passages = tuple(example.passages[example.gold] for example in group)
+        for number, example in enumerate(group):
+            draw = random.Random(f"{seed}:{example.line}")
+            others = [index for index in range(of) if index != number]
+            chosen = [*draw.sample(others, pick - 1), number]
+            draw.shuffle(chosen)
+            found.append(replace(example, passages=passages, chosen=tuple(chosen)))
+    if not found:
+        raise InputError(f"--of {of} needs as many questions, there are {len(examples)}")
+    return found
+
+
+def _dropped(example: Example, drop: float, draw: random.Random, shuffle: bool) -> Example:
+    if not (drop or shuffle):
+        return example
+    holds = [any(answer.casefold() in each.text.casefold() for answer in example.answers) for each in example.passages]
+    chosen = [index for index, right in enumerate(holds) if right or draw.random() >= drop] or [0]
+    if shuffle:
+        draw.shuffle(chosen)
+    return replace(example, chosen=tuple(chosen))
 
 
 def _lines(path: Path) -> list[str]:
@@ -153,5 +210,6 @@ def _joined(example: Example, gold: Sequence[Passage], count: int, seed: int, pa
         )
     draw = random.Random(f"{seed}:{example.line}")
     passages = draw.sample(others, count - 1)
-    passages.insert(draw.randrange(count), own)
-    return replace(example, passages=tuple(passages))
+    number = draw.randrange(count)
+    passages.insert(number, own)
+    return replace(example, passages=tuple(passages), gold=number)

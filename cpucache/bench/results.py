@@ -28,7 +28,20 @@ class Answer:
     prompt_tokens: int
     fresh_tokens: int
     encoded_tokens: int
-    """Tokens evaluated ahead to make slices that no variant before had made."""
+    """Tokens evaluated before the first token to make missing slices."""
+    again_ms: float = 0.0
+    """Time to first token of the same prompt asked a second time."""
+    floor_ms: float = 0.0
+    """Time to first token when the state lies in the llama.cpp context already."""
+    kl: float = 0.0
+    """Kullback-Leibler divergence from full prefill, nats, mean along the answer of that."""
+    same: bool = True
+    """Whether the answer is that of full prefill."""
+    exact: int = 0
+    """Tokens that came from exact slices; likewise ``clean``, ``related`` and ``recomputed``."""
+    clean: int = 0
+    related: int = 0
+    recomputed: int = 0
 
 
 class Results:

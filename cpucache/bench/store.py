@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class StoreReport:
     save: Series = field(default_factory=Series)
     write: Series = field(default_factory=Series)
     lookup: Series = field(default_factory=Series)
+    variants: Series = field(default_factory=Series)
+    """Which slices there are of some tokens."""
     quiet: Series = field(default_factory=Series)
     busy: Series = field(default_factory=Series)
 
@@ -49,7 +51,7 @@ class StoreReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for ``--json``."""
-        names = ("load", "copy", "save", "write", "lookup", "quiet", "busy")
+        names = ("load", "copy", "save", "write", "lookup", "variants", "quiet", "busy")
         return {
             "bytes": self.bytes,
             **{name: getattr(self, name).as_dict() for name in names},
@@ -62,7 +64,8 @@ def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[st
 
     ``load``: from the store, with nothing in RAM and the page cache warm, into llama.cpp. ``copy``: the same bytes from
     plain memory into llama.cpp. ``save``: until the slices are on disk. ``write``: the same bytes to plain files, with
-    fsync. ``lookup``: whether a key is there and its state, with 100,000 others in the index. ``quiet`` and ``busy``:
+    fsync. ``lookup``: whether a key is there and its state, with 100,000 others in the index. ``variants``: which
+    slices there are of some tokens, among these. ``quiet`` and ``busy``:
     time to first token of a cached prompt, without and with slices being written in the background.
     """
     report = StoreReport()
@@ -86,6 +89,8 @@ def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[st
         _fill(store)
         for key in keys * (_LOOKUPS // len(keys)):
             report.lookup.values.append(_timed(store.get, key))
+        for number in range(_LOOKUPS):
+            report.variants.values.append(_timed(store.variants, [_content(number * (_ROWS // _LOOKUPS))]))
         say(f"answering, {repeat} times, without and with writes going on")
         prompt = filler_prompt(engine, range(_MODULES), 12)
         for _ in range(repeat):
@@ -134,8 +139,12 @@ def _slice(index: int, state: Bytes) -> tuple[str, Bytes, Any, SliceInfo]:
 def _fill(store: Store) -> None:
     """Put rows without files into the index: looking up must not depend on how many there are."""
     assert store.index is not None
-    info = SliceInfo("rows", "rows", "rows", "", 1, 0, "rows", "context", 1.0)
-    store.index.add_all((f"{number:032x}", info, 1) for number in range(_ROWS))
+    row = SliceInfo("rows", "rows", "rows", "", 1, 0, "rows", "context", 1.0, sees="00" * 8 * 20, sees_tokens=2000)
+    store.index.add_all((f"{number:032x}", replace(row, content=_content(number)), 1) for number in range(_ROWS))
+
+
+def _content(number: int) -> str:
+    return f"{number:08x}" * 4
 
 
 def _ttft(engine: Engine, prompt: str) -> float:

@@ -6,13 +6,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
 from xml.sax.saxutils import escape
 
 from cpucache.bench.datasets import Example
 from cpucache.bench.scores import accuracy, exact_match, f1, rouge_l
 from cpucache.errors import InputError
-from cpucache.layout.lead import LEAD
+from cpucache.reuse import LEVELS, Fidelity
 
 SCHEMA = "bench"
 """What the schema of every example is called: the next one takes its place."""
@@ -54,19 +53,21 @@ class Task:
         if example.choices:
             instruction += " The choices are: " + "; ".join(example.choices) + "."
         names = module_names(example)
+        isolate = ' isolate="true"' if variant.isolated else ""
         modules = "".join(
-            f'<module name="{name}">\n{_xml(_heading(number, passage.title) + passage.text)}\n</module>'
+            f'<module name="{name}"{isolate}>\n{_xml(_heading(number, passage.title) + passage.text)}\n</module>'
             for number, (name, passage) in enumerate(zip(names, example.passages, strict=True), 1)
         )
-        attributes = "" if variant.anchored else ' anchor="none"'
-        scaffold = f'<scaffold modules="{" ".join(names)}"/>' if variant.scaffold and len(names) > 1 else ""
-        return f'<schema name="{SCHEMA}"{attributes}><system>{_xml(instruction)}\n{modules}</system>{scaffold}</schema>'
+        attributes = "" if variant.related else ' anchor="none"'
+        return f'<schema name="{SCHEMA}"{attributes}><system>{_xml(instruction)}\n{modules}</system></schema>'
 
     def prompt(self, example: Example) -> str:
-        """The prompt in PML: every passage, and the question."""
+        """The prompt in PML: the passages chosen, and the question."""
         question = example.question.strip()
         request = self.request.replace("{question}", question) if question else self.unasked
-        references = "".join(f"<{name}/>" for name in module_names(example))
+        names = module_names(example)
+        chosen = range(len(names)) if example.chosen is None else example.chosen
+        references = "".join(f"<{names[number]}/>" for number in chosen)
         return f'<prompt schema="{SCHEMA}">{references}<user>{_xml(request)}</user></prompt>'
 
 
@@ -129,46 +130,40 @@ TASKS = {
 # ---- variants ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Variant:
-    """One way of answering: what is reused, and what is evaluated afresh.
+    """One way of answering.
 
-    ``anchored``: modules see the text of the schema that stands before them. ``scaffold``: all modules are encoded
-    together besides. ``lead_tokens``, ``link_tokens`` and ``recompute`` are the engine's.
+    ``cached``: slices are reused. ``related``: modules attend to the text before them while the schema is encoded, as
+    they do unless ``anchor="none"`` says otherwise; ``isolated``: they attend to the text around them alone.
+    ``refined``: the prompt is asked once, made exact, and asked again.
     """
 
     name: str
     cached: bool = True
-    anchored: bool = True
-    scaffold: bool = False
-    lead_tokens: int = 0
-    link_tokens: int = 0
-    recompute: float = 0.0
+    related: bool = True
+    isolated: bool = False
+    refined: bool = False
+    fidelity: Fidelity = field(default_factory=Fidelity)
 
     @property
-    def fidelity(self) -> dict[str, Any]:
-        """How exact the engine is told to be."""
-        return {
-            "lead_tokens": self.lead_tokens,
-            "link_tokens": self.link_tokens,
-            "recompute": self.recompute,
-        }
+    def encoded(self) -> tuple[bool, bool]:
+        """What tells the schemas of variants apart."""
+        return self.related, self.isolated
 
 
 FULL = "full"
-ALL_VARIANTS = f"full,alone,anchored,lead:{LEAD},link:16,scaffold,recompute:0.1"
+ALL_VARIANTS = "full,standalone,fast,balanced,refined"
 
-_PLAIN: dict[str, dict[str, Any]] = {
-    FULL: {"cached": False},
-    "anchored": {},
-    "alone": {"anchored": False},
-    "scaffold": {"scaffold": True},
+_PLAIN: dict[str, Variant] = {
+    FULL: Variant(FULL, cached=False),
+    "standalone": Variant("standalone", related=False),
+    "isolate": Variant("isolate", isolated=True),
+    "refined": Variant("refined", refined=True),
+    **{level: Variant(level, fidelity=fidelity) for level, fidelity in LEVELS.items()},
 }
 
 
 def parse_variants(text: str) -> list[Variant]:
-    """Variants by name, as in ``full,anchored,link:16,alone+link:16``; ``+`` does several things at once.
-
-    Raises ``InputError``.
-    """
+    """Variants by name, as in ``full,fast,recompute:0.2,standalone+recompute:0.1``. Raises ``InputError``."""
     variants = [_variant(name.strip()) for name in text.split(",")]
     names = [variant.name for variant in variants]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -177,31 +172,14 @@ def parse_variants(text: str) -> list[Variant]:
 
 
 def _variant(name: str) -> Variant:
-    variant = Variant(name)
-    parts = name.split("+")
-    kinds = [part.partition(":")[0] for part in parts]
-    if len(set(kinds)) < len(kinds) or (len(kinds) > 1 and {FULL, "anchored"} & set(kinds)):
-        raise InputError(f"variant '{name}': these can't be combined")
-    for part, kind in zip(parts, kinds, strict=True):
-        if part in _PLAIN:
-            variant = replace(variant, **_PLAIN[part])
-        elif kind == "lead":
-            variant = replace(variant, lead_tokens=_number(part, int, f"lead:{LEAD}", "tokens", 1 << 30))
-        elif kind == "link":
-            variant = replace(variant, link_tokens=_number(part, int, "link:16", "tokens", 1 << 30))
-        elif kind == "recompute":
-            variant = replace(variant, recompute=_number(part, float, "recompute:0.15", "a share up to 1", 1))
-        else:
-            known = ", ".join((*_PLAIN, "lead:K", "link:K", "recompute:R"))
-            raise InputError(f"unknown variant '{name}': known are {known}, and several joined by +")
-    return variant
-
-
-def _number(part: str, kind: Callable[[str], Any], example: str, what: str, most: float) -> Any:
+    first, _, more = name.partition("+")
+    share = more or (first if first.startswith("recompute:") else "")
+    plain = _PLAIN.get("fast" if share == first else first)
+    if plain is None or (more and not more.startswith("recompute:")) or (share and not plain.cached):
+        raise InputError(f"unknown variant '{name}': known are {', '.join(_PLAIN)}, recompute:R, and one +recompute:R")
+    if not share:
+        return plain
     try:
-        value = kind(part.partition(":")[2])
+        return replace(plain, name=name, fidelity=Fidelity(float(share.partition(":")[2])))
     except ValueError:
-        value = 0
-    if not 0 < value <= most:
-        raise InputError(f"variant '{part}': write {what} behind a colon, as in {example}")
-    return value
+        raise InputError(f"variant '{name}': write a share up to 1 behind the colon, as in recompute:0.15") from None

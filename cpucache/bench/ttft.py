@@ -115,10 +115,10 @@ def measure(
         engine.generate(prompt, max_tokens=1)
         for _ in range(repeat):
             report.ram.values.append(_cached(engine, prompt).ttft_ms)
-            report.floor.values.append(_floor(engine, plan))
+            report.floor.values.append(floor(engine, plan))
             engine.store.ram.clear()
             report.disk.values.append(_cached(engine, prompt).ttft_ms)
-            report.floor.values.append(_floor(engine, plan))
+            report.floor.values.append(floor(engine, plan))
         say(f"other orders and their floor in turn, {repeat} times, each order once")
         orders = random.Random(0)
         for _ in range(repeat):
@@ -132,7 +132,7 @@ def _other(engine: Engine, prompt: str, report: Report) -> None:
     first = _cached(engine, prompt, "fast")
     report.other.values.append(first.ttft_ms)
     report.encode_ms += first.encode_ms
-    report.other_floor.values.append(_floor(engine, engine.plan(prompt, fidelity="fast")))
+    report.other_floor.values.append(floor(engine, engine.plan(prompt, fidelity="fast")))
     report.other_again.values.append(_cached(engine, prompt, "fast").ttft_ms)
     second = _cached(engine, prompt, "balanced")
     report.balanced.values.append(second.ttft_ms)
@@ -141,8 +141,8 @@ def _other(engine: Engine, prompt: str, report: Report) -> None:
     report.refined.values.append(_cached(engine, prompt, "fast").ttft_ms)
 
 
-def _floor(engine: Engine, plan: Plan) -> float:
-    """Evaluate the question behind the slices that the last prompt left in the llama.cpp context."""
+def floor(engine: Engine, plan: Plan) -> float:
+    """Milliseconds to evaluate the question behind the slices that the last prompt left in the llama.cpp context."""
     fresh = plan.spans[-1]
     sampler = Sampler(Sampling(), engine.model)
     engine.context.remove(TARGET, fresh.start)

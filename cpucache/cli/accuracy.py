@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cpucache.bench.accuracy import AccuracyReport, OnAnswer, measure_accuracy, settings_of
-from cpucache.bench.datasets import OTHERS, read_examples
+from cpucache.bench.datasets import OTHERS, read_examples, selected
 from cpucache.bench.plot import measure_title, new_figure, plot_accuracy
 from cpucache.bench.results import Results
 from cpucache.bench.scores import rouge_scorer
@@ -48,11 +48,19 @@ _PATIENCE = 3600.0
     f"[default: {OTHERS}]",
 )
 @click.option(
+    "--pick", type=click.IntRange(1), metavar="K", help="Passages that a prompt names, in an order of its own."
+)
+@click.option("--of", type=click.IntRange(1), metavar="M", help="Passages of a schema, which M questions share.")
+@click.option(
+    "--drop", type=click.FloatRange(0, 1), default=0.0, help="Leave out other passages with this probability."
+)
+@click.option("--shuffle", is_flag=True, help="Name a question's own passages in another order.")
+@click.option(
     "--variants",
     default=ALL_VARIANTS,
     metavar="NAMES",
-    help="Ways of answering, with commas between: full, alone, anchored, lead:K, link:K, scaffold, recompute:R, and "
-    f"several at once as in alone+link:16.  [default: {ALL_VARIANTS}]",
+    help="Ways of answering, with commas between, full first: standalone, fast, balanced, high, refined, isolate, "
+    f"recompute:R, or one of them with +recompute:R.  [default: {ALL_VARIANTS}]",
 )
 @click.option(
     "--results",
@@ -70,6 +78,10 @@ def accuracy(
     limit: int | None,
     seed: int,
     passages: int | None,
+    pick: int | None,
+    of: int | None,
+    drop: float,
+    shuffle: bool,
     variants: str,
     results_file: Path | None,
     plot: Path | None,
@@ -78,13 +90,14 @@ def accuracy(
 ) -> None:
     """Answers from cached slices against those of full prefill, on the same questions.
 
-    Each passage of a question becomes a module, and every variant answers the question from them: with full prefill,
-    from modules encoded on their own (alone) or in sight of the instruction (anchored, the default of schemas), and
-    with what leads, link tokens, scaffolds and recomputing add. Scores are LongBench's. Questions that do not fit the
-    context are passed over.
+    Each passage becomes a module of a schema, which is encoded ahead. A prompt names all of its question's passages in
+    the schema's order, which is exact, or (--pick, --drop, --shuffle) a selection in an order of its own. KL is the
+    divergence from full prefill along its answer. Times are those of the first such prompt, from RAM; floor: the state
+    lies in the context already. Scores are LongBench's. Questions that do not fit the context are passed over.
 
     \b
-    cpucache bench accuracy --data musique.jsonl.gz --task qa --limit 60 --results musique.jsonl
+    cpucache bench accuracy --data nq.jsonl.gz --task qa --pick 5 --of 12 --limit 48 --results nq-5-of-12.jsonl
+    cpucache bench accuracy --data musique.jsonl.gz --task qa --shuffle --limit 20 --results musique.jsonl
     """
     chosen, asked = parse_variants(variants), TASKS[task]
     # What would fail at the very end fails now.
@@ -92,7 +105,9 @@ def accuracy(
         new_figure(plot)
     if task == "summary":
         rouge_scorer()
-    examples = read_examples(data, passages=passages, seed=seed)
+    examples = selected(
+        read_examples(data, passages=passages, seed=seed), seed=seed, pick=pick, of=of, drop=drop, shuffle=shuffle
+    )
     with Engine(model, **options) as engine:
         settings = settings_of(engine, data, examples, asked, seed=seed, positions=str(options["positions"]))
         with Results(results_file, settings) as results:
@@ -150,14 +165,16 @@ def _table(report: AccuracyReport) -> Table:
     for name in report.measures:
         table.add_column(measure_title(name), justify="right", no_wrap=True)
         table.add_column("against full", justify="right", no_wrap=True)
-    table.add_column("TTFT", justify="right", no_wrap=True)
-    table.add_column("/full", justify="right", no_wrap=True)
+    for name in ("KL", "same", "TTFT", "/full", "/floor"):
+        table.add_column(name, justify="right", no_wrap=True)
     for outcome in report.outcomes:
         cells = []
         for name in report.measures:
             cells.append(f"{100 * outcome.scores[name]:.1f}")
             gain = outcome.gains.get(name)
             cells.append(f"{100 * gain.mean:+.1f} ({100 * gain.low:+.1f}, {100 * gain.high:+.1f})" if gain else "")
-        ratio = "" if outcome.ttft_to_full is None else f"{outcome.ttft_to_full:.3f}"
-        table.add_row(escape(outcome.variant), *cells, seconds(outcome.ttft.median), ratio)
+        cells += [f"{outcome.kl:.3f}", f"{outcome.same:.0%}", seconds(outcome.ttft.median)]
+        for ratio in (outcome.ttft_to_full, outcome.ttft_to_floor):
+            cells.append("" if ratio is None else f"{ratio:.3f}")
+        table.add_row(escape(outcome.variant), *cells)
     return table

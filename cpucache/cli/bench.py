@@ -141,6 +141,7 @@ def store_speed(model: str, tokens: int, repeat: int, as_json: bool, **options: 
         ("save, until it is on disk", report.save),
         ("  plain write and fsync", report.write),
         ("look up among 100,000", report.lookup),
+        ("find by tokens among 100,000", report.variants),
         ("first token while slices are written", report.busy),
         ("  while none are", report.quiet),
     ):

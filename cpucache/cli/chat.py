@@ -85,7 +85,7 @@ def chat(
     if opening is not None and schema_tree is not None:
         check_prompt(opening, [schema_tree])
     plain = plain or not out.is_terminal or out.is_dumb_terminal
-    with Engine(model, **options) as engine:
+    with Engine(model, refine="idle", **options) as engine:
         if schema_tree is not None:
             engine.add_schema(schema_tree)
         with engine.session(name, system=system, prompt=opening, when_full=when_full) as session:

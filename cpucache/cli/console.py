@@ -16,12 +16,12 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
-from cpucache.engine.reply import Metrics
 from cpucache.errors import InputError
 from cpucache.pml import load_prompt, load_schema, parse_prompt, parse_schema, resolve, schema_for
 from cpucache.pml.tree import Prompt, Schema
 
 if TYPE_CHECKING:
+    from cpucache.engine.reply import Metrics
     from cpucache.reuse import OnProgress
 
 # What a terminal takes for a command: C0 but for tab and newline, DEL, and C1.

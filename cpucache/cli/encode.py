@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
-from cpucache.cli.console import check_prompt, err, out, read_prompt, read_schema, token_bar
+from cpucache.cli.console import as_option, check_prompt, err, out, read_prompt, read_schema, token_bar
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
 from cpucache.errors import CpucacheError
@@ -108,5 +108,5 @@ def _report(engine: Engine, name: str, done: Encoded, kept: Kept) -> None:
     if kept.missing:
         raise CpucacheError(
             f"{name}: {kept.missing} of {kept.missing + kept.slices} slices found no room on the disk; "
-            f"to keep all of them, give the store {decimal(kept.budget)} (--disk)"
+            f"to keep all of them, use --disk {as_option(kept.budget)}"
         )

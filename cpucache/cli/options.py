@@ -70,7 +70,8 @@ def engine_options(command: Command) -> Command:
             "--disk",
             "disk_budget",
             metavar="SIZE",
-            help="Disk for slices; what is worth least leaves.  [default: a quarter of what is free]",
+            help="Disk for slices. What is worth least leaves, but nothing that others keep.  [default: a quarter of "
+            "what is free]",
         ),
         click.option(
             "--block-size",

@@ -141,7 +141,7 @@ def _figures(metrics: Metrics, *, saved: bool) -> str:
     ]
     if metrics.encoded_tokens:
         made = f"{metrics.encoded_tokens:,} tokens encoded in {seconds(metrics.encode_ms)}"
-        parts.append(f"{made}, saved for next time" if saved else f"{made}, not all saved: no room (--disk)")
+        parts.append(f"{made}, saved for next time" if saved else made)
     if metrics.completion_tokens > 1:
         parts.append(f"{1000 / metrics.tpot_ms:.1f} tok/s")
     return " · ".join(parts)

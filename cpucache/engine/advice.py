@@ -109,9 +109,9 @@ def examine(
     Slices that only a change needs do not stay in the store.
     """
     request = engine.planner.request(prompt, fidelity=fidelity)
-    shares = [share for share in SHARES if share > fidelity.recompute] if advise and not fidelity.exact else []
-    changes = [(f"--recompute {share}", Fidelity(share)) for share in shares]
-    if shares:
+    changes: list[tuple[str, Fidelity]] = []
+    if advise and not fidelity.exact:
+        changes += [(f"--recompute {share}", Fidelity(share)) for share in SHARES if share > fidelity.recompute]
         changes.append(("--fidelity high, or cpucache encode --refine", Fidelity(exact=True)))
 
     def say(done: int, what: str) -> None:

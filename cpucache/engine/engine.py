@@ -128,6 +128,8 @@ class Engine:
                 self.model.chat_template, bos=self.model.special_text("bos"), eos=self.model.special_text("eos")
             )
             lookup = Lookup(self.workspace, Repair(self.model.text))
+            # Gaps between positions come from moving, which not every model's state allows.
+            positions = positions if self.context.can_shift else "packed"
             self.planner = Planner(self.model, self.template, self.slices, lookup, positions, usual)
             self._lock = threading.RLock()
             self._running: Stream | None = None
@@ -147,6 +149,10 @@ class Engine:
         """Free the model and its context."""
         if self._idle is not None:
             self._idle.close()
+        if self._lock.acquire(blocking=False):
+            # An answer of this thread that was left half-read ends here.
+            with self.alone():
+                self._lock.release()
         for session in list(self._sessions):
             session.close()
         if self._transcripts is not None:
@@ -355,7 +361,7 @@ class Engine:
             label=request.label,
             use_cache=use_cache,
             progress=progress,
-            at_end=partial(self._answered, request) if use_cache else None,
+            at_end=partial(self.note_asked, request) if use_cache else None,
         )
 
     def answer(
@@ -496,7 +502,7 @@ class Engine:
                 self._running = None
             self._lock.release()
 
-    def _answered(self, request: Request, stream: Stream) -> None:
+    def note_asked(self, request: Request, stream: Stream) -> None:
         """Note what is left to refine; of plain text, save the blocks that the answer has filled."""
         if request.bound is None:
             answer = np.array(stream.tokens[: stream.evaluated], np.int32)

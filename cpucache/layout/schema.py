@@ -118,6 +118,17 @@ class SchemaLayout:
         walk(self.schema, frozenset(), None, False)
         return limits
 
+    def size(self, scope: Scope) -> int:
+        """Positions that a scope takes."""
+        return sum(
+            max(map(self.size, part.members))
+            if isinstance(part, Union)
+            else self.size(part)
+            if isinstance(part, Module)
+            else len(part.tokens)
+            for part in self.outline[scope]
+        )
+
     def _parts(self, scope: Scope) -> Iterator[Segment | Placeholder]:
         for part in self.outline[scope]:
             if isinstance(part, Union):

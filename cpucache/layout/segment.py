@@ -13,7 +13,7 @@ LONGEST = 512
 """Tokens of a segment at most. Longer text is cut, so that interrupted work is lost in small parts only."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Segment:
     """A run of a schema's text, reused as a unit. Compared by identity."""
 
@@ -29,6 +29,10 @@ class Segment:
     def id(self) -> bytes:
         """The ``text_id`` of the tokens."""
         return text_id(self.tokens)
+
+    def __repr__(self) -> str:
+        place = "" if self.home is None else f" at {self.home}"
+        return f"<Segment of {self.module!r}, {len(self.tokens)} tokens{place}>"
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,7 +79,7 @@ class Encoder:
             context = Plan(runs[0].first.context or ())
             # One cell stays free for the token that applies a shift.
             room = min(_BATCH, self._context.n_ctx - context.n_tokens - 1)
-            short = [run for run in runs if len(run.tokens) <= room]
+            short = [run for run in runs if len(run.tokens) <= room and self._context.can_shift]
             if len(short) > 1 or any(run.first.delta for run in short):
                 scattered = True
                 for batch in _batches(short, room):

@@ -28,18 +28,13 @@ class Found(NamedTuple):
     sees: list[bytes]
     relation: Relation
 
-    def worth(self, previous: bytes | None, start: int) -> tuple[bool, bool, int, bool, str]:
+    def worth(self, start: int) -> tuple[bool, int, bool, str]:
         """What decides between the slices of a segment: the greatest is taken.
 
-        First come those that were evaluated right behind the text that stands before the segment here, then those that
-        were evaluated behind most text (bench/RESULTS.md), then those that need not be moved.
-
-        Args:
-            previous: The ``text_id`` of what stands right before the segment.
-            start: Where the segment is to stand.
+        Those that were evaluated behind most text come first (bench/RESULTS.md), then those that need not be moved to
+        ``start``.
         """
-        follows = bool(self.sees) and self.sees[-1] == previous
-        return self.relation != "foreign", follows, self.info.sees_tokens, self.info.start == start, self.key
+        return self.relation != "foreign", self.info.sees_tokens, self.info.start == start, self.key
 
 
 class Lookup:
@@ -112,8 +107,6 @@ class _Planning:
         self._prompt = Chain(self._slices)
         self._before: set[bytes] = set()
         """The texts that stand before the piece at hand."""
-        self._previous: bytes | None = None
-        """The last of them."""
         self._text: Chain | None = None
         """The schema's text in the prompt so far, placeholders in the place of arguments; ``None``: the same as the
         prompt so far."""
@@ -122,8 +115,10 @@ class _Planning:
         """The spans of the prompt."""
         cached = [index for index, piece in enumerate(self._pieces) if isinstance(piece, Segment) and piece.cache]
         last = cached[-1] if cached else -1
+        # An argument may be empty.
+        end = max((index for index, piece in enumerate(self._pieces) if len(piece.tokens)), default=-1)
         for index, piece in enumerate(self._pieces):
-            size = len(piece.tokens) - (self._ends and index == len(self._pieces) - 1)
+            size = len(piece.tokens) - (self._ends and index == end)
             if isinstance(piece, NewText):
                 self._new(piece, followed=index < last)
             elif not piece.cache or not size:
@@ -132,8 +127,7 @@ class _Planning:
                 self._segment(piece, size)
                 self._prompt.evaluate(piece.tokens[size:], "the last token", piece.module)
             if len(piece.tokens):
-                self._previous = text_id(piece.tokens)
-                self._before.add(self._previous)
+                self._before.add(text_id(piece.tokens))
         return self._prompt.spans
 
     # -- what a prompt brings ----------------------------------------------------------------------------------------
@@ -163,17 +157,18 @@ class _Planning:
     def _segment(self, segment: Segment, size: int) -> None:
         made = self._prompt.next(segment.tokens[:size] if self._exact else segment.tokens, segment.module)
         if self._prompt.trail.exact and (self._exact or made.key in self._store):
-            made_now = made.key not in self._store
-            self._take(made, made.start, size, "exact", "no exact slice yet" if made_now else "", made=made_now)
+            absent = made.key not in self._store
+            why = "no exact slice yet" if absent else ""
+            self._take(segment, made, made.start, size, "exact", why, made=absent)
             return
         found = self._found(segment)
         start = self._prompt.end
         if not self._packed and segment.home is not None:
             start = max(segment.home, start)
         if found:
-            best = max(found, key=lambda each: each.worth(self._previous, start))
+            best = max(found, key=lambda each: each.worth(start))
             slice_ = _opened(best, segment)
-            self._take(slice_, start, size, best.relation, "not yet evaluated behind this")
+            self._take(segment, slice_, start, size, best.relation, "not yet evaluated behind this")
             return
         made = self._missing(segment)
         trail = self._prompt.trail
@@ -181,7 +176,8 @@ class _Planning:
         in_place = made.context_key == trail.key and made.start >= start
         exact = in_place and trail.exact and made.start == trail.end
         start = made.start if in_place else start
-        self._take(made, start, size, "exact" if exact else "clean", self._why_missing(segment), made=True)
+        relation: Relation = "exact" if exact else self._relation(frozenset(made.sees))
+        self._take(segment, made, start, size, relation, self._why_missing(segment), made=True)
 
     def _found(self, segment: Segment) -> list[Found]:
         """The slices that this prompt may take of a segment."""
@@ -216,11 +212,21 @@ class _Planning:
         return "its slices attended to other modules" if limited else "its slices attended to text of other prompts"
 
     def _take(
-        self, slice_: Slice, start: int, size: int, relation: Relation, why: str = "", *, made: bool = False
+        self,
+        segment: Segment,
+        slice_: Slice,
+        start: int,
+        size: int,
+        relation: Relation,
+        why: str = "",
+        *,
+        made: bool = False,
     ) -> None:
         span = Span(start, slice_.tokens[:size], slice_, relation, made=made, why=why)
         if self._text is not None:
-            self._text.add(replace(span, start=max(start, self._text.end) if not self._packed else self._text.end))
+            # Where the schema has it, wherever new text has pushed it in the prompt.
+            home = None if self._packed else segment.home
+            self._text.add(replace(span, start=max(home or 0, self._text.end)))
         self._prompt.add(span)
 
 

@@ -32,16 +32,22 @@ def reading(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
 
 
 def scaffolded(layout: SchemaLayout, slices: Slices, modules: Collection[Module], room: int) -> list[Slice]:
-    """The slices of a scaffold set: its modules and the text around them alone, back to back."""
+    """The slices of a scaffold set: its modules and the text around them alone, back to back.
+
+    So they are with ``anchor="none"``, too: a prompt takes them where they are exact.
+    """
     walk = _Reading(layout, slices, room, set(modules))
     walk.scope(layout.schema, Chain(slices), [])
     return list(walk.made)
 
 
-def stands_for(union: Union) -> Module | None:
-    """The member of a union that stands before what follows it: its scaffold member, else its longest."""
+def stands_for(union: Union, layout: SchemaLayout) -> Module:
+    """The member of a union that stands before what follows it: its scaffold member, else its longest.
+
+    Behind the longest member, what follows is evaluated at its reserved position, and need not be moved.
+    """
     named = (member for member in union.members if member.name == union.scaffold)
-    return next(named, union.members[0])
+    return next(named, None) or max(union.members, key=layout.size)
 
 
 class _Reading:
@@ -73,10 +79,12 @@ class _Reading:
                 if self._chosen is not None and not self._takes(member, scope, part):
                     continue
                 alone = (part.isolate or member.isolate) and not isolated
-                detached = alone or self._layout.schema.anchor == "none"
+                detached = alone or (self._layout.schema.anchor == "none" and self._chosen is None)
                 before = self._detached(around if alone else []) if detached else chain.copy()
                 after = self.scope(member, before, around, isolated=isolated or alone)
-                stands = self._chosen is not None or not isinstance(part, Union) or member is stands_for(part)
+                stands = (
+                    self._chosen is not None or not isinstance(part, Union) or member is stands_for(part, self._layout)
+                )
                 if stands and not detached:
                     behind = after
             chain = behind
@@ -84,7 +92,7 @@ class _Reading:
 
     def _takes(self, member: Module, scope: Scope, part: Module | Union) -> bool:
         assert self._chosen is not None
-        if scope in self._chosen and (not isinstance(part, Union) or member is stands_for(part)):
+        if scope in self._chosen and (not isinstance(part, Union) or member is stands_for(part, self._layout)):
             self._chosen.add(member)
         return member in self._chosen
 

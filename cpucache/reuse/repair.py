@@ -11,12 +11,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from weakref import WeakKeyDictionary
 
 from cpucache.layout import Tokens
 from cpucache.reuse.slices import Slice, Span
 
 _WORD = re.compile(r"\w+")
+_KNOWN = 10_000  # slices whose words are remembered
 
 
 class Repair:
@@ -30,18 +30,18 @@ class Repair:
 
     def __init__(self, text: Callable[[Tokens], str]) -> None:
         self._text = text
-        self._known: WeakKeyDictionary[Slice, frozenset[str]] = WeakKeyDictionary()
+        self._known: dict[str, frozenset[str]] = {}
 
     def choose(self, spans: Sequence[Span], budget: int) -> set[Span]:
         """The spans to evaluate afresh: those of the most relevant modules, ``budget`` tokens in all.
 
         The first module may take twice the budget, since less than a module is of no use. Only slices that are not
-        exact are considered, and none that is made for this plan. The question is the tokens of the plan that are
+        exact are considered. The question is the tokens of the plan that are
         evaluated in any case.
         """
         modules: dict[str, list[Span]] = {}
         for span in spans:
-            if span.slice and span.relation != "exact" and not span.made:
+            if span.slice and span.relation != "exact":
                 modules.setdefault(span.slice.module, []).append(span)
         chosen: set[Span] = set()
         for module in self._ranked(modules, [span.tokens for span in spans if span.slice is None]):
@@ -65,9 +65,11 @@ class Repair:
         return sorted(modules, key=lambda module: -value[module])
 
     def _words(self, slice_: Slice) -> frozenset[str]:
-        words = self._known.get(slice_)
+        words = self._known.get(slice_.key)
         if words is None:
-            words = self._known[slice_] = self._words_of(slice_.tokens)
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            words = self._known[slice_.key] = self._words_of(slice_.tokens)
         return words
 
     def _words_of(self, tokens: Tokens) -> frozenset[str]:

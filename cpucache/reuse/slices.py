@@ -30,7 +30,7 @@ Relation: TypeAlias = Literal["exact", "clean", "related", "foreign"]
 """
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Slice:
     """The state of ``tokens``, saved at the positions from ``start`` on. Compared by key."""
 
@@ -52,6 +52,9 @@ class Slice:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    def __repr__(self) -> str:
+        return f"<Slice {self.key[:8]} of {self.module!r}, {len(self.tokens)} tokens at {self.start}>"
 
     @property
     def end(self) -> int:
@@ -79,7 +82,7 @@ class Slice:
         return Span(self.start, self.tokens, self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Span:
     """Tokens at consecutive positions from ``start``: a slice to splice, or (no slice) tokens to evaluate.
 

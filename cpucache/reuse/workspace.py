@@ -133,7 +133,9 @@ class Workspace:
             missing = self.missing(slices, states)
             self._make(missing, (), (), states, schema, report, counting(progress, effort(missing)))
 
-        self._mending(make, states)
+        # Slices of one schema do not push one another out.
+        with self.store.using(slice_.key for slice_ in slices):
+            self._mending(make, states)
         return report
 
     def _make(

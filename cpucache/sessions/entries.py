@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 ROLES = ("system", "user", "assistant", "prompt")
 _YEAR_5000 = 95_617_584_000
+_DIGITS = re.compile("(?:[0-9a-f]{2})+")
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,29 @@ def _are_pieces(role: str, pieces: Any) -> bool:
     if not isinstance(pieces, dict):
         return False
     if role == "prompt":
-        segments = pieces.get("segments")
-        return (
-            {"role", "open", "asks", "spans"} <= pieces.keys()
-            and isinstance(segments, list)
-            and all(isinstance(each, dict) and _are_tokens(each.get("tokens")) for each in segments)
-        )
+        # Earlier versions wrote segments, and spans of these.
+        earlier = "segments" in pieces
+        parts, is_one = pieces.get("segments" if earlier else "spans"), _has_tokens if earlier else _is_slice
+        known = {"role", "open", "asks", "spans"} <= pieces.keys()
+        return known and isinstance(parts, list) and all(isinstance(each, dict) and is_one(each) for each in parts)
     parts = pieces.get("parts")
     return isinstance(parts, list) and all(_are_tokens(each) for each in (*parts, pieces.get("pending")))
+
+
+def _is_slice(span: dict[str, Any]) -> bool:
+    counts, digits = ("at", "count", "start", "sees_tokens"), (span.get("key"), span.get("context"))
+    sees = span.get("sees")
+    return (
+        _has_tokens(span)
+        and all(_is_count(span.get(name)) for name in counts)
+        and all(isinstance(span.get(name), str) for name in ("relation", "module"))
+        and isinstance(sees, list)
+        and all(isinstance(each, str) and _DIGITS.fullmatch(each) for each in (*digits, *sees))
+    )
+
+
+def _has_tokens(part: dict[str, Any]) -> bool:
+    return _are_tokens(part.get("tokens"))
 
 
 def _are_tokens(value: Any) -> bool:

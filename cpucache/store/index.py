@@ -35,13 +35,13 @@ CREATE TABLE IF NOT EXISTS slices (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_value ON slices (whole, pinned, value);
 CREATE INDEX IF NOT EXISTS by_content ON slices (content);
+DROP TABLE IF EXISTS past;  -- of earlier versions
 -- Slices that were evicted, or found no room.
 CREATE TABLE IF NOT EXISTS absent (
     key TEXT PRIMARY KEY, uses INTEGER NOT NULL, gone REAL NOT NULL,
     model TEXT NOT NULL, schema TEXT NOT NULL, bytes INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_gone ON absent (gone);
-DROP TABLE IF EXISTS past;
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, number REAL NOT NULL) WITHOUT ROWID;
 INSERT OR IGNORE INTO totals VALUES
     ('bytes', 0), ('age', 0), ('hits', 0), ('misses', 0), ('seconds_saved', 0), ('evicted', 0),

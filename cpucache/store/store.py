@@ -167,7 +167,9 @@ class Store:
         if self.index is not None:
             try:
                 for key, info in self.index.variants(wanted):
-                    found[info.content][key] = info
+                    # The file may be unusable, or deleted by hand.
+                    if key in self:
+                        found[info.content][key] = info
             except sqlite3.Error as error:
                 self._trouble(error)
         with self._lock:

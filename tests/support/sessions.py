@@ -22,7 +22,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from cpucache.engine import Engine, Fidelity
+from cpucache.engine import Engine
 from cpucache.engine.session import Session
 from cpucache.engine.stream import Stream
 from cpucache.runtime import Context, Run, Sampling
@@ -39,18 +39,14 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload([__name__])
 
 
-APART = Fidelity(lead_tokens=0)
-
-
 @contextmanager
 def engine(model: Path, folder: Path, **settings: Any) -> Iterator[Engine]:
     """An engine with its slices and its conversations below ``folder``.
 
-    Its keys are f32, so that rounding hides nothing, and modules are as they are apart, so that what they must give is
-    easily said."""
+    Its keys are f32, so that rounding hides nothing. Everything else that decides an answer is the default.
+    """
     chosen = {"n_ctx": 1024, "threads": 1, "kv_type": "f32", "ram_budget": PLENTY, "disk_budget": PLENTY}
-    chosen |= {"fidelity": APART, **settings}
-    with Engine(model, store=folder / "slices", sessions=folder / "sessions", **chosen) as made:
+    with Engine(model, store=folder / "slices", sessions=folder / "sessions", **{**chosen, **settings}) as made:
         yield made
 
 

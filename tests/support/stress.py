@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from cpucache.engine import Engine, Fidelity
+from cpucache.engine import Engine
 from cpucache.pml import parse_schema
+from cpucache.reuse import Level, reading
 from cpucache.store import Store
 from cpucache.store.slicefile import Damaged, SliceFiles
 from cpucache.store.upkeep import verify
@@ -60,13 +61,13 @@ def engine(model: Path, home: Path, **settings: Any) -> Engine:
     return Engine(
         model,
         store=home,
-        **{"threads": 1, "n_ctx": _N_CTX, "ram_budget": 1 << 28, "fidelity": Fidelity(lead_tokens=0), **settings},
+        **{"threads": 1, "n_ctx": _N_CTX, "ram_budget": 1 << 28, **settings},
     )
 
 
-def answer(engine: Engine, text: str) -> str:
-    """What an engine says to a prompt, greedily."""
-    return engine.generate(text, max_tokens=_TOKENS).text
+def answer(engine: Engine, text: str, fidelity: Level | None = None) -> str:
+    """What an engine says to a prompt, greedily. Unless it is exact, that depends on which slices there are."""
+    return engine.generate(text, max_tokens=_TOKENS, fidelity=fidelity).text
 
 
 def room(folder: Path) -> int:
@@ -169,20 +170,18 @@ def _encode_for_ever(model: Path, home: Path, budget: int, seed: int, reports: C
         while True:
             topic += 1
             layout = running.add_schema(parse_schema(schema("s", 30, topic)))
-            keys = {segment: running.workspace.key(segment) for segment in layout.segments}
             # In turn all at once, so that many wait for the disk, and one by one.
             if topic % 2:
                 running.encode("s")
                 running.store.flush()
-                ready = set(keys.values())
-                for key in ready:
-                    reports.send_bytes(key.encode())
+                for slice_ in reading(layout, running.slices, _N_CTX - 1):
+                    reports.send_bytes(slice_.key.encode())
                 continue
             for i in range(30):
                 running.encode_for(prompt("s", i))
                 running.store.flush()
-                for segment in running.plan(prompt("s", i)).segments:
-                    reports.send_bytes(keys[segment].encode())
+                for slice_ in running.plan(prompt("s", i)).slices:
+                    reports.send_bytes(slice_.key.encode())
 
 
 def _received(reports: Connection) -> Iterator[str]:
@@ -239,7 +238,7 @@ def flip(model: Path, home: Path, flips: int, *, seed: int = 0) -> Flips:
         running.add_schema(parsed)
         expected = answer(running, question)
         plan = running.plan(question)
-        keys = sorted({running.workspace.key(segment) for segment in plan.segments})
+        keys = sorted({slice_.key for slice_ in plan.slices})
     files = SliceFiles(home / "slices")
     for _ in range(flips):
         key = rng.choice(keys)
@@ -329,7 +328,7 @@ def hammer(model: Path, folder: Path, processes: int, *, rounds: int, seed: int 
     folder.mkdir(parents=True, exist_ok=True)
     with engine(model, folder / "alone") as running:
         _add_schemas(running)
-        alone = [answer(running, question) for question in questions]
+        alone = [answer(running, question, "high") for question in questions]
         running.store.flush()
         sizes = [running.store.files.path(key).stat().st_size for key in running.store.files]
     report = Hammered(processes, budget=sum(sizes) // 3, largest=max(sizes))
@@ -411,7 +410,7 @@ def _ask(model: Path, home: Path, log: Path, budget: int, rounds: int, seed: int
             _listen(running.store, note)
             for _ in range(rounds):
                 number = rng.randrange(len(questions))
-                note("answer", [number, answer(running, questions[number])])
+                note("answer", [number, answer(running, questions[number], "high")])
         for warning in heard:
             note("warning", warning)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cpucache.layout import Plan, Segment, Span
-from cpucache.reuse import Workspace
+from cpucache.layout.vocabulary import joined
+from cpucache.reuse import OnProgress, Plan, Prefill, Slice, Slices, Span, Workspace
 from cpucache.runtime import Context, KVType, Model, Run
 from cpucache.store import Store
 from tests.support.tiny import BYTES
@@ -30,6 +30,8 @@ TOLERANCE_ALIBI = 2e-3
 
 PLENTY = 1 << 30
 """A RAM budget that nothing here exceeds."""
+SLICES = Slices("model", "format")
+"""Makes the slices of a bench. Each bench has one model, and a store that no other model uses."""
 
 
 def some_tokens(n: int, seed: int = 0) -> Tokens:
@@ -66,9 +68,13 @@ class Bench:
     workspace: Workspace
     truth: Context
 
+    def prefill(self, plan: Plan, progress: OnProgress | None = None, *, fresh: bool = False) -> Prefill:
+        """What it took to get ``plan`` into the llama.cpp context."""
+        return self.workspace.prefill(lambda: plan, progress=progress, fresh=fresh)[1]
+
     def logits(self, plan: Plan) -> Logits:
         """Those of the last token of ``plan``, through slices."""
-        self.workspace.prefill(plan)
+        self.prefill(plan)
         return self.workspace.context.last_logits()
 
     def full(self, tokens: Tokens) -> Logits:
@@ -78,22 +84,25 @@ class Bench:
         return self.truth.last_logits()
 
     def expected(self, plan: Plan) -> Logits:
-        """Those of the last token of ``plan``, each slice evaluated where it stands, right behind its context.
+        """Those of the last token of ``plan``, each slice evaluated where it stands, behind its context.
 
-        For slices whose contexts, all together, stand at consecutive positions from 0.
+        For slices whose contexts are plain text, evaluated one token behind the other.
         """
         self.truth.clear()
+        # What matters is how far tokens are from one another: all stand so far on that every context fits before them.
+        lift = max(0, 0, *(s.slice.context[-1].end - s.start for s in plan.spans if s.slice and s.slice.context))
         for span in plan.spans:
-            if span.segment is None:
-                self.truth.decode([Run(0, span.start, span.tokens)], logits="last")
+            if span.slice is None:
+                self.truth.decode([Run(0, span.start + lift, span.tokens)], logits="last")
                 continue
-            sight = [segment.tokens for segment in span.segment.sees]
-            before = sum(len(tokens) for tokens in sight)
-            assert before == span.segment.context_end, "a gap in the context"
-            # What matters is how far the tokens are from one another, so the context may begin anywhere, but not below
-            # 0: a slice that stands too near to the start for its context to fit before it can't be evaluated so.
-            self.truth.decode([Run(1, span.start - before, np.concatenate([*sight, span.tokens]))])
-            self.truth.remove(1, 0, span.start)
+            context = span.slice.context
+            assert context is not None, "found in the store: nobody knows its context"
+            start = span.start + lift
+            # As the slice was moved away from its context, so is the context moved here.
+            back = start - (context[-1].end if context else 0)
+            for each in (*(before.moved(back) for before in context), Span(start, span.tokens)):
+                self.truth.decode([Run(1, each.start, each.tokens)])
+            self.truth.remove(1, 0, start)
             self.truth.share(1, 0)
             self.truth.remove(1)
         return self.truth.last_logits()
@@ -112,38 +121,62 @@ def bench(
     with opened(path, kv_type, n_ctx=n_ctx) as context, opened(path, kv_type, n_ctx=n_ctx) as truth:
         store = Store(home, ram_budget=ram_budget)
         try:
-            yield Bench(Workspace(context, store, path.stem), truth)
+            yield Bench(Workspace(context, store, SLICES), truth)
         finally:
             store.close()
 
 
-def segment(tokens: Tokens, context: Sequence[Segment] = (), *, home: int | None = None) -> Segment:
-    """A slice to be, in the sight of ``context``; at home right behind it unless told."""
-    return Segment(
-        tokens, context[-1].end if home is None and context else home or 0, tuple(other.span for other in context), ""
-    )
+def planning() -> Workspace:
+    """A workspace to plan with and nothing else: it has no llama.cpp context, and no slice has been made."""
+    return Workspace(None, Store(None, ram_budget=PLENTY), SLICES)  # type: ignore[arg-type]
 
 
-def chain(parts: Sequence[Tokens]) -> list[Segment]:
-    """Segments one behind the other from position 0, each in the sight of all before it."""
-    made: list[Segment] = []
+def slice_of(tokens: Tokens, context: Sequence[Slice] = (), *, start: int | None = None) -> Slice:
+    """A slice to be, evaluated behind ``context``; it stays right behind it unless told."""
+    return SLICES.make([other.span for other in context], tokens, start=start)
+
+
+def chain(parts: Sequence[Tokens]) -> list[Slice]:
+    """Slices one behind the other from position 0, each behind all before it."""
+    made: list[Slice] = []
     for part in parts:
-        made.append(segment(part, made))
+        made.append(slice_of(part, made))
     return made
 
 
-def plan_of(*pieces: Segment | Tokens | tuple[Segment, int]) -> Plan:
-    """Slices at home, or at the position they come with, and fresh tokens behind what is before them."""
+def plan_of(*pieces: Slice | Tokens | tuple[Slice, int]) -> Plan:
+    """Slices where they were saved, or at the position they come with, and fresh tokens behind what is before them."""
     spans: list[Span] = []
     end = 0
     for piece in pieces:
-        if isinstance(piece, Segment):
-            spans.append(Span(piece.home, piece.tokens, piece))
+        if isinstance(piece, Slice):
+            spans.append(piece.span)
         elif isinstance(piece, tuple):
             spans.append(Span(piece[1], piece[0].tokens, piece[0]))
         else:
             spans.append(Span(end, piece))
         end = spans[-1].end
+    return Plan(tuple(spans))
+
+
+def scheduled(pieces: Sequence[Slice | Tokens], *, packed: bool = False) -> Plan:
+    """Slices where they were saved or behind what takes that room, or ``packed`` back to back; the last token fresh."""
+    spans: list[Span] = []
+    end = 0
+    for index, piece in enumerate(pieces):
+        fresh = piece if not isinstance(piece, Slice) else piece.tokens[:0]
+        if isinstance(piece, Slice):
+            size = len(piece.tokens) - (index == len(pieces) - 1)
+            fresh = piece.tokens[size:]
+            if size:
+                spans.append(Span(end if packed else max(end, piece.start), piece.tokens[:size], piece))
+                end = spans[-1].end
+        if len(fresh):
+            if spans and spans[-1].slice is None:
+                before = spans.pop()
+                fresh, end = joined([before.tokens, fresh]), before.start
+            spans.append(Span(end, fresh))
+            end = spans[-1].end
     return Plan(tuple(spans))
 
 
