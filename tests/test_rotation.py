@@ -162,7 +162,9 @@ def turned(angle: Of, scale: Of = np.ones_like) -> tuple[Floats, Floats]:
     before = np.random.default_rng(0).standard_normal((len(_DELTAS), 4, 16), np.float32)
     heads = before.reshape(len(_DELTAS), 4, 2, 2, 4)
     deltas = np.array(_DELTAS, float)[:, None, None, None]
-    pairs = (heads[..., 0, :] + 1j * heads[..., 1, :]) * np.exp(1j * angle(deltas) * 0.5 ** np.arange(4)) * scale(deltas)
+    pairs = (
+        (heads[..., 0, :] + 1j * heads[..., 1, :]) * np.exp(1j * angle(deltas) * 0.5 ** np.arange(4)) * scale(deltas)
+    )
     return before, np.stack([pairs.real, pairs.imag], axis=3).astype(np.float32).reshape(before.shape)
 
 
