@@ -451,12 +451,34 @@ def test_a_prompt_that_is_interrupted_leaves_nothing(smollm2: Path, tmp_path: Pa
     with terminal("chat", "s", "-m", smollm2, "-n", "4", "--threads", "1", *begin) as there:
         there.until("evaluating")
         there.type(CTRL_C)
-        there.until("nothing of this turn is kept")
+        there.until("the message is kept, /regen answers it")
         there.until("1>")
         there.type("/quit\r")
         assert there.closed() == 0
 
     assert [each["role"] for each in messages("s")] == ["prompt"]
+
+
+def test_killed_it_answers_when_it_is_opened_again(smollm2: Path) -> None:
+    question = "Tell a very long story of a fox."
+    with subprocess.Popen(
+        [sys.executable, "-m", "cpucache.cli.main", "chat", "s", "-m", str(smollm2), "-n", "4000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as command:
+        assert command.stdin
+        assert command.stdout
+        command.stdin.write(f"{question}\n".encode())
+        command.stdin.flush()
+        command.stdout.read(20)
+        command.kill()
+
+    assert [each["role"] for each in messages("s")] == ["user"]
+    again = chat("s", smollm2, said="")
+    assert "the last message has no answer yet: it is answered now" in again.err
+    assert said("s") == [question]
+    assert again.out == f"{said('s', 'assistant')[0]}\n"
 
 
 def test_ctrl_c_ends_a_conversation_from_a_pipe(smollm2: Path) -> None:

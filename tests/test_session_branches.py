@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cpucache.errors import InputError
+from cpucache.engine import Engine
+from cpucache.errors import CpucacheError, InputError
 from cpucache.pml import parse_schema
 from cpucache.reuse import Plan, Slice, Span, reading
 from tests.support import sessions
@@ -230,6 +234,36 @@ def test_a_session_that_begins_with_a_prompt(arch: str, tiny: Tiny, tmp_path: Pa
                 evaluated = plan.n_tokens + answer.stream.evaluated
 
 
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_beginning_is_evaluated_once_and_keeps_its_keys(encoded: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """Whatever the product is set to by itself, in another process, and when better slices have come meanwhile."""
+
+    def opened() -> Engine:
+        running = Engine(tiny("llama"), store=tmp_path / "slices", sessions=tmp_path / "sessions", threads=1)
+        running.add_schema(parse_schema(SCHEMA))
+        return running
+
+    # Its modules stand behind others than they were evaluated behind.
+    picked = '<prompt schema="shop"><winter/><hours opens="ten"/><user>What is there to eat?</user></prompt>'
+    with opened() as running:
+        if encoded:
+            running.encode("shop")
+        with running.session("s", prompt=picked) as session:
+            session.send(max_tokens=4)
+            keys, first = session.keys, session.n_tokens
+        assert keys
+        running.encode("shop")
+        running.encode_for(picked, fidelity="high")
+    for _ in range(3):
+        with opened() as running, running.session("s", prompt=picked) as session:
+            assert session.keys == keys
+            metrics = session.send("And to drink?", max_tokens=4).metrics
+            assert metrics.encoded_tokens == 0
+            assert metrics.cached_tokens == first
+            assert session.keys[: len(keys)] == keys
+            keys, first = session.keys, session.n_tokens
+
+
 @pytest.mark.parametrize("arch", ["llama", "mpt", "gemma3"])
 @resumed
 def test_a_session_that_begins_with_a_prompt_is_truncated(
@@ -275,6 +309,29 @@ def test_a_session_that_begins_with_a_prompt_is_truncated(
             held, end = answer.tokens, end + len(new)
         assert gone > 2
         session.close()
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        *(("key", 3), ("key", "xy"), ("context", None), ("sees", ["abc"]), ("sees", "abcd"), ("start", -1)),
+        *(("at", "0"), ("count", None), ("tokens", [-1]), ("module", None), ("sees_tokens", 1.5)),
+    ],
+    ids=str,
+)
+def test_a_damaged_beginning_is_named(member: str, value: object, tiny: Tiny, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path) as running:
+        running.add_schema(parse_schema(SCHEMA))
+        with running.session("s", prompt=PROMPT) as session:
+            pieces = session.entries[0].pieces
+    pieces["spans"][-1][member] = value
+    (path,) = (tmp_path / "sessions").glob("*.sqlite")
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE entries SET pieces = ?", [json.dumps(pieces)])
+    with engine(tiny("llama"), tmp_path) as running:
+        with pytest.raises(CpucacheError, match=r"conversation 's' is damaged .* what its tokens are"):
+            running.session("s")
+        running.session("other").close()
 
 
 def test_a_prompt_and_a_system_text_exclude_each_other(tiny: Tiny, tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ def eventually(condition: Callable[[], bool]) -> bool:
     return True
 
 
-def begun(model: Path, folder: Path) -> int:
+def begun(model: Path, folder: Path, disk_budget: int | None = None) -> int:
     """Begin a session of three turns; gives the bytes of its slices."""
-    with engine(model, folder, block_size=16) as running, running.session("s", system=SYSTEM) as session:
+    with engine(model, folder, block_size=16, disk_budget=disk_budget) as running, running.session("s", system=SYSTEM) as session:
         for number in range(3):
             session.send(message(number), max_tokens=5)
         return running.store.ram.used
@@ -66,7 +66,9 @@ def test_what_an_open_session_needs_stays_in_memory(is_open: bool, tiny: Tiny, t
 @pytest.mark.parametrize("is_open", [True, False])
 def test_what_an_open_session_needs_stays_on_disk(is_open: bool, tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama")
-    size = begun(model, tmp_path)
+    size = begun(model, tmp_path / "elsewhere")
+    # A budget smaller than one that was kept to before evicts nothing.
+    begun(model, tmp_path, disk_budget=2 * size)
     with engine(model, tmp_path, block_size=16, ram_budget=1, disk_budget=2 * size) as running, truth(model) as true:
         session = running.session("s")
         keys = needed(running, session)
@@ -100,6 +102,17 @@ def test_opening_a_session_reads_it_into_memory(tiny: Tiny, tmp_path: Path) -> N
     size = begun(tiny("llama"), tmp_path)
     with engine(tiny("llama"), tmp_path, block_size=16) as running, running.session("s"):
         assert eventually(lambda: running.store.ram.used == size)
+
+
+def test_of_a_recurrent_model_the_last_snapshot_is_read(tiny: Tiny, tmp_path: Path) -> None:
+    """It is the state of everything before."""
+    size = begun(tiny("mamba"), tmp_path)
+    with engine(tiny("mamba"), tmp_path) as running, running.session("s") as session:
+        session.prefetch().result()
+        assert len(session.keys) == 1
+        assert 0 < running.store.ram.used < size / 5
+        # It is the one.
+        assert session.send(message(9), max_tokens=1).metrics.cached_tokens > sum(sizes(session)[:-2]) - 2
 
 
 def test_a_prompt_is_read_ahead_on_demand(tiny: Tiny, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,56 @@ def test_a_turn_that_was_never_read_is_not_kept(tiny: Tiny, tmp_path: Path) -> N
         assert session.entries == []
         session.send(message(1), max_tokens=2)
         assert len(session.entries) == 2
+
+
+def test_threads_take_turns(tiny: Tiny, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path) as running, running.session("s") as session:
+        replies: dict[str, str] = {}
+
+        def talk(first: int) -> None:
+            for number in range(first, first + 5):
+                replies[message(number)] = session.send(message(number), max_tokens=2).text
+
+        with ThreadPoolExecutor(4) as threads:
+            for talking in [threads.submit(talk, first) for first in range(0, 40, 10)]:
+                talking.result()
+        assert [entry.role for entry in session.entries] == ["user", "assistant"] * 20
+        texts = [entry.text for entry in session.entries]
+        assert dict(zip(texts[::2], texts[1::2], strict=True)) == replies
+
+
+def test_a_turn_while_another_thread_is_about_to_read_one(tiny: Tiny, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path) as running, running.session("s") as session:
+        stream = session.stream(message(1), max_tokens=2)
+        with ThreadPoolExecutor(1) as thread:
+            with running.alone():
+                reading = thread.submit(stream.reply)
+                while not stream._pieces.gi_running:
+                    time.sleep(0.001)
+                with pytest.raises(InputError, match="'s': another thread is about to read an answer; call send"):
+                    session.stream(message(2))
+            reply = reading.result()
+        assert [entry.text for entry in session.entries] == [message(1), reply.text]
+
+
+def test_an_edit_that_never_begins_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with engine(tiny("llama"), tmp_path) as running, running.session("s") as session:
+        session.send(message(1), max_tokens=2)
+        before = [entry.text for entry in session.entries]
+        for ask in (lambda **rest: session.edit(1, message(2), **rest), session.regenerate):
+            with pytest.raises(KeyboardInterrupt):
+                next(ask(progress=stop))
+            assert [entry.text for entry in session.entries] == before
+        # A new message is kept.
+        with pytest.raises(KeyboardInterrupt):
+            next(session.stream(message(3), progress=stop))
+        assert [entry.text for entry in session.entries] == [*before, message(3)]
+        assert session.unanswered
+        session.regenerate(max_tokens=2).reply()
+        assert [entry.role for entry in session.entries] == ["user", "assistant"] * 2
 
 
 def test_closing_an_engine_ends_and_keeps_the_turn_under_way(tiny: Tiny, tmp_path: Path) -> None:

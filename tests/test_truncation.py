@@ -153,6 +153,20 @@ def test_a_model_that_cannot_shift_evaluates_what_stays_again(
         assert talking.session.left_out > 2
 
 
+def test_a_model_that_cannot_shift_evaluates_what_stays_seldom(tiny: Tiny, tmp_path: Path) -> None:
+    """It leaves out half of its turns at once, so that most turns cost what they do before the context is full."""
+    with talk("mamba", tiny, tmp_path) as talking:
+        fresh, cuts = [], 0
+        for _ in range(3 * TURNS):
+            gone = talking.session.left_out if talking.number else 0
+            answer = talking.turn()
+            cuts += talking.session.left_out > gone
+            fresh.append(answer.fresh)
+        assert cuts >= 3
+        longest = max(sizes(talking.session))
+        assert sum(count > 2 * longest for count in fresh) == cuts < TURNS
+
+
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_slices_that_are_gone_are_made_again_with_what_has_left_in_sight(arch: str, tiny: Tiny, tmp_path: Path) -> None:
     with talk(arch, tiny, tmp_path, reopened=True) as talking:

@@ -156,6 +156,8 @@ class _Chat:
         elif self._reader.interactive:
             _note(f"conversation '{session.name}' with {self._engine.model.path.stem}; /help shows what there is")
         if session.unanswered:
+            if session.entries[-1].role == "user":
+                _note("the last message has no answer yet: it is answered now")
             self._answer(session.stream)
         while True:
             draft, self._draft = self._draft, ""
@@ -192,7 +194,8 @@ class _Chat:
             except KeyboardInterrupt:
                 pass
         if stream is None or not stream.metrics.ttft_ms:
-            _note("interrupted before the answer began: nothing of this turn is kept")
+            kept = "the message is kept, /regen answers it" if self._session.unanswered else "all is as it was"
+            _note(f"interrupted before the answer began: {kept}")
         else:
             _note(figures(stream.metrics))
             if stream.metrics.left_out_tokens:
@@ -258,7 +261,7 @@ class _Chat:
         session, engine = self._session, self._engine
         turns = [entry.metrics for entry in session.entries if entry.role == "assistant"]
         cached, fresh, answered = (
-            sum(turn[name] for turn in turns) for name in ("cached_tokens", "fresh_tokens", "completion_tokens")
+            sum(turn.get(name, 0) for turn in turns) for name in ("cached_tokens", "fresh_tokens", "completion_tokens")
         )
         rows = [
             ("conversation", f"{session.name}, with {engine.model.path.stem}"),
@@ -269,7 +272,7 @@ class _Chat:
             ("tokens of answers", f"{answered:,}"),
         ]
         if turns:
-            first = sum(turn["ttft_ms"] for turn in turns) / len(turns)
+            first = sum(turn.get("ttft_ms", 0) for turn in turns) / len(turns)
             rows.append(("first token after", f"{seconds(first)} on average"))
         table = Table.grid(padding=(0, 2))
         for name, value in rows:

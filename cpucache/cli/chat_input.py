@@ -22,7 +22,7 @@ COMMANDS = {
     "save": ("[NAME]", "everything is saved as it is said; with a name, like /fork"),
     "fork": ("NAME", "give the conversation so far another name too, under which it goes its own way"),
     "edit": ("[N] TEXT", "go back to your message N (the last) and say TEXT in its place"),
-    "regen": ("", "another answer in place of the last"),
+    "regen": ("", "another answer in place of the last, or the first where there is none"),
     "stats": ("", "show the size of the conversation and what was reused for it"),
     "quit": ("", "leave (Ctrl-D does it too)"),
 }

@@ -99,10 +99,9 @@ class Engine:
         usual = Fidelity.of(fidelity)
         ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
         _check(positions=(positions, POSITIONS), refine=(refine, REFINES))
-        if threads is not None and threads < 1:
-            raise InputError(f"threads={threads}: must be 1 or more")
-        if block_size < 1:
-            raise InputError(f"block_size={block_size}: a block has at least one token")
+        for setting, value in (("threads", threads), ("n_ctx", n_ctx), ("block_size", block_size)):
+            if value is not None and value < 1:
+                raise InputError(f"{setting}={value}: must be 1 or more")
         path = resolve_model(str(model or default_model()))
         home = Path(store) if store else default_home()
         # What was opened is closed again when something behind it fails.
@@ -374,12 +373,14 @@ class Engine:
         label: str,
         use_cache: bool = True,
         progress: OnProgress | None = None,
+        at_start: Callable[[Stream], None] | None = None,
         at_first: Callable[[Stream], None] | None = None,
         at_end: Callable[[Stream], None] | None = None,
     ) -> Stream:
         """The answer to a plan.
 
-        ``at_first`` and ``at_end`` are called when the first token has been handed over and when the answer ends.
+        ``at_start``, ``at_first`` and ``at_end`` are called before anything is evaluated, when the first token has been
+        handed over, and when the answer ends.
         """
         return Stream(
             self.workspace,
@@ -391,6 +392,7 @@ class Engine:
             schema=label,
             use_cache=use_cache,
             progress=progress,
+            at_start=at_start,
             at_first=at_first,
             at_end=at_end,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,10 +153,14 @@ class Planner:
     def _tokens(self, messages: Sequence[Message] | None, text: str | None) -> Tokens:
         parts = [] if self._model.bos is None else [np.array([self._model.bos], np.int32)]
         if messages is not None:
+            if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+                raise InputError(f'messages is a list such as [{{"role": "user", "content": "..."}}], not {messages!r}')
             turns = Turns(self._template, self._model)
             parts += [turns.turn(*_checked(message)) for message in messages]
             parts.append(turns.answer())
         elif text is not None:
+            if not isinstance(text, str):
+                raise InputError(f"text is a str to go on with, not {text!r}")
             parts.append(self._model.tokenize(text))
         tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
         if len(tokens) <= (self._model.bos is not None) or (messages is not None and not messages):
@@ -164,16 +169,28 @@ class Planner:
 
 
 def parsed_prompt(prompt: str | Path | Prompt) -> Prompt:
-    """PML text, the path of a file, or a parsed prompt, as a parsed prompt. Raises ``PMLError``."""
+    """PML text, the path of a file, or a parsed prompt, as a parsed prompt. Raises ``PMLError`` or ``InputError``."""
     if isinstance(prompt, Prompt):
         return prompt
+    if not isinstance(prompt, str | Path):
+        raise InputError(f"a prompt is PML text, the path of a file or a parsed prompt, not {prompt!r}{_PLAIN}")
     if isinstance(prompt, str) and prompt.lstrip().startswith("<"):
         return parse_prompt(prompt)
+    # Unlike a ``Path``, this takes any text, whether it could be a path or not.
+    if isinstance(prompt, str) and (not prompt.strip() or "\n" in prompt or not os.path.exists(prompt)):  # noqa: PTH110
+        shown = prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}…"
+        raise InputError(f"{shown!r} is neither PML text nor the path of a file{_PLAIN}")
     return load_prompt(Path(prompt))
 
 
-def _checked(message: Message) -> tuple[RoleName, str]:
-    role, content = message.get("role"), message.get("content")
+_PLAIN = '; for a plain message pass messages=[{"role": "user", "content": "..."}], for text to go on with text="..."'
+_SHOWN = 60
+
+
+def _checked(message: object) -> tuple[RoleName, str]:
+    role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
     if role not in ("system", "user", "assistant") or not isinstance(content, str):
-        raise InputError(f"a message has a role (system, user or assistant) and text as its content, not {message!r}")
+        raise InputError(
+            f"a message is a mapping with a role (system, user or assistant) and text as its content, not {message!r}"
+        )
     return role, content

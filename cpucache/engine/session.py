@@ -20,6 +20,7 @@ from cpucache.engine.opening import Opening, dump_spans, load_spans, tokens_of
 from cpucache.engine.reply import Reply
 from cpucache.engine.sampling import sampling_of
 from cpucache.engine.stream import Stream
+from cpucache.engine.turn import Turn
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Tokens, Turns
 from cpucache.layout.vocabulary import empty, joined
@@ -37,8 +38,9 @@ MAX_TOKENS = 512
 class Session:
     """A conversation. Made by ``Engine.session``; close it, or use it as a context manager, to let others open it.
 
-    While it is open its slices are evicted neither from memory nor (by this process) from disk. A turn is kept when its
-    answer ends: complete, stopped by ``max_tokens``, or interrupted. A crash loses at most the turn under way.
+    While it is open its slices are evicted neither from memory nor (by this process) from disk. A message is written
+    down before it is evaluated (one in the place of another when its answer begins), and an answer when it ends:
+    complete, stopped by ``max_tokens``, or interrupted. A crash loses at most the answer under way.
     """
 
     def __init__(
@@ -83,8 +85,7 @@ class Session:
         if not self._closed:
             with self._engine.alone():
                 self._closed = True
-                if self._stream is not None:
-                    self._stream.close()
+                self._end_stream()
                 self._hold([])
                 self._transcript.close()
 
@@ -119,13 +120,17 @@ class Session:
 
     @property
     def unanswered(self) -> bool:
-        """Whether the last message waits for an answer: the prompt that the session began with may end so."""
+        """Whether the last message, or the prompt that the session began with, waits for an answer.
+
+        ``send`` and ``stream`` without a text give it.
+        """
         return bool(self.entries) and (self.entries[-1].role == "user" or self._asks)
 
     # -- turns -------------------------------------------------------------------------------------------------------
     def send(self, text: str | None = None, **settings: Any) -> Reply:
-        """The whole answer to a message. Settings are those of ``stream``."""
-        return self.stream(text, **settings).reply()
+        """The whole answer to a message. Settings are those of ``stream``. Calls from several threads take turns."""
+        with self._engine.alone():
+            return self.stream(text, **settings).reply()
 
     def stream(
         self,
@@ -138,18 +143,21 @@ class Session:
         """The answer to a message, piece by piece; without ``text``, to the one that is ``unanswered``.
 
         ``sampling`` are the settings of ``Engine.stream``: temperature, top_k, top_p, min_p, repeat_penalty, seed,
-        stop. Raises ``ContextFull`` when there is no room for it, and none that may be made.
+        stop. The session's next turn ends a stream that was not begun, and waits for one that another thread reads.
+        Raises ``ContextFull`` when there is no room for it, and none that may be made, and ``InputError`` while another
+        thread waits to begin a stream of this session.
         """
         return self._turn(text, len(self.entries), max_tokens, progress, sampling)
 
     def regenerate(
         self, *, max_tokens: int = MAX_TOKENS, progress: OnProgress | None = None, **sampling: Any
     ) -> Stream:
-        """Another answer to the last message, in place of the one that there is."""
+        """Another answer to the last message, in place of the one that there is, if any."""
         with self._engine.alone():
-            if not self.entries or self.entries[-1].role != "assistant":
+            answered = bool(self.entries) and self.entries[-1].role == "assistant"
+            if not answered and not self.unanswered:
                 raise InputError("there is no answer yet to be given again")
-            return self._turn(None, len(self.entries) - 1, max_tokens, progress, sampling)
+            return self._turn(None, len(self.entries) - answered, max_tokens, progress, sampling)
 
     def edit(
         self,
@@ -188,8 +196,7 @@ class Session:
         with self._engine.alone():
             if self._closed:
                 raise InputError(f"session '{self.name}' has been closed")
-            if self._stream is not None:
-                self._stream.close()
+            self._end_stream()
             if keep == len(self.entries):
                 history, turns, pending, asks = self._history.copy(), copy.copy(self._turns), self._pending, self._asks
             else:
@@ -205,7 +212,8 @@ class Session:
             plan = slices.plan(history.spans, new, f"turn {number}")
             # The last token is evaluated in any case, and its logits give the answer: it goes with the answer.
             message = slices.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
-            turn = _Turn(text, keep, history, turns, message, new[-1:] if text is not None else new, number)
+            opening = new[-1:] if text is not None else new
+            turn = Turn(text, keep, history, turns, message, opening, number, len(history), len(history.slices))
             stream = self._engine.answer(
                 lambda: plan,
                 sampling,
@@ -213,6 +221,7 @@ class Session:
                 started=started,
                 label=self._label,
                 progress=progress,
+                at_start=lambda _stream: self._begin(turn) if keep == len(self.entries) else None,
                 at_first=lambda stream: self._prefilled(turn, stream),
                 at_end=lambda stream: self._keep(turn, stream),
             )
@@ -220,19 +229,29 @@ class Session:
             self._stream = stream
             return stream
 
+    def _end_stream(self) -> None:
+        try:
+            if self._stream is not None:
+                self._stream.close()
+        except ValueError:  # the generator is running, in a thread that waits for this one to let go of the engine
+            raise InputError(
+                f"session '{self.name}': another thread is about to read an answer; call send(), which waits for its "
+                "turn, or begin the next one when that answer has ended"
+            ) from None
+
     def _make_room(self, history: History, new: int, max_tokens: int) -> None:
         """Let the oldest turns leave until the new one fits, with room for its answer."""
-        context = self._engine.context
-        room = min(max_tokens, context.n_ctx // 4)
+        n_ctx, known = self._engine.context.n_ctx, self._engine.model.n_ctx_train
+        room = min(max_tokens, min(n_ctx, known) // 4)
 
-        def fits() -> bool:
+        def fits(room: int) -> bool:
             # Cells, and positions that the model knows: where modules were left out there are more of these.
-            return history.n_tokens + new + room <= context.n_ctx and history.end + new + room <= max(
-                context.model.n_ctx_train, context.n_ctx
-            )
+            return history.n_tokens + new + room <= n_ctx and history.end + new + room <= known
 
+        # What stays is evaluated again where it can't be moved: that is to happen rarely.
+        oldest = self.when_full == "oldest" and self._engine.context.can_shift
         roles = [entry.role for entry in self.entries[: len(history)]]
-        while not fits():
+        while not fits(room):
             # A question leaves with its answer.
             ends = [
                 index - history.fixed
@@ -241,43 +260,50 @@ class Session:
             ]
             if self.when_full == "refuse" or not ends:
                 break
-            history.leave_out(ends[0] if self.when_full == "oldest" else ends[(len(ends) - 1) // 2])
-        if self.when_full == "refuse" and not fits():
+            history.leave_out(ends[0] if oldest else ends[(len(ends) - 1) // 2])
+        if fits(room if self.when_full == "refuse" else 1):
+            return
+        where = f"a context of {n_ctx}" if n_ctx <= known else f"the {known} positions that the model knows"
+        more = "raise --ctx (n_ctx=…)" if n_ctx < known else ""
+        if self.when_full == "refuse":
+            advice = ", or ".join(filter(None, [more, "let old turns leave (when_full='oldest')"]))
             raise ContextFull(
                 f"session '{self.name}': {history.n_tokens} tokens of conversation and {new} new ones leave no room "
-                f"for an answer in a context of {context.n_ctx}; raise --ctx (n_ctx=…), or let old turns leave "
-                "(when_full='oldest')"
+                f"for an answer in {where}; {advice}"
             )
-        if history.n_tokens + new >= context.n_ctx:
-            raise ContextFull(
-                f"session '{self.name}': a message of {new} tokens does not fit a context of {context.n_ctx}, not even "
-                "when every turn before it leaves; raise --ctx (n_ctx=…) or shorten it"
-            )
+        raise ContextFull(
+            f"session '{self.name}': a message of {new} tokens does not fit {where}, not even when every turn before "
+            f"it leaves; {' or '.join(filter(None, [more, 'shorten it']))}"
+        )
 
-    def _prefilled(self, turn: _Turn, stream: Stream) -> None:
+    def _begin(self, turn: Turn) -> None:
+        """Write the message down, once."""
+        if turn.text is None or turn.begun:
+            return
+        history, turn.begun = turn.history, True
+        history.add(block.span for block in turn.message)
+        self._transcript.put(turn.keep, [turn.entry(turn.text)])
+        turn.keep += 1
+        self._history, self._turns, self._pending, self._asks = history.copy(), turn.turns, turn.opening, True
+
+    def _prefilled(self, turn: Turn, stream: Stream) -> None:
         """Save the state of the message, as far as it was not evaluated in whole blocks."""
         history, rate = turn.history, self._workspace.prefill_rate
-        self._save(turn.message[len(stream.plan.slices) - len(history.slices) :])
+        self._begin(turn)
+        self._save(turn.message[len(stream.plan.slices) - turn.known :])
         if stream.metrics.left_out_tokens and rate and self._engine.context.can_shift:
-            moved = sum(history.size(index) for index in range(history.fixed, len(history)))
+            moved = sum(history.size(index) for index in range(history.fixed, turn.before))
             stream.metrics.recompute_ms = moved / rate * 1000
 
-    def _keep(self, turn: _Turn, stream: Stream) -> None:
-        """Write the turn down, and save the state of its answer."""
+    def _keep(self, turn: Turn, stream: Stream) -> None:
+        """Write the answer down, and save its state."""
         tokens, pending = self._answered(stream)
         answer = joined([turn.opening, tokens])
         history = turn.history
-        entries = []
-        if turn.text is not None:
-            history.add(block.span for block in turn.message)
-            pieces = {"parts": [part.tokens.tolist() for part in turn.message], "pending": turn.opening.tolist()}
-            size = sum(len(part.tokens) for part in turn.message) + len(turn.opening)
-            entries.append(Entry("user", turn.text, pieces, history.left_out, {"tokens": size}))
         made = history.add_tokens([answer], f"turn {turn.number}")
         pieces = {"parts": [answer.tolist()], "pending": pending.tolist()}
         metrics = asdict(stream.metrics) | {"tokens": len(tokens) + len(pending)}
-        entries.append(Entry("assistant", stream.text, pieces, history.left_out, metrics))
-        self._transcript.put(turn.keep, entries)
+        self._transcript.put(turn.keep, [Entry("assistant", stream.text, pieces, history.left_out, metrics)])
         self._save(made)
         self._history, self._turns, self._pending, self._asks = history, turn.turns, pending, False
         self._hold(history.slices)
@@ -378,26 +404,3 @@ class Session:
         if not same:
             what = "system text" if first.role == "system" else "prompt"
             raise InputError(f"session '{self.name}' has begun already, with another {what}; choose another name")
-
-
-class _Turn:
-    """A turn under way: what is to be written down when its answer ends."""
-
-    def __init__(
-        self,
-        text: str | None,
-        keep: int,
-        history: History,
-        turns: Turns,
-        message: Sequence[Slice],
-        opening: Tokens,
-        number: int,
-    ) -> None:
-        self.text = text
-        self.keep = keep
-        self.history = history
-        self.turns = turns
-        self.message = message
-        self.opening = opening
-        """What is evaluated together with the answer: at least the last token before it."""
-        self.number = number

@@ -36,11 +36,12 @@ class Stream:
         schema: str = "",
         use_cache: bool = True,
         progress: OnProgress | None = None,
+        at_start: Callable[[Stream], None] | None = None,
         at_first: Callable[[Stream], None] | None = None,
         at_end: Callable[[Stream], None] | None = None,
     ) -> None:
-        if max_tokens < 1:
-            raise InputError(f"max_tokens={max_tokens}: must be at least 1")
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InputError(f"max_tokens={max_tokens!r}: must be a number of at least 1")
         self.text = ""
         self.tokens: list[int] = []
         """The tokens of the answer so far."""
@@ -59,6 +60,7 @@ class Stream:
         self._schema = schema
         self._use_cache = use_cache
         self._progress = progress
+        self._at_start = at_start
         self._at_first = at_first
         self._at_end = at_end
         self._stopping = False
@@ -95,6 +97,8 @@ class Stream:
         sampler = Sampler(self._sampling, context.model)
         out = TextStream(self._sampling.stop)
         try:
+            if self._at_start:
+                self._timed(self._at_start)
             self.plan, prefill = self._workspace.prefill(
                 self.planned, self._schema, self._evaluated, fresh=not self._use_cache
             )

@@ -94,6 +94,8 @@ class _Planning:
         self._slices = workspace.slices
         self._layout = bound.layout
         self._exact = fidelity.exact
+        # A recurrent state can't be cut back to the tokens before the last.
+        self._cuts = workspace.context.can_shift
         self._reuse = reuse
         self._packed = packed
         self._ends = ends
@@ -155,7 +157,7 @@ class _Planning:
 
     # -- what the schema has -----------------------------------------------------------------------------------------
     def _segment(self, segment: Segment, size: int) -> None:
-        made = self._prompt.next(segment.tokens[:size] if self._exact else segment.tokens, segment.module)
+        made = self._prompt.next(segment.tokens if self._cuts else segment.tokens[:size], segment.module)
         if self._prompt.trail.exact and (self._exact or made.key in self._store):
             absent = made.key not in self._store
             why = "no exact slice yet" if absent else ""

@@ -53,8 +53,8 @@ def to_refine(slices: Slices, store: Store, schema: str | None = None) -> int:
 def refine(workspace: Workspace, store: Store, schema: str | None = None) -> Iterator[Made | None]:
     """Make the exact slices that are missing, the most asked combinations first.
 
-    Gives ``None`` after each step and each slice that was made. The caller may do anything between two steps. What a
-    step has begun is then lost, what is made stays.
+    Gives ``None`` after each step and each slice that was made. The caller may do anything between two steps: a slice
+    that is under way then is begun again, what is made stays.
 
     Args:
         workspace: Where slices are evaluated.
@@ -67,14 +67,9 @@ def refine(workspace: Workspace, store: Store, schema: str | None = None) -> Ite
         if sum(len(part.tokens) for part in combination.parts) >= workspace.context.n_ctx:
             store.asked.done(combination.id)
             continue
-        complete = True
+        end = "made"
         for slice_ in wanted:
-            if slice_.key not in store:
-                found = None
-                for found in workspace.make_in_steps(slice_, combination.schema, STEP):
-                    yield found
-                if found is None:
-                    complete = False
-                    break
-        if complete:
+            while slice_.key not in store and end != "refused":
+                end = yield from workspace.make_in_steps(slice_, combination.schema, STEP)
+        if end != "refused":
             store.asked.done(combination.id)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -338,14 +338,16 @@ class Workspace:
                 taken += state.nbytes
         return taken
 
-    def make_in_steps(self, slice_: Slice, schema: str, seconds: float) -> Iterator[Made | None]:
+    def make_in_steps(
+        self, slice_: Slice, schema: str, seconds: float
+    ) -> Generator[Made | None, None, Literal["made", "interrupted", "refused"]]:
         """Evaluate a slice behind its context in steps of so many seconds; gives ``None`` after each, then the slice.
 
-        Ends without it when something else has used the llama.cpp context between two steps, when a slice of its
-        context is not there, or when another process is making it.
+        Returns how that ended. ``interrupted``: something else has used the llama.cpp context between two steps.
+        ``refused``: a slice of its context is not there, or another process is making the slice.
         """
         if not self.store.claim(slice_.key):
-            return
+            return "refused"
         try:
             with suppress(_Gone, Refused):
                 self._splicer.splice(Plan(slice_.context or ()), partial(self._held, {}))
@@ -361,12 +363,14 @@ class Workspace:
                     changes = self._splicer.changes
                     yield None
                     if self._splicer.changes != changes:
-                        return
+                        return "interrupted"
                 state = self._splicer.capture(slice_)
                 if state is not None:
                     made = Made(slice_, state, taken)
                     self._keep(made, schema)
                     yield made
+                    return "made"
+            return "refused"
         finally:
             self.store.release([slice_.key])
 

@@ -102,7 +102,7 @@ def planning(
 ) -> Iterator[Prompting]:
     """Prompts that are planned only: there is no model, and slices are listed in a store without being evaluated."""
     letters = letters or Letters(n_ctx_train=1 << 20)
-    context: Any = SimpleNamespace(model=SimpleNamespace(path=Path("none.gguf"), recurrent=False))
+    context: Any = SimpleNamespace(can_shift=True, model=SimpleNamespace(path=Path("none.gguf"), recurrent=False))
     with Store(None, ram_budget=PLENTY) as store:
         workspace = Workspace(context, store, Slices("model", "format"))
         layout = SchemaLayout(schema, letters, ChatTemplate(template), positions)

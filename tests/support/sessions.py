@@ -287,11 +287,14 @@ def _told(answer: Said) -> Told:
 
 
 class Holder:
-    """A process that has a conversation open, until it is killed."""
+    """A process that has a conversation open, until it is killed.
 
-    def __init__(self, model: Path, folder: Path, name: str) -> None:
+    ``answering``: it is about to answer a second message (``"prefill"``), or has begun to (``"decode"``).
+    """
+
+    def __init__(self, model: Path, folder: Path, name: str, answering: str = "") -> None:
         here, there = _processes.Pipe(duplex=False)
-        self._child = _processes.Process(target=_hold, args=(model, folder, name, there))
+        self._child = _processes.Process(target=_hold, args=(model, folder, name, answering, there))
         self._child.start()
         there.close()
         assert here.poll(_PATIENCE)
@@ -304,14 +307,19 @@ class Holder:
         self._child.join()
 
 
-def _hold(model: Path, folder: Path, name: str, reports: Connection) -> None:
+def _hold(model: Path, folder: Path, name: str, answering: str, reports: Connection) -> None:
+    def wait(*_: object) -> None:
+        reports.send("open")
+        while True:
+            time.sleep(60)
+
     _silent()
     with engine(model, folder) as running, running.session(name, system=SYSTEM) as session:
         session.send(message(1), max_tokens=4)
         running.store.flush()
-        reports.send("open")
-        while True:
-            time.sleep(60)
+        if answering:
+            next(session.stream(message(2), progress=wait if answering == "prefill" else None))
+        wait()
 
 
 def _silent() -> None:
@@ -363,7 +371,7 @@ def crash(
         here.close()
         if child.exitcode != -signal.SIGKILL:
             report.bad.append(f"process {kill} ended by itself: {child.exitcode}")
-        if found[: len(texts)] != texts or len(found) > len(texts) + 2 or len(found) % 2:
+        if found[: len(texts)] != texts or len(found) > len(texts) + 2:
             report.bad.append(f"process {kill} found {len(found)} messages; {len(texts)} had been reported")
         report.under_way += len(found) > len(texts)
         texts = found + [text for turn in reported for text in turn]
@@ -381,6 +389,9 @@ def _talk_for_ever(model: Path, folder: Path, reports: Connection) -> None:
     _silent()
     with engine(model, folder, n_ctx=512) as running, running.session("talk", system=SYSTEM) as session:
         reports.send([entry.text for entry in session.entries[1:]])
+        if session.unanswered:
+            session.send(max_tokens=6)
+            reports.send([session.entries[-1].text])
         while True:
             session.send(message(len(session.entries)), max_tokens=6)
             reports.send([entry.text for entry in session.entries[-2:]])

@@ -1,0 +1,37 @@
+"""A turn of a conversation, while it is under way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cpucache.layout import Tokens, Turns
+from cpucache.reuse import History, Slice
+from cpucache.sessions import Entry
+
+
+@dataclass
+class Turn:
+    """A turn under way: what is to be written down of it."""
+
+    text: str | None
+    keep: int
+    """Entries that stay as they are."""
+    history: History
+    turns: Turns
+    message: Sequence[Slice]
+    opening: Tokens
+    """What is evaluated together with the answer: at least the last token before it."""
+    number: int
+    before: int
+    """Entries of the history before this turn."""
+    known: int
+    """Slices before this turn."""
+    begun: bool = False
+    """The message is written down."""
+
+    def entry(self, text: str) -> Entry:
+        """The message, to be written down."""
+        pieces = {"parts": [part.tokens.tolist() for part in self.message], "pending": self.opening.tolist()}
+        size = sum(len(part.tokens) for part in self.message) + len(self.opening)
+        return Entry("user", text, pieces, self.history.left_out, {"tokens": size})

@@ -1,0 +1,160 @@
+"""Properties of the lookup, over random schemas, prompts drawn from them, and stores that prompts have filled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpucache.layout import Positions, Segment
+from cpucache.pml.tree import Schema
+from cpucache.reuse import Fidelity, Plan, Slice, asked
+from cpucache.reuse.refine import exact_slices
+from tests.support.drawn import changed, letters, prompts, schemas, split, texts_of
+from tests.support.meaning import Meanings, spelt
+from tests.support.prompting import Prompting, planning
+from tests.support.tiny import CHATML
+
+quick = settings(max_examples=100, deadline=None)
+PLACED = st.sampled_from(["reserved", "packed"])
+FIDELITIES = st.sampled_from([Fidelity(), Fidelity(0.1), Fidelity(0.5), Fidelity(exact=True)])
+
+
+@contextmanager
+def desk_of(schema: Schema, positions: Positions, draw: st.DataObject) -> Iterator[Prompting]:
+    template = draw.draw(st.sampled_from([None, CHATML]))
+    with planning(schema, positions, letters=letters(), template=template) as desk:
+        yield desk
+
+
+def bound_of(desk: Prompting, draw: st.DataObject):  # type: ignore[no-untyped-def]
+    return desk.bound(*split(draw.draw(prompts(desk.layout.schema))))
+
+
+def allowed(desk: Prompting, module: str) -> list[tuple[int, ...]]:
+    """The texts of the schema that a slice of a module's text may have attended to."""
+    texts = texts_of(desk.layout)
+    if desk.layout.schema.anchor == "none":
+        return [tokens for path, _, tokens in texts if path == module]
+    alone = next((isolated for path, isolated, _ in texts if path == module), "")
+    if not alone:
+        return [tokens for _, _, tokens in texts]
+    around = ["", *(alone[: at] for at, letter in enumerate(alone) if letter == ".")]
+    return [tokens for path, isolated, tokens in texts if path in around or isolated == alone]
+
+
+def check(desk: Prompting, plan: Plan, pieces: list[tuple[int, ...]], known: Meanings, *, anywhere: bool) -> None:
+    """What every plan must be."""
+    end = 0
+    for number, span in enumerate(plan.spans):
+        assert span.start >= end and len(span.tokens)
+        end = span.end
+        if span.slice is None:
+            continue
+        assert span.tokens.tolist() == span.slice.tokens[: len(span.tokens)].tolist()
+        slice_ = span.slice
+        tokens = [int(token) for each in plan.spans[:number] for token in each.tokens]
+        exact = known.behind(slice_) == tuple(enumerate(tokens)) and span.start == slice_.start == len(tokens)
+        if span.relation == "exact":
+            assert exact, span
+        if exact:
+            continue
+        # Arguments and other new text of this prompt, as far as they stand before it.
+        new = [piece for piece in pieces if len(piece)]
+        limited = allowed(desk, slice_.module)
+        anyone = len(limited) == len(texts_of(desk.layout)) and desk.layout.schema.anchor != "none"
+        if anywhere and anyone:
+            continue
+        assert span.relation != "foreign"
+        words = [*limited, *new] if anyone else limited
+        assert all(spelt(run, words) for run in known.attended(slice_)), (span, slice_.module)
+
+
+def keep(desk: Prompting, slices: list[Slice], known: Meanings) -> None:
+    """Have slices made, with all that they need."""
+    for slice_ in slices:
+        if slice_.context is not None and slice_.key not in known.made:
+            keep(desk, slice_.needs, known)
+            known.made[slice_.key] = slice_
+            desk.pretend([slice_])
+
+
+@quick
+@given(schemas(), PLACED, st.data())
+def test_no_prompt_takes_what_attended_to_text_of_another(schema: Schema, positions: Positions, data: st.DataObject) -> None:
+    """Nor what attended to other modules, where it may not, nor to an older version of the schema."""
+    known = Meanings()
+    with desk_of(schema, positions, data) as first:
+        second = first.with_schema(changed(schema, data.draw(st.sampled_from(["e", "Root", "blue"])), "xyz"))
+        if data.draw(st.booleans()):
+            keep(first, first.reading(), known)
+        for _ in range(data.draw(st.integers(1, 4))):
+            desk = data.draw(st.sampled_from([first, second]))
+            bound = bound_of(desk, data)
+            anywhere = data.draw(st.booleans())
+            reuse = "anywhere" if anywhere else "schema"
+            plan = desk.plan(bound, data.draw(FIDELITIES), reuse=reuse, packed=data.draw(st.booleans()))
+            check(desk, plan, [tuple(piece.tokens.tolist()) for piece in bound.pieces], known, anywhere=anywhere)
+            if data.draw(st.booleans()):
+                keep(desk, plan.slices, known)
+            if data.draw(st.booleans()):
+                keep(desk, exact_slices(asked(bound), desk.workspace.slices), known)
+
+
+@quick
+@given(schemas(), PLACED, st.data())
+def test_a_prompt_of_encoded_modules_evaluates_its_new_tokens(
+    schema: Schema, positions: Positions, data: st.DataObject
+) -> None:
+    """Any selection and order, any members and arguments; besides, the tokens that may be recomputed."""
+    with desk_of(schema, positions, data) as desk:
+        desk.pretend(desk.reading())
+        for _ in range(3):
+            bound = bound_of(desk, data)
+            cached = sum(len(piece.tokens) for piece in bound.pieces if isinstance(piece, Segment) and piece.cache)
+            last = [piece for piece in bound.pieces if len(piece.tokens)][-1]
+            cached -= isinstance(last, Segment) and last.cache
+            share = data.draw(st.sampled_from([0, 0.1, 0.5, 1]))
+            plan = desk.plan(bound, Fidelity(share), packed=data.draw(st.sampled_from([None, True])))
+            assert not any(span.made for span in plan.spans)
+            assert plan.count("foreign") == 0
+            assert plan.n_cached + plan.n_recomputed == cached
+            # Of the first module there is more than the budget, or nothing at all.
+            assert plan.n_recomputed <= 2 * math.ceil(share * cached)
+
+
+@quick
+@given(schemas(), PLACED, st.data())
+def test_a_miss_is_paid_once(schema: Schema, positions: Positions, data: st.DataObject) -> None:
+    """What one prompt has paid for, no other pays for, wherever it stands there; arguments or not."""
+    paid: set[Segment] = set()
+    with desk_of(schema, positions, data) as desk:
+        for _ in range(4):
+            bound = bound_of(desk, data)
+            plan = desk.plan(bound, Fidelity(data.draw(st.sampled_from([0, 0.1]))))
+            used = [piece for piece in bound.pieces if isinstance(piece, Segment) and piece.cache]
+            had = {(each.module, each.tokens.tobytes()) for each in paid}
+            for span in plan.spans:
+                if span.made and span.slice is not None:
+                    assert (span.slice.module, span.slice.tokens.tobytes()) not in had, span
+            desk.pretend(plan.slices)
+            end = bound.pieces[-1]
+            # Of a text of one token that a prompt ends with, no slice is made.
+            paid.update(each for each in used if each is not end or len(each.tokens) > 1)
+
+
+@quick
+@given(schemas(), PLACED, st.data())
+def test_what_was_refined_is_exact(schema: Schema, positions: Positions, data: st.DataObject) -> None:
+    with desk_of(schema, positions, data) as desk:
+        desk.pretend(desk.reading())
+        bound = bound_of(desk, data)
+        level = data.draw(st.sampled_from([Fidelity(0.3), Fidelity(exact=True)]))
+        before = desk.plan(bound, level)
+        desk.pretend(exact_slices(asked(bound), desk.workspace.slices))
+        plan = desk.plan(bound, level)
+        assert plan.exact and not any(span.made or span.recomputed for span in plan.spans)
+        assert plan.tokens.tolist() == before.tokens.tolist()
