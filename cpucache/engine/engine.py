@@ -470,11 +470,9 @@ class Engine:
         return session
 
     def warm_up(self) -> None:
-        """Evaluate one token, so that the first prompt does not pay for reading the weights in."""
+        """Evaluate one token, so that the first prompt does not pay for reading the weights in, and the like."""
         with self.alone():
-            self.workspace.reset()
-            self.workspace.append(np.array([self.model.filler], np.int32))
-            self.workspace.reset()
+            self.workspace.warm_up(self.model.filler)
 
     # -- inside ------------------------------------------------------------------------------------------------------
     @contextmanager

@@ -389,6 +389,13 @@ class Workspace:
         assert rows is not None
         return rows
 
+    def warm_up(self, token: int) -> None:
+        """Do once what the first prompt would otherwise pay for. Leaves the context empty."""
+        self._splicer.reset()
+        self._splicer.append(np.array([token], np.int32))
+        self._splicer.prepare()
+        self._splicer.reset()
+
     def reset(self) -> None:
         """Empty the context. The store keeps its slices."""
         self._splicer.reset()
