@@ -142,7 +142,7 @@ def test_a_miss_is_paid_once(schema: Schema, positions: Positions, data: st.Data
             for span in plan.spans:
                 if span.made and span.slice is not None:
                     assert (span.slice.module, span.slice.tokens.tobytes()) not in had, span
-            desk.pretend(plan.slices)
+            desk.pretend(plan.wanted)
             end = bound.pieces[-1]
             # Of a text of one token that a prompt ends with, no slice is made.
             paid.update(each for each in used if each is not end or len(each.tokens) > 1)

@@ -95,7 +95,7 @@ def run(
                 click.echo(printed(piece), nl=False)
         finally:
             click.echo()
-        made = [span.slice.key for span in stream.plan.spans if span.slice and span.made]
+        made = [slice_.key for slice_ in stream.plan.wanted if slice_.context is not None]
         figures = _figures(stream.metrics, saved=not engine.store.kept(made).missing)
         err.print(f"[dim]{escape(figures)}[/dim]", soft_wrap=True)
 

@@ -284,7 +284,7 @@ class Engine:
         """Make the slices that one prompt needs and the store does not have. Fidelity is given as for ``plan``."""
         request = self._request(prompt, None, None, fidelity, recompute)
         with self.alone():
-            return self.workspace.encode(request.plan().slices, request.label, progress)
+            return self.workspace.encode(request.plan().wanted, request.label, progress)
 
     def prefetch(
         self,

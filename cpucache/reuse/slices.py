@@ -147,6 +147,8 @@ class Plan:
     """Spans in order of position. Gaps between them are positions left out; spans never overlap."""
 
     spans: tuple[Span, ...]
+    besides: tuple[Slice, ...] = ()
+    """Missing slices that are made for other prompts: here, their tokens are recomputed."""
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -177,6 +179,11 @@ class Plan:
     def slices(self) -> list[Slice]:
         """The slices to splice, in order."""
         return [span.slice for span in self.spans if span.slice]
+
+    @property
+    def wanted(self) -> list[Slice]:
+        """The slices that are to be there when the prompt has been evaluated."""
+        return [*self.slices, *self.besides]
 
     @property
     def end(self) -> int:

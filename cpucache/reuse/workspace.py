@@ -268,7 +268,7 @@ class Workspace:
                 shared = self._splicer.shared(planned)
                 held = {span.slice for span in planned.spans[:shared] if span.slice}
                 wanted = [slice_ for slice_ in self.loaded(planned.slices) if slice_ not in held]
-                missing = self.missing(wanted, states.keys() | held)
+                missing = self.missing([*wanted, *planned.besides], states.keys() | held)
                 step = counting(progress, effort(missing) + planned.n_tokens - planned.n_cached)
                 self._make(missing, wanted, held, states, schema, encoded, step)
                 with self.store.quiet():
