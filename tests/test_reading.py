@@ -46,7 +46,7 @@ def test_everything_stands_before_what_follows_it() -> None:
 UNION = f"<union{{}}>{M('x')}<module name='y'>y{M('z')}</module></union>"
 
 
-@pytest.mark.parametrize(("attributes", "behind"), [("", "Rxx"), (" scaffold='y'", "Ryzz")])
+@pytest.mark.parametrize(("attributes", "behind"), [("", "Ryzz"), (" scaffold='x'", "Rxx")])
 def test_members_of_a_union_never_stand_before_one_another(attributes: str, behind: str) -> None:
     made = stands("R" + UNION.format(attributes) + "S" + M("b"))
     assert made == [("R", ""), ("xx", "R"), ("y", "R"), ("zz", "Ry"), ("S", behind), ("bb", behind + "S")]
