@@ -5,34 +5,44 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+TOOLS  := $(VENV)/.installed-test
 MODEL  := smollm2-135m-instruct
 
-.PHONY: demo test lint format model setup clean
+.PHONY: demo test stress lint format model setup tools clean
 
 demo: setup model
 	@$(BIN)/cpucache demo
 
-test: setup model
+test: tools model
 	$(BIN)/python -m pytest
 
-lint: setup
+lint: tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup
+format: tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 setup: $(STAMP)
+
+# What tests and linters need besides.
+tools: $(TOOLS)
 
 # Done again when the dependencies change.
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || { echo "==> making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "==> installing cpucache and what it needs"
 	@echo "    the first time, llama.cpp is compiled for this machine: about 6 minutes on 2 cores; pip keeps the result"
-	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
+	@$(BIN)/python scripts/show_build.py "compiling llama.cpp" \
+		$(BIN)/python -m pip install -v --disable-pip-version-check -e .
 	@touch $(STAMP)
+
+$(TOOLS): $(STAMP)
+	@echo "==> installing what the tests need"
+	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
+	@touch $(TOOLS)
 
 # The model that the demo and the tests run on: 98 MB, fetched once and verified.
 model: setup

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -95,9 +97,8 @@ def test_an_answer_that_is_interrupted_has_been_printed_so_far(smollm2: Path, tm
     (tmp_path / "s.xml").write_text('<schema name="s"><system>You tell long stories.</system></schema>')
     (tmp_path / "p.xml").write_text('<prompt schema="s"><user>Tell me a very long story about a fox.</user></prompt>')
 
-    with started(
-        "run", tmp_path / "p.xml", "-s", tmp_path / "s.xml", "-m", smollm2, "-n", "4000", "--threads", "1"
-    ) as running:
+    command = ("run", tmp_path / "p.xml", "-s", tmp_path / "s.xml", "-m", smollm2, "--threads", "1")
+    with started(*command, "-n", "4000") as running:
         assert running.stdout
         begin = running.stdout.read(20)
         running.send_signal(signal.SIGINT)
@@ -106,7 +107,13 @@ def test_an_answer_that_is_interrupted_has_been_printed_so_far(smollm2: Path, tm
     assert running.returncode == 130
     assert len(begin) == 20
     assert rest.endswith("\n")
-    assert err == "\ncpucache: interrupted\n"
+    # The system text is there for the next time; the template's last token, and the message, are not.
+    told, interrupted = err.split("\n", 1)
+    assert interrupted == "\ncpucache: interrupted\n"
+    kept = re.fullmatch(r"(\d+) of (\d+) prompt tokens are kept, and the same command goes on from there", told)
+    assert kept, err
+    metrics = json.loads(cpucache(*command, "-n", "1", "--json").out)["metrics"]
+    assert kept.groups() == (str(metrics["cached_tokens"]), str(metrics["prompt_tokens"]))
 
 
 def test_reading_a_long_prompt_can_be_interrupted(smollm2: Path, store_home: Path, tmp_path: Path) -> None:
@@ -122,7 +129,22 @@ def test_reading_a_long_prompt_can_be_interrupted(smollm2: Path, store_home: Pat
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=PATIENCE)
 
-    assert (running.returncode, out, err) == (130, "", "\ncpucache: interrupted\n")
+    assert (running.returncode, out) == (130, "")
+    assert re.fullmatch(
+        r"\d of 8,\d\d\d prompt tokens are kept, and the same command goes on from there\n\ncpucache: interrupted\n", err
+    )
+
+
+def test_where_nothing_is_kept_nothing_is_said(smollm2: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("Tell me a very long story about a fox.")
+    with started(
+        "run", tmp_path / "q.txt", "-m", smollm2, "-n", "4000", "--threads", "1", "--no-cache"
+    ) as running:
+        assert running.stdout
+        running.stdout.read(20)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=PATIENCE)
+    assert (running.returncode, err) == (130, "\ncpucache: interrupted\n")
 
 
 def until(reached: Callable[[], bool], command: subprocess.Popen[str]) -> None:

@@ -6,6 +6,8 @@ import json
 import re
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from rich.markup import escape
 from cpucache.cli.compare import compare, comparison_table
 from cpucache.cli.console import check_prompt, err, kinds, out, printed, read_prompt, read_schema, seconds, token_bar
 from cpucache.cli.options import engine_options, fidelity_options, sampling_options, split_fidelity
-from cpucache.engine import Engine, Metrics
+from cpucache.engine import Engine, Metrics, Stream
 from cpucache.errors import InputError
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop")
@@ -72,7 +74,7 @@ def run(
         asked, schema = {"prompt": read_prompt(prompt, schema=schema_file)}, read_schema(schema_file)
         check_prompt(asked["prompt"], [schema])
         settings |= exactness
-    with Engine(model, **options) as engine:
+    with Engine(model, **options) as engine, ExitStack() as interruptible:
         if schema is not None:
             engine.add_schema(schema)
         if comparing:
@@ -85,6 +87,7 @@ def run(
             return
         with token_bar("evaluating", shown=not as_json) as progress:
             stream = engine.stream(**asked, use_cache=not no_cache, progress=progress, **settings)
+            interruptible.enter_context(_telling_what_is_kept(engine, stream))
             first = next(stream, "")
         if as_json:
             click.echo(json.dumps(stream.reply().as_dict()))
@@ -98,6 +101,22 @@ def run(
         made = [slice_.key for slice_ in stream.plan.wanted if slice_.context is not None]
         figures = _figures(stream.metrics, saved=not engine.store.kept(made).missing)
         err.print(f"[dim]{escape(figures)}[/dim]", soft_wrap=True)
+
+
+@contextmanager
+def _telling_what_is_kept(engine: Engine, stream: Stream) -> Iterator[None]:
+    """Says, where an answer is interrupted, how much of its prompt is on disk by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        plan = stream.planned()
+        kept = sum(len(span.tokens) for span in plan.spans if span.slice and engine.store.kept([span.slice.key]).slices)
+        if kept:
+            err.print(
+                f"{kept:,} of {plan.n_tokens:,} prompt tokens are kept, and the same command goes on from there",
+                soft_wrap=True,
+            )
+        raise
 
 
 def split_sampling(options: dict[str, Any]) -> dict[str, Any]:
