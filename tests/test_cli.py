@@ -79,7 +79,9 @@ def test_run_prints_the_answer_and_nothing_else(model: Path) -> None:
     assert done.status == 0
     assert expected
     assert done.out == f"{expected}\n"
-    assert re.fullmatch(r"first token after \S+ m?s · \d+ of \d+ prompt tokens from cache( \([^)]+\))? · \S+ tok/s\n", done.err)
+    assert re.fullmatch(
+        r"first token after \S+ m?s · \d+ of \d+ prompt tokens from cache( \([^)]+\))? · \S+ tok/s\n", done.err
+    )
 
 
 def test_run_json_has_all_counts_and_times(model: Path) -> None:

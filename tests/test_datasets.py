@@ -9,11 +9,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from cpucache.layout.lead import LEAD
 
 from cpucache.bench.datasets import Example, Passage, read_examples
 from cpucache.bench.tasks import ALL_VARIANTS, TASKS, Variant, parse_variants
 from cpucache.errors import InputError
-from cpucache.layout.lead import LEAD
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Role, Text, modules_of
 from tests.support.questions import MULTI_NEWS, MUSIQUE, ORACLE, TREC, write_data
