@@ -132,7 +132,8 @@ def test_siblings_side_by_side_are_those_made_one_by_one(arch: str, tiny: TinyMo
     text = some_tokens(2000)
     anchor = slice_of(text[:20])
     siblings = [
-        slice_of(text[20 + 10 * i : 30 + 10 * i + i % 7], [anchor], start=20 + 5 * (i % 4)) for i in range(len(FREE) + 5)
+        slice_of(text[20 + 10 * i : 30 + 10 * i + i % 7], [anchor], start=20 + 5 * (i % 4))
+        for i in range(len(FREE) + 5)
     ]
     with bench(tiny(arch)) as b:
         b.workspace.encode([anchor, *siblings])

@@ -202,9 +202,7 @@ def test_wrong_settings(more: tuple[str, ...], message: str, command: tuple[str 
     assert done.err.count("\n") == 1
 
 
-def test_ctrl_c(
-    command: tuple[str | Path, ...], folder: Path, store_home: Path, tiny: Callable[..., Path]
-) -> None:
+def test_ctrl_c(command: tuple[str | Path, ...], folder: Path, store_home: Path, tiny: Callable[..., Path]) -> None:
     words = " ".join(f"number {number} and" for number in range(250))
     modules = "".join(f'<module name="m{number}">{number} {words}</module>' for number in range(4))
     (folder / "schema.xml").write_text(f'<schema name="s">{modules}</schema>')
@@ -234,7 +232,9 @@ def test_run_evaluates_afresh_what_it_is_told_to(command: tuple[str | Path, ...]
 
     fresh()
     plain = fresh("--fidelity", "fast")
-    assert plain < fresh("--recompute", "0.1") == fresh("--fidelity", "balanced") == fresh() < fresh("--recompute", "0.9")
+    assert (
+        plain < fresh("--recompute", "0.1") == fresh("--fidelity", "balanced") == fresh() < fresh("--recompute", "0.9")
+    )
     # The second time, what the prompt brings between modules is a slice, too.
     assert fresh("--fidelity", "high") > plain > fresh("--fidelity", "high")
 

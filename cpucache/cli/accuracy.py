@@ -137,7 +137,9 @@ def accuracy(
     )
     out.print(_table(report))
     if any(outcome.gains for outcome in report.outcomes):
-        out.print("Points of 100; differences are paired, their 95% intervals in --json. Times are medians.", soft_wrap=True)
+        out.print(
+            "Points of 100; differences are paired, their 95% intervals in --json. Times are medians.", soft_wrap=True
+        )
 
 
 def _kept(answers: int, file: Path | None) -> str:
@@ -184,7 +186,9 @@ def _table(report: AccuracyReport) -> Table:
         for ratio in (outcome.ttft_to_full, outcome.ttft_to_floor, outcome.again_to_floor):
             cells.append("" if ratio is None else f"{ratio:.2f}" if ratio >= 1 else f"{ratio:.3f}")
         rows.append([Text(outcome.variant), *cells])
-    return listing(columns, rows, expendable=[*intervals, "again\n/ floor", "/ floor", "same", *others, "KL"], close=True)
+    return listing(
+        columns, rows, expendable=[*intervals, "again\n/ floor", "/ floor", "same", *others, "KL"], close=True
+    )
 
 
 def _figures(header: str) -> Column:
