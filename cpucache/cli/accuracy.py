@@ -175,7 +175,7 @@ def _table(report: AccuracyReport) -> Table:
     for title, interval in zip(titles, intervals, strict=True):
         columns += [_figures(header) for header in (title, f"{title}\n- full", interval)]
     columns += [_figures(header) for header in ("KL", "same", "TTFT", "/ full", "/ floor", "again\n/ floor")]
-    rows = []
+    rows: list[list[str | Text]] = []
     for outcome in report.outcomes:
         cells = []
         for name in report.measures:

@@ -115,7 +115,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         Column("evaluated behind", overflow="fold"),
         Column("why"),
     ]
-    cells = []
+    cells: list[list[str | Text]] = []
     for row in rows:
         relation = row.get("relation", "")
         what = f"{relation}, {row['from']}" if relation else row["why"] or row["from"]
