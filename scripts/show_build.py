@@ -16,7 +16,8 @@ from collections import deque
 
 # ninja counts steps, make tells a share: `[57/204] Building CXX object …`, `[ 28%] Building CXX object …`.
 _STEP = re.compile(r"\s*\[\s*(\d+)(?:/(\d+)|%)\]")
-_WORTH_SHOWING = re.compile(r"\s*(Collecting|Downloading|Building wheel|Installing collected|Successfully|ERROR|WARNING)\b")
+# What is indented is about what builds packages, but for the beginning and end of such a build.
+_WORTH_SHOWING = re.compile(r"(Collecting|  Building wheel|Installing collected|Successfully|ERROR|WARNING)\b")
 _WIDTH = 30
 _LAST = 100
 """Lines that are printed when the command fails."""

@@ -11,7 +11,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[1] / "scripts" / "show_build.py"
 # What pip -v prints, with the steps of ninja, or of make.
 PIP = """
-for line in ["Collecting llama-cpp-python", "Link requires a different Python", "Building wheel for llama-cpp-python"]:
+for line in ["Collecting llama-cpp-python", "Link requires a different Python", "  Building wheel for llama-cpp-python"]:
     print(line, flush=True)
 for step in range(1, 205):
     print(f"  [{step}/204] Building CXX object x.o" if {ninja} else f"  [{step * 100 // 204:3}%] Building CXX object x.o")
@@ -19,7 +19,7 @@ print("warning: something of the compiler")
 print("Successfully installed llama-cpp-python-0.3.36", flush=True)
 raise SystemExit({status})
 """
-AROUND = ["Collecting llama-cpp-python", "Building wheel for llama-cpp-python"]
+AROUND = ["Collecting llama-cpp-python", "  Building wheel for llama-cpp-python"]
 TENTHS = [f"    compiling: {share}%" for share in range(0, 101, 10)]
 DONE = "Successfully installed llama-cpp-python-0.3.36"
 
