@@ -79,7 +79,12 @@ def on_terminal(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], C
         follow(b"\0")
 
     with subprocess.Popen(
-        command, stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=_controlled
+        command,
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        start_new_session=True,
+        preexec_fn=_controlled,  # noqa: PLW1509
     ) as running:
         os.close(inner)
         try:

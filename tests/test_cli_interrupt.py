@@ -131,15 +131,14 @@ def test_reading_a_long_prompt_can_be_interrupted(smollm2: Path, store_home: Pat
 
     assert (running.returncode, out) == (130, "")
     assert re.fullmatch(
-        r"\d of 6,\d\d\d prompt tokens are kept, and the same command goes on from there\n\ncpucache: interrupted\n", err
+        r"\d of 6,\d\d\d prompt tokens are kept, and the same command goes on from there\n\ncpucache: interrupted\n",
+        err,
     )
 
 
 def test_where_nothing_is_kept_nothing_is_said(smollm2: Path, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("Tell me a very long story about a fox.")
-    with started(
-        "run", tmp_path / "q.txt", "-m", smollm2, "-n", "4000", "--threads", "1", "--no-cache"
-    ) as running:
+    with started("run", tmp_path / "q.txt", "-m", smollm2, "-n", "4000", "--threads", "1", "--no-cache") as running:
         assert running.stdout
         running.stdout.read(20)
         running.send_signal(signal.SIGINT)

@@ -11,10 +11,11 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[1] / "scripts" / "show_build.py"
 # What pip -v prints, with the steps of ninja, or of make.
 PIP = """
-for line in ["Collecting llama-cpp-python", "Link requires a different Python", "  Building wheel for llama-cpp-python"]:
-    print(line, flush=True)
+print("Collecting llama-cpp-python", "Link requires a different Python", sep="\n")
+print("  Building wheel for llama-cpp-python", flush=True)
 for step in range(1, 205):
-    print(f"  [{step}/204] Building CXX object x.o" if {ninja} else f"  [{step * 100 // 204:3}%] Building CXX object x.o")
+    place = f"{step}/204" if {ninja} else f"{step * 100 // 204:3}%"
+    print(f"  [{place}] Building CXX object x.o")
 print("warning: something of the compiler")
 print("Successfully installed llama-cpp-python-0.3.36", flush=True)
 raise SystemExit({status})

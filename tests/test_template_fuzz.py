@@ -1,4 +1,4 @@
-"""Hostile and broken chat templates, and what comes of changing good ones: they are taken apart, or text stays plain."""
+"""Hostile, broken and changed chat templates: they are taken apart, or text stays plain."""
 
 from __future__ import annotations
 
@@ -35,12 +35,61 @@ LARGE = {
 }
 PIECES = st.sampled_from(
     [
-        *("{%", "%}", "{{", "}}", "(", ")", "[", "]", "'", "|", "~", "+", "*", "**", "%", "-", ".", ",", "==", " in ", "0"),
+        *(
+            "{%",
+            "%}",
+            "{{",
+            "}}",
+            "(",
+            ")",
+            "[",
+            "]",
+            "'",
+            "|",
+            "~",
+            "+",
+            "*",
+            "**",
+            "%",
+            "-",
+            ".",
+            ",",
+            "==",
+            " in ",
+            "0",
+        ),
         *("{% for m in messages %}", "{% for i in range(9999) %}", "{% endfor %}", "{% set ns = namespace(x='x') %}"),
-        *("{% set ns.x = ns.x ~ ns.x %}", "{% set ns.x = [ns.x, ns.x] %}", "{{ ns.x }}", "{% if messages %}", "{% endif %}"),
+        *(
+            "{% set ns.x = ns.x ~ ns.x %}",
+            "{% set ns.x = [ns.x, ns.x] %}",
+            "{{ ns.x }}",
+            "{% if messages %}",
+            "{% endif %}",
+        ),
         *("{% macro f(n) %}", "{% endmacro %}", "{{ f(9) }}", "{% set x %}", "{% endset %}", "{{ x }}", "{% raw %}"),
-        *("|join(messages)", "|replace('x', x)", "|list", "|tojson", "|string", "|center(9999)", "|map('string')", "[::-1]"),
-        *("m.content", "messages", "loop", "ns.x", "x", "999999999", "'x'", "{% generation %}", "{% break %}", "\0", "\n"),
+        *(
+            "|join(messages)",
+            "|replace('x', x)",
+            "|list",
+            "|tojson",
+            "|string",
+            "|center(9999)",
+            "|map('string')",
+            "[::-1]",
+        ),
+        *(
+            "m.content",
+            "messages",
+            "loop",
+            "ns.x",
+            "x",
+            "999999999",
+            "'x'",
+            "{% generation %}",
+            "{% break %}",
+            "\0",
+            "\n",
+        ),
     ]
 )
 

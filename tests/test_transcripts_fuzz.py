@@ -25,8 +25,12 @@ COLUMNS = ("id", "before", "role", "left_out", "metrics", "created", "text", "pi
 PIECES = {"parts": [[1, 2]], "pending": [3]}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 1 << 70) | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["parts", "pending", "spans", "tokens", "key", "role", "open", "asks"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["parts", "pending", "spans", "tokens", "key", "role", "open", "asks"]), inner
+        )
+    ),
     max_leaves=6,
 )
 VALUES = (
@@ -43,7 +47,7 @@ VALUES = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three conversations: ``bad``, of entries 1 to 4, ``good``, and ``fork``, which has the first entries of ``good``."""
+    """Three conversations: ``bad``, of entries 1 to 4, ``good``, and ``fork``, which begins as ``good`` does."""
     made = tmp_path_factory.mktemp("good")
     transcripts = Transcripts(made)
     for name in ("bad", "good"):

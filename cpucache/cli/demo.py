@@ -24,7 +24,8 @@ def demo(model: str, max_tokens: int, **options: Any) -> None:
     """See the main job: a long prompt answered without the cache, then from cached slices.
 
     The prompt hands seven Python files to the model and asks a question about them. Without the cache all of it is
-    evaluated before the first word of the answer; from cached slices, only the question. A model that has not been fetched yet is offered for fetching.
+    evaluated before the first word of the answer; from cached slices, only the question. On a terminal it offers to
+    fetch the model if that is not there.
     """
     offer_to_fetch(model)
     folder = resource("schemas") / "codebase"
