@@ -6,6 +6,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TOOLS  := $(VENV)/.installed-test
+FUZZ   := tests/test_pml_fuzz.py tests/test_transcripts_fuzz.py tests/test_template_fuzz.py \
+	tests/test_pack.py::test_a_pack_brings_what_was_packed_or_nothing \
+	tests/test_store.py::test_a_file_gives_what_was_written_or_nothing
 MODEL  := smollm2-135m-instruct
 
 .PHONY: demo test stress lint format model setup tools clean
@@ -15,6 +18,12 @@ demo: setup model
 
 test: tools model
 	$(BIN)/python -m pytest
+
+# The fuzz tests, twenty times as long as in `make test`, and processes that are killed: some minutes.
+stress: tools
+	CPUCACHE_LONGER=20 $(BIN)/python -m pytest $(FUZZ)
+	$(BIN)/python bench/store_stress.py
+	$(BIN)/python bench/session_stress.py
 
 lint: tools
 	$(BIN)/ruff check .

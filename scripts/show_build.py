@@ -1,5 +1,6 @@
-"""Run a command that installs packages, and show how far the compiler is: one line that is updated on a terminal, a
-line for each tenth of the way anywhere else.
+"""Run a command that installs packages, and show how far the compiler is.
+
+On a terminal that is one line that is updated, anywhere else a line for each tenth of the way.
 
 `python scripts/show_build.py "compiling llama.cpp" pip install -v .` shows the steps that ninja or make counts in the
 output of pip, and of everything else what pip says without `-v`. When the command fails its last lines are printed, and
@@ -16,9 +17,8 @@ from collections import deque
 
 # ninja counts steps, make tells a share: `[57/204] Building CXX object …`, `[ 28%] Building CXX object …`.
 _STEP = re.compile(r"\s*\[\s*(\d+)(?:/(\d+)|%)\]")
-_WORTH_SHOWING = re.compile(
-    r"\s*(Collecting|Downloading|Building wheel|Installing collected|Successfully|ERROR|WARNING)\b"
-)
+# What is indented is about what builds packages, but for the beginning and end of such a build.
+_WORTH_SHOWING = re.compile(r"(Collecting|  Building wheel|Installing collected|Successfully|ERROR|WARNING)\b")
 _WIDTH = 30
 _LAST = 100
 """Lines that are printed when the command fails."""

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache import Engine
@@ -35,7 +35,7 @@ from cpucache.store.opening import STAGING
 from cpucache.store.pack import export_pack, import_pack
 from cpucache.store.slicefile import SliceFiles
 from cpucache.store.upkeep import remove
-from tests.support.changes import changes
+from tests.support.changes import changes, tries
 from tests.support.command import PROMPT, SCHEMA
 
 TOKENS = np.array([5, 6, 7], np.int32)
@@ -282,7 +282,7 @@ def test_a_truncated_pack(packed: Packed) -> None:
         packed.expect_refused(r"pack|missing|truncated")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tries(150)
 @given(steps=st.lists(changes(), min_size=1, max_size=3))
 def test_a_pack_brings_what_was_packed_or_nothing(steps: list[Callable[[bytes], bytes]], packed: Packed) -> None:
     whole = packed.path.read_bytes()

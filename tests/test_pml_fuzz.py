@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.errors import PMLError
 from cpucache.pml import Limits, parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Prompt, Schema
+from tests.support.changes import tries
 from tests.test_pml_prompt import SCHEMA
 from tests.test_pml_properties import PIECES, PROMPT
 
@@ -65,13 +66,13 @@ def changed(draw: st.DrawFn) -> bytes:
     return source
 
 
-@settings(max_examples=300, deadline=None)
+@tries(300)
 @given(st.composite(changed)())
 def test_a_changed_document_gives_a_tree_or_a_pml_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     checked(data, tmp_path_factory.getbasetemp())
 
 
-@settings(max_examples=200, deadline=None)
+@tries(200)
 @given(st.composite(changed)(), st.integers(0, 300), st.integers(0, 6), st.integers(0, 3))
 def test_no_limit_is_passed(data: bytes, size: int, tags: int, depth: int) -> None:
     try:

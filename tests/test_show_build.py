@@ -11,16 +11,16 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[1] / "scripts" / "show_build.py"
 # What pip -v prints, with the steps of ninja, or of make.
 PIP = """
-for line in ["Collecting llama-cpp-python", "Link requires a different Python", "Building wheel for llama-cpp-python"]:
-    print(line, flush=True)
+print("Collecting llama-cpp-python", "Link requires a different Python", sep="\n")
+print("  Building wheel for llama-cpp-python", flush=True)
 for step in range(1, 205):
-    head = f"[{step}/204]" if {ninja} else f"[{step * 100 // 204:3}%]"
-    print(f"  {head} Building CXX object x.o")
+    place = f"{step}/204" if {ninja} else f"{step * 100 // 204:3}%"
+    print(f"  [{place}] Building CXX object x.o")
 print("warning: something of the compiler")
 print("Successfully installed llama-cpp-python-0.3.36", flush=True)
 raise SystemExit({status})
 """
-AROUND = ["Collecting llama-cpp-python", "Building wheel for llama-cpp-python"]
+AROUND = ["Collecting llama-cpp-python", "  Building wheel for llama-cpp-python"]
 TENTHS = [f"    compiling: {share}%" for share in range(0, 101, 10)]
 DONE = "Successfully installed llama-cpp-python-0.3.36"
 

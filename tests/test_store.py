@@ -25,7 +25,7 @@ from cpucache.store import Fingerprints, Kept, SliceInfo, Store, content_key, de
 from cpucache.store.ram import RAM, Bytes
 from cpucache.store.slicefile import Damaged, SliceFiles
 from cpucache.store.upkeep import collect, verify
-from tests.support.changes import changes
+from tests.support.changes import changes, tries
 from tests.support.command import PROMPT, SCHEMA
 
 KEY, OTHER = "ab" * 16, "cd" * 16
@@ -161,7 +161,7 @@ def test_no_changed_byte_gives_a_changed_state(tmp_path: Path) -> None:
             assert files.info(KEY) == (INFO, 64), "another description was accepted"  # all else is spelling
 
 
-@settings(max_examples=400, deadline=None)
+@tries(400)
 @given(st.lists(changes(), min_size=1, max_size=4))
 def test_a_file_gives_what_was_written_or_nothing(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Callable[[bytes], bytes]]

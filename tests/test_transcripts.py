@@ -375,6 +375,17 @@ def test_one_that_is_damaged_is_named_and_can_be_removed(
     transcripts.close()
 
 
+@pytest.mark.parametrize("name", ["X'6261FF'", "CAST(X'6261FF' AS TEXT)"])
+def test_one_whose_name_is_no_text_is_removed_by_what_is_shown(name: str, tmp_path: Path) -> None:
+    spoil(tmp_path, f"UPDATE sessions SET name = {name} WHERE name = 'bad'")
+    transcripts = Transcripts(tmp_path)
+    assert [each.name for each in transcripts.verify()] == ["ba\N{REPLACEMENT CHARACTER}"]
+    transcripts.remove("ba\N{REPLACEMENT CHARACTER}")
+    assert list(transcripts.verify()) == []
+    assert texts(transcripts, "good") == ["a", "b", "c"]
+    transcripts.close()
+
+
 # ---- trouble ---------------------------------------------------------------------------------------------------------
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "sessions.sqlite").write_bytes(b"This is no database, but some text. " * 100)

@@ -9,6 +9,7 @@ import click
 
 from cpucache.cli.compare import compare, comparison_table
 from cpucache.cli.console import out
+from cpucache.cli.models import offer_to_fetch
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
 from cpucache.pml import load_prompt, load_schema
@@ -23,8 +24,10 @@ def demo(model: str, max_tokens: int, **options: Any) -> None:
     """See the main job: a long prompt answered without the cache, then from cached slices.
 
     The prompt hands seven Python files to the model and asks a question about them. Without the cache all of it is
-    evaluated before the first word of the answer; from cached slices, only the question.
+    evaluated before the first word of the answer; from cached slices, only the question. On a terminal it offers to
+    fetch the model if that is not there.
     """
+    offer_to_fetch(model)
     folder = resource("schemas") / "codebase"
     prompt = load_prompt(folder / "main-entry.xml")
     with Engine(model, **options) as engine:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import click
@@ -15,7 +17,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
-from cpucache.cli.console import listing, out
+from cpucache.cli.console import err, listing, out
 from cpucache.models.catalogue import default_model, known_models
 from cpucache.models.pull import OnProgress, Progress, pull, remove
 from cpucache.models.weights import models_dir, resolve_model, unlisted_files
@@ -104,6 +106,11 @@ def pull_model(name: str, force: bool) -> None:
     `pip install 'cpucache[hub]'`). The disk that is needed is printed first. An interrupted pull goes on where it
     stopped when it is run again; the file appears in its place only when it is complete and its SHA-256 agrees.
     """
+    click.echo(fetch(name, force=force))
+
+
+def fetch(name: str, *, force: bool = False) -> Path:
+    """Fetch weights under bars on standard error; gives their file. Ctrl-C keeps what has been fetched."""
     console = Console(stderr=True)
 
     def say(line: str) -> None:
@@ -111,11 +118,19 @@ def pull_model(name: str, force: bool) -> None:
 
     with _bars(console) as show:
         try:
-            path = pull(name, show, say=say, force=force)
+            return pull(name, show, say=say, force=force)
         except KeyboardInterrupt:
             say("interrupted: what has been fetched is kept, and the same command goes on from there")
             raise
-    click.echo(path)
+
+
+def offer_to_fetch(name: str) -> None:
+    """Ask on a terminal whether to fetch a model of the catalogue that is not there; does nothing elsewhere."""
+    known = known_models().get(name)
+    if known is None or (models_dir() / known.filename).exists() or not (sys.stdin.isatty() and err.is_terminal):
+        return
+    if click.confirm(f"{name} has not been fetched yet ({decimal(known.size)}); fetch it now?", default=True, err=True):
+        fetch(name)
 
 
 @contextmanager

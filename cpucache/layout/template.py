@@ -17,8 +17,8 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from cpucache.layout.sandbox import BoundedEnvironment
 from cpucache.pml.tree import RoleName
 
 # Letters only, so that a template which trims or escapes its messages leaves them alone.
@@ -28,6 +28,8 @@ _MARKS = {"system": "SystemMarkQx", "user": "UserMarkQx", "assistant": "Assistan
 # A prompt with today's date in it would never be found in the cache tomorrow. This is the date that templates which can
 # do without today's (Llama 3) fall back on.
 _DATE = date(2024, 7, 26)
+# Characters of a conversation of marks: no model needs so many around its messages.
+_LONGEST = 1 << 16
 # The first half of a control token, such as ``<|end`` or ``[IN``.
 _HALF_TOKEN = re.compile(r"[<\[][^<>\[\]\s]*$")
 
@@ -144,7 +146,7 @@ class _Renderer:
     """
 
     def __init__(self, source: str, bos: str, eos: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         environment.globals.update(
@@ -163,9 +165,12 @@ class _Renderer:
     def __call__(self, *marks: str, generation: bool = False) -> str:
         messages = [{"role": "user" if mark == "again" else mark, "content": _MARKS[mark]} for mark in marks]
         try:
-            return self._template.render(messages=messages, add_generation_prompt=generation)
+            text = self._template.render(messages=messages, add_generation_prompt=generation)
         except Exception as error:
             raise _Unusable from error
+        if len(text) > _LONGEST:
+            raise _Unusable
+        return text
 
 
 def _raise(message: str) -> Any:

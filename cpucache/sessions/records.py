@@ -75,10 +75,10 @@ class Summary:
 class Damaged(CpucacheError):
     """What is written down of a conversation can't be read."""
 
-    def __init__(self, name: str, flaw: Flaw) -> None:
-        self.name = name
+    def __init__(self, name: object, flaw: Flaw) -> None:
+        self.name = _shown(name)
         self.flaw = str(flaw)
-        super().__init__(f"conversation '{name}' is damaged ({flaw}); `cpucache sessions rm` deletes it")
+        super().__init__(f"conversation '{self.name}' is damaged ({flaw}); `cpucache sessions rm` deletes it")
 
 
 class Transcripts:
@@ -168,11 +168,11 @@ class Transcripts:
 
         Raises ``InputError`` when there is none of this name, ``CpucacheError`` while it is open.
         """
-        self._known(name)
-        lock = self._lock(name)
+        known = self._known(name)
+        lock = self._lock(_shown(name))
         try:
             with self._change() as database:
-                database.execute("DELETE FROM sessions WHERE name = ?", (name,))
+                database.execute("DELETE FROM sessions WHERE hex(name) = ?", (_spelt(known["name"]).hex().upper(),))
                 database.execute(
                     """
                     WITH RECURSIVE needed (id) AS (
@@ -187,9 +187,10 @@ class Transcripts:
     # -- inside ------------------------------------------------------------------------------------------------------
     def _row(self, name: str) -> sqlite3.Row | None:
         with self._alone():
-            found = self._database.execute("SELECT * FROM sessions WHERE name = ?", (name,))
+            found = self._database.execute("SELECT * FROM sessions WHERE name = ?", (_shown(name),))
             row: sqlite3.Row | None = found.fetchone()
-        return row
+        # One whose name is no text goes by what it is shown as.
+        return row or next((each for each in self._rows() if _shown(each["name"]) == _shown(name)), None)
 
     def _known(self, name: str) -> sqlite3.Row:
         row = self._row(name)
@@ -331,6 +332,16 @@ class Transcript:
                 )
             except sqlite3.IntegrityError:
                 raise InputError(f"there is a conversation '{name}' already") from None
+
+
+def _spelt(name: object) -> bytes:
+    """The bytes of a name, which is no text where the file is damaged."""
+    return name if isinstance(name, bytes) else str("" if name is None else name).encode(errors="surrogateescape")
+
+
+def _shown(name: object) -> str:
+    """A name as text, whatever it is."""
+    return _spelt(name).decode(errors="replace")
 
 
 def check_name(name: str) -> None:

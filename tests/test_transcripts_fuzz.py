@@ -1,0 +1,161 @@
+"""What may happen to the file of the conversations: one is damaged, and named; the others are as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpucache.errors import CpucacheError
+from cpucache.sessions import Damaged, Entry, Transcripts
+from cpucache.sessions.export import as_json, as_markdown
+from tests.support.changes import changes, tries
+from tests.support.sessions import engine, patience
+
+PATIENCE = 60
+COLUMNS = ("id", "before", "role", "left_out", "metrics", "created", "text", "pieces")
+PIECES = {"parts": [[1, 2]], "pending": [3]}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 1 << 70) | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["parts", "pending", "spans", "tokens", "key", "role", "open", "asks"]), inner
+        )
+    ),
+    max_leaves=6,
+)
+VALUES = (
+    st.none()
+    | st.integers(-(1 << 63), (1 << 63) - 1)
+    | st.integers(0, 8)
+    | st.floats()
+    | st.binary(max_size=8)
+    | st.text(max_size=8)
+    | st.sampled_from(["system", "user", "assistant", "prompt", "[" * 100_000, "\x1b[2J", "\udcff", "good"])
+    | JSON.map(json.dumps)
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three conversations: ``bad``, of entries 1 to 4, ``good``, and ``fork``, which begins as ``good`` does."""
+    made = tmp_path_factory.mktemp("good")
+    transcripts = Transcripts(made)
+    for name in ("bad", "good"):
+        with contextlib.closing(transcripts.open(name, fingerprint="f", model="m")) as talk:
+            talk.put(0, [Entry("system", "s", PIECES), Entry("user", "a", PIECES), Entry("assistant", "b", PIECES, 1)])
+            if name == "good":
+                talk.fork("fork")
+            talk.put(3, [Entry("user", f"last of {name}", PIECES, metrics={"tokens": 3})])
+    transcripts.close()
+    return made
+
+
+def change(draw: st.DrawFn) -> Callable[[sqlite3.Connection], None]:
+    """A change of a row of ``bad``."""
+    number, value, other = draw(st.integers(1, 4)), draw(VALUES), draw(VALUES)
+    column = draw(st.sampled_from(COLUMNS))
+    statement, values = draw(
+        st.sampled_from(
+            [
+                (f"UPDATE entries SET {column} = ? WHERE id = ?", (value, number)),
+                (f"UPDATE entries SET {column} = ? WHERE id = ?", (value, number)),
+                ("DELETE FROM entries WHERE id = ?", (number,)),
+                ("UPDATE sessions SET last = ? WHERE name = 'bad'", (value,)),
+                ("UPDATE sessions SET used = ?, model = ? WHERE name = 'bad'", (value, other)),
+                ("UPDATE sessions SET created = ?, fingerprint = ? WHERE name = 'bad'", (value, other)),
+                ("UPDATE sessions SET name = ? WHERE name = 'bad'", (value,)),
+                ("INSERT INTO entries VALUES (?, ?, 'user', 0, '{}', 0, '', '{}')", (value, other)),
+            ]
+        )
+    )
+
+    def apply(database: sqlite3.Connection) -> None:
+        # What the file itself refuses can't have happened to it.
+        with contextlib.suppress(sqlite3.Error, UnicodeEncodeError):
+            database.execute(statement, values)
+
+    return apply
+
+
+def used(transcripts: Transcripts, name: str) -> None:
+    """Everything that commands do with a conversation."""
+    entries, summary = transcripts.read(name), transcripts.summary(name)
+    json.dumps(as_json(entries, summary))
+    as_markdown(entries, summary).encode()
+    with contextlib.closing(transcripts.open(name)) as talk:
+        talk.put(len(talk.entries), [Entry("user", "more", PIECES)])
+
+
+@tries(200)
+@given(st.lists(st.composite(change)(), min_size=1, max_size=4))
+def test_changed_rows_cost_no_other_conversation(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, steps: list[Callable[[sqlite3.Connection], None]]
+) -> None:
+    home = tmp_path_factory.getbasetemp() / "rows"
+    shutil.rmtree(home, ignore_errors=True)
+    shutil.copytree(folder, home)
+    with contextlib.closing(sqlite3.connect(home / "sessions.sqlite", isolation_level=None)) as database:
+        for step in steps:
+            step(database)
+        names = [row[0] for row in database.execute("SELECT name FROM sessions")]
+    with contextlib.closing(Transcripts(home)) as transcripts, patience(PATIENCE):
+        assert {"good", "fork"} <= {each.name for each in transcripts.summaries()}
+        damaged = {each.name for each in transcripts.verify()}
+        for name in (name for name in names if isinstance(name, str) and name not in ("good", "fork")):
+            try:
+                used(transcripts, name)
+            except CpucacheError:
+                continue
+            assert name not in damaged
+        for name in damaged - {"good", "fork"}:
+            transcripts.remove(name)
+        assert {each.name for each in transcripts.verify()} <= damaged
+        for name, last in (("good", "last of good"), ("fork", "b")):
+            assert [each.text for each in transcripts.read(name)][-1] == last
+            used(transcripts, name)
+
+
+@tries(100)
+@given(st.lists(changes(), min_size=1, max_size=3))
+def test_a_changed_file_is_read_or_refused(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, steps: list[Callable[[bytes], bytes]]
+) -> None:
+    home = tmp_path_factory.getbasetemp() / "bytes"
+    shutil.rmtree(home, ignore_errors=True)
+    shutil.copytree(folder, home)
+    content = (home / "sessions.sqlite").read_bytes()
+    for step in steps:
+        content = step(content)
+    (home / "sessions.sqlite").write_bytes(content)
+    with contextlib.suppress(CpucacheError), patience(PATIENCE), contextlib.closing(Transcripts(home)) as transcripts:
+        for summary in transcripts.summaries():
+            with contextlib.suppress(CpucacheError):
+                used(transcripts, summary.name)
+        list(transcripts.verify())
+
+
+@pytest.mark.parametrize("tokens", [[[1, 2, 3]], [[(1 << 31) - 1]], [[]], [[0] * 5000]])
+def test_tokens_that_are_none_of_the_model(tokens: Any, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny("llama")
+    with engine(model, tmp_path) as running:
+        with running.session("talk") as talk:
+            talk.send("Hello", max_tokens=2)
+        with contextlib.closing(sqlite3.connect(tmp_path / "sessions" / "sessions.sqlite")) as database:
+            pieces = json.dumps({"parts": tokens, "pending": []})
+            database.execute("UPDATE entries SET pieces = ? WHERE id = 1", (pieces,))
+            database.commit()
+        with contextlib.suppress(Damaged, CpucacheError), running.session("talk") as talk:
+            talk.send("Again", max_tokens=2)
+        # Whatever came of it, the engine goes on.
+        with running.session("other") as other:
+            assert other.send("Hello", max_tokens=2).metrics.completion_tokens
