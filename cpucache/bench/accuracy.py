@@ -21,7 +21,7 @@ from cpucache.bench.ttft import floor
 from cpucache.engine import Engine, Stream
 from cpucache.engine.fidelity import Truth, distance, truth
 from cpucache.engine.planner import Request
-from cpucache.errors import InputError, PMLError
+from cpucache.errors import ContextFull, InputError, PMLError
 from cpucache.pml import parse_schema
 from cpucache.runtime import Sampling
 from cpucache.store import Store
@@ -205,11 +205,12 @@ def _chosen(engine: Engine, examples: Sequence[Example], task: Task, limit: int 
         task.check(example)
         try:
             _add_schema(engine, example, task, plain)
-        except PMLError:
+            tokens = engine.plan(task.prompt(example)).n_tokens
+        except (PMLError, ContextFull):
             # The markup is ours, so it is the length: more than the model can hold.
             too_long += 1
             continue
-        if engine.plan(task.prompt(example)).n_tokens + task.max_tokens > engine.context.n_ctx:
+        if tokens + task.max_tokens > engine.context.n_ctx:
             too_long += 1
         else:
             chosen.append(example)

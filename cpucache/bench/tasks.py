@@ -179,7 +179,7 @@ def parse_variants(text: str) -> list[Variant]:
 def _variant(name: str) -> Variant:
     first, _, more = name.partition("+")
     share = more or (first if first.startswith("recompute:") else "")
-    plain = _PLAIN.get("fast" if share == first else first)
+    plain = _PLAIN.get("fast" if share and share == first else first)
     if plain is None or (more and not more.startswith("recompute:")) or (share and not plain.cached):
         raise InputError(f"unknown variant '{name}': known are {', '.join(_PLAIN)}, recompute:R, and one +recompute:R")
     if not share:
