@@ -1,5 +1,5 @@
-"""Run a command that installs packages, and show how far the compiler is: one line that is updated on a terminal, a line
-for each tenth of the way anywhere else.
+"""Run a command that installs packages, and show how far the compiler is: one line that is updated on a terminal, a
+line for each tenth of the way anywhere else.
 
 `python scripts/show_build.py "compiling llama.cpp" pip install -v .` shows the steps that ninja or make counts in the
 output of pip, and of everything else what pip says without `-v`. When the command fails its last lines are printed, and

@@ -175,7 +175,7 @@ def test_blocks() -> None:
 
 def test_levels() -> None:
     assert {"fast": Fidelity(0), "balanced": Fidelity(0.1), "high": Fidelity(exact=True)} == LEVELS
-    assert Fidelity.of() == LEVELS[DEFAULT] == LEVELS["balanced"]
+    assert Fidelity.of() == LEVELS[DEFAULT] == LEVELS["fast"]
     assert [Fidelity.of(level) for level in LEVELS] == list(LEVELS.values())
     usual = Fidelity(0.5)
     assert Fidelity.of(usual=usual) == usual

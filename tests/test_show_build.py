@@ -14,7 +14,8 @@ PIP = """
 for line in ["Collecting llama-cpp-python", "Link requires a different Python", "Building wheel for llama-cpp-python"]:
     print(line, flush=True)
 for step in range(1, 205):
-    print(f"  [{step}/204] Building CXX object x.o" if {ninja} else f"  [{step * 100 // 204:3}%] Building CXX object x.o")
+    head = f"[{step}/204]" if {ninja} else f"[{step * 100 // 204:3}%]"
+    print(f"  {head} Building CXX object x.o")
 print("warning: something of the compiler")
 print("Successfully installed llama-cpp-python-0.3.36", flush=True)
 raise SystemExit({status})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -157,8 +157,9 @@ def accuracy(
     )
     out.print(_table(report))
     if any(outcome.gains for outcome in report.outcomes):
-        note = "Points of 100; differences are paired, their 95% intervals in --json. Times are medians."
-        out.print(note, soft_wrap=True)
+        out.print(
+            "Points of 100; differences are paired, their 95% intervals in --json. Times are medians.", soft_wrap=True
+        )
 
 
 def _kept(answers: int, file: Path | None) -> str:
@@ -194,7 +195,7 @@ def _table(report: AccuracyReport) -> Table:
     for title, interval in zip(titles, intervals, strict=True):
         columns += [_figures(header) for header in (title, f"{title}\n- full", interval)]
     columns += [_figures(header) for header in ("KL", "same", "TTFT", "/ full", "/ floor", "again\n/ floor")]
-    rows: list[Sequence[str | Text]] = []
+    rows: list[list[str | Text]] = []
     for outcome in report.outcomes:
         cells = []
         for name in report.measures:
@@ -205,8 +206,9 @@ def _table(report: AccuracyReport) -> Table:
         for ratio in (outcome.ttft_to_full, outcome.ttft_to_floor, outcome.again_to_floor):
             cells.append("" if ratio is None else f"{ratio:.2f}" if ratio >= 1 else f"{ratio:.3f}")
         rows.append([Text(outcome.variant), *cells])
-    expendable = [*intervals, "again\n/ floor", "/ floor", "same", *others, "KL"]
-    return listing(columns, rows, expendable=expendable, close=True)
+    return listing(
+        columns, rows, expendable=[*intervals, "again\n/ floor", "/ floor", "same", *others, "KL"], close=True
+    )
 
 
 def _figures(header: str) -> Column:

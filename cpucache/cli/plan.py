@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -115,7 +115,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         Column("evaluated behind", overflow="fold"),
         Column("why"),
     ]
-    cells: list[Sequence[str | Text]] = []
+    cells: list[list[str | Text]] = []
     for row in rows:
         relation = row.get("relation", "")
         what = f"{relation}, {row['from']}" if relation else row["why"] or row["from"]

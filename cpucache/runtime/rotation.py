@@ -26,6 +26,7 @@ _FLOATS: dict[int, np.dtype[np.floating]] = {_F32: np.dtype("<f4"), _F16: np.dty
 _CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
 _HEAD = 16  # bytes: what a state is and of which sequence, the number of streams, the number of cells
 _CELLS = 4  # that each shift is tried on
+_ROOM = 256  # cells of the least context that llama.cpp makes, which must be full
 _POWERS = [1 << power for power in range(13)]
 _CHECKS = [-1, -1777, 3001]
 # Shifts that are tried: angles come from the powers of two, the rest must agree with them.
@@ -229,7 +230,7 @@ def _shifted(context: Context, like: _Layout, head: Bytes) -> tuple[list[Floats]
     random = np.random.default_rng(0)
     before = [random.standard_normal((len(_DELTAS), _CELLS, keys.shape[1]), np.float32) for keys in like.keys]
     # With flash attention values lie like keys, which saves time.
-    small = Context(context.model, n_ctx=1, n_threads=context.n_threads, kv_type="f32", flash="on")
+    small = Context(context.model, n_ctx=_ROOM, n_threads=context.n_threads, kv_type="f32", flash="on")
     try:
         # llama.cpp shifts before it evaluates, and evaluates nothing when there is no room for it.
         spare = small.n_ctx - len(_DELTAS) * _CELLS
