@@ -103,6 +103,7 @@ def test_the_report_is_of_the_answers(
             # All passages in the schema's order.
             assert line["clean"] == line["related"] == 0
             assert line["kl"] < 1e-3
+        assert line["schema_ms"] > 0
     for outcome in report["variants"]:
         mine = [line for line in answers if line["variant"] == outcome["variant"]]
         assert outcome["n"] == 3
@@ -111,6 +112,11 @@ def test_the_report_is_of_the_answers(
             assert outcome["scores"][name]["mean"] == pytest.approx(mean, abs=0.01)
             assert ("difference" in outcome["scores"][name]) == (outcome["variant"] != "full")
         assert outcome["ttft"]["median_ms"] == pytest.approx(sorted(line["ttft_ms"] for line in mine)[1], abs=0.01)
+        assert ("encode_to_once" in outcome) == (outcome["variant"] != "full")
+    # What is reported of each answer names it, and holds no text.
+    each = [(answer["example"], answer["variant"]) for answer in report["answers"]]
+    assert each == [(example, variant) for example in asked for variant in VARIANTS]
+    assert all(re.fullmatch("[0-9a-f]{12}", answer["text"]) for answer in report["answers"])
     assert not (store_home / "slices").exists(), "a benchmark must not fill the user's store"
 
 
@@ -212,6 +218,28 @@ def test_picked_passages_share_schemas(bench: Callable[..., Bench]) -> None:
         assert ("ttft_to_floor" in outcome) == ("again_to_floor" in outcome) == (outcome["variant"] != "full")
 
 
+def test_members_of_unions_and_arguments(bench: Callable[..., Bench]) -> None:
+    run = bench(NAMED)
+    selection = ("--unions", "2", "--of", "5", "--argument", "--limit", "7")
+
+    report = run.run(*selection, variants="full,fast,balanced,refined")
+
+    by_variant: dict[str, list[dict[str, Any]]] = {}
+    for line in run.lines[1:]:
+        by_variant.setdefault(line["variant"], []).append(line)
+    # Nothing waits for an argument that no slice has attended to.
+    assert all(line["encoded_tokens"] == 0 for name in ("fast", "balanced") for line in by_variant[name])
+    assert all(line["related"] + line["clean"] > 0 for line in by_variant["fast"])
+    assert all(line["related"] == line["clean"] == 0 for line in by_variant["refined"])
+    kl = {outcome["variant"]: outcome["kl"] for outcome in report["variants"]}
+    assert max(kl["full"], kl["refined"]) < 1e-3 < kl["fast"]
+    # Five questions share a schema, and so what encoding it took.
+    for lines in by_variant.values():
+        assert len({line["schema_ms"] for line in lines[:5]}) == len({line["schema_ms"] for line in lines[5:]}) == 1
+    with pytest.raises(InputError, match=r"other settings .*unions 2, now 3"):
+        run.run("--unions", "3", "--of", "5", "--argument", variants="full")
+
+
 def test_a_rerun_adds_what_is_missing_and_nothing_else(bench: Callable[..., Bench]) -> None:
     run = bench(NAMED)
     selection = ("--pick", "3", "--of", "5", "--limit", "5")
@@ -245,7 +273,10 @@ def test_shuffled_and_dropped_are_other_settings(bench: Callable[..., Bench]) ->
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--of", "5"), "--of goes with --pick"),
+        (("--of", "5"), "--of goes with --pick or --unions"),
+        (("--unions", "2"), "--unions N needs --of M passages"),
+        (("--unions", "2", "--of", "5", "--drop", "0.5"), "--unions goes with --of and --shuffle alone"),
+        (("--pick", "2", "--of", "5", "--unions", "2"), "--pick goes with --of alone"),
         (("--pick", "2"), "--pick K needs --of M passages"),
         (("--pick", "6", "--of", "5"), "--pick K needs --of M passages"),
         (("--pick", "2", "--of", "50"), "--of 50 needs as many questions, there are 20"),

@@ -14,7 +14,7 @@ from cpucache.bench.datasets import Example, Passage, read_examples, selected
 from cpucache.bench.tasks import ALL_VARIANTS, TASKS, Variant, parse_variants
 from cpucache.errors import InputError
 from cpucache.pml import parse_prompt, parse_schema, resolve
-from cpucache.pml.tree import Role, Text, modules_of
+from cpucache.pml.tree import Role, Text, Union, modules_of, parameters_of, parts
 from cpucache.reuse import Fidelity
 from tests.support.questions import MULTI_NEWS, MUSIQUE, ORACLE, TREC, write_data
 
@@ -268,3 +268,34 @@ def test_a_selection_that_can_not_be_made_is_told(
 ) -> None:
     with pytest.raises(InputError, match=message):
         selected(read_examples(data(records)), seed=0, **settings)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_one_member_of_each_union_is_named(data: Callable[..., Path], shuffle: bool) -> None:
+    examples = selected(read_examples(data(ORACLE)), seed=1, of=7, unions=3, shuffle=shuffle)
+
+    assert len(examples) == 14
+    assert examples[0].slots == [range(2), range(2, 4), range(4, 7)]
+    ordered = []
+    for example in examples:
+        assert example.chosen is not None
+        assert all(sum(index in slot for index in example.chosen) == 1 for slot in example.slots)
+        assert example.gold in example.chosen
+        ordered.append(list(example.chosen) == sorted(example.chosen))
+        schema = parse_schema(TASKS["qa"].schema(example, Variant("fast")))
+        unions = [node for node in parts(schema) if isinstance(node, Union)]
+        assert [len(union.members) for union in unions] == [2, 2, 3]
+        resolve(parse_prompt(TASKS["qa"].prompt(example)), schema)
+    assert all(ordered) != shuffle
+
+
+def test_every_question_has_an_argument_of_its_own(data: Callable[..., Path]) -> None:
+    examples = selected(read_examples(data(ORACLE)), seed=1, pick=2, of=4, argument=True)
+
+    assert len({example.asker for example in examples}) > 10
+    for example in examples:
+        schema = parse_schema(TASKS["qa"].schema(example, Variant("fast")))
+        assert list(parameters_of(schema)) == ["asker"]
+        prompt = parse_prompt(TASKS["qa"].prompt(example))
+        assert prompt.arguments == {"asker": example.asker}
+        resolve(prompt, schema)

@@ -16,6 +16,8 @@ from cpucache.reuse import LEVELS, Fidelity
 SCHEMA = "bench"
 """What the schema of every example is called: the next one takes its place."""
 
+_ASKER = 12  # tokens of the name of whoever asks, at most
+
 Measure = Callable[[str, Example], float]
 # What XML 1.0 can't hold, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -49,17 +51,23 @@ class Task:
 
     def schema(self, example: Example, variant: Variant) -> str:
         """The example's passages as modules p1, p2, ... of a schema in PML."""
-        instruction = self.instruction
+        instruction = _xml(self.instruction)
         if example.choices:
-            instruction += " The choices are: " + "; ".join(example.choices) + "."
+            instruction += _xml(" The choices are: " + "; ".join(example.choices) + ".")
+        if example.asker:
+            instruction += f' The question is asked by <parameter name="asker" length="{_ASKER}" scaffold="Ann"/>.'
         names = module_names(example)
         isolate = ' isolate="true"' if variant.isolated else ""
-        modules = "".join(
-            f'<module name="{name}"{isolate}>\n{_xml(_heading(number, passage.title) + passage.text)}\n</module>'
-            for number, (name, passage) in enumerate(zip(names, example.passages, strict=True), 1)
-        )
+        modules = ""
+        for number, slot in enumerate(example.slots, 1):
+            passages = [(names[index], example.passages[index]) for index in slot]
+            members = "".join(
+                f'<module name="{name}"{isolate}>\n{_xml(_heading(number, passage.title) + passage.text)}\n</module>'
+                for name, passage in passages
+            )
+            modules += members if example.unions is None else f"<union>{members}</union>"
         attributes = "" if variant.related else ' anchor="none"'
-        return f'<schema name="{SCHEMA}"{attributes}><system>{_xml(instruction)}\n{modules}</system></schema>'
+        return f'<schema name="{SCHEMA}"{attributes}><system>{instruction}\n{modules}</system></schema>'
 
     def prompt(self, example: Example) -> str:
         """The prompt in PML: the passages chosen, and the question."""
@@ -68,7 +76,8 @@ class Task:
         names = module_names(example)
         chosen = range(len(names)) if example.chosen is None else example.chosen
         references = "".join(f"<{names[number]}/>" for number in chosen)
-        return f'<prompt schema="{SCHEMA}">{references}<user>{_xml(request)}</user></prompt>'
+        argument = f' asker="{example.asker}"' if example.asker else ""
+        return f'<prompt schema="{SCHEMA}"{argument}>{references}<user>{_xml(request)}</user></prompt>'
 
 
 def module_names(example: Example) -> list[str]:

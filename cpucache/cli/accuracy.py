@@ -56,6 +56,15 @@ _PATIENCE = 3600.0
 )
 @click.option("--shuffle", is_flag=True, help="Name a question's own passages in another order.")
 @click.option(
+    "--unions",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Make the M passages members of N unions; a prompt names one of each.",
+)
+@click.option(
+    "--argument", is_flag=True, help="Give the schema's text a parameter, and each question another argument."
+)
+@click.option(
     "--variants",
     default=ALL_VARIANTS,
     metavar="NAMES",
@@ -82,6 +91,8 @@ def accuracy(
     of: int | None,
     drop: float,
     shuffle: bool,
+    unions: int | None,
+    argument: bool,
     variants: str,
     results_file: Path | None,
     plot: Path | None,
@@ -105,12 +116,21 @@ def accuracy(
         new_figure(plot)
     if task == "summary":
         rouge_scorer()
-    if pick is None and of is not None:
-        raise click.UsageError("--of goes with --pick")
-    if pick is not None and (drop or shuffle or passages is not None):
+    if pick is None and unions is None and of is not None:
+        raise click.UsageError("--of goes with --pick or --unions")
+    if pick is not None and (drop or shuffle or unions is not None or passages is not None):
         raise click.UsageError("--pick goes with --of alone: what it picks has an order of its own already")
+    if unions is not None and (drop or passages is not None):
+        raise click.UsageError("--unions goes with --of and --shuffle alone: one member of each is named")
     examples = selected(
-        read_examples(data, passages=passages, seed=seed), seed=seed, pick=pick, of=of, drop=drop, shuffle=shuffle
+        read_examples(data, passages=passages, seed=seed),
+        seed=seed,
+        pick=pick,
+        of=of,
+        drop=drop,
+        shuffle=shuffle,
+        unions=unions,
+        argument=argument,
     )
     with Engine(model, **options) as engine:
         settings = settings_of(engine, data, examples, asked, seed=seed, positions=str(options["positions"]))
