@@ -124,6 +124,8 @@ def measure(
         for _ in range(repeat):
             order = orders.sample(range(modules), modules)
             _other(engine, filler_prompt(engine, order, question), report)
+        # The folder must not be written to any more when it is removed.
+        engine.store.flush()
     return report
 
 
