@@ -81,6 +81,7 @@ def typed(text: bytes, command: list[str]) -> tuple[int, str]:
                     elif b"[Y/n]" in read:
                         # Again, for a Ctrl-C that comes while the line editor starts is noticed with the next key.
                         os.write(end, text)
+            running.wait(PATIENCE)
         finally:
             running.kill()
             os.close(end)
@@ -114,7 +115,8 @@ def test_yes_fetches_it_and_goes_on(command: list[str], weights: bytes, tmp_path
 def test_no_and_ctrl_c_end_it(text: bytes, status: int, last: str, command: list[str], tmp_path: Path) -> None:
     ended, shown = typed(text, command)
     assert ended == status, shown
-    assert shown.strip().splitlines()[-1].endswith(last)
+    # Another Ctrl-C may show behind it.
+    assert shown.replace("^C", "").strip().endswith(last)
     assert "Traceback" not in shown
     assert not (tmp_path / "weights" / f"{NAME}.gguf").exists()
 
