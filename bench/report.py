@@ -49,7 +49,7 @@ def accuracy(result: dict[str, Any], *, short: bool) -> list[str]:
             else:
                 cells.append("")
         if name == "full":
-            cells += ["", "", f"1 ({each['ttft']['median'] / 1000:.1f} s)", "", ""]
+            cells += ["", "", f"1 ({each['ttft']['median_ms'] / 1000:.1f} s)", "", ""]
         else:
             cells += [f"{each['kl']:.3f} ({each['kl_median']:.3f})", f"{each['same']:.0%}"]
             cells += [f"{each['ttft_to_full']:.3f}", f"{each['ttft_to_floor']:.2f}", f"{each['again_to_floor']:.2f}"]
@@ -79,7 +79,7 @@ def ttft(result: dict[str, Any], *, short: bool) -> list[str]:
     for name, (each, base) in series.items():
         if "median_ms" in each:
             times = [f"{each[key] / 1000:.2f} s" if each[key] >= 1000 else f"{each[key]:.0f} ms" for key in _KEYS]
-            rows.append([name, *times, f"{each['median'] / base:.2f}"])
+            rows.append([name, *times, f"{each['median_ms'] / base:.2f}"])
     return _markdown([[row[0], row[1], row[4]] for row in rows] if short else rows)
 
 

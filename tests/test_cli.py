@@ -79,7 +79,63 @@ def test_run_prints_the_answer_and_nothing_else(model: Path) -> None:
     assert done.status == 0
     assert expected
     assert done.out == f"{expected}\n"
-    assert re.fullmatch(r"first token after \S+ m?s · \d+ of \d+ prompt tokens from cache( \([^)]+\))? · \S+ tok/s\n", done.err)
+    # Nothing is recomputed by default; the answer is as long as it may be.
+    kinds = r"\(\d+ exact, \d+ related\)"
+    figures = r"first token after \S+ m?s · \d+ of \d+ prompt tokens from cache {} · \S+ tok/s · cut after 8 tokens\n"
+    assert re.fullmatch(figures.format(kinds), done.err)
+
+
+def test_the_figures_say_what_was_made_and_whether_it_was_saved(model: Path) -> None:
+    command = ("run", "prompt.xml", "-s", "schema.xml", "-m", model, "-n", "1", "--threads", "1")
+
+    homeless = cpucache(*command, "--disk", "1KiB").err
+    first, second = cpucache(*command).err, cpucache(*command).err
+
+    assert "tokens encoded in" in homeless and "saved" not in homeless
+    assert re.search(r"0 of \d+ prompt tokens from cache · \d+ tokens encoded in \S+ m?s, saved for next time", first)
+    assert "encoded" not in second and "saved" not in second
+
+
+def test_an_answer_that_ends_by_itself_was_not_cut(model: Path) -> None:
+    stop = run(model)["text"][:2]
+
+    err = cpucache("run", "prompt.xml", "-s", "schema.xml", "-m", model, "--stop", stop, "--threads", "1").err
+
+    assert "cut after" not in err
+
+
+def test_an_answer_is_cut_where_the_context_asked_for_ends(model: Path, folder: Path) -> None:
+    (folder / "text.txt").write_text("a" * 60)
+    size = ask(model, "text.txt", "--raw")["prompt_tokens"]
+
+    room = ask(model, "text.txt", "--raw", "--ctx", str(size + 3))
+    none = cpucache("run", "text.txt", "--raw", "-m", model, "--ctx", str(size))
+
+    assert (room["completion_tokens"], room["finish"]) == (3, "length")
+    assert (none.status, none.out) == (2, "")
+    assert f"the prompt is {size} tokens long and leaves no room for an answer in a context of {size}" in none.err
+
+
+def test_a_huge_text_is_refused_by_its_head(smollm2: Path, folder: Path) -> None:
+    (folder / "huge.txt").write_text("And so it went on, from day to day and year to year. " * 400_000)
+    (folder / "huge.xml").write_text(f'<prompt schema="shop"><user>{"so it went on " * 200_000}</user></prompt>')
+
+    for command, name in ((("huge.txt",), "messages"), (("huge.xml", "-s", "schema.xml"), "huge.xml")):
+        done = cpucache("run", *command, "-m", smollm2, "--ctx", "512")
+        assert (done.status, done.out) == (2, "")
+        assert re.fullmatch(
+            rf"cpucache: {name}: [\d,]+ characters are more than a context of 512 tokens holds; raise --ctx .*\n",
+            done.err,
+        )
+
+
+def test_a_text_of_long_tokens_is_not_refused_by_its_size(smollm2: Path, folder: Path) -> None:
+    # Many more characters than sixteen for each token of the context.
+    (folder / "ruler.txt").write_text("=" * 16_000)
+
+    answer = ask(smollm2, "ruler.txt", "--ctx", "512", "-n", "1")
+
+    assert answer["prompt_tokens"] < 512 < 16_000 / 16
 
 
 def test_run_json_has_all_counts_and_times(model: Path) -> None:

@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cpucache.bench.datasets import Example, Passage, read_examples
+from cpucache.bench.datasets import Example, Passage, read_examples, selected
 from cpucache.bench.tasks import ALL_VARIANTS, TASKS, Variant, parse_variants
 from cpucache.errors import InputError
-from cpucache.layout.lead import LEAD
 from cpucache.pml import parse_prompt, parse_schema, resolve
-from cpucache.pml.tree import Role, Text, modules_of
+from cpucache.pml.tree import Role, Text, Union, modules_of, parameters_of, parts
+from cpucache.reuse import Fidelity
 from tests.support.questions import MULTI_NEWS, MUSIQUE, ORACLE, TREC, write_data
 
 
@@ -134,7 +134,7 @@ def test_a_file_that_can_not_be_read_is_told(data: Callable[..., Path], tmp_path
 def test_every_passage_becomes_a_module(data: Callable[..., Path], task: str, records: list[Any]) -> None:
     for example in read_examples(data(records)):
         asked = TASKS[task]
-        schema = parse_schema(asked.schema(example, Variant("anchored")))
+        schema = parse_schema(asked.schema(example, Variant("fast")))
         prompt = parse_prompt(asked.prompt(example))
 
         resolve(prompt, schema)
@@ -162,45 +162,140 @@ def test_a_choice_needs_choices(data: Callable[..., Path]) -> None:
 
 def test_variants_are_what_their_names_say(data: Callable[..., Path]) -> None:
     (example,) = read_examples(data(MUSIQUE[:1]))
-    variants = {variant.name: variant for variant in parse_variants(f"{ALL_VARIANTS},alone+link:8")}
+    names = f"{ALL_VARIANTS},high,isolate,recompute:0.2,standalone+recompute:0.1"
+    variants = {variant.name: variant for variant in parse_variants(names)}
     schemas = {name: ElementTree.fromstring(TASKS["qa"].schema(example, variant)) for name, variant in variants.items()}
 
     assert [name for name, variant in variants.items() if not variant.cached] == ["full"]
-    nothing = {"lead_tokens": 0, "link_tokens": 0, "recompute": 0}
-    assert {name: variant.fidelity for name, variant in variants.items()} == {
-        "full": nothing,
-        "alone": nothing,
-        "anchored": nothing,
-        f"lead:{LEAD}": {**nothing, "lead_tokens": LEAD},
-        "link:16": {**nothing, "link_tokens": 16},
-        "scaffold": nothing,
-        "recompute:0.1": {**nothing, "recompute": 0.1},
-        "alone+link:8": {**nothing, "link_tokens": 8},
+    assert [name for name, variant in variants.items() if variant.refined] == ["refined"]
+    given = {name: variant.fidelity for name, variant in variants.items() if variant.fidelity != Fidelity()}
+    assert given == {
+        "balanced": Fidelity(0.1),
+        "high": Fidelity(exact=True),
+        "recompute:0.2": Fidelity(0.2),
+        "standalone+recompute:0.1": Fidelity(0.1),
     }
-    assert {name for name, schema in schemas.items() if schema.get("anchor") == "none"} == {"alone", "alone+link:8"}
-    assert {name: each.get("modules") for name, schema in schemas.items() for each in schema.findall("scaffold")} == {
-        "scaffold": "p1 p2"
-    }
+    apart = {name for name, schema in schemas.items() if schema.get("anchor") == "none"}
+    assert apart == {"standalone", "standalone+recompute:0.1"}
+    isolated = {name for name, schema in schemas.items() if any(each.get("isolate") for each in schema.iter("module"))}
+    assert isolated == {"isolate"}
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (
-            "full,links:3",
-            "unknown variant 'links:3': known are full, anchored, alone, scaffold, lead:K, link:K, recompute:R",
-        ),
+        ("full,links:3", "unknown variant 'links:3': known are full, standalone, isolate, refined, fast"),
         ("", "unknown variant ''"),
-        ("link", "variant 'link': write tokens behind a colon, as in link:16"),
-        ("link:0", "variant 'link:0': write tokens"),
-        ("recompute:1.5", "variant 'recompute:1.5': write a share up to 1 behind a colon, as in recompute:0.15"),
-        ("recompute:nan", "variant 'recompute:nan'"),
-        ("full+link:3", "can't be combined"),
-        ("link:2+link:3", "can't be combined"),
-        ("full,alone,full", "variant 'full' is given twice"),
+        ("recompute:1.5", "recompute=1.5: must be a share"),
+        ("recompute:nan", "recompute=nan: must be a share"),
+        ("recompute:much", "variant 'recompute:much'"),
+        ("full+recompute:0.1", "unknown variant 'full+recompute:0.1'"),
+        ("full,fast,fast", "variant 'fast' is given twice"),
     ],
 )
 def test_a_variant_that_is_none_is_told(names: str, message: str) -> None:
     with pytest.raises(InputError) as raised:
         parse_variants(names)
     assert message in str(raised.value)
+
+
+# ---- selecting -----------------------------------------------------------------------------------------------------
+def test_picked_passages_are_those_of_questions_asked_together(data: Callable[..., Path]) -> None:
+    examples = read_examples(data(ORACLE), seed=3)
+
+    picked = selected(examples, seed=3, pick=3, of=6)
+
+    # Twenty questions make three groups of six; what is left over has no schema.
+    assert [example.line for example in picked] == [example.line for example in examples[:18]]
+    for begin in range(0, 18, 6):
+        group = picked[begin : begin + 6]
+        assert len({example.passages for example in group}) == 1
+        assert group[0].passages == tuple(Passage(f"T{(e.line - 1) // 2}", f"No. {e.line - 1}.") for e in group)
+        for number, example in enumerate(group):
+            assert example.chosen is not None
+            assert len(set(example.chosen)) == len(example.chosen) == 3
+            assert number in example.chosen, "the passage with the answer"
+    assert len({example.chosen for example in picked}) > 10
+    assert {example.chosen.index(at % 6) for at, example in enumerate(picked) if example.chosen} == {0, 1, 2}
+    assert picked == selected(examples, seed=3, pick=3, of=6)
+    assert picked != selected(examples, seed=4, pick=3, of=6)
+
+
+def test_a_prompt_names_what_is_chosen_in_its_order(data: Callable[..., Path]) -> None:
+    (example, *_) = selected(read_examples(data(ORACLE)), seed=0, pick=3, of=6)
+    prompt = parse_prompt(TASKS["qa"].prompt(example))
+
+    assert example.chosen is not None
+    assert [each.name for each in prompt.children[:-1]] == [f"p{number + 1}" for number in example.chosen]
+
+
+def test_dropped_passages_hold_no_answer(data: Callable[..., Path]) -> None:
+    texts = ["It is HERE, Bob says.", "Nothing.", "More of nothing.", "bob again"]
+    record = {"question": "?", "ctxs": [{"title": "", "text": text} for text in texts], "answers": ["Bob"]}
+    examples = read_examples(data([record] * 40))
+
+    everything = selected(examples, seed=0, drop=1.0)
+    half = selected(examples, seed=0, drop=0.5)
+    shuffled = selected(examples, seed=0, shuffle=True)
+
+    assert selected(examples, seed=0) == examples
+    assert {example.chosen for example in everything} == {(0, 3)}
+    assert {example.chosen for example in half} == {(0, 3), (0, 1, 3), (0, 2, 3), (0, 1, 2, 3)}
+    assert {tuple(sorted(example.chosen or ())) for example in shuffled} == {(0, 1, 2, 3)}
+    assert len({example.chosen for example in shuffled}) > 10
+
+
+def test_the_gold_passage_is_never_dropped(data: Callable[..., Path]) -> None:
+    # None of the passages has the words of the answer.
+    examples = read_examples(data(ORACLE), passages=4)
+
+    dropped = selected(examples, seed=0, drop=1.0)
+
+    assert all(example.chosen == (example.gold,) for example in dropped)
+
+
+@pytest.mark.parametrize(
+    ("records", "settings", "message"),
+    [
+        (ORACLE, {"pick": 3}, "--pick K needs --of M passages, at least as many"),
+        (ORACLE, {"pick": 3, "of": 2}, "--pick K needs --of M passages, at least as many"),
+        (ORACLE, {"pick": 3, "of": 21}, "--of 21 needs as many questions, there are 20"),
+        (MUSIQUE, {"pick": 1, "of": 2}, "--pick is for files whose questions have one passage with the answer each"),
+    ],
+)
+def test_a_selection_that_can_not_be_made_is_told(
+    data: Callable[..., Path], records: list[Any], settings: dict[str, int], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        selected(read_examples(data(records)), seed=0, **settings)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_one_member_of_each_union_is_named(data: Callable[..., Path], shuffle: bool) -> None:
+    examples = selected(read_examples(data(ORACLE)), seed=1, of=7, unions=3, shuffle=shuffle)
+
+    assert len(examples) == 14
+    assert examples[0].slots == [range(2), range(2, 4), range(4, 7)]
+    ordered = []
+    for example in examples:
+        assert example.chosen is not None
+        assert all(sum(index in slot for index in example.chosen) == 1 for slot in example.slots)
+        assert example.gold in example.chosen
+        ordered.append(list(example.chosen) == sorted(example.chosen))
+        schema = parse_schema(TASKS["qa"].schema(example, Variant("fast")))
+        unions = [node for node in parts(schema) if isinstance(node, Union)]
+        assert [len(union.members) for union in unions] == [2, 2, 3]
+        resolve(parse_prompt(TASKS["qa"].prompt(example)), schema)
+    assert all(ordered) != shuffle
+
+
+def test_every_question_has_an_argument_of_its_own(data: Callable[..., Path]) -> None:
+    examples = selected(read_examples(data(ORACLE)), seed=1, pick=2, of=4, argument=True)
+
+    assert len({example.asker for example in examples}) > 10
+    for example in examples:
+        schema = parse_schema(TASKS["qa"].schema(example, Variant("fast")))
+        assert list(parameters_of(schema)) == ["asker"]
+        prompt = parse_prompt(TASKS["qa"].prompt(example))
+        assert prompt.arguments == {"asker": example.asker}
+        resolve(prompt, schema)

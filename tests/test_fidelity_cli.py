@@ -12,19 +12,14 @@ from typing import Any
 
 import pytest
 
-from cpucache.engine import Engine, Fidelity
+from cpucache.engine import Engine
 from cpucache.errors import InputError
 from cpucache.pml import parse_schema
 from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
 from tests.test_cli_interrupt import started
 
-TRIALS = {
-    'link="16" on hours',
-    'link="16" on summer',
-    'link="16" on the schema',
-    "--recompute 0.1",
-    '<scaffold modules="hours summer"/>',
-}
+TRIALS = {"--recompute 0.2", "--fidelity high, or cpucache encode --refine"}
+"""What is tried where a tenth is recomputed already."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,20 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def command(tiny: Callable[..., Path]) -> tuple[str | Path, ...]:
-    return (
-        "fidelity",
-        "prompt.xml",
-        "-s",
-        "schema.xml",
-        "-m",
-        tiny("llama"),
-        "--threads",
-        "1",
-        "-n",
-        "4",
-        "--lead",
-        "0",
-    )
+    return ("fidelity", "prompt.xml", "-s", "schema.xml", "-m", tiny("llama"), "--threads", "1", "-n", "4")
 
 
 def report(command: tuple[str | Path, ...], *more: str | Path, stdin: str | None = None) -> dict[str, Any]:
@@ -66,7 +48,7 @@ def report(command: tuple[str | Path, ...], *more: str | Path, stdin: str | None
 def test_json_is_the_report(command: tuple[str | Path, ...], tiny: Callable[..., Path]) -> None:
     shown = report(command)
 
-    with Engine(tiny("llama"), threads=1, fidelity=Fidelity(lead_tokens=0)) as engine:
+    with Engine(tiny("llama"), threads=1) as engine:
         engine.add_schema(parse_schema(SCHEMA))
         expected = engine.fidelity(PROMPT, max_tokens=4).as_dict()
     assert set(shown) == {"uncached", "cached", "tokens", "advice"}
@@ -79,6 +61,7 @@ def test_json_is_the_report(command: tuple[str | Path, ...], tiny: Callable[...,
 
 
 def test_the_tables_have_everything(command: tuple[str | Path, ...]) -> None:
+    command = (*command, "--fidelity", "fast", "-n", "12")
     shown = cpucache(*command, COLUMNS="140")
     figures = report(command)
 
@@ -99,12 +82,33 @@ def test_the_tables_have_everything(command: tuple[str | Path, ...]) -> None:
     assert re.search(r"time to first token +\S+ [mµ]?s +\S+ [mµ]?s", shown.out)
     for trial in TRIALS:
         assert re.search(re.escape(trial) + r" +\d\.\d{4} → \d\.\d{4} +\d+% → \d+% +[+-]\S+ [mµ]?s", shown.out)
-    assert re.search(r'modules="hours summer"/> .*\+\d+\.\d kB', shown.out)
+    assert re.search(r"encode --refine .*\+\d+\.\d kB", shown.out)
     last = shown.out.splitlines()[-1]
-    wanted = (
-        r"(Set link=|Put <scaffold |Use --recompute 0.1).*: KL goes from \d\.\d+ to \d\.\d+, the first token comes .+\."
-    )
+    wanted = r"Use (--recompute 0.[12]|--fidelity high, or cpucache encode --refine)"
+    wanted += r": KL goes from \d\.\d+ to \d\.\d+, the first token comes .+\."
     assert re.fullmatch(wanted, last)
+
+
+def test_more_is_tried_where_nothing_is_recomputed_and_nothing_where_all_is_exact(
+    command: tuple[str | Path, ...], store_home: Path
+) -> None:
+    fast, high = (report(command, "--fidelity", level) for level in ("fast", "high"))
+
+    assert {trial["change"] for trial in fast["advice"]} == TRIALS | {"--recompute 0.1"}
+    exact = next(trial for trial in fast["advice"] if "high" in trial["change"])
+    assert exact["kl_answer"] < 1e-4 < fast["cached"]["kl_answer"]
+    assert exact["bytes"] > 0
+    assert high["advice"] == []
+    assert high["cached"]["kl_answer"] < 1e-4
+
+
+def test_what_is_tried_does_not_stay(command: tuple[str | Path, ...], store_home: Path) -> None:
+    report(command, "--no-advice")
+    before = sorted(file.name for file in store_home.rglob("*.safetensors"))
+
+    report(command)
+
+    assert sorted(file.name for file in store_home.rglob("*.safetensors")) == before
 
 
 def test_all_shows_every_token(command: tuple[str | Path, ...]) -> None:
@@ -123,14 +127,14 @@ def test_without_advice_nothing_is_tried(command: tuple[str | Path, ...], store_
 
 
 def test_settings_are_those_of_the_prompt(command: tuple[str | Path, ...]) -> None:
-    plain, linked, recomputed, high = (
+    fast, default, balanced, whole, high = (
         report(command, "--no-advice", *more)["cached"]["kl_prompt"]
-        for more in ((), ("--link", "99"), ("--recompute", "0.5"), ("--fidelity", "high"))
+        for more in (("--recompute", "0"), (), ("--fidelity", "balanced"), ("--recompute", "1"), ("--fidelity", "high"))
     )
 
-    assert linked < 1e-3 < 0.1 * plain
-    assert 1e-3 < recomputed != plain
-    assert high < plain
+    assert balanced != default == pytest.approx(fast, abs=1e-3)
+    assert whole < 1e-4 < fast
+    assert high < 1e-4
 
 
 def test_one_module_needs_nothing(command: tuple[str | Path, ...], folder: Path) -> None:
@@ -186,7 +190,6 @@ def test_a_plot_needs_the_extra(command: tuple[str | Path, ...], monkeypatch: py
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--link", "-1"), "--link"),
         (("--recompute", "1.5"), "--recompute"),
         (("--fidelity", "best"), "--fidelity"),
         (("-n", "0"), "--max-tokens"),
@@ -200,13 +203,13 @@ def test_wrong_settings(more: tuple[str, ...], message: str, command: tuple[str 
     assert done.err.count("\n") == 1
 
 
-def test_ctrl_c(command: tuple[str | Path, ...], folder: Path, store_home: Path) -> None:
+def test_ctrl_c(command: tuple[str | Path, ...], folder: Path, store_home: Path, tiny: Callable[..., Path]) -> None:
     words = " ".join(f"number {number} and" for number in range(250))
     modules = "".join(f'<module name="m{number}">{number} {words}</module>' for number in range(4))
     (folder / "schema.xml").write_text(f'<schema name="s">{modules}</schema>')
     references = "".join(f"<m{number}/>" for number in range(2))
     (folder / "prompt.xml").write_text(f'<prompt schema="s">{references}What?</prompt>')
-    with started(*command, "--ctx", "16384") as running:
+    with started(*command, "-m", tiny("llama", n_ctx=16384), "--ctx", "16384") as running:
         while running.poll() is None and not any(store_home.rglob("*.safetensors")):
             pass
         running.send_signal(signal.SIGINT)
@@ -228,27 +231,39 @@ def test_run_evaluates_afresh_what_it_is_told_to(command: tuple[str | Path, ...]
         assert answer["fresh_tokens"] + answer["cached_tokens"] == answer["prompt_tokens"]
         return int(answer["fresh_tokens"])
 
-    plain = fresh()
-    assert plain < fresh("--link", "3") < fresh("--link", "6")
-    assert plain < fresh("--recompute", "0.1") == fresh("--fidelity", "balanced") < fresh("--recompute", "0.3")
+    fresh()
+    plain = fresh("--fidelity", "fast")
+    tenth = fresh("--recompute", "0.1")
+    assert fresh() == plain < tenth == fresh("--fidelity", "balanced") < fresh("--recompute", "0.9")
     # The second time, what the prompt brings between modules is a slice, too.
-    assert fresh("--fidelity", "high") > plain >= fresh("--fidelity", "high")
+    assert fresh("--fidelity", "high") > plain > fresh("--fidelity", "high")
 
 
 def test_compare_takes_them_too(command: tuple[str | Path, ...]) -> None:
     run = ("run", *command[1:], "--json")
 
-    both = json.loads(invoke(*run, "--compare", "--link", "99"))
+    both = json.loads(invoke(*run, "--compare", "--fidelity", "high"))
 
     assert both["cached"]["text"] == both["uncached"]["text"]
-    assert both["cached"]["cached_tokens"] > 0 == both["uncached"]["cached_tokens"]
+    assert both["same"] is True
+    assert both["cached"]["cached_tokens"] == both["cached"]["exact_tokens"] > 0 == both["uncached"]["cached_tokens"]
 
 
-@pytest.mark.parametrize("more", [("--link", "3"), ("--recompute", "0"), ("--fidelity", "fast")])
+@pytest.mark.parametrize("more", [("--fidelity", "high"), ("--fidelity", "fast")])
+def test_a_level_says_what_is_recomputed(more: tuple[str, ...], command: tuple[str | Path, ...]) -> None:
+    done = cpucache("run", *command[1:], *more, "--recompute", "0.1")
+
+    assert (done.status, done.out) == (2, "")
+    assert done.err == (
+        "cpucache: give a fidelity or a share to recompute, not both: a level says what is recomputed\n"
+    )
+
+
+@pytest.mark.parametrize("more", [("--recompute", "0"), ("--fidelity", "fast")])
 def test_they_are_for_pml(more: tuple[str, ...], command: tuple[str | Path, ...], folder: Path) -> None:
     (folder / "question.txt").write_text("What is there?")
 
     done = cpucache("run", "question.txt", *command[4:], *more)
 
     assert (done.status, done.out) == (2, "")
-    assert "--fidelity, --link and --recompute are for PML prompts, which need --schema" in done.err
+    assert "--fidelity and --recompute are for PML prompts, which need --schema" in done.err

@@ -78,18 +78,25 @@ def test_the_interval_is_of_differences_of_pairs() -> None:
 
 def test_the_summary_is_of_means_medians_and_pairs() -> None:
     def answers(variant: str, *values: tuple[float, float]) -> list[Answer]:
-        return [Answer(line, variant, "", {"f1": score}, ttft, 1, 1, 0) for line, (score, ttft) in enumerate(values)]
+        return [
+            Answer(line, variant, "", {"f1": score}, ttft, 1, 1, 0, again_ms=30, floor_ms=20, kl=score, same=score > 0)
+            for line, (score, ttft) in enumerate(values)
+        ]
 
     full, cached = summarise(
         {
             "full": answers("full", (0.5, 1000), (1.0, 3000), (0.0, 1200)),
-            "link:4": answers("link:4", (0.0, 110), (0.5, 120), (1.0, 300)),
+            "fast": answers("fast", (0.0, 110), (0.5, 120), (1.0, 300)),
         }
     )
 
     assert (full.n, full.scores, full.gains, full.ttft_to_full) == (3, {"f1": 0.5}, {}, None)
     assert (cached.scores, cached.ttft.median) == ({"f1": 0.5}, 120)
-    assert cached.ttft_to_full == pytest.approx(0.1)
+    # Medians of the quotients of each question.
+    assert cached.ttft_to_full == pytest.approx(0.11)
+    assert (cached.ttft_to_floor, cached.again_to_floor) == (6, 1.5)
+    assert (cached.kl, cached.kl_median, cached.same) == pytest.approx((0.5, 0.5, 2 / 3))
+    assert full.ttft_to_floor is None
     gain = cached.as_dict()["scores"]["f1"]
     # The worst and the best resample take one question three times.
     assert gain == {"mean": 50.0, "difference": 0.0, "low": -50.0, "high": 100.0}

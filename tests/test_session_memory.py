@@ -43,7 +43,10 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 def begun(model: Path, folder: Path, disk_budget: int | None = None) -> int:
     """Begin a session of three turns; gives the bytes of its slices."""
-    with engine(model, folder, block_size=16, disk_budget=disk_budget) as running, running.session("s", system=SYSTEM) as session:
+    with (
+        engine(model, folder, block_size=16, disk_budget=disk_budget) as running,
+        running.session("s", system=SYSTEM) as session,
+    ):
         for number in range(3):
             session.send(message(number), max_tokens=5)
         return running.store.ram.used

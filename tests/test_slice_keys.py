@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,11 +61,13 @@ def test_two_slices_have_the_same_key_if_and_only_if_they_are_the_same(made: lis
 
 @quick
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
-def test_a_key_does_not_depend_on_how_text_was_cut_or_what_of_it_was_saved(text: list[int], data: st.DataObject) -> None:
+def test_a_key_does_not_depend_on_how_text_was_cut_or_what_of_it_was_saved(
+    text: list[int], data: st.DataObject
+) -> None:
     def cut() -> list[Span]:
         places = sorted(data.draw(st.sets(st.integers(1, len(text)), max_size=6)) | {0, len(text)})
         spans: list[Span] = []
-        for begin, end in zip(places, places[1:], strict=False):
+        for begin, end in itertools.pairwise(places):
             tokens = array(text[begin:end])
             slice_ = SLICES.make(spans, tokens)
             spans.append(data.draw(st.sampled_from([slice_.span, Span(begin, tokens)])))

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -21,13 +21,15 @@ from cpucache.bench.ttft import floor
 from cpucache.engine import Engine, Stream
 from cpucache.engine.fidelity import Truth, distance, truth
 from cpucache.engine.planner import Request
-from cpucache.errors import InputError, PMLError
+from cpucache.errors import ContextFull, InputError, PMLError
+from cpucache.layout.vocabulary import joined
 from cpucache.pml import parse_schema
+from cpucache.reuse import Plan, Span
 from cpucache.runtime import Sampling
 from cpucache.store import Store
 
 OnAnswer = Callable[[int, int, str], None]
-"""Told how many questions are done, of how many, and which variant is next."""
+"""Told how many answers there are, of how many, and what is next."""
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Outcome:
     """Share of answers that are those of full prefill."""
     encoded_tokens: int = 0
     """Tokens evaluated to make missing slices, of all questions together."""
+    encode_to_once: float | None = None
+    """Encoding a schema against evaluating all its text once, median of the schemas."""
 
     @property
     def n(self) -> int:
@@ -62,7 +66,8 @@ class Outcome:
             for key, value in zip(("difference", "low", "high"), gain, strict=True):
                 scores[name][key] = round(100 * value, 2)
         result = {"variant": self.variant, "n": self.n, "scores": scores, "ttft": self.ttft.as_dict()}
-        for name in ("ttft_to_full", "ttft_to_floor", "again_to_floor", "kl", "kl_median", "same", "encoded_tokens"):
+        ratios = ("ttft_to_full", "ttft_to_floor", "again_to_floor", "encode_to_once")
+        for name in (*ratios, "kl", "kl_median", "same", "encoded_tokens"):
             value = getattr(self, name)
             if value is not None:
                 result[name] = round(value, 4)
@@ -81,13 +86,15 @@ class AccuracyReport:
     """The first is the one that counts."""
     outcomes: list[Outcome]
     too_long: int
+    answers: list[Answer] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for ``--json``."""
+        """Everything, for ``--json``, but no text of the data or of answers."""
         names = ("model", "data", "task", "seed", "too_long")
         return {
             **{name: getattr(self, name) for name in names},
             "variants": [outcome.as_dict() for outcome in self.outcomes],
+            "answers": [answer.as_dict() for answer in self.answers],
         }
 
 
@@ -105,6 +112,8 @@ def settings_of(
         "wording": hashlib.sha256(repr(sorted(wording.items())).encode()).hexdigest()[:16],
         "passages": len(examples[0].passages) if examples[0].alone else None,
         "chosen": len(examples[0].chosen) if examples[0].chosen is not None else None,
+        **({"unions": examples[0].unions} if examples[0].unions else {}),
+        **({"argument": True} if examples[0].asker else {}),
         "seed": seed,
         "positions": positions,
         "kv_type": engine.context.kv_type,
@@ -135,35 +144,41 @@ def measure_accuracy(
     """
     chosen, too_long = _chosen(engine, examples, task, limit)
     engine.warm_up()
-    done = 0
+    done, total = 0, len(chosen) * len(variants)
     for _, group in groupby(chosen, key=lambda example: example.passages):
         questions = list(group)
+        asked = 1 + done // len(variants)
         if all((example.line, variant.name) in results for example in questions for variant in variants):
-            done += len(questions)
+            done += len(questions) * len(variants)
             continue
         truths: dict[int, Truth] = {}
-        for _, ways in groupby(sorted(variants, key=lambda each: (each.cached, each.encoded)), lambda e: e.encoded):
+        for (cached, _), ways in groupby(sorted(variants, key=_encoded), _encoded):
             todo = list(ways)
             with _slices_in_memory(engine):
                 _add_schema(engine, questions[0], task, todo[0])
-                if any(variant.cached for variant in todo):
-                    progress(done, len(chosen), "encoding")
-                    engine.encode(SCHEMA)
+                progress(done, total, "encoding")
+                schema_ms = _encode(engine, once=not cached)
                 # What refining adds would be found by the other variants.
                 for variant in sorted(todo, key=lambda each: each.refined):
                     for number, example in enumerate(questions):
-                        if (example.line, variant.name) not in results or variant.name == FULL:
-                            progress(done + number, len(chosen), variant.name)
+                        done += 1
+                        if all((example.line, each.name) in results for each in variants):
+                            continue
+                        # The others are compared with what is said in full, of which results hold the text alone.
+                        kept = (example.line, variant.name) in results
+                        if not kept or variant.name == FULL:
+                            progress(done - 1, total, f"question {asked + number}, {variant.name}")
                             answer, truths[example.line] = _answer(
                                 engine, example, task, variant, truths.get(example.line)
                             )
-                            results.add(answer)
-        done += len(questions)
+                            if not kept:
+                                results.add(replace(answer, schema_ms=schema_ms))
     outcomes = summarise(
         {variant.name: [results[example.line, variant.name] for example in chosen] for variant in variants}
     )
+    answers = [results[example.line, variant.name] for example in chosen for variant in variants]
     model = engine.model.path.stem
-    return AccuracyReport(model, data.name, task.name, seed, tuple(task.measures), outcomes, too_long)
+    return AccuracyReport(model, data.name, task.name, seed, tuple(task.measures), outcomes, too_long, answers)
 
 
 def summarise(answers: dict[str, list[Answer]]) -> list[Outcome]:
@@ -182,9 +197,14 @@ def summarise(answers: dict[str, list[Answer]]) -> list[Outcome]:
         outcome.same = sum(answer.same for answer in given) / len(given)
         outcome.encoded_tokens = sum(answer.encoded_tokens for answer in given)
         if full and variant != FULL:
-            outcome.ttft_to_full = outcome.ttft.median / Series([answer.ttft_ms for answer in full]).median
+            pairs = list(zip(given, full, strict=True))
+            outcome.ttft_to_full = Series([answer.ttft_ms / other.ttft_ms for answer, other in pairs]).median
             outcome.ttft_to_floor = Series([answer.ttft_ms / answer.floor_ms for answer in given]).median
             outcome.again_to_floor = Series([answer.again_ms / answer.floor_ms for answer in given]).median
+            # All questions on a schema have the same two times.
+            schemas = {(answer.schema_ms, other.schema_ms) for answer, other in pairs if other.schema_ms}
+            if schemas:
+                outcome.encode_to_once = Series([encoded / once for encoded, once in schemas]).median
         outcomes.append(outcome)
     return outcomes
 
@@ -200,11 +220,12 @@ def _chosen(engine: Engine, examples: Sequence[Example], task: Task, limit: int 
         task.check(example)
         try:
             _add_schema(engine, example, task, plain)
-        except PMLError:
+            tokens = engine.plan(task.prompt(example)).n_tokens
+        except (PMLError, ContextFull):
             # The markup is ours, so it is the length: more than the model can hold.
             too_long += 1
             continue
-        if engine.plan(task.prompt(example)).n_tokens + task.max_tokens > engine.context.n_ctx:
+        if tokens + task.max_tokens > engine.context.n_ctx:
             too_long += 1
         else:
             chosen.append(example)
@@ -213,6 +234,25 @@ def _chosen(engine: Engine, examples: Sequence[Example], task: Task, limit: int 
             f"none of the {len(examples)} examples fits a context of {engine.context.n_ctx} tokens; raise --ctx"
         )
     return chosen, too_long
+
+
+def _encoded(variant: Variant) -> tuple[bool, tuple[bool, bool]]:
+    """What tells apart the slices that variants begin with. Full prefill, with none, comes first."""
+    return variant.cached, variant.encoded
+
+
+def _encode(engine: Engine, *, once: bool) -> float:
+    """Milliseconds to encode the schema, or to evaluate all its text ``once`` (0: more than the context holds)."""
+    text = joined([segment.tokens for segment in engine.planner.layout(SCHEMA).segments])
+    if once and len(text) >= engine.context.n_ctx:
+        return 0.0
+    engine.workspace.reset()
+    started = time.perf_counter()
+    if once:
+        engine.workspace.prefill(lambda: Plan((Span(0, text),)), fresh=True)
+    else:
+        engine.encode(SCHEMA)
+    return (time.perf_counter() - started) * 1000
 
 
 def _answer(engine: Engine, example: Example, task: Task, variant: Variant, true: Truth | None) -> tuple[Answer, Truth]:
@@ -230,6 +270,11 @@ def _answer(engine: Engine, example: Example, task: Task, variant: Variant, true
     if variant.cached:
         again_ms = _ask(engine, request, task, variant, max_tokens=1).metrics.ttft_ms
         floor_ms = floor(engine, request.plan())
+    if not variant.refined:
+        # Exact slices would be found by the other variants.
+        for span in first.plan.spans:
+            if span.slice and span.made:
+                engine.store.discard(span.slice.key)
     metrics = first.metrics
     answer = Answer(
         example=example.line,

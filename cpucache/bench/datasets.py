@@ -7,7 +7,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ OTHERS = 5
 """Passages of a question whose file has one each, unless the caller asks for another number."""
 
 _PASSAGE = re.compile(r"^Passage \d+:[ \t]*\n?", re.MULTILINE)
+_FIRST = ("Ann", "Ben", "Eva", "Ivo", "Kim", "Leo", "Mia", "Noa", "Pia", "Rob", "Tom", "Zoe")
+_LAST = ("Berg", "Cole", "Diaz", "Fox", "Hale", "King", "Lind", "Moss", "Ross", "Shaw", "West")
 # How Multi-News writes the ends of lines.
 _NEWLINES = re.compile(r"[ \t]*NEWLINE_CHAR[ \t]*")
 
@@ -48,6 +50,17 @@ class Example:
     """Of a question that is ``alone``: the number of the passage with the answer."""
     chosen: tuple[int, ...] | None = None
     """The passages that the prompt names, by number from 0 on, in its order; ``None``: all, in the schema's."""
+    unions: int | None = None
+    """The passages are the members of so many unions."""
+    asker: str = ""
+    """Who asks: the argument of a parameter in the schema's text, if it is to have one."""
+
+    @property
+    def slots(self) -> list[range]:
+        """The passages of each union, by number; of each module by itself, where there are no unions."""
+        size = len(self.passages)
+        count = self.unions or size
+        return [range(size * each // count, size * (each + 1) // count) for each in range(count)]
 
 
 def read_examples(path: Path, *, passages: int | None = None, seed: int = 0) -> list[Example]:
@@ -81,6 +94,8 @@ def selected(
     of: int | None = None,
     drop: float = 0.0,
     shuffle: bool = False,
+    unions: int | None = None,
+    argument: bool = False,
 ) -> list[Example]:
     """The same questions with a selection of passages, each in an order of its own.
 
@@ -91,35 +106,63 @@ def selected(
         of: Passages of a schema. So many questions share one, of which each has the answer to one of them.
         drop: Instead, each passage that does not hold an answer is left out with this probability.
         shuffle: The passages that are left stand in an order of their own.
+        unions: Instead of ``pick``, the passages of a schema are members of so many unions. A prompt names one of each.
+        argument: Each question has another value for a parameter in the schema's text.
 
     Raises ``InputError`` when there are too few passages.
     """
+    if argument:
+        askers = random.Random(seed)
+        examples = [replace(example, asker=f"{askers.choice(_FIRST)} {askers.choice(_LAST)}") for example in examples]
+    if unions is not None:
+        return _in_unions(examples, seed, of, unions, shuffle)
     if pick is None:
         return [_dropped(example, drop, random.Random(f"{seed}:{example.line}"), shuffle) for example in examples]
     if of is None or not 0 < pick <= of:
         raise InputError("--pick K needs --of M passages, at least as many")
     found = []
+    for number, example in _shared(examples, of, "--pick"):
+        draw = random.Random(f"{seed}:{example.line}")
+        others = [index for index in range(of) if index != number]
+        chosen = [*draw.sample(others, pick - 1), number]
+        draw.shuffle(chosen)
+        found.append(replace(example, chosen=tuple(chosen)))
+    return found
+
+
+def _in_unions(examples: Sequence[Example], seed: int, of: int | None, unions: int, shuffle: bool) -> list[Example]:
+    if of is None or not 0 < unions <= of:
+        raise InputError("--unions N needs --of M passages, at least as many")
+    found = []
+    for number, example in _shared([replace(example, unions=unions) for example in examples], of, "--unions"):
+        draw = random.Random(f"{seed}:{example.line}")
+        chosen = [number if number in slot else draw.choice(slot) for slot in example.slots]
+        if shuffle:
+            draw.shuffle(chosen)
+        found.append(replace(example, chosen=tuple(chosen)))
+    return found
+
+
+def _shared(examples: Sequence[Example], of: int, option: str) -> Iterator[tuple[int, Example]]:
+    """Questions with the passages of the schema that ``of`` of them share, and which of these has the answer."""
+    if len(examples) < of:
+        raise InputError(f"--of {of} needs as many questions, there are {len(examples)}")
     for begin in range(0, len(examples) - of + 1, of):
         group = examples[begin : begin + of]
         if not all(example.alone for example in group):
-            raise InputError("--pick is for files whose questions have one passage with the answer each")
+            raise InputError(f"{option} is for files whose questions have one passage with the answer each")
         # The passage with the answer is the one that the file gives.
         passages = tuple(example.passages[example.gold] for example in group)
         for number, example in enumerate(group):
-            draw = random.Random(f"{seed}:{example.line}")
-            others = [index for index in range(of) if index != number]
-            chosen = [*draw.sample(others, pick - 1), number]
-            draw.shuffle(chosen)
-            found.append(replace(example, passages=passages, chosen=tuple(chosen)))
-    if not found:
-        raise InputError(f"--of {of} needs as many questions, there are {len(examples)}")
-    return found
+            yield number, replace(example, passages=passages, gold=number)
 
 
 def _dropped(example: Example, drop: float, draw: random.Random, shuffle: bool) -> Example:
     if not (drop or shuffle):
         return example
     holds = [any(answer.casefold() in each.text.casefold() for answer in example.answers) for each in example.passages]
+    if example.alone:
+        holds[example.gold] = True
     chosen = [index for index, right in enumerate(holds) if right or draw.random() >= drop] or [0]
     if shuffle:
         draw.shuffle(chosen)

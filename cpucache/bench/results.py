@@ -42,6 +42,15 @@ class Answer:
     clean: int = 0
     related: int = 0
     recomputed: int = 0
+    schema_ms: float = 0.0
+    """Time to encode the schema; of full prefill: to evaluate all its text once."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What may be passed on: a hash in the place of the text, and numbers."""
+        record = asdict(self)
+        record["text"] = hashlib.sha256(record["text"].strip().encode()).hexdigest()[:12]
+        rounded = {name: round(value, 4) for name, value in record.items() if isinstance(value, float)}
+        return {**record, **rounded}
 
 
 class Results:

@@ -16,6 +16,8 @@ from cpucache.reuse import LEVELS, Fidelity
 SCHEMA = "bench"
 """What the schema of every example is called: the next one takes its place."""
 
+_ASKER = 12  # tokens of the name of whoever asks, at most
+
 Measure = Callable[[str, Example], float]
 # What XML 1.0 can't hold, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -49,17 +51,23 @@ class Task:
 
     def schema(self, example: Example, variant: Variant) -> str:
         """The example's passages as modules p1, p2, ... of a schema in PML."""
-        instruction = self.instruction
+        instruction = _xml(self.instruction)
         if example.choices:
-            instruction += " The choices are: " + "; ".join(example.choices) + "."
+            instruction += _xml(" The choices are: " + "; ".join(example.choices) + ".")
+        if example.asker:
+            instruction += f' The question is asked by <parameter name="asker" length="{_ASKER}" scaffold="Ann"/>.'
         names = module_names(example)
         isolate = ' isolate="true"' if variant.isolated else ""
-        modules = "".join(
-            f'<module name="{name}"{isolate}>\n{_xml(_heading(number, passage.title) + passage.text)}\n</module>'
-            for number, (name, passage) in enumerate(zip(names, example.passages, strict=True), 1)
-        )
+        modules = ""
+        for number, slot in enumerate(example.slots, 1):
+            passages = [(names[index], example.passages[index]) for index in slot]
+            members = "".join(
+                f'<module name="{name}"{isolate}>\n{_xml(_heading(number, passage.title) + passage.text)}\n</module>'
+                for name, passage in passages
+            )
+            modules += members if example.unions is None else f"<union>{members}</union>"
         attributes = "" if variant.related else ' anchor="none"'
-        return f'<schema name="{SCHEMA}"{attributes}><system>{_xml(instruction)}\n{modules}</system></schema>'
+        return f'<schema name="{SCHEMA}"{attributes}><system>{instruction}\n{modules}</system></schema>'
 
     def prompt(self, example: Example) -> str:
         """The prompt in PML: the passages chosen, and the question."""
@@ -68,7 +76,8 @@ class Task:
         names = module_names(example)
         chosen = range(len(names)) if example.chosen is None else example.chosen
         references = "".join(f"<{names[number]}/>" for number in chosen)
-        return f'<prompt schema="{SCHEMA}">{references}<user>{_xml(request)}</user></prompt>'
+        argument = f' asker="{example.asker}"' if example.asker else ""
+        return f'<prompt schema="{SCHEMA}"{argument}>{references}<user>{_xml(request)}</user></prompt>'
 
 
 def module_names(example: Example) -> list[str]:
@@ -163,8 +172,13 @@ _PLAIN: dict[str, Variant] = {
 
 
 def parse_variants(text: str) -> list[Variant]:
-    """Variants by name, as in ``full,fast,recompute:0.2,standalone+recompute:0.1``. Raises ``InputError``."""
+    """Variants by name, as in ``full,fast,recompute:0.2,standalone+recompute:0.1``, ``full`` being the first.
+
+    Raises ``InputError``.
+    """
     variants = [_variant(name.strip()) for name in text.split(",")]
+    if variants[0].name != FULL:
+        raise InputError(f"the first variant is '{FULL}', which the others are compared with")
     names = [variant.name for variant in variants]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"variant '{min(twice)}' is given twice")
@@ -174,7 +188,7 @@ def parse_variants(text: str) -> list[Variant]:
 def _variant(name: str) -> Variant:
     first, _, more = name.partition("+")
     share = more or (first if first.startswith("recompute:") else "")
-    plain = _PLAIN.get("fast" if share == first else first)
+    plain = _PLAIN.get("fast" if share and share == first else first)
     if plain is None or (more and not more.startswith("recompute:")) or (share and not plain.cached):
         raise InputError(f"unknown variant '{name}': known are {', '.join(_PLAIN)}, recompute:R, and one +recompute:R")
     if not share:

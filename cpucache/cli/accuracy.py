@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from cpucache.bench.accuracy import AccuracyReport, OnAnswer, measure_accuracy, settings_of
 from cpucache.bench.datasets import OTHERS, read_examples, selected
@@ -20,7 +20,7 @@ from cpucache.bench.plot import measure_title, new_figure, plot_accuracy
 from cpucache.bench.results import Results
 from cpucache.bench.scores import rouge_scorer
 from cpucache.bench.tasks import ALL_VARIANTS, TASKS, parse_variants
-from cpucache.cli.console import err, out, seconds
+from cpucache.cli.console import err, listing, out, seconds
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
 
@@ -56,6 +56,15 @@ _PATIENCE = 3600.0
 )
 @click.option("--shuffle", is_flag=True, help="Name a question's own passages in another order.")
 @click.option(
+    "--unions",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Make the M passages members of N unions; a prompt names one of each.",
+)
+@click.option(
+    "--argument", is_flag=True, help="Give the schema's text a parameter, and each question another argument."
+)
+@click.option(
     "--variants",
     default=ALL_VARIANTS,
     metavar="NAMES",
@@ -82,6 +91,8 @@ def accuracy(
     of: int | None,
     drop: float,
     shuffle: bool,
+    unions: int | None,
+    argument: bool,
     variants: str,
     results_file: Path | None,
     plot: Path | None,
@@ -105,11 +116,26 @@ def accuracy(
         new_figure(plot)
     if task == "summary":
         rouge_scorer()
+    if pick is None and unions is None and of is not None:
+        raise click.UsageError("--of goes with --pick or --unions")
+    if pick is not None and (drop or shuffle or unions is not None or passages is not None):
+        raise click.UsageError("--pick goes with --of alone: what it picks has an order of its own already")
+    if unions is not None and (drop or passages is not None):
+        raise click.UsageError("--unions goes with --of and --shuffle alone: one member of each is named")
     examples = selected(
-        read_examples(data, passages=passages, seed=seed), seed=seed, pick=pick, of=of, drop=drop, shuffle=shuffle
+        read_examples(data, passages=passages, seed=seed),
+        seed=seed,
+        pick=pick,
+        of=of,
+        drop=drop,
+        shuffle=shuffle,
+        unions=unions,
+        argument=argument,
     )
     with Engine(model, **options) as engine:
         settings = settings_of(engine, data, examples, asked, seed=seed, positions=str(options["positions"]))
+        if drop or shuffle:
+            settings |= {"drop": drop, "shuffle": shuffle}
         with Results(results_file, settings) as results:
             try:
                 with _bar() as progress:
@@ -131,7 +157,9 @@ def accuracy(
     )
     out.print(_table(report))
     if any(outcome.gains for outcome in report.outcomes):
-        out.print("Points of 100; differences are paired, with 95% intervals. Times are medians.", soft_wrap=True)
+        out.print(
+            "Points of 100; differences are paired, their 95% intervals in --json. Times are medians.", soft_wrap=True
+        )
 
 
 def _kept(answers: int, file: Path | None) -> str:
@@ -160,21 +188,28 @@ def _bar() -> Iterator[OnAnswer]:
 
 
 def _table(report: AccuracyReport) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.add_column("", overflow="fold")
-    for name in report.measures:
-        table.add_column(measure_title(name), justify="right", no_wrap=True)
-        table.add_column("against full", justify="right", no_wrap=True)
-    for name in ("KL", "same", "TTFT", "/full", "/floor"):
-        table.add_column(name, justify="right", no_wrap=True)
+    titles = [measure_title(name) for name in report.measures]
+    intervals = [f"{title}\n95%" for title in titles]
+    others = [header for title in titles[1:] for header in (f"{title}\n- full", title)]
+    columns = [Column("", overflow="fold")]
+    for title, interval in zip(titles, intervals, strict=True):
+        columns += [_figures(header) for header in (title, f"{title}\n- full", interval)]
+    columns += [_figures(header) for header in ("KL", "same", "TTFT", "/ full", "/ floor", "again\n/ floor")]
+    rows: list[list[str | Text]] = []
     for outcome in report.outcomes:
         cells = []
         for name in report.measures:
             cells.append(f"{100 * outcome.scores[name]:.1f}")
             gain = outcome.gains.get(name)
-            cells.append(f"{100 * gain.mean:+.1f} ({100 * gain.low:+.1f}, {100 * gain.high:+.1f})" if gain else "")
+            cells += [f"{100 * gain.mean:+.1f}", f"{100 * gain.low:+.1f} {100 * gain.high:+.1f}"] if gain else ["", ""]
         cells += [f"{outcome.kl:.3f}", f"{outcome.same:.0%}", seconds(outcome.ttft.median)]
-        for ratio in (outcome.ttft_to_full, outcome.ttft_to_floor):
-            cells.append("" if ratio is None else f"{ratio:.3f}")
-        table.add_row(escape(outcome.variant), *cells)
-    return table
+        for ratio in (outcome.ttft_to_full, outcome.ttft_to_floor, outcome.again_to_floor):
+            cells.append("" if ratio is None else f"{ratio:.2f}" if ratio >= 1 else f"{ratio:.3f}")
+        rows.append([Text(outcome.variant), *cells])
+    return listing(
+        columns, rows, expendable=[*intervals, "again\n/ floor", "/ floor", "same", *others, "KL"], close=True
+    )
+
+
+def _figures(header: str) -> Column:
+    return Column(header, justify="right", no_wrap=True)

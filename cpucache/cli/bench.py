@@ -233,7 +233,7 @@ def _turns(report: SessionsReport) -> Table:
 
 def _table(report: Report) -> Table:
     table = Table(box=SIMPLE_HEAD)
-    for name in ("time to first token", "median", "min", "max", "times the floor"):
+    for name in ("time to first token", "median", "min", "max", "/ floor"):
         table.add_column(name, justify="left" if name == "time to first token" else "right", no_wrap=True)
 
     def row(name: str, series: Series, floor: Series = report.floor) -> None:
@@ -247,7 +247,7 @@ def _table(report: Report) -> Table:
     row("exact, from RAM", report.ram)
     row("exact, from disk", report.disk)
     row("floor, other orders", report.other_floor, report.other_floor)
-    row("other order, fast, never asked before", report.other, report.other_floor)
+    row("other order, fast, first time", report.other, report.other_floor)
     row("  asked again", report.other_again, report.other_floor)
     row("  balanced", report.balanced, report.other_floor)
     row("  after refining", report.refined, report.other_floor)

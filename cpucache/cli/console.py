@@ -95,21 +95,28 @@ _NAME = 28  # characters that a column of names has at least, if its names are a
 
 
 def listing(
-    columns: Sequence[Column], rows: Iterable[Sequence[str | Text]], *, expendable: Sequence[str], **look: Any
+    columns: Sequence[Column],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    expendable: Sequence[str],
+    close: bool = False,
+    **look: Any,
 ) -> Table:
     """A table for ``out``. Where that is too narrow, the ``expendable`` columns are left out, the first ones first.
 
-    Columns that may not wrap get the room they need, the others at least that of a name.
+    Columns that may not wrap get the room they need, the others at least that of a name. ``close`` puts the columns
+    nearer to one another.
     """
     rows = list(rows)
+    # A space at either side, or at one, and one towards the neighbour or the edge.
+    gap = 2 if close else 3
     needs = {column.header: _needs(column, [row[at] for row in rows]) for at, column in enumerate(columns)}
     for name in expendable:
-        # Each has a space at either side, and one towards its neighbour or the edge.
-        if sum(need + 3 for need in needs.values()) + 1 <= out.width:
+        if sum(need + gap for need in needs.values()) + 1 <= out.width:
             break
         del needs[name]
     kept = [at for at, column in enumerate(columns) if column.header in needs]
-    table = Table(*(columns[at] for at in kept), box=SIMPLE_HEAD, **look)
+    table = Table(*(columns[at] for at in kept), box=SIMPLE_HEAD, padding=(0, 0 if close else 1, 0, 1), **look)
     for row in rows:
         table.add_row(*(row[at] for at in kept))
     return table

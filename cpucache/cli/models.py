@@ -59,7 +59,7 @@ def list_models(as_json: bool) -> None:
         about.append(f"\n{row['description'] or 'not in the catalogue'}", style="dim")
         context = "" if row["context"] is None else f"{row['context']:,}"
         cells.append((about, decimal(row["size"]), context, row["licence"] or "", "yes" if row["pulled"] else "no"))
-    look = {"caption": f"weights lie in {models_dir()}", "caption_justify": "left"}
+    look: dict[str, Any] = {"caption": f"weights lie in {models_dir()}", "caption_justify": "left"}
     out.print(listing(columns, cells, expendable=("licence", "context", "size", "pulled"), **look))
 
 

@@ -7,17 +7,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from cpucache.cli.console import check_prompt, out, read_prompt, read_schema, seconds
+from cpucache.cli.console import check_prompt, listing, out, read_prompt, read_schema, seconds
 from cpucache.cli.options import engine_options, fidelity_options, split_fidelity
 from cpucache.engine import Engine
 from cpucache.layout import SchemaLayout
 from cpucache.reuse import Plan, Span
 from cpucache.store import Store
 
+_RELATION = 10
+"""Columns that a relation takes, and the word "recomputed"."""
 _WIDE = 120
 """Columns of a terminal that has room for the names of what a slice was evaluated behind."""
 _STYLES = {"exact": "green", "clean": "cyan", "related": "yellow", "foreign": "magenta"}
@@ -107,32 +108,31 @@ def _cost(found: Plan, rate: float | None) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("module", overflow="fold", min_width=12)
-    for name in ("position", "tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("slice")
-    wide = out.width >= _WIDE
-    table.add_column("evaluated behind", overflow="fold")
-    if wide:
-        table.add_column("why")
+    columns = [
+        Column("module", overflow="fold"),
+        *(Column(name, justify="right", no_wrap=True) for name in ("position", "tokens")),
+        Column("slice", min_width=_RELATION),
+        Column("evaluated behind", overflow="fold"),
+        Column("why"),
+    ]
+    cells: list[list[str | Text]] = []
     for row in rows:
         relation = row.get("relation", "")
         what = f"{relation}, {row['from']}" if relation else row["why"] or row["from"]
         behind = f"{row['context_tokens']:,} tokens" if relation else ""
-        if wide and behind:
-            behind += f": {', '.join(row['context'])}" if row["context"] else ""
-        cells: list[Text | str] = [
-            Text(row["module"] or ("(schema)" if relation else "")),
-            f"{row['position']:,}",
-            f"{row['tokens']:,}",
-            Text(what, style=_STYLES.get(relation, "dim")),
-            Text(behind),
-        ]
-        if wide:
-            cells.append(Text(row["why"] if relation else ""))
-        table.add_row(*cells)
-    return table
+        if out.width >= _WIDE and behind and row["context"]:
+            behind += f": {', '.join(row['context'])}"
+        cells.append(
+            [
+                Text(row["module"] or ("(schema)" if relation else "")),
+                f"{row['position']:,}",
+                f"{row['tokens']:,}",
+                Text(what, style=_STYLES.get(relation, "dim")),
+                Text(behind),
+                Text(row["why"] if relation else ""),
+            ]
+        )
+    return listing(columns, cells, expendable=("why", "position", "evaluated behind", "tokens"), close=True)
 
 
 def _summary(cost: dict[str, Any]) -> str:

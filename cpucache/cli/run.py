@@ -98,7 +98,7 @@ def run(
                 click.echo(printed(piece), nl=False)
         finally:
             click.echo()
-        made = [span.slice.key for span in stream.plan.spans if span.slice and span.made]
+        made = [slice_.key for slice_ in stream.plan.wanted if slice_.context is not None]
         figures = _figures(stream.metrics, saved=not engine.store.kept(made).missing)
         err.print(f"[dim]{escape(figures)}[/dim]", soft_wrap=True)
 
@@ -163,4 +163,6 @@ def _figures(metrics: Metrics, *, saved: bool) -> str:
         parts.append(f"{made}, saved for next time" if saved else made)
     if metrics.completion_tokens > 1:
         parts.append(f"{1000 / metrics.tpot_ms:.1f} tok/s")
+    if metrics.finish == "length":
+        parts.append(f"cut after {metrics.completion_tokens:,} tokens")
     return " · ".join(parts)

@@ -128,7 +128,7 @@ def examine(
     watched = min(WATCHED, len(plan.spans[-1].tokens))
     true = truth(engine.workspace, plan, watched, stream.tokens, reply.text, reply.metrics.ttft_ms)
     say(1, "as it is")
-    engine.workspace.encode(plan.slices, request.label)
+    engine.workspace.encode(plan.wanted, request.label)
     now = _try(engine, request, true, "", max_tokens)
     trials = []
     for done, (change, other) in enumerate(changes, 2):
@@ -145,7 +145,7 @@ def examine(
 
 def _try(engine: Engine, request: Request, true: Truth, change: str, max_tokens: int) -> Trial:
     workspace = engine.workspace
-    made = workspace.encode(request.plan().slices, request.label)
+    made = workspace.encode(request.plan().wanted, request.label)
     try:
         times: list[float] = []
         text = ""

@@ -129,7 +129,7 @@ class Engine:
             lookup = Lookup(self.workspace, Repair(self.model.text))
             # Gaps between positions come from moving, which not every model's state allows.
             positions = positions if self.context.can_shift else "packed"
-            self.planner = Planner(self.model, self.template, self.slices, lookup, positions, usual)
+            self.planner = Planner(self.model, self.template, self.slices, lookup, positions, usual, self.context.n_ctx)
             self._lock = threading.RLock()
             self._running: Stream | None = None
             self._opening = threading.Lock()
@@ -284,7 +284,7 @@ class Engine:
         """Make the slices that one prompt needs and the store does not have. Fidelity is given as for ``plan``."""
         request = self._request(prompt, None, None, fidelity, recompute)
         with self.alone():
-            return self.workspace.encode(request.plan().slices, request.label, progress)
+            return self.workspace.encode(request.plan().wanted, request.label, progress)
 
     def prefetch(
         self,
@@ -470,11 +470,9 @@ class Engine:
         return session
 
     def warm_up(self) -> None:
-        """Evaluate one token, so that the first prompt does not pay for reading the weights in."""
+        """Evaluate one token, so that the first prompt does not pay for reading the weights in, and the like."""
         with self.alone():
-            self.workspace.reset()
-            self.workspace.append(np.array([self.model.filler], np.int32))
-            self.workspace.reset()
+            self.workspace.warm_up(self.model.filler)
 
     # -- inside ------------------------------------------------------------------------------------------------------
     @contextmanager

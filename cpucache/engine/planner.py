@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -15,7 +15,7 @@ from cpucache.engine.opening import Opening
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Tokens, Turns, bind
 from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve
-from cpucache.pml.tree import Prompt, RoleName, Schema
+from cpucache.pml.tree import Prompt, Reference, RoleName, Schema, Text, Turn
 from cpucache.reuse import REUSES, Fidelity, Lookup, Plan, Reuse, Slices
 from cpucache.runtime import Model
 
@@ -23,6 +23,7 @@ Message: TypeAlias = Mapping[str, object]
 """``role`` and ``content``."""
 PREFIX = "(text)"
 """What slices of plain text and messages are listed under, as if it were their schema."""
+_HEAD = 16  # characters of a text that are tokenized first, for each token that there is room for
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,9 @@ class Request:
         if self.n_tokens + room <= limit:
             return
         what = f"a context of {n_ctx}" if n_ctx <= n_ctx_train else f"the {n_ctx_train} positions that the model knows"
-        advice = "raise --ctx (n_ctx=…) or leave something out" if n_ctx < n_ctx_train else "leave something out"
         raise ContextFull(
             f"{self.name}: the prompt is {self.n_tokens} tokens long and leaves no room for an answer in {what}"
-            f"{self._largest()}; {advice}"
+            f"{self._largest()}; {_advice(n_ctx, n_ctx_train)}"
         )
 
     def _largest(self) -> str:
@@ -79,6 +79,7 @@ class Planner:
         lookup: Lookup,
         positions: Positions,
         usual: Fidelity,
+        n_ctx: int,
     ) -> None:
         self._model = model
         self._template = template
@@ -87,6 +88,7 @@ class Planner:
         self._positions = positions
         self.usual = usual
         """The fidelity of prompts that do not say theirs."""
+        self._n_ctx = n_ctx
         self.schemas: dict[str, SchemaLayout] = {}
 
     def add_schema(self, schema: str | Path | Schema) -> SchemaLayout:
@@ -125,11 +127,19 @@ class Planner:
         if prompt is not None:
             parsed = parsed_prompt(prompt)
             layout = self.layout(parsed.schema)
-            bound = bind(layout, resolve(parsed, layout.schema), file=parsed.file)
+            included = resolve(parsed, layout.schema)
+            self._check_size(parsed.file, _new_texts(parsed.children))
+            bound = bind(layout, included, file=parsed.file)
             plan = self._planning(bound, fidelity or self.usual, reuse)
             return Request(plan, bound.n_tokens, parsed.schema, parsed.file, bound)
-        tokens = self._tokens(messages, text)
         name = "messages" if text is None else "text"
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"text is a str to go on with, not {text!r}")
+        if messages is not None and (isinstance(messages, str | bytes) or not isinstance(messages, Sequence)):
+            raise InputError(f'messages is a list such as [{{"role": "user", "content": "..."}}], not {messages!r}')
+        checked = None if messages is None else [_checked(message) for message in messages]
+        self._check_size(name, [text or ""] if checked is None else [content for _, content in checked])
+        tokens = self._tokens(checked, text)
         return Request(lambda: self._slices.plan((), tokens), len(tokens), PREFIX, name)
 
     def opening(self, prompt: str | Path | Prompt, fidelity: Fidelity | None = None) -> Opening:
@@ -150,17 +160,27 @@ class Planner:
 
         return plan
 
-    def _tokens(self, messages: Sequence[Message] | None, text: str | None) -> Tokens:
+    def _check_size(self, name: str, texts: Iterable[str]) -> None:
+        """Raise ``ContextFull`` for texts of which a head is too long already, without tokenizing all of them."""
+        text = "".join(texts)
+        limit = min(self._n_ctx, self._model.n_ctx_train)
+        size = _HEAD * limit
+        while size < len(text):
+            # Where a text is cut, tokens may be others than in the whole: twice the limit leaves no doubt.
+            if len(self._model.tokenize(text[:size])) > 2 * limit:
+                raise ContextFull(
+                    f"{name}: {len(text):,} characters are more than a context of {limit:,} tokens holds; "
+                    + _advice(self._n_ctx, self._model.n_ctx_train)
+                )
+            size *= 4
+
+    def _tokens(self, messages: Sequence[tuple[RoleName, str]] | None, text: str | None) -> Tokens:
         parts = [] if self._model.bos is None else [np.array([self._model.bos], np.int32)]
         if messages is not None:
-            if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
-                raise InputError(f'messages is a list such as [{{"role": "user", "content": "..."}}], not {messages!r}')
             turns = Turns(self._template, self._model)
-            parts += [turns.turn(*_checked(message)) for message in messages]
+            parts += [turns.turn(*message) for message in messages]
             parts.append(turns.answer())
         elif text is not None:
-            if not isinstance(text, str):
-                raise InputError(f"text is a str to go on with, not {text!r}")
             parts.append(self._model.tokenize(text))
         tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
         if len(tokens) <= (self._model.bos is not None) or (messages is not None and not messages):
@@ -185,6 +205,19 @@ def parsed_prompt(prompt: str | Path | Prompt) -> Prompt:
 
 _PLAIN = '; for a plain message pass messages=[{"role": "user", "content": "..."}], for text to go on with text="..."'
 _SHOWN = 60
+
+
+def _advice(n_ctx: int, n_ctx_train: int) -> str:
+    return "raise --ctx (n_ctx=…) or leave something out" if n_ctx < n_ctx_train else "leave something out"
+
+
+def _new_texts(nodes: Iterable[Reference | Text | Turn]) -> Iterator[str]:
+    """The texts that a prompt brings."""
+    for node in nodes:
+        if isinstance(node, Reference):
+            yield from _new_texts(node.children)
+        else:
+            yield node.text
 
 
 def _checked(message: object) -> tuple[RoleName, str]:

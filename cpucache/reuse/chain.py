@@ -36,7 +36,8 @@ class Chain:
         self.trail.add(span)
         last = self.spans[-1] if self.spans else None
         if last is not None and last.end == span.start and _alike(last, span):
-            self.spans[-1] = replace(last, tokens=joined([last.tokens, span.tokens]))
+            tokens = joined([last.tokens, span.tokens])
+            self.spans[-1] = replace(last, tokens=tokens, joined=(*last.texts, *span.texts))
         else:
             self.spans.append(span)
 

@@ -60,4 +60,4 @@ LEVELS: dict[Level, Fidelity] = {
     "balanced": Fidelity(recompute=0.1),
     "high": Fidelity(exact=True),
 }
-DEFAULT: Level = "balanced"
+DEFAULT: Level = "fast"

@@ -73,6 +73,7 @@ class Lookup:
         spliced = sum(len(span.tokens) for span in plan.spans if span.slice)
         chosen = self._repair.choose(plan.spans, math.ceil(fidelity.recompute * spliced))
         chain = Chain(self._workspace.slices)
+        besides = [span.slice for span in plan.spans if span in chosen and span.made and span.slice]
         for span in plan.spans:
             if span in chosen:
                 # Evaluated like new text, so that what follows it attends to it as it is then.
@@ -81,7 +82,7 @@ class Lookup:
                 chain.add(Span(chain.end, span.tokens, recomputed=True, module=module, why="recomputed"))
             else:
                 chain.add(span)
-        return Plan(tuple(chain.spans))
+        return Plan(tuple(chain.spans), tuple(besides))
 
 
 class _Planning:

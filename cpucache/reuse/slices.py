@@ -101,6 +101,8 @@ class Span:
     """Of tokens to evaluate: the module that they belong to, if it is one that is never cached."""
     why: str = ""
     """Why no better slice was taken, or why the tokens are evaluated."""
+    joined: tuple[bytes, ...] = ()
+    """Of tokens to evaluate that were several texts: the ``text_id`` of each."""
 
     @property
     def end(self) -> int:
@@ -116,6 +118,11 @@ class Span:
     def whole(self) -> bool:
         """Whether it is all of its slice."""
         return self.slice is not None and len(self.tokens) == len(self.slice.tokens)
+
+    @property
+    def texts(self) -> tuple[bytes, ...]:
+        """The ``text_id`` of each text that it holds."""
+        return self.joined or (text_id(self.tokens if self.slice is None else self.slice.tokens),)
 
     def moved(self, delta: int) -> Span:
         """The same tokens, ``delta`` positions further on."""
@@ -140,6 +147,8 @@ class Plan:
     """Spans in order of position. Gaps between them are positions left out; spans never overlap."""
 
     spans: tuple[Span, ...]
+    besides: tuple[Slice, ...] = ()
+    """Missing slices that are made for other prompts: here, their tokens are recomputed."""
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -170,6 +179,11 @@ class Plan:
     def slices(self) -> list[Slice]:
         """The slices to splice, in order."""
         return [span.slice for span in self.spans if span.slice]
+
+    @property
+    def wanted(self) -> list[Slice]:
+        """The slices that are to be there when the prompt has been evaluated."""
+        return [*self.slices, *self.besides]
 
     @property
     def end(self) -> int:
@@ -250,7 +264,8 @@ class Trail:
         if span.slice is not None:
             for each in span.slice.sees:
                 self._see(each)
-        self._see(text_id(span.tokens if span.slice is None else span.slice.tokens))
+        for each in span.texts:
+            self._see(each)
         self.n_tokens += len(span.tokens)
         self.end = span.end
 

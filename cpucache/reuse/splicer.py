@@ -15,6 +15,7 @@ from cpucache.reuse.progress import Step
 from cpucache.reuse.slices import Plan, Slice, Span, Trail
 from cpucache.runtime import Context, Run
 from cpucache.runtime.context import SEQUENCES, Bytes, Logits
+from cpucache.runtime.rotation import Rotation, learn
 
 TARGET = 0
 """The sequence that the model answers from."""
@@ -59,6 +60,8 @@ class Splicer:
         self._held: list[Span] = []
         self.changes = 0
         """How often the target has been changed."""
+        self._learnt = False
+        self._rotation: Rotation | None = None
 
     def reset(self) -> None:
         """Empty the context."""
@@ -70,6 +73,10 @@ class Splicer:
     def end(self) -> int:
         """The position behind the last token of the target."""
         return self._held[-1].end if self._held else 0
+
+    def prepare(self) -> None:
+        """Learn from what the target holds how states are moved, so that the first prompt need not."""
+        self._learn(self.context.save(TARGET))
 
     def splice(self, plan: Plan, state: State, progress: Step | None = None) -> Spliced:
         """Make the target hold ``plan``. ``state`` gives the saved state of a slice.
@@ -215,7 +222,7 @@ class Splicer:
     ) -> None:
         """Load all slices of some parts, then join them to the target in turn, evaluating what is fresh between.
 
-        Loaded before anything is evaluated, the moved ones among them all cost a single rotation of keys (llama.cpp
+        Loaded before anything is evaluated, those that llama.cpp has to move all cost a single rotation of keys (it
         rotates every cell of the context, however few have moved).
         """
         started = time.perf_counter()
@@ -238,16 +245,29 @@ class Splicer:
 
     def _load(self, span: Span, sequence: int, state: State) -> None:
         assert span.slice is not None
+        saved, start = state(span.slice), span.slice.start
+        moved = self._moved(saved, span.delta) if span.delta else None
+        if moved is not None:
+            saved, start = moved, span.start
         # llama.cpp compares the shapes in the state's header with the model's, but takes whatever positions it finds.
-        loaded = self.context.load(SCRATCH, state(span.slice))
-        if not loaded or self.context.last_position(SCRATCH) != span.slice.end - 1:
+        loaded = self.context.load(SCRATCH, saved)
+        if not loaded or self.context.last_position(SCRATCH) != start + len(span.slice.tokens) - 1:
             raise Refused(span.slice)
         if not span.whole:
-            self.context.remove(SCRATCH, span.slice.start + len(span.tokens))
-        if span.delta:
+            self.context.remove(SCRATCH, start + len(span.tokens))
+        if start != span.start:
             self.context.shift(SCRATCH, span.delta)
         self.context.share(SCRATCH, sequence)
         self.context.remove(SCRATCH)
+
+    def _moved(self, state: Bytes, delta: int) -> Bytes | None:
+        self._learn(state)
+        return self._rotation.moved(state, delta) if self._rotation else None
+
+    def _learn(self, state: Bytes) -> None:
+        if not self._learnt:
+            self._learnt = True
+            self._rotation = learn(self.context, state)
 
 
 @dataclass(frozen=True)

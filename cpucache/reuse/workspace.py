@@ -268,7 +268,7 @@ class Workspace:
                 shared = self._splicer.shared(planned)
                 held = {span.slice for span in planned.spans[:shared] if span.slice}
                 wanted = [slice_ for slice_ in self.loaded(planned.slices) if slice_ not in held]
-                missing = self.missing(wanted, states.keys() | held)
+                missing = self.missing([*wanted, *planned.besides], states.keys() | held)
                 step = counting(progress, effort(missing) + planned.n_tokens - planned.n_cached)
                 self._make(missing, wanted, held, states, schema, encoded, step)
                 with self.store.quiet():
@@ -388,6 +388,13 @@ class Workspace:
         rows = self._splicer.append(np.concatenate([last.tokens, tokens]), logits="all")
         assert rows is not None
         return rows
+
+    def warm_up(self, token: int) -> None:
+        """Do once what the first prompt would otherwise pay for. Leaves the context empty."""
+        self._splicer.reset()
+        self._splicer.append(np.array([token], np.int32))
+        self._splicer.prepare()
+        self._splicer.reset()
 
     def reset(self) -> None:
         """Empty the context. The store keeps its slices."""

@@ -101,7 +101,8 @@ class Context:
                 f"llama.cpp can't make a context of {n_ctx} tokens: {llama.last_errors() or 'out of memory?'}; "
                 "try a smaller --ctx"
             )
-        self.n_ctx = int(api.llama_n_ctx(self._ctx))
+        # What was asked for: llama.cpp rounds it up, and the spare cells are nobody's.
+        self.n_ctx = n_ctx
         self._n_batch = int(api.llama_n_batch(self._ctx))  # llama.cpp aborts the process when it is given more
         # llama_memory_can_shift is true for recurrent memory too, which has positions to count but none to move.
         self.can_shift = (

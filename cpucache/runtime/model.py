@@ -126,9 +126,14 @@ class Model:
         return bool(api.llama_model_is_recurrent(self.handle) or api.llama_model_is_hybrid(self.handle))
 
     @cached_property
+    def rotary(self) -> bool:
+        """Whether keys are rotated by their position (RoPE)."""
+        return int(api.llama_model_rope_type(self.handle)) != _ROPE_NONE
+
+    @cached_property
     def relative(self) -> bool:
         """Whether attention depends on the distance between tokens alone (RoPE, ALiBi), so that states may be moved."""
-        if int(api.llama_model_rope_type(self.handle)) != _ROPE_NONE:
+        if self.rotary:
             return True
         alibi = float(self.meta(f"{self.architecture}.attention.max_alibi_bias") or 0)
         return alibi > 0 or self.architecture in _ALIBI

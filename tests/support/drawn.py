@@ -14,7 +14,14 @@ from tests.support.prompting import written
 from tests.support.tiny import CHATML
 from tests.test_pml_properties import choose
 
-TEXTS = ("red", "green leaves", "the blue sea at night", "grey stones on a long beach in the north", "white ", " black.")
+TEXTS = (
+    "red",
+    "green leaves",
+    "the blue sea at night",
+    "grey stones on a long beach in the north",
+    "white ",
+    " black.",
+)
 """Few, so that modules with the same text occur."""
 ARGUMENTS = ("", "a", "bcd", "red")
 TURNS = ("", "<user>where is the blue sea?</user>", "<user>go</user><assistant>we</assistant>", "<assistant/>")

@@ -100,6 +100,8 @@ def write_tiny(
     n_ff: int = 192,
     window: int = 16,
     rope_base: float = 10000.0,
+    rope_scaling: gguf.RopeScalingType | None = None,
+    rope_factors: bool = False,
     tokenizer: Tokenizer = "bpe",
     add_bos: bool = False,
     add_space_prefix: bool = True,
@@ -111,7 +113,8 @@ def write_tiny(
     between a sliding window of ``window`` tokens and full attention. ``n_kv_head`` defaults to 2 (grouped queries)
     where the architecture has them, else to ``n_head``. ``head_dim`` is a multiple of 64 by default because llama.cpp
     crashes when it shifts quantized keys of any other size under RoPE. ``add_space_prefix`` goes with
-    ``tokenizer="spm"`` only. ``chat_template=None`` leaves the template out.
+    ``tokenizer="spm"`` only. ``chat_template=None`` leaves the template out. ``rope_scaling`` stretches
+    positions by 4. ``rope_factors`` divides angles by some numbers.
     """
     add_arch = _ARCHS[arch]
     shape = _Shape(
@@ -136,6 +139,12 @@ def write_tiny(
             writer.add_value_length(head_dim)
         if arch not in ("mpt", "mamba"):
             writer.add_rope_freq_base(rope_base)
+        if rope_scaling:
+            writer.add_rope_scaling_type(rope_scaling)
+            writer.add_rope_scaling_factor(4.0)
+            writer.add_rope_scaling_orig_ctx_len(n_ctx)
+        if arch in ("llama", "qwen2"):
+            writer.add_rope_dimension_count(head_dim)
         add_vocab = _add_bpe if tokenizer == "bpe" else _add_spm
         n_vocab = add_vocab(writer)
         if tokenizer == "spm":
@@ -152,6 +161,8 @@ def write_tiny(
         # Gemma multiplies embeddings by the square root of their length.
         weights.normal("token_embd.weight", n_vocab, shape.n_embd, std=shape.n_embd**-0.5 if arch == "gemma3" else 1.0)
         add_arch(writer, weights, shape)
+        if rope_factors:
+            weights.put("rope_freqs.weight", np.linspace(1.0, 8.0, head_dim // 2))
         weights.norm("output_norm", shape.n_embd, bias=arch in ("falcon", "mpt"))
         weights.matrix("output", n_vocab, shape.n_embd, gain=_LOGIT_GAIN)
 
@@ -185,7 +196,6 @@ def _feed_forward(weights: _Weights, block: str, shape: _Shape, *, gate: bool) -
 
 def _add_llama(writer: gguf.GGUFWriter, weights: _Weights, shape: _Shape, *, qkv_bias: bool = False) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(shape.head_dim)
     for i in range(shape.n_layer):
         block = f"blk.{i}"
         weights.norm(f"{block}.attn_norm", shape.n_embd)

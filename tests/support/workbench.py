@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,7 +130,8 @@ def bench(
 
 def planning() -> Workspace:
     """A workspace to plan with and nothing else: it has no llama.cpp context, and no slice has been made."""
-    return Workspace(None, Store(None, ram_budget=PLENTY), SLICES)  # type: ignore[arg-type]
+    context: Any = SimpleNamespace(can_shift=True, model=SimpleNamespace(recurrent=False))
+    return Workspace(context, Store(None, ram_budget=PLENTY), SLICES)
 
 
 def slice_of(tokens: Tokens, context: Sequence[Slice] = (), *, start: int | None = None) -> Slice:

@@ -1,0 +1,317 @@
+"""Moving saved states: their keys are rotated in memory, before llama.cpp reads them.
+
+``Context.shift`` rotates every cell of the context, however few have moved. A rotation here costs what is moved and
+nothing else. By which angles is learnt from llama.cpp, which knows the variant of RoPE of every architecture: random
+keys are shifted in a small context of the same model, and the angles read off.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from cpucache.errors import ContextFull, CpucacheError
+from cpucache.runtime.context import Bytes, Context, Run
+
+log = logging.getLogger(__name__)
+
+_F32, _F16 = 0, 1  # GGML_TYPE_F32, GGML_TYPE_F16 (ggml.h)
+_FLOATS: dict[int, np.dtype[np.floating]] = {_F32: np.dtype("<f4"), _F16: np.dtype("<f2")}
+_CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
+_HEAD = 16  # bytes: what a state is and of which sequence, the number of streams, the number of cells
+_CELLS = 4  # that each shift is tried on
+_ROOM = 256  # cells of the least context that llama.cpp makes, which must be full
+_POWERS = [1 << power for power in range(13)]
+_CHECKS = [-1, -1777, 3001]
+# Shifts that are tried: angles come from the powers of two, the rest must agree with them.
+_DELTAS = [*_POWERS, *_CHECKS]
+# What a key of size 1 may be off. llama.cpp multiplies angles up as 32-bit floats: 3e-4 at a distance of 4,096. An f16
+# is rounded by up to 5e-4.
+_TOLERANCE = 1e-3
+# Floats rotated at a time, few enough for a core's cache.
+_CHUNK = 1 << 16
+
+Floats = npt.NDArray[np.float32]
+Angles = npt.NDArray[np.float64]
+
+
+class _Unknown(Exception):
+    """Why the angles can't be learnt, or a state can't be read."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where a state has the keys or values of a layer: ``shape`` floats of ``type`` from byte ``start`` on."""
+
+    start: int
+    type: int
+    shape: tuple[int, int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.shape[0] * self.shape[1] * _FLOATS[self.type].itemsize
+
+    def of(self, state: Bytes) -> npt.NDArray[np.floating]:
+        """The floats, as a view."""
+        return state[self.start : self.end].view(_FLOATS[self.type]).reshape(self.shape)
+
+
+class _Layout:
+    """Where a state has what, as ``llama_kv_cache::state_write`` lays it out. Raises ``_Unknown``."""
+
+    def __init__(self, state: Bytes) -> None:
+        self._state = state
+        self._at = 0
+        self._take(8)
+        streams, self.count = self._numbers(2)
+        if streams != 1 or not self.count:
+            raise _Unknown(f"a state of {streams} streams and {self.count} cells")
+        cells = self._take(self.count * _CELL.itemsize).view(_CELL)
+        if (cells["sequences"] != 1).any():
+            raise _Unknown("cells that say more than a position")
+        self.transposed, layers = self._numbers(2)
+        if self.transposed > 1 or layers > len(state):
+            raise _Unknown("no layers where they were expected")
+        self.keys = [self._by_cell() for _ in range(layers)]
+        self.values = [self._by_value() if self.transposed else self._by_cell() for _ in range(layers)]
+        if self._at != len(state):
+            raise _Unknown(f"{len(state) - self._at} bytes behind the values")
+
+    def _take(self, size: int) -> Bytes:
+        taken = self._state[self._at : self._at + size]
+        if len(taken) != size:
+            raise _Unknown("a state that ends early")
+        self._at += size
+        return taken
+
+    def _numbers(self, count: int) -> list[int]:
+        return [int(number) for number in self._take(4 * count).view("<u4")]
+
+    def _by_cell(self) -> _Block:
+        """A row of floats for each cell."""
+        type_, row, high = self._numbers(3)
+        if high or type_ not in _FLOATS or row % _FLOATS[type_].itemsize:
+            raise _Unknown(f"rows of {row} bytes of type {type_}")
+        return self._block(type_, (self.count, row // _FLOATS[type_].itemsize))
+
+    def _by_value(self) -> _Block:
+        """A row of cells for each float."""
+        type_, size, width = self._numbers(3)
+        if type_ not in _FLOATS or size != _FLOATS[type_].itemsize:
+            raise _Unknown(f"values of {size} bytes of type {type_}")
+        return self._block(type_, (width, self.count))
+
+    def _block(self, type_: int, shape: tuple[int, int]) -> _Block:
+        block = _Block(self._at, type_, shape)
+        self._take(block.end - block.start)
+        return block
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """How the keys of a layer turn.
+
+    A row of keys consists of parts of ``period`` floats; of each, ``size`` floats from ``begin`` on turn, in pairs of
+    either neighbours or the two halves of a head. ``angles``: of each pair of a head, for one position.
+    """
+
+    period: int
+    begin: int
+    size: int
+    halves: bool
+    angles: Angles
+
+    def moving(self, rows: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """What turns of some rows, as a view: rows, parts, floats."""
+        return rows.reshape(len(rows), -1, self.period)[:, :, self.begin : self.begin + self.size]
+
+    def turn(self, floats: Floats, delta: int) -> None:
+        """Turn, in place, what ``moving`` gave."""
+        angles = self.angles * delta
+        if not self.halves:
+            floats.view(np.complex64).reshape(-1, len(angles))[:] *= np.exp(1j * angles).astype(np.complex64)
+            return
+        heads = floats.reshape(-1, 2, len(angles))
+        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        crossed = heads[:, ::-1] * np.stack([-sin, sin])
+        heads *= cos
+        heads += crossed
+
+
+class Rotation:
+    """Moves saved states of one context."""
+
+    def __init__(self, turns: Sequence[_Turn | None], threads: int) -> None:
+        self._turns = turns
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads)  # its threads end with it
+
+    def moved(self, state: Bytes, delta: int) -> Bytes | None:
+        """A state with all its cells ``delta`` positions further on; ``None`` when it is not laid out as expected."""
+        try:
+            layout = _Layout(state)
+        except _Unknown as why:
+            log.debug("a state is shifted by llama.cpp: %s", why)
+            return None
+        if len(layout.keys) != len(self._turns):
+            return None
+        out = np.empty_like(state)
+        first = layout.keys[0].start
+        out[:first] = state[:first]
+        out[_HEAD : _HEAD + layout.count * _CELL.itemsize].view(_CELL)["position"] += delta
+
+        def move(layers: range) -> None:
+            for layer in layers:
+                keys, values = layout.keys[layer], layout.values[layer]
+                # With what stands before them: their types and sizes.
+                for block in (keys, values):
+                    out[block.start - 12 : block.start] = state[block.start - 12 : block.start]
+                out[values.start : values.end] = state[values.start : values.end]
+                _rotate(keys.of(state), keys.of(out), self._turns[layer], delta)
+
+        shares = [range(first, len(self._turns), self._threads) for first in range(self._threads)]
+        list(self._pool.map(move, shares))
+        return out
+
+
+def _rotate(source: npt.NDArray[np.floating], target: npt.NDArray[np.floating], turn: _Turn | None, delta: int) -> None:
+    if turn is None or turn.size < turn.period:
+        target[:] = source
+    if turn is None:
+        return
+    step = max(1, _CHUNK // source.shape[1])
+    for begin in range(0, len(source), step):
+        rows = slice(begin, begin + step)
+        floats = np.array(turn.moving(source[rows]), np.float32, order="C")
+        turn.turn(floats, delta)
+        turn.moving(target[rows])[:] = floats
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------
+
+
+def learn(context: Context, state: Bytes) -> Rotation | None:
+    """The rotation of keys in states such as ``state`` of a context.
+
+    ``None`` when it can't be had: states of a kind that is not known here, or keys that turn in an unknown way.
+    """
+    model = context.model
+    # Where the context is longer than what the model was first trained on, some models turn keys in another way.
+    trained = int(model.meta(f"{model.architecture}.rope.scaling.original_context_length") or model.n_ctx_train)
+    try:
+        if not context.can_shift or model.window or model.gpu_layers or context.n_ctx > trained:
+            raise _Unknown("a kind of model or context whose keys are left to llama.cpp")
+        layout = _Layout(state)
+        turns = list(_learn(context, state, layout))
+        if model.rotary and not any(turns):
+            raise _Unknown("no key turns")
+    except (_Unknown, CpucacheError) as why:
+        log.debug("states are shifted by llama.cpp: %s", why)
+        return None
+    return Rotation(turns, context.n_threads)
+
+
+def _learn(context: Context, state: Bytes, like: _Layout) -> Iterator[_Turn | None]:
+    before, after = _shifted(context, like, state[:8])
+    known: _Turn | None = None
+    for keys, shifted in zip(before, after, strict=True):
+        known = _fit(keys, shifted, known)
+        yield known
+
+
+def _shifted(context: Context, like: _Layout, head: Bytes) -> tuple[list[Floats], list[Floats]]:
+    """Random keys of each layer before and after shifts by ``_DELTAS``, as done by llama.cpp: shifts, cells, floats."""
+    random = np.random.default_rng(0)
+    before = [random.standard_normal((len(_DELTAS), _CELLS, keys.shape[1]), np.float32) for keys in like.keys]
+    # With flash attention values lie like keys, which saves time.
+    small = Context(context.model, n_ctx=_ROOM, n_threads=context.n_threads, kv_type="f32", flash="on")
+    try:
+        # llama.cpp shifts before it evaluates, and evaluates nothing when there is no room for it.
+        spare = small.n_ctx - len(_DELTAS) * _CELLS
+        crafted = [[keys[sequence] for keys in before] for sequence in range(len(_DELTAS))]
+        crafted.append([np.zeros((spare, keys.shape[1]), np.float32) for keys in like.keys])
+        for sequence, keys in enumerate(crafted):
+            if not small.load(sequence, _craft(head, like, keys)):
+                raise _Unknown("llama.cpp refuses a state made here")
+        for sequence, delta in enumerate(_DELTAS):
+            small.shift(sequence, delta)
+        try:
+            small.decode([Run(len(crafted), 0, np.array([context.model.filler], np.int32))])
+        except ContextFull:
+            pass
+        else:
+            raise _Unknown("a full context takes more tokens")
+        saved = [small.save(sequence) for sequence in range(len(_DELTAS))]
+    finally:
+        small.close()
+    after = [np.stack([keys.of(state) for state in saved]) for keys in _Layout(saved[0]).keys]
+    return before, after
+
+
+def _craft(head: Bytes, like: _Layout, keys: Sequence[Floats]) -> Bytes:
+    """A state with these keys, and values of 0, as f32; of the shape of another."""
+    count = len(keys[0])
+    cells = np.zeros(count, _CELL)
+    cells["position"] = np.arange(count) - min(_DELTAS)
+    cells["sequences"] = 1
+    parts = [head, np.array([1, count], "<u4"), cells, np.array([0, len(keys)], "<u4")]
+    widths = [values.shape[0 if like.transposed else 1] for values in like.values]
+    for rows in (*keys, *(np.zeros((count, width), np.float32) for width in widths)):
+        parts += [np.array([_F32, rows.itemsize * rows.shape[1], 0], "<u4"), rows]
+    return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
+
+
+def _fit(before: Floats, after: Floats, guess: _Turn | None) -> _Turn | None:
+    """How the keys of a layer turn, ``None`` if they don't. ``guess``: how those of another layer do."""
+    turning = np.flatnonzero((before != after).any(axis=(0, 1)))
+    if not len(turning):
+        return None
+    width = before.shape[-1]
+    # Runs of floats that turn, each of one size and at one distance from the next.
+    ends = [index for index, (one, other) in enumerate(pairwise(turning)) if other != one + 1]
+    starts = turning[[0, *(end + 1 for end in ends)]]
+    sizes = np.diff([0, *(end + 1 for end in ends), len(turning)])
+    period = int(width // len(starts))
+    begin, size = int(starts[0]), int(sizes[0])
+    regular = (sizes == size).all() and (starts == begin + period * np.arange(len(starts))).all()
+    if not regular or width % period or begin + size > period or size % 2:
+        raise _Unknown("floats that turn here and there")
+    # Heads of a size that goes into what turns; those of another layer first. Where neighbours turn together, one head
+    # stands for all.
+    shapes = [(True, size // parts) for parts in range(1, size // 2 + 1) if size % (2 * parts) == 0] + [(False, size)]
+    if guess is not None:
+        shapes.insert(0, (guess.halves, 2 * len(guess.angles)))
+    for halves, head in shapes:
+        angles = None if size % head else _angles(halves, head, before[..., turning], after[..., turning])
+        if angles is not None:
+            return _Turn(period, begin, size, halves, angles)
+    raise _Unknown("keys that don't turn by an angle for each position")
+
+
+def _angles(halves: bool, head: int, before: Floats, after: Floats) -> Angles | None:
+    """The angle by which each pair of a head turns for one position; ``None`` if pairs of this shape don't."""
+    pairs = [_pairs(floats, halves, head) for floats in (before, after)]
+    turned = (pairs[1] * pairs[0].conj()).sum(axis=1) / (np.abs(pairs[0]) ** 2).sum(axis=1)
+    angles: Angles = np.angle(turned[0])
+    for power, measured in zip(_POWERS, turned, strict=False):
+        # Full turns are known from smaller shifts, fractions of one better from larger shifts.
+        angles = angles + np.angle(measured * np.exp(-1j * angles * power)) / power
+    # Under YaRN llama.cpp also scales keys by a constant, whenever it shifts them. They have been scaled already.
+    scale = np.abs(turned).mean()
+    expected = scale * pairs[0] * np.exp(1j * angles * np.array(_DELTAS)[:, None])[:, None]
+    return angles if (np.abs(pairs[1] - expected) <= _TOLERANCE * np.maximum(1, np.abs(expected))).all() else None
+
+
+def _pairs(floats: Floats, halves: bool, head: int) -> npt.NDArray[np.complex128]:
+    """Pairs as complex numbers: shifts, cells and heads, pairs of a head."""
+    shape = (2, head // 2) if halves else (head // 2, 2)
+    parts = floats.reshape(len(floats), -1, *shape).astype(np.float64)
+    one, other = np.moveaxis(parts, 2 if halves else 3, 0)
+    pairs: npt.NDArray[np.complex128] = one + 1j * other
+    return pairs
