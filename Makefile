@@ -19,7 +19,7 @@ demo: setup model
 test: tools model
 	$(BIN)/python -m pytest
 
-# The fuzz tests, twenty times as long as in `make test`, and processes that are killed: some minutes.
+# The fuzz tests, twenty times as long as in `make test`, and processes that are killed: a quarter of an hour or more.
 stress: tools
 	CPUCACHE_LONGER=20 $(BIN)/python -m pytest $(FUZZ)
 	$(BIN)/python bench/store_stress.py

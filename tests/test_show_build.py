@@ -11,7 +11,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[1] / "scripts" / "show_build.py"
 # What pip -v prints, with the steps of ninja, or of make.
 PIP = """
-print("Collecting llama-cpp-python", "Link requires a different Python", sep="\n")
+print("Collecting llama-cpp-python", "Link requires a different Python", sep="\\n")
 print("  Building wheel for llama-cpp-python", flush=True)
 for step in range(1, 205):
     place = f"{step}/204" if {ninja} else f"{step * 100 // 204:3}%"

@@ -96,7 +96,7 @@ def used(transcripts: Transcripts, name: str) -> None:
         talk.put(len(talk.entries), [Entry("user", "more", PIECES)])
 
 
-@tries(200)
+@tries(100)
 @given(st.lists(st.composite(change)(), min_size=1, max_size=4))
 def test_changed_rows_cost_no_other_conversation(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, steps: list[Callable[[sqlite3.Connection], None]]
