@@ -149,7 +149,14 @@ def test_run_json_has_all_counts_and_times(model: Path) -> None:
     kinds = ("exact_tokens", "clean_tokens", "related_tokens", "foreign_tokens")
     assert sum(answer[name] for name in kinds) == answer["cached_tokens"]
     assert (answer["completion_tokens"], answer["finish"]) == (8, "length")
-    assert min(answer[name] for name in NAMES if name.endswith("_ms") and name not in ("save_ms", "recompute_ms", "encode_ms")) > 0
+    assert (
+        min(
+            answer[name]
+            for name in NAMES
+            if name.endswith("_ms") and name not in ("save_ms", "recompute_ms", "encode_ms")
+        )
+        > 0
+    )
     parts = answer["encode_ms"] + answer["splice_ms"] + answer["prefill_ms"]
     assert parts <= answer["ttft_ms"] <= answer["total_ms"]
 
