@@ -19,7 +19,7 @@ from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
 from tests.test_cli_interrupt import started
 
 TRIALS = {"--recompute 0.1", "--recompute 0.2", "--fidelity high, or cpucache encode --refine"}
-"""What is tried where a tenth is recomputed already."""
+"""What is tried where nothing is recomputed."""
 
 
 @pytest.fixture(autouse=True)
