@@ -242,7 +242,7 @@ def test_prompts_that_are_none(tiny: Tiny, tmp_path: Path) -> None:
             with pytest.raises(InputError, match="the prompt is empty"):
                 running.generate(**request)
         for bad in ({"role": "tool", "content": "a"}, {"role": "user"}, {"role": "user", "content": 3}):
-            with pytest.raises(InputError, match="a message has a role"):
+            with pytest.raises(InputError, match="a message is a mapping with a role"):
                 running.generate(messages=[bad])
         with pytest.raises(ContextFull, match=r"text: the prompt is \d+ tokens long .* context of 256; raise --ctx"):
             running.generate(text=TEXT * 4)
