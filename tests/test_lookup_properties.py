@@ -123,7 +123,10 @@ def test_a_prompt_of_encoded_modules_evaluates_its_new_tokens(
             plan = desk.plan(bound, Fidelity(share), packed=data.draw(st.sampled_from([None, True])))
             assert not any(span.made for span in plan.spans)
             assert plan.count("foreign") == 0
-            assert plan.n_cached + plan.n_recomputed == cached
+            # The schema's last text is evaluated with what follows it, if it is short.
+            tail = sum(len(span.tokens) for span in plan.spans if span.why == "the end of the schema's text")
+            assert tail <= 16
+            assert plan.n_cached + plan.n_recomputed + tail in (cached, cached + (tail > 0))
             # Of the first module there is more than the budget, or nothing at all.
             assert plan.n_recomputed <= 2 * math.ceil(share * cached)
 
