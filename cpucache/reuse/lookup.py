@@ -173,7 +173,7 @@ class _Planning:
         start = self._prompt.end
         if not self._packed and segment.home is not None:
             start = max(segment.home, start)
-        if found and last and not segment.module and len(segment.tokens) <= _SHORT:
+        if last and not segment.module and len(segment.tokens) <= _SHORT:
             if self._text is not None:
                 self._text.evaluate(segment.tokens)
             self._prompt.evaluate(segment.tokens[:size], "the end of the schema's text", segment.module)
