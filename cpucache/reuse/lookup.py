@@ -20,11 +20,6 @@ Reuse: TypeAlias = Literal["schema", "anywhere"]
 REUSES: tuple[Reuse, ...] = ("schema", "anywhere")
 
 
-# Tokens of a schema's last text that are evaluated with the question rather than taken as they were evaluated behind
-# other text. That costs nothing there, and what the answer begins with depends on them most.
-_SHORT = 16
-
-
 class Found(NamedTuple):
     """A slice that the store has of a segment's tokens."""
 
@@ -132,7 +127,7 @@ class _Planning:
             elif not piece.cache or not size:
                 self._evaluate(piece, 'cache="false"' if not piece.cache else "the last token")
             else:
-                self._segment(piece, size, last=index == last)
+                self._segment(piece, size)
                 self._prompt.evaluate(piece.tokens[size:], "the last token", piece.module)
             if len(piece.tokens):
                 self._before.add(text_id(piece.tokens))
@@ -162,7 +157,7 @@ class _Planning:
         return self._prompt if self._text is None else self._text
 
     # -- what the schema has -----------------------------------------------------------------------------------------
-    def _segment(self, segment: Segment, size: int, *, last: bool) -> None:
+    def _segment(self, segment: Segment, size: int) -> None:
         made = self._prompt.next(segment.tokens if self._cuts else segment.tokens[:size], segment.module)
         if self._prompt.trail.exact and (self._exact or made.key in self._store):
             absent = made.key not in self._store
@@ -173,11 +168,6 @@ class _Planning:
         start = self._prompt.end
         if not self._packed and segment.home is not None:
             start = max(segment.home, start)
-        if last and not segment.module and len(segment.tokens) <= _SHORT:
-            if self._text is not None:
-                self._text.evaluate(segment.tokens)
-            self._prompt.evaluate(segment.tokens[:size], "the end of the schema's text", segment.module)
-            return
         if found:
             best = max(found, key=lambda each: each.worth(start))
             slice_ = _opened(best, segment)
