@@ -123,10 +123,7 @@ def test_a_prompt_of_encoded_modules_evaluates_its_new_tokens(
             plan = desk.plan(bound, Fidelity(share), packed=data.draw(st.sampled_from([None, True])))
             assert not any(span.made for span in plan.spans)
             assert plan.count("foreign") == 0
-            # The schema's last text is evaluated with what follows it, if it is short.
-            tail = sum(len(span.tokens) for span in plan.spans if span.why == "the end of the schema's text")
-            assert tail <= 16
-            assert plan.n_cached + plan.n_recomputed + tail in (cached, cached + (tail > 0))
+            assert plan.n_cached + plan.n_recomputed == cached
             # Of the first module there is more than the budget, or nothing at all.
             assert plan.n_recomputed <= 2 * math.ceil(share * cached)
 
@@ -148,9 +145,7 @@ def test_a_miss_is_paid_once(schema: Schema, positions: Positions, data: st.Data
             desk.pretend(plan.wanted)
             end = [piece for piece in bound.pieces if len(piece.tokens)][-1]
             # Of a text of one token that a prompt ends with, no slice is made.
-            # Nor of the schema's closing text, which is evaluated with what follows it.
-            closing = used[-1] if used and not used[-1].module else None
-            paid.update(each for each in used if each is not closing and (each is not end or len(each.tokens) > 1))
+            paid.update(each for each in used if each is not end or len(each.tokens) > 1)
 
 
 @quick

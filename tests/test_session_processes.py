@@ -112,5 +112,6 @@ def test_killed_a_hundred_times(tiny: Tiny, tmp_path: Path) -> None:
     seen = sessions.crash(tiny("llama"), tmp_path, 100)
     assert seen.bad == []
     assert (seen.kills, seen.checked) == (100, 10)
-    assert seen.turns > 0, "kills came between turns, too"
+    # A message that is not answered yet is kept, too.
+    assert seen.turns + seen.unanswered > 100
     assert seen.unanswered < 100
