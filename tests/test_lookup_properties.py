@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from cpucache.layout import Positions, Segment
+from cpucache.layout import Bound, Positions, Segment
 from cpucache.pml.tree import Schema
-from cpucache.reuse import Fidelity, Plan, Slice, asked
+from cpucache.reuse import Fidelity, Plan, Slice, Span, asked
 from cpucache.reuse.refine import exact_slices
 from tests.support.drawn import changed, letters, prompts, schemas, split, texts_of
 from tests.support.meaning import Meanings, spelt
@@ -106,6 +107,14 @@ def test_no_prompt_takes_what_attended_to_text_of_another(
                 keep(desk, exact_slices(asked(bound), desk.workspace.slices), known)
 
 
+def closes(span: Span, bound: Bound) -> bool:
+    """Whether a span is the short closing text of a schema, which is evaluated with the question at any level."""
+    last = [piece for piece in bound.pieces if isinstance(piece, Segment) and piece.cache][-1]
+    # The last token of all is evaluated in any case.
+    texts = (last.tokens, last.tokens[:-1])
+    return not last.module and len(span.tokens) <= 16 and any(np.array_equal(span.tokens, text) for text in texts)
+
+
 @quick
 @given(schemas(), PLACED, st.data())
 def test_a_prompt_of_encoded_modules_evaluates_its_new_tokens(
@@ -124,8 +133,9 @@ def test_a_prompt_of_encoded_modules_evaluates_its_new_tokens(
             assert not any(span.made for span in plan.spans)
             assert plan.count("foreign") == 0
             assert plan.n_cached + plan.n_recomputed == cached
+            again = [span for span in plan.spans if span.recomputed and not closes(span, bound)]
             # Of the first module there is more than the budget, or nothing at all.
-            assert plan.n_recomputed <= 2 * math.ceil(share * cached)
+            assert sum(len(span.tokens) for span in again) <= 2 * math.ceil(share * cached)
 
 
 @quick

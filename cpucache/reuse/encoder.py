@@ -56,8 +56,10 @@ class _Run:
         context = slice_.context or ()
         if slice_.delta or last.delta or len(context) <= at or context[at].slice != last:
             return False
-        # The key of the last slice names all before it.
-        return context[at].same(last.span) and not any(span.slice for span in context[at + 1 :])
+        # The last slice may have been put behind something else than its context.
+        pairs = zip(context, (*(last.context or ()), last.span), strict=False)
+        alike = all(one is other or one.same(other) for one, other in pairs)
+        return alike and not any(span.slice for span in context[at + 1 :])
 
 
 class Encoder:

@@ -20,6 +20,9 @@ Reuse: TypeAlias = Literal["schema", "anywhere"]
 REUSES: tuple[Reuse, ...] = ("schema", "anywhere")
 
 
+_CLOSING = 16  # tokens of a closing text at most
+
+
 class Found(NamedTuple):
     """A slice that the store has of a segment's tokens."""
 
@@ -67,13 +70,15 @@ class Lookup:
         packed = bound.layout.packed or bool(packed) or fidelity.exact or fidelity.recompute > 0
         planning = _Planning(self._workspace, bound, fidelity, reuse, packed=packed, ends=ends)
         plan = Plan(tuple(planning.run()))
-        return self._repaired(plan, fidelity) if fidelity.recompute else plan
+        return plan if fidelity.exact else self._repaired(plan, fidelity)
 
     def _repaired(self, plan: Plan, fidelity: Fidelity) -> Plan:
-        spliced = sum(len(span.tokens) for span in plan.spans if span.slice)
-        chosen = self._repair.choose(plan.spans, math.ceil(fidelity.recompute * spliced))
+        """The plan with slices within the budget evaluated afresh, and the schema's closing text."""
+        budget = math.ceil(fidelity.recompute * sum(len(span.tokens) for span in plan.spans if span.slice))
+        chosen = (self._repair.choose(plan.spans, budget) if budget else set()) | _closing(plan.spans)
+        if not chosen:
+            return plan
         chain = Chain(self._workspace.slices)
-        besides = [span.slice for span in plan.spans if span in chosen and span.made and span.slice]
         for span in plan.spans:
             if span in chosen:
                 # Evaluated like new text, so that what follows it attends to it as it is then.
@@ -81,8 +86,22 @@ class Lookup:
                 module = span.slice.module
                 chain.add(Span(chain.end, span.tokens, recomputed=True, module=module, why="recomputed"))
             else:
-                chain.add(span)
+                # Behind what leaves a gap no longer, tokens to evaluate stand further down.
+                chain.add(span if span.slice else replace(span, start=chain.end))
+        besides = [span.slice for span in plan.spans if span in chosen and span.made and span.slice]
         return Plan(tuple(chain.spans), tuple(besides))
+
+
+def _closing(spans: tuple[Span, ...]) -> set[Span]:
+    """The schema's closing text in a plan, if it is short and not exact.
+
+    That is for example the end of its system turn: two tokens that decide how the answer begins, and cost nothing where
+    the question is evaluated with them.
+    """
+    last = next((span for span in reversed(spans) if span.slice), None)
+    if last is None or last.slice is None or last.slice.module or last.relation == "exact" or last is spans[-1]:
+        return set()
+    return {last} if len(last.tokens) <= _CLOSING else set()
 
 
 class _Planning:
