@@ -84,6 +84,8 @@ def _prepare(database: sqlite3.Connection, script: str, added: Mapping[str, Sequ
                         database.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
             database.executescript(script)
             return
+        except UnicodeDecodeError as error:
+            raise sqlite3.DatabaseError(f"the names of its columns are damaged ({error})") from error
         except sqlite3.OperationalError as error:
             # Another process may have added the column meanwhile: the next round sees it.
             again = "locked" in str(error) or "duplicate column" in str(error)

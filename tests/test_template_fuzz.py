@@ -94,15 +94,17 @@ PIECES = st.sampled_from(
 )
 
 
-def checked(source: str) -> ChatTemplate:
-    """Everything that is done with a template whose writer can't be trusted."""
+def checked(source: str) -> tuple[ChatTemplate, list[str]]:
+    """A template whose writer can't be trusted, when everything is done with it, and which bounds that exceeded."""
     begun, peak = time.monotonic(), memory()
     template = ChatTemplate(source, bos="<s>", eos="</s>")
     made = assembled(template, [("system", "be"), ("user", "a"), ("assistant", "b"), ("user", "c")])
-    assert len(made) < LONGEST * 4
-    assert time.monotonic() - begun < PATIENCE
-    assert memory() - peak < ROOM
-    return template
+    bounds = {
+        "text": len(made) < LONGEST * 4,
+        "seconds": time.monotonic() - begun < PATIENCE,
+        "bytes": memory() - peak < ROOM,
+    }
+    return template, [name for name, kept in bounds.items() if not kept]
 
 
 def memory() -> int:
@@ -112,19 +114,23 @@ def memory() -> int:
 
 @pytest.mark.parametrize("source", HOSTILE)
 def test_the_corpus_is_refused(source: str) -> None:
-    assert checked(source + CHATML).plain
+    template, exceeded = checked(source + CHATML)
+    assert template.plain and not exceeded
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_large_ones_are_taken_or_refused(name: str) -> None:
-    checked(LARGE[name] + CHATML)
+def test_large_ones_are_refused_but_for_a_sum_of_texts(name: str) -> None:
+    template, exceeded = checked(LARGE[name] + CHATML)
+    assert template.plain is (name != "texts")
+    assert not exceeded
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_those_of_models_are_far_from_the_limits(name: str) -> None:
     # Fifty more that do the same, and what they make thrown away.
     work = "".join("{% set unused %}" + TEMPLATES[name] + "{% endset %}" for _ in range(20))
-    assert not checked(work + CHATML).plain
+    template, exceeded = checked(work + CHATML)
+    assert not template.plain and not exceeded
 
 
 def changed(draw: st.DrawFn) -> str:
@@ -141,5 +147,5 @@ def changed(draw: st.DrawFn) -> str:
 
 @tries(200)
 @given(st.composite(changed)())
-def test_a_changed_template_is_taken_apart_or_plain(source: str) -> None:
-    checked(source)
+def test_a_changed_template_exceeds_no_bound(source: str) -> None:
+    assert checked(source)[1] == []
