@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cpucache import Engine
-from cpucache.engine.idle import on_mains
+from cpucache.engine.idle import PAUSE, on_mains
 from cpucache.reuse import refine
 from cpucache.store.upkeep import verify
 from tests.support.prompting import written
@@ -140,6 +140,17 @@ def test_it_refines_when_nothing_is_asked(tiny: TinyModel, tmp_path: Path) -> No
         running.generate(prompt(ORDERS[0]), max_tokens=1)
         assert becomes(lambda: running.plan(prompt(ORDERS[0])).exact)
         check_is_exact(running, ORDERS[0])
+
+
+def test_it_refines_behind_an_answer_that_took_long(tiny: TinyModel, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path, refine="idle") as running:
+        running.add_schema(written(SCHEMA))
+        running.encode("s")
+        answer = running.stream(prompt(ORDERS[0]), max_tokens=8)
+        next(answer)
+        time.sleep(2 * PAUSE)
+        answer.reply()
+        assert becomes(lambda: running.plan(prompt(ORDERS[0])).exact)
 
 
 @pytest.mark.parametrize("refines", ["off", "idle"])

@@ -307,7 +307,7 @@ def _ask(engine: Engine, request: Request, task: Task, variant: Variant, *, max_
         started=time.perf_counter(),
         label=request.label,
         use_cache=variant.cached,
-        at_end=partial(engine.note_asked, request) if variant.refined else None,
+        at_end=partial(engine.keep, request) if variant.refined else None,
     )
     stream.reply()
     return stream

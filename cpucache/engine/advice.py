@@ -106,9 +106,10 @@ def examine(
 ) -> FidelityReport:
     """Answer a prompt without reuse and with it, and, to ``advise``, with one change at a time.
 
-    Slices that only a change needs do not stay in the store.
+    Slices that only a change needs do not stay in the store. Raises ``ContextFull``.
     """
     request = engine.planner.request(prompt, fidelity=fidelity)
+    request.check_fits(engine.context.n_ctx, engine.model.n_ctx_train, max_tokens)
     changes: list[tuple[str, Fidelity]] = []
     if advise and not fidelity.exact:
         changes += [(f"--recompute {share}", Fidelity(share)) for share in SHARES if share > fidelity.recompute]

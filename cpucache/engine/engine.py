@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from weakref import WeakSet
 import numpy as np
 import psutil
 
+from cpucache.engine.access import Access
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
 from cpucache.engine.idle import REFINES, Idle, Refine
 from cpucache.engine.planner import PREFIX, Message, Planner, Request, parsed_prompt
@@ -130,8 +131,7 @@ class Engine:
             # Gaps between positions come from moving, which not every model's state allows.
             positions = positions if self.context.can_shift else "packed"
             self.planner = Planner(self.model, self.template, self.slices, lookup, positions, usual, self.context.n_ctx)
-            self._lock = threading.RLock()
-            self._running: Stream | None = None
+            self._access = Access(self.workspace)
             self._opening = threading.Lock()
             self._folder = Path(sessions) if sessions else None
             self._transcripts: Transcripts | None = None
@@ -148,10 +148,7 @@ class Engine:
         """Free the model and its context."""
         if self._idle is not None:
             self._idle.close()
-        if self._lock.acquire(blocking=False):
-            # An answer of this thread that was left half-read ends here.
-            with self.alone():
-                self._lock.release()
+        self._access.end()
         for session in list(self._sessions):
             session.close()
         if self._transcripts is not None:
@@ -228,17 +225,8 @@ class Engine:
         return to_refine(self.slices, self.store, schema)
 
     def _refining(self, schema: str | None = None, *, wait: bool = True) -> Iterator[Made | None]:
-        """Steps of refining, each with the context to itself; without ``wait``, while nobody else has it."""
-        steps = refine(self.workspace, self.store, schema)
-        while self._lock.acquire(blocking=wait):
-            try:
-                with self.alone():
-                    step = next(steps, _END)
-            finally:
-                self._lock.release()
-            if step is _END:
-                return
-            yield step
+        """Steps of refining, each alone with the context; without ``wait``, until another thread uses it."""
+        return self._access.stepwise(refine(self.workspace, self.store, schema), wait=wait)
 
     def _refine_when_idle(self, go_on: Callable[[], bool]) -> None:
         for _ in self._refining(wait=False):
@@ -360,7 +348,7 @@ class Engine:
             label=request.label,
             use_cache=use_cache,
             progress=progress,
-            at_end=partial(self.note_asked, request) if use_cache else None,
+            at_end=partial(self.keep, request) if use_cache else None,
         )
 
     def answer(
@@ -426,9 +414,7 @@ class Engine:
         """
         wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
         parsed = parsed_prompt(prompt)
-        request = self.planner.request(parsed, fidelity=wanted)
-        request.check_fits(self.context.n_ctx, self.model.n_ctx_train, max_tokens)
-        with self._lock:
+        with self.alone():
             return examine(self, parsed, wanted, max_tokens=max_tokens, advise=advise, progress=progress)
 
     def generate(self, prompt: str | Path | Prompt | None = None, **settings: Any) -> Reply:
@@ -475,37 +461,29 @@ class Engine:
             self.workspace.warm_up(self.model.filler)
 
     # -- inside ------------------------------------------------------------------------------------------------------
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Have the context to oneself: other threads wait, and an unfinished stream of this thread ends."""
-        with self._lock:
-            if self._running is not None:
-                running, self._running = self._running, None
-                running.close()
-            yield
+    def alone(self) -> AbstractContextManager[None]:
+        """Use the context: other threads wait, and an unfinished stream of this thread ends."""
+        return self._access.alone()
 
     @contextmanager
     def _turn(self, stream: Stream) -> Iterator[None]:
-        """The turn of a stream to have the context. What it needs is read into memory, and kept, while it waits."""
-        if self._idle is not None:
-            self._idle.busy()
-        keys: list[str] = []
-        if not self._lock.acquire(blocking=False):
-            keys = self.workspace.keys(stream.planned())
-            with self.store.using(keys):
-                self.store.prefetch(keys)
-                self._lock.acquire()
+        # The end counts as well: answers may take longer than the pause behind which the machine is idle.
+        self._busy()
         try:
-            with self.store.using(keys), self.alone():
-                self._running = stream
+            with self._access.streaming(stream):
                 yield
         finally:
-            if self._running is stream:
-                self._running = None
-            self._lock.release()
+            self._busy()
 
-    def note_asked(self, request: Request, stream: Stream) -> None:
-        """Note what is left to refine; of plain text, save the blocks that the answer has filled."""
+    def _busy(self) -> None:
+        if self._idle is not None:
+            self._idle.busy()
+
+    def keep(self, request: Request, stream: Stream) -> None:
+        """Keep what later prompts can use: of plain text, the blocks that the answer has filled; else, what to refine.
+
+        Called when the answer ends.
+        """
         if request.bound is None:
             answer = np.array(stream.tokens[: stream.evaluated], np.int32)
             blocks = self.slices.blocks((), np.concatenate([stream.plan.tokens, answer]))
@@ -513,9 +491,6 @@ class Engine:
         elif not stream.plan.exact:
             parts = asked(request.bound)
             self.store.asked.note(self.fingerprint, self.slices.state_format, request.label, parts)
-
-
-_END: Any = object()
 
 
 def _check(**settings: tuple[str, Sequence[str]]) -> None:
