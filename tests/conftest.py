@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.command import PROMPT, SCHEMA
 from tests.support.tiny import Arch, write_tiny
 
 
@@ -26,6 +27,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return written[key]
 
     return tiny_model
+
+
+@pytest.fixture
+def model(tiny: Callable[..., Path]) -> Path:
+    """A tiny Llama, for tests that any model does for."""
+    return tiny("llama")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the shop's ``schema.xml`` and ``prompt.xml``."""
+    (tmp_path / "schema.xml").write_text(SCHEMA)
+    (tmp_path / "prompt.xml").write_text(PROMPT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

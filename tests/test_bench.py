@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,6 @@ from tests.support.command import cpucache, invoke
 COMMAND = ("bench", "ttft", "--tokens", "300", "--modules", "4", "--question", "20", "--threads", "1")
 OTHERS = ("other", "other_again", "balanced", "refined")
 """The rows of prompts in an order of their own."""
-
-
-@pytest.fixture
-def model(tiny: Callable[..., Path]) -> Path:
-    return tiny("llama")
 
 
 def test_the_report_is_consistent(model: Path, store_home: Path) -> None:

@@ -30,11 +30,6 @@ from cpucache.sessions import Transcripts
 from tests.support.command import PATIENCE, SCHEMA, Outcome, cpucache, invoke
 
 
-@pytest.fixture
-def model(tiny: Callable[..., Path]) -> Path:
-    return tiny("llama")
-
-
 def chat(name: str, model: Path, *options: str | Path, said: str, length: int = 12) -> Outcome:
     """A conversation from a pipe, which must go well."""
     done = cpucache("chat", name, "-m", model, "-n", str(length), "--temp", "0", "--threads", "1", *options, stdin=said)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +38,7 @@ NAMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with ``schema.xml`` and ``prompt.xml``."""
-    (tmp_path / "schema.xml").write_text(SCHEMA)
-    (tmp_path / "prompt.xml").write_text(PROMPT)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def model(tiny: Callable[..., Path]) -> Path:
-    return tiny("llama")
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def run(model: Path, *options: str, prompt: str = "prompt.xml", stdin: str | None = None) -> dict[str, Any]:

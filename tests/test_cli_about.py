@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -16,21 +16,9 @@ import pytest
 import cpucache as package
 from cpucache.cli.main import cli
 from cpucache.models import default_model, known_models
-from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
+from tests.support.command import cpucache, invoke
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with ``schema.xml`` and ``prompt.xml``."""
-    (tmp_path / "schema.xml").write_text(SCHEMA)
-    (tmp_path / "prompt.xml").write_text(PROMPT)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def model(tiny: Callable[..., Path]) -> Path:
-    return tiny("llama")
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_info_tells_what_is_used(tmp_path: Path) -> None:

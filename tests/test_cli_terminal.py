@@ -47,11 +47,6 @@ def on_terminal(*arguments: str | Path, stdin: str = "", **environment: str) -> 
     return OURS.sub("", read.decode(errors="surrogateescape"))
 
 
-@pytest.fixture
-def model(tiny: Callable[..., Path]) -> Path:
-    return tiny("llama")
-
-
 def controls(text: str) -> set[str]:
     return {char for char in text if char != safe(char)}
 

@@ -22,13 +22,7 @@ TRIALS = {"--recompute 0.1", "--recompute 0.2", "--fidelity high, or cpucache en
 """What is tried where nothing is recomputed."""
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with ``schema.xml`` and ``prompt.xml``."""
-    (tmp_path / "schema.xml").write_text(SCHEMA)
-    (tmp_path / "prompt.xml").write_text(PROMPT)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture

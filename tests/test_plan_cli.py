@@ -14,19 +14,7 @@ from cpucache.resources import resource
 from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
 from tests.test_cli import slices
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with ``schema.xml`` and ``prompt.xml``."""
-    (tmp_path / "schema.xml").write_text(SCHEMA)
-    (tmp_path / "prompt.xml").write_text(PROMPT)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def model(tiny: Callable[..., Path]) -> Path:
-    return tiny("llama")
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 ON = ("prompt.xml", "-s", "schema.xml", "--threads", "1")

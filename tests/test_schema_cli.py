@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.command import PROMPT, SCHEMA, cpucache
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with ``schema.xml`` and ``prompt.xml``."""
-    (tmp_path / "schema.xml").write_text(SCHEMA)
-    (tmp_path / "prompt.xml").write_text(PROMPT)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def model(tiny: Callable[..., Path]) -> Path:
-    return tiny("llama")
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_check_tells_every_mistake_in_order(folder: Path) -> None:

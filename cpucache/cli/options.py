@@ -110,7 +110,8 @@ def fidelity_options(command: Command) -> Command:
             "--fidelity",
             type=click.Choice(list(LEVELS)),
             help="What is done about slices that were evaluated behind other text than stands before them here. fast: "
-            "nothing; balanced: a tenth of the spliced tokens is evaluated afresh, where the question points; high: "
+            "nothing, but that the schema's closing text (16 tokens at most) is evaluated with the question; "
+            "balanced: a tenth of the spliced tokens is evaluated afresh besides, where the question points; high: "
             "only exact slices are taken, what has none is evaluated, and exact the next time.  "
             f"[default: {DEFAULT}]",
         ),

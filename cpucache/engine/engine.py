@@ -251,8 +251,9 @@ class Engine:
             messages: Instead, messages each with ``role`` (system, user, assistant) and ``content``.
             text: Instead, text to go on with as it is. Messages and text are cached in blocks, each behind all before
                 it, and found again by whatever begins with the same text.
-            fidelity: What is done about slices that are not exact. ``"fast"``: nothing. ``"balanced"``: a tenth of the
-                spliced tokens is evaluated afresh, where the question points. ``"high"``: exact slices only; what has
+            fidelity: What is done about slices that are not exact. ``"fast"``: nothing, but that the schema's
+                closing text (16 tokens at most) is evaluated with the question. ``"balanced"``: a tenth of the spliced
+                tokens is evaluated afresh besides, where the question points. ``"high"``: exact slices only; what has
                 none is evaluated, and saved. Or a ``Fidelity``. The engine's when none is given.
             recompute: Instead of a level, the share (0 to 1) of the spliced tokens that is evaluated afresh.
             reuse: ``"anywhere"`` admits slices that attended to text of other prompts, too.

@@ -98,7 +98,7 @@ class Span:
     recomputed: bool = False
     """Of tokens to evaluate: whether they are evaluated although there is a slice of them."""
     module: str = ""
-    """Of tokens to evaluate: the module that they belong to, if it is one that is never cached."""
+    """Of tokens to evaluate: the module that they belong to, if they are recomputed or it is never cached."""
     why: str = ""
     """Why no better slice was taken, or why the tokens are evaluated."""
     joined: tuple[bytes, ...] = ()
