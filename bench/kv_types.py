@@ -11,7 +11,7 @@ from statistics import median
 import click
 import numpy as np
 
-from cpucache import Engine, Fidelity
+from cpucache import Engine
 from cpucache.bench.text import filler_prompt, filler_schema
 from cpucache.runtime import KVType
 
@@ -28,20 +28,18 @@ def main(model: str, tokens: int, repeat: int) -> None:
     for kv_type, flash in _SETTINGS:
         with (
             tempfile.TemporaryDirectory() as store,
-            Engine(
-                model, store=store, kv_type=kv_type, flash=flash, n_ctx=tokens + 256, fidelity=Fidelity(lead_tokens=0)
-            ) as engine,
+            Engine(model, store=store, kv_type=kv_type, flash=flash, n_ctx=tokens + 256) as engine,
         ):
             engine.add_schema(filler_schema(engine, tokens, 4))
             prompt = filler_prompt(engine, 4, 12)
             encoded = engine.encode("bench")
             engine.generate(prompt, max_tokens=1)
-            logits = engine.context.last_logits().astype(np.float64)
+            logits = engine.context.logits().astype(np.float64)
             logprobs = logits - np.logaddexp.reduce(logits)
             reference = logprobs if reference is None else reference
             times = []
             for _ in range(repeat):
-                engine.workspace.reset()
+                engine.forget()
                 times.append(engine.generate(prompt, max_tokens=1).metrics.ttft_ms)
             answer = engine.generate(prompt, max_tokens=24).metrics
             divergence = float((np.exp(reference) * (reference - logprobs)).sum())

@@ -99,9 +99,9 @@ def test_floor_and_cached_prompts_end_in_the_same_state(model: Path, order: tupl
         engine.encode("bench")
 
         _cached(engine, prompt, "fast")
-        cached = engine.context.last_logits()
+        cached = engine.context.logits()
         floor(engine, engine.plan(prompt, fidelity="fast"))
-        found = engine.context.last_logits()
+        found = engine.context.logits()
 
         assert engine.generate(prompt, max_tokens=1).metrics.encoded_tokens == 0
     np.testing.assert_allclose(cached, found, atol=1e-3)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 
 from cpucache.errors import ContextFull, InputError
-from cpucache.runtime import Context, Model, Run, Sampler, Sampling
+from cpucache.runtime import Batch, Context, Model, Run, Sampler, Sampling, Stopped
 from cpucache.runtime.model import Tokens
 from tests.support.tiny import BYTES
 
@@ -64,7 +61,7 @@ def test_a_run_goes_on_where_the_sequence_ends(context: Context) -> None:
     whole = every_logit(context, Run(0, 0, tokens))
     for start, end in ((0, 20), (20, 49), (49, 50)):
         context.decode([Run(1, start, tokens[start:end])], logits="last")
-        assert np.abs(context.last_logits() - whole[end - 1]).max() < CLOSE
+        assert np.abs(context.logits() - whole[end - 1]).max() < CLOSE
     assert np.abs(whole[1:] - whole[:-1]).max() > 100 * CLOSE
 
 
@@ -204,7 +201,7 @@ def answering(context: Context) -> Context:
 
 
 def test_without_temperature_the_likeliest_token_comes(answering: Context) -> None:
-    best = int(answering.last_logits().argmax())
+    best = int(answering.logits().argmax())
     assert drawn(answering, 5) == [best] * 5
     assert drawn(answering, 5, temperature=1.0, top_k=1) == [best] * 5
     assert drawn(answering, 5, temperature=1e-4) == [best] * 5
@@ -218,7 +215,7 @@ def test_a_seed_decides_the_draws(answering: Context) -> None:
 
 
 def test_filters_keep_the_likeliest(answering: Context) -> None:
-    logits = answering.last_logits().astype(np.float64)
+    logits = answering.logits().astype(np.float64)
     order = np.argsort(-logits)
     chances = np.exp(logits - logits.max())
     off: dict[str, Any] = {"temperature": 5.0, "seed": 3, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -232,7 +229,7 @@ def test_filters_keep_the_likeliest(answering: Context) -> None:
 
 
 def test_repetition_is_penalised_over_the_last_64_tokens(answering: Context) -> None:
-    logits = answering.last_logits()
+    logits = answering.logits()
     best = int(logits.argmax())
     assert logits[best] > 0
     recent = np.array([best], np.int32)
@@ -256,55 +253,50 @@ def test_repetition_is_penalised_over_the_last_64_tokens(answering: Context) -> 
 
 @pytest.fixture
 def long(model: Model) -> Iterator[Context]:
-    made = Context(model, n_ctx=4096, n_threads=1)
+    made = Context(model, n_ctx=1024, n_threads=1)
     yield made
     made.close()
 
 
-def test_an_evaluation_is_cancelled_from_another_thread(long: Context) -> None:
-    started, ended = threading.Event(), threading.Event()
-    raised: list[BaseException] = []
+def test_a_long_evaluation_is_stopped_half_way(long: Context) -> None:
+    asked: list[int] = []
 
-    def evaluate() -> None:
-        try:
-            long.decode([Run(0, 0, some_tokens(4000))], progress=lambda _: started.set())
-        except BaseException as error:
-            raised.append(error)
-        finally:
-            ended.set()
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 5
 
-    long.cancel()  # nothing to cancel: what comes later is not touched
-    thread = threading.Thread(target=evaluate)
-    thread.start()
-    assert started.wait(60)
-    long.cancel()
-    assert ended.wait(60)
-    thread.join()
-    assert [type(error) for error in raised] == [KeyboardInterrupt]
-    assert long.last_position(0) < 3999
-    # And the context goes on working.
-    long.clear()
-    long.decode([Run(0, 0, some_tokens(100))])
-    assert long.last_position(0) == 99
+    batch = Batch()
+    batch.add(Run(0, 0, some_tokens(512)))
+    with pytest.raises(Stopped):
+        long.evaluate(batch, stop)
+    assert len(asked) == 6
+    assert long.last_position(0) == -1
+    # And the context goes on working: what was stopped can be evaluated again.
+    long.evaluate(batch, lambda: False)
+    assert long.last_position(0) == 511
 
 
-def test_ctrl_c_stops_an_evaluation_half_way(long: Context) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    started = threading.Event()
-
-    def interrupt() -> None:
-        started.wait(60)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    try:
-        # A signal that came late must end up in here, too.
-        with pytest.raises(KeyboardInterrupt):
-            thread.start()
-            long.decode([Run(0, 0, some_tokens(4000))], progress=lambda _: started.set())
-            thread.join()
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        thread.join()
-        signal.signal(signal.SIGINT, before)
-    assert 0 <= long.last_position(0) < 3999
+def test_a_batch_keeps_the_logits_that_are_asked_for(context: Context) -> None:
+    """Of sequences side by side, as they are when each is evaluated alone."""
+    runs = [Run(sequence, 0, some_tokens(20, sequence)) for sequence in range(3)]
+    alone = []
+    for run in runs:
+        context.clear()
+        context.decode([run], logits="last")
+        alone.append(context.logits())
+    context.clear()
+    batch = Batch()
+    batch.add(runs[0], "last")
+    batch.add(runs[1], "none")
+    batch.add(runs[2], "all")
+    context.evaluate(batch)
+    assert np.abs(context.logits(19) - alone[0]).max() < CLOSE
+    assert np.abs(context.logits(59) - alone[2]).max() < CLOSE
+    assert np.abs(context.logits(40) - alone[2]).max() > 0.1
+    batch = Batch()
+    batch.add(Run(1, 20, some_tokens(1, 9)), "last")
+    context.evaluate(batch)
+    together = context.logits(0)
+    context.clear()
+    context.decode([Run(1, 0, np.concatenate([runs[1].tokens, some_tokens(1, 9)]))], logits="last")
+    assert np.abs(together - context.logits()).max() < CLOSE

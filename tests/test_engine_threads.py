@@ -37,17 +37,14 @@ def test_threads_take_turns(engine: Engine) -> None:
             assert list(pool.map(ask, texts)) == [[text, text] for text in alone]
 
 
-def test_in_one_thread_a_stream_ends_where_the_next_one_begins(engine: Engine) -> None:
-    whole = engine.generate(text="one text", max_tokens=8).text
-    first, second = engine.stream(text="one text", max_tokens=8), engine.stream(text="other", max_tokens=8)
-    begun = next(first)
-    assert "".join(second) == second.text != ""
-    assert list(first) == []
-    assert whole.startswith(begun)
-    assert first.metrics.finish == "interrupted"
-    # Not begun, it is simply late.
-    third, fourth = engine.stream(text="one text", max_tokens=8), engine.stream(text="other", max_tokens=8)
-    assert (fourth.reply().text, third.reply().text) == (second.text, whole)
+def test_streams_of_one_thread_touch_not_one_another(engine: Engine) -> None:
+    texts = ["one text", "other", "a third"]
+    alone = [engine.generate(text=text, max_tokens=8).text for text in texts]
+    streams = [engine.stream(text=text, max_tokens=8) for text in texts]
+    begun = [next(stream) for stream in streams]
+    # Read to the end in another order than they were begun.
+    assert [streams[index].reply().text for index in (2, 0, 1)] == [alone[index] for index in (2, 0, 1)]
+    assert all(text.startswith(piece) for text, piece in zip(alone, begun, strict=True))
 
 
 def test_sessions_of_one_engine_take_turns(engine: Engine) -> None:

@@ -9,13 +9,14 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from cpucache.reuse import Plan, Slice, Span, Workspace
-from cpucache.reuse.splicer import FREE
+from cpucache.reuse import Plan, Slice, Span
 from cpucache.runtime import KVType
+from cpucache.runtime.context import SEQUENCES
 from tests.support.tiny import ATTENTION_ARCHS
 from tests.support.workbench import (
     SLICES,
     TOLERANCE,
+    Desk,
     Tokens,
     bench,
     chain,
@@ -29,6 +30,9 @@ from tests.support.workbench import (
 )
 
 TinyModel = Callable[..., Path]
+
+# Sequences that are neither a slot nor the one that slices are loaded in.
+FREE = SEQUENCES - 2
 
 KV_TYPES: tuple[KVType, ...] = get_args(KVType)
 
@@ -60,7 +64,7 @@ def test_a_chain_encoded_piece_by_piece_gives_full_prefill(arch: str, tiny: Tiny
         plan = plan_of(*slices, tokens[60:])
         prefill = b.prefill(plan)
         assert (prefill.cached_tokens, prefill.fresh_tokens, prefill.encoded_tokens) == (60, 9, 0)
-        assert distance(b.workspace.context.last_logits(), b.full(tokens)) < tolerance(arch, "f32")
+        assert distance(b.workspace.context.logits(), b.full(tokens)) < tolerance(arch, "f32")
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
@@ -132,12 +136,11 @@ def test_siblings_side_by_side_are_those_made_one_by_one(arch: str, tiny: TinyMo
     text = some_tokens(2000)
     anchor = slice_of(text[:20])
     siblings = [
-        slice_of(text[20 + 10 * i : 30 + 10 * i + i % 7], [anchor], start=20 + 5 * (i % 4))
-        for i in range(len(FREE) + 5)
+        slice_of(text[20 + 10 * i : 30 + 10 * i + i % 7], [anchor], start=20 + 5 * (i % 4)) for i in range(FREE + 5)
     ]
     with bench(tiny(arch)) as b:
         b.workspace.encode([anchor, *siblings])
-        for i in (0, 1, 6, len(FREE) - 1, len(FREE), len(siblings) - 1):
+        for i in (0, 1, 6, FREE - 1, FREE, len(siblings) - 1):
             plan = plan_of(anchor, siblings[i], text[-9:])
             assert distance(b.logits(plan), b.expected(plan)) < tolerance(arch, "f32")
 
@@ -178,7 +181,7 @@ def test_moved_slices_behind_several_fresh_spans(arch: str, kv_type: KVType, tin
 @archs
 def test_more_stretches_than_free_sequences(arch: str, tiny: TinyModel) -> None:
     text = some_tokens(500)
-    modules = [slice_of(text[6 * i : 6 * i + 6], start=6 * i) for i in range(2 * len(FREE) + 5)]
+    modules = [slice_of(text[6 * i : 6 * i + 6], start=6 * i) for i in range(2 * FREE + 5)]
     pieces: list[Slice | Tokens] = []
     for i, module in enumerate(modules):
         pieces += [module, text[400 + i : 401 + i]]
@@ -224,7 +227,7 @@ def test_any_sequence_of_plans_gives_what_each_gives_alone(arch: str, seed: int,
     pool = [*trunk, *(slice_of(text[100 + 30 * i : 130 + 30 * i], trunk[: i % 3], start=60 + 10 * i) for i in range(6))]
     rng = np.random.default_rng(seed)
     with bench(tiny(arch)) as b:
-        alone = Workspace(b.truth, b.workspace.store, SLICES)
+        alone = Desk(b.truth, b.workspace.store, SLICES)
         plan: Plan | None = None
         for _ in range(30):
             if plan is None or rng.random() < 0.85:
@@ -232,13 +235,13 @@ def test_any_sequence_of_plans_gives_what_each_gives_alone(arch: str, seed: int,
             spent = b.prefill(plan)
             alone.prefill(lambda plan=plan: plan, fresh=True)
             assert spent.cached_tokens + spent.fresh_tokens == plan.n_tokens
-            assert distance(b.workspace.context.last_logits(), b.truth.last_logits()) < tolerance(arch, "f32")
+            assert distance(b.workspace.context.logits(), b.truth.logits()) < tolerance(arch, "f32")
             if rng.random() < 0.5:  # an answer, which the next plan may go on from
                 answer = some_tokens(int(rng.integers(1, 6)), seed=int(rng.integers(3)))
                 for workspace in (b.workspace, alone):
                     for token in answer:
                         workspace.append(np.array([token], np.int32))
-                assert distance(b.workspace.context.last_logits(), b.truth.last_logits()) < tolerance(arch, "f32")
+                assert distance(b.workspace.context.logits(), b.truth.logits()) < tolerance(arch, "f32")
                 if rng.random() < 0.5:
                     last = plan.spans[-1]
                     longer = np.concatenate([last.tokens, answer, some_tokens(4, seed=9)])
@@ -256,7 +259,7 @@ def test_what_is_shared_is_not_evaluated_again(tiny: TinyModel) -> None:
         workspace.append(answer)
         again = plan_of(one, two, np.concatenate([question, answer, tokens[63:70]]))
         assert b.prefill(again).fresh_tokens == 7
-        assert distance(workspace.context.last_logits(), b.full(tokens[:70])) < TOLERANCE["f32"]
+        assert distance(workspace.context.logits(), b.full(tokens[:70])) < TOLERANCE["f32"]
         assert b.prefill(again, fresh=True).fresh_tokens == 20
         # What is in the context already needs no store.
         workspace.store.ram.clear()

@@ -16,7 +16,7 @@ from cpucache.engine.fidelity import WATCHED, Distance, Truth, between, log_prob
 from cpucache.errors import ContextFull, InputError, ModelError
 from cpucache.pml import parse_schema
 from cpucache.store import SliceInfo
-from tests.support.sessions import engine
+from tests.support.sessions import engine, logits
 
 Tiny = Callable[..., Path]
 
@@ -78,13 +78,12 @@ def test_rows_are_those_of_the_model(running: Engine) -> None:
     rows = []
     for plain in (True, False):
         for count in range(len(asked) - 1 + len(answer)):
-            running.workspace.reset()
+            running.forget()
             behind = np.concatenate([asked, answer])[: count + 1]
             before = plan.spans[:-1]
             whole = type(plan)((*before, type(before[0])(plan.spans[-1].start, behind)))
             tried = whole.without_reuse() if plain else whole
-            running.workspace.prefill(lambda tried=tried: tried)
-            rows.append(running.context.last_logits())
+            rows.append(logits(running, tried))
     true, found = np.split(log_probabilities(np.stack(rows)), 2)
     kl, agrees, nll = between(true, found, np.concatenate([asked[1:], answer]))
     now = report.now.distance
@@ -123,7 +122,7 @@ def test_a_slice_of_other_tokens_is_far_off(running: Engine) -> None:
     slice_ = plan.slices[-1]
     assert slice_.module == "a"
     other = running.slices.make(slice_.context or (), slice_.tokens[::-1].copy(), "a")
-    running.workspace.encode([other])
+    running.host.do(lambda slot, _: running.workspace.encode(slot, [other]))
     state = running.store.get(other.key)
     assert state is not None
     running.store.discard(slice_.key)
@@ -253,7 +252,7 @@ def test_high_is_exact_from_the_second_time_on_as_fast_as_ever(running: Engine) 
     assert first.encoded_tokens == plan.n_cached
     assert (second.encoded_tokens, second.fresh_tokens <= plan.n_tokens - plan.n_cached) == (0, True)
     # Another that begins alike is evaluated from where they part, another combination of them almost whole.
-    running.workspace.reset()
+    running.forget()
     shorter = running.generate(prompt.replace("<b/>", ""), max_tokens=6, fidelity="high").metrics
     other = running.generate(prompt.replace("<c/>", ""), max_tokens=6, fidelity="high").metrics
     assert shorter.encoded_tokens == 0 < other.encoded_tokens

@@ -142,7 +142,9 @@ def test_a_changed_token_is_known_up_to_its_block(arch: str, place: float, tiny:
     changed[index] = changed[index] % 200 + 7
     with engine(model, tmp_path, block_size=SIZE) as running, truth(model) as true:
         plan = running.slices.plan((), changed)
-        stream = running.answer(lambda: plan, sessions.greedy(), max_tokens=3, started=0.0, label="(text)")
+        stream = running.host.answer(
+            lambda: plan, sessions.greedy(), n_tokens=len(changed), max_tokens=3, started=0.0, label="(text)"
+        )
         answer = said(running, stream)
         assert answer.fresh == len(tokens) - min(index // SIZE * SIZE, blocks(len(tokens)))
         true.check(arch, answer)

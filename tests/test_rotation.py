@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from cpucache.reuse.slices import Plan, Slice, Span
-from cpucache.reuse.splicer import TARGET, Splicer
+from cpucache.reuse.splicer import Splicer
+from cpucache.reuse.work import drive
 from cpucache.runtime import Context, Model, Run
 from cpucache.runtime.context import Bytes
 from cpucache.runtime.model import Tokens
@@ -122,7 +123,7 @@ def test_rounding_is_all_that_logits_show_of_a_move(tiny: TinyModel, kv_type: st
         for each in (moved, shifted(context, state, 500), state):
             assert context.load(0, each)
             context.decode([Run(0, context.last_position(0) + 1, some_tokens(3, seed=1))], logits="last")
-            rows.append(context.last_logits())
+            rows.append(context.logits())
             context.clear()
         # The last one stands elsewhere, as a whole: distances are the same.
         assert np.abs(rows[0] - rows[1]).max() < 5e-3
@@ -215,19 +216,20 @@ def test_a_slice_spliced_elsewhere_leaves_nothing_for_llama_cpp_to_move(
         state = saved(context)
         slice_ = Slice("key", some_tokens(100), START, "", (), 0)
         splicer = Splicer(context)
+        (slot,) = splicer.slots
         # The first 60 tokens of it.
-        splicer.splice(Plan((Span(10, slice_.tokens[:60], slice_),)), lambda _: state)
-        spliced = context.save(TARGET)
-        splicer.append(some_tokens(3, seed=1))
-        logits = context.last_logits()
-        splicer.reset()
+        drive(context, splicer.splice(slot, Plan((Span(10, slice_.tokens[:60], slice_),)), lambda _: state))
+        spliced = context.save(0)
+        drive(context, splicer.append(slot, some_tokens(3, seed=1)))
+        logits = context.logits()
+        splicer.reset(slot)
         expected = shifted(context, state, 10 - START)
-        assert context.load(TARGET, expected)
-        context.remove(TARGET, 70)
+        assert context.load(0, expected)
+        context.remove(0, 70)
         if at_once:
-            expected = context.save(TARGET)
+            expected = context.save(0)
             for keys in _Layout(expected).keys:
                 ours, theirs = keys.of(spliced).astype(float), keys.of(expected).astype(float)
                 assert np.abs(ours - theirs).max() <= 1e-3 * np.abs(theirs).max()
-        context.decode([Run(TARGET, 70, some_tokens(3, seed=1))], logits="last")
-        assert np.abs(logits - context.last_logits()).max() < 5e-3
+        context.decode([Run(0, 70, some_tokens(3, seed=1))], logits="last")
+        assert np.abs(logits - context.logits()).max() < 5e-3

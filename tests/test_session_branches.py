@@ -286,7 +286,7 @@ def test_a_session_that_begins_with_a_prompt_is_truncated(
             if reopened:
                 session.close()
                 running.store.flush()
-                running.workspace.reset()
+                running.forget()
                 running.store.ram.clear()
                 session = running.session("s")
             counts = sizes(session)

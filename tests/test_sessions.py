@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpucache import Engine
+from cpucache.engine import Stream
 from cpucache.errors import InputError
 from tests.support import sessions
 from tests.support.sessions import SYSTEM, Said, chatml, engine, message, rendered, said, sizes, truth
@@ -28,7 +29,7 @@ LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 ENDINGS: list[dict[str, Any]] = [
     {"max_tokens": 7},
     {"max_tokens": 60, "stop": LETTERS},
-    {"max_tokens": 20, "pieces": 3},
+    {"max_tokens": 20, "tokens": 3},
     {"max_tokens": 1},
     {"max_tokens": 40},
     {"max_tokens": 5},
@@ -40,8 +41,8 @@ def bare(text: str) -> str:
     return re.sub(r"<[a-z]+>|<\|[a-z_]+\|>", "", text)
 
 
-def turn(running: Any, session: Any, text: str | None, *, pieces: int | None = None, **settings: Any) -> Said:
-    return said(running, session.stream(text, **settings), pieces=pieces)
+def turn(running: Any, session: Any, text: str | None, *, tokens: int | None = None, **settings: Any) -> Said:
+    return said(running, session.stream(text, **settings), tokens=tokens)
 
 
 # ---- resumed ---------------------------------------------------------------------------------------------------------
@@ -154,11 +155,12 @@ def test_other_prompts_in_between_do_no_harm(tiny: Tiny, tmp_path: Path) -> None
                 running.generate(text="In between, something else.", max_tokens=3)
 
 
-def test_a_session_that_another_stream_ends_keeps_its_turn(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_turn_that_is_stopped_is_kept(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama")
     with engine(model, tmp_path) as running, truth(model) as true, running.session("s", system=SYSTEM) as session:
-        stream = session.stream(message(1), max_tokens=50)
+        stream = session.stream(message(1), max_tokens=500)
         next(stream)
+        stream.stop()
         running.generate(text="Something else.", max_tokens=2)
         assert stream.metrics.finish == "interrupted"
         assert [entry.role for entry in session.entries] == ["system", "user", "assistant"]
@@ -193,34 +195,41 @@ def test_threads_take_turns(tiny: Tiny, tmp_path: Path) -> None:
         assert dict(zip(texts[::2], texts[1::2], strict=True)) == replies
 
 
-def test_a_turn_while_another_thread_is_about_to_read_one(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_turn_waits_for_the_answer_before(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path) as running, running.session("s") as session:
-        stream = session.stream(message(1), max_tokens=2)
-        with ThreadPoolExecutor(1) as thread:
-            with running.alone():
-                reading = thread.submit(stream.reply)
-                while not stream._pieces.gi_running:
-                    time.sleep(0.001)
-                with pytest.raises(InputError, match="'s': another thread is about to read an answer; call send"):
-                    session.stream(message(2))
-            reply = reading.result()
-        assert [entry.text for entry in session.entries] == [message(1), reply.text]
+        first = session.stream(message(1), max_tokens=20)
+        next(first)
+        second = session.stream(message(2), max_tokens=2).reply()
+        assert first.metrics.completion_tokens == 20
+        assert [entry.text for entry in session.entries] == [message(1), first.text, message(2), second.text]
+        # What was not begun never is.
+        third = session.stream(message(3), max_tokens=2)
+        session.send(message(4), max_tokens=2)
+        assert (list(third), third.metrics.finish) == ([], "interrupted")
+        assert [entry.text for entry in session.entries[4::2]] == [message(4)]
 
 
-def test_an_edit_that_never_begins_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+def test_an_edit_that_never_begins_changes_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(running: Engine, stream: Stream) -> None:
+        """Read a stream that is stopped while its prompt is evaluated."""
+
+        def evaluate(*arguments: Any, done: Any = running.context.evaluate) -> None:
+            stream.stop()
+            done(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(running.context, "evaluate", evaluate)
+            assert list(stream) == []
+        assert stream.metrics.finish == "interrupted"
 
     with engine(tiny("llama"), tmp_path) as running, running.session("s") as session:
         session.send(message(1), max_tokens=2)
         before = [entry.text for entry in session.entries]
-        for ask in (lambda **rest: session.edit(1, message(2), **rest), session.regenerate):
-            with pytest.raises(KeyboardInterrupt):
-                next(ask(progress=stop))
+        for ask in (lambda: session.edit(1, message(2)), session.regenerate):
+            stopped(running, ask())
             assert [entry.text for entry in session.entries] == before
         # A new message is kept.
-        with pytest.raises(KeyboardInterrupt):
-            next(session.stream(message(3), progress=stop))
+        stopped(running, session.stream(message(3)))
         assert [entry.text for entry in session.entries] == [*before, message(3)]
         assert session.unanswered
         session.regenerate(max_tokens=2).reply()

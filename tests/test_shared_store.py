@@ -11,23 +11,33 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cpucache.reuse import Workspace
 from cpucache.store import Store
 from cpucache.store.claims import Claims
-from tests.support.workbench import PLENTY, SLICES, TOLERANCE, bench, chain, cut, distance, opened, plan_of, some_tokens
+from tests.support.workbench import (
+    PLENTY,
+    SLICES,
+    TOLERANCE,
+    Desk,
+    bench,
+    chain,
+    cut,
+    distance,
+    opened,
+    plan_of,
+    some_tokens,
+)
 
 TinyModel = Callable[..., Path]
 
 ENCODE = """
 import json, sys
 from pathlib import Path
-from cpucache.reuse import Workspace
 from cpucache.store import Store
-from tests.support.workbench import SLICES, chain, cut, opened, some_tokens
+from tests.support.workbench import SLICES, Desk, chain, cut, opened, some_tokens
 
 slices = chain(cut(some_tokens(700), 100, 200, 300, 400, 500, 600))
 with opened(Path(sys.argv[1])) as context, Store(Path(sys.argv[2]), ram_budget=1 << 30) as store:
-    workspace = Workspace(context, store, SLICES)
+    workspace = Desk(context, store, SLICES)
     print("ready", flush=True)
     sys.stdin.readline()
     report = workspace.encode(slices)
@@ -74,7 +84,7 @@ def test_two_stores_make_each_slice_once_and_answer_right(tiny: TinyModel, tmp_p
             expected = b.expected(plan)
             start.wait(60)
             spent = b.prefill(plan)
-            return spent.encoded_tokens, distance(b.workspace.context.last_logits(), expected)
+            return spent.encoded_tokens, distance(b.workspace.context.logits(), expected)
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(work, range(2)))
@@ -85,7 +95,7 @@ def test_two_stores_make_each_slice_once_and_answer_right(tiny: TinyModel, tmp_p
 def test_who_waits_too_long_makes_it_too(tiny: TinyModel, tmp_path: Path) -> None:
     (slice_,) = chain([some_tokens(40)])
     with opened(tiny("llama")) as context, Store(tmp_path, ram_budget=PLENTY, patience=0.2) as store:
-        workspace = Workspace(context, store, SLICES)
+        workspace = Desk(context, store, SLICES)
         somebody = Claims(tmp_path / "claims")
         assert somebody.take(slice_.key)
         started = time.monotonic()
@@ -99,7 +109,7 @@ def test_who_waits_too_long_makes_it_too(tiny: TinyModel, tmp_path: Path) -> Non
 def test_a_claim_that_is_given_back_is_taken_over(tiny: TinyModel, tmp_path: Path) -> None:
     (slice_,) = chain([some_tokens(40)])
     with opened(tiny("llama")) as context, Store(tmp_path, ram_budget=PLENTY) as store:
-        workspace = Workspace(context, store, SLICES)
+        workspace = Desk(context, store, SLICES)
         key = slice_.key
         somebody = Claims(tmp_path / "claims")
         assert somebody.take(key)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cpucache.errors import ContextFull, CpucacheError, InputError, ModelError
-from cpucache.reuse import Plan, Slice, Slices, Workspace
+from cpucache.reuse import Plan, Slice, Slices
 from cpucache.runtime import Context, KVType, Model
 from cpucache.store import SliceInfo, Store
 from tests.support.tiny import ATTENTION_ARCHS
@@ -22,6 +22,7 @@ from tests.support.workbench import (
     SLICES,
     TOLERANCE,
     Bench,
+    Desk,
     Logits,
     bench,
     chain,
@@ -56,7 +57,7 @@ def test_slices_outlive_a_restart(arch: str, kv_type: KVType, tiny: TinyModel, t
     with bench(tiny(arch), kv_type, home=tmp_path) as b:
         spent = b.prefill(plan_of(first, far, tokens[60:]))
         assert (spent.cached_tokens, spent.encoded_tokens) == (60, 0)
-        assert distance(b.workspace.context.last_logits(), before) < 1e-4
+        assert distance(b.workspace.context.logits(), before) < 1e-4
         for each, state in zip((first, far), states, strict=True):
             again = b.workspace.store.get(each.key)
             assert state is not None and again is not None
@@ -123,7 +124,7 @@ def test_damaged_files_are_set_aside_and_made_again(
     with bench(tiny("llama"), home=tmp_path) as b:
         plan, _ = damaged_plan(b)
         assert b.prefill(plan).encoded_tokens == 0
-        assert distance(b.workspace.context.last_logits(), right) < 1e-4
+        assert distance(b.workspace.context.logits(), right) < 1e-4
     assert not caplog.messages
 
 
@@ -138,7 +139,7 @@ def test_a_damaged_context_is_made_again_before_what_needs_it(tiny: TinyModel, t
         plan, slices = damaged_plan(b)
         assert b.workspace.encode(slices).slices >= 2
         assert b.prefill(plan).encoded_tokens == 0
-        assert distance(b.workspace.context.last_logits(), right) < 1e-4
+        assert distance(b.workspace.context.logits(), right) < 1e-4
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "of another model", "empty"])
@@ -233,14 +234,12 @@ INTERRUPTED = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
 import numpy as np
-from cpucache.reuse import Plan, Slices, Span, Workspace
-from cpucache.runtime import Context, Model
-from cpucache.store import Store
+from cpucache import Engine
+from cpucache.reuse import Plan, Span
 
 tokens = np.array(json.loads(sys.stdin.read()), np.int32)
-context = Context(Model(sys.argv[1]), n_ctx=len(tokens) + 256, n_threads=1, kv_type="f32")
-slices = Slices("model", "format")
-workspace = Workspace(context, Store(Path(sys.argv[2]), ram_budget=1 << 30), slices)
+engine = Engine(sys.argv[1], store=sys.argv[2], n_ctx=len(tokens) + 256, threads=1, kv_type="f32")
+workspace = engine.workspace
 seen = []
 
 def progress(done, total):
@@ -256,16 +255,25 @@ def interrupted(call):
         return True
     return False
 
-report = {"prefill": interrupted(lambda: workspace.prefill(lambda: Plan((Span(0, tokens),)), progress=progress))}
+def prefill(plan):
+    def task(slot, told):
+        yield from workspace.prefill(slot, lambda: plan, progress=told)
+        return engine.context.logits(slot.index).tolist()
+
+    return engine.host.do(task, progress=progress)
+
+def encode(slice_):
+    return engine.host.do(lambda slot, told: workspace.encode(slot, [slice_], progress=told), progress=progress)
+
+report = {"prefill": interrupted(lambda: prefill(Plan((Span(0, tokens),))))}
 report["prefilled"] = seen[-1]
-whole = slices.make((), tokens)
-report["encode"] = interrupted(lambda: workspace.encode([whole], progress=progress))
+report["encode"] = interrupted(lambda: encode(engine.slices.make((), tokens)))
 report["encoded"] = seen[-1]
-workspace.store.flush()
+engine.store.flush()
 report["files"] = len(list(Path(sys.argv[2]).rglob("*.safetensors")))
-part = slices.make((), tokens[:100])
-workspace.prefill(lambda: Plan((part.span, Span(100, tokens[100:120]))))
-report["logits"] = context.last_logits().tolist()
+part = engine.slices.make((), tokens[:100])
+progress = None
+report["logits"] = prefill(Plan((part.span, Span(100, tokens[100:120]))))
 print(json.dumps(report))
 """
 
@@ -324,7 +332,7 @@ def test_quantized_keys_need_heads_of_a_multiple_of_64(tiny: TinyModel) -> None:
 def test_a_recurrent_model_takes_no_slices_but_answers(tiny: TinyModel) -> None:
     tokens = some_tokens(90)
     with opened(tiny("mamba")) as context, opened(tiny("mamba")) as truth:
-        workspace = Workspace(context, Store(None, ram_budget=PLENTY), SLICES)
+        workspace = Desk(context, Store(None, ram_budget=PLENTY), SLICES)
         b = Bench(workspace, truth)
         plan = plan_of(slice_of(tokens[:40]), slice_of(tokens[40:80], start=40), tokens[80:])
         with pytest.raises(ModelError, match="a mamba model keeps a recurrent state"):

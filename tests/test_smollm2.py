@@ -16,7 +16,9 @@ from cpucache.layout import ChatTemplate, SchemaLayout, Segment, bind
 from cpucache.models import known_models, resolve_model
 from cpucache.pml import load_prompt, load_schema, parse_schema, resolve
 from cpucache.resources import resource
-from cpucache.reuse import Plan
+from cpucache.reuse import OnProgress, Plan
+from cpucache.reuse.splicer import Slot
+from cpucache.reuse.work import Task
 from cpucache.runtime import Model
 
 EXAMPLES = sorted(resource("schemas").glob("*/schema.xml"))
@@ -48,15 +50,19 @@ class Step:
 
 def steps(engine: Engine, plan: Plan, forced: list[int] | None = None) -> list[Step]:
     """Greedy steps behind ``plan``; ``forced`` tokens are what is said instead."""
-    workspace = engine.workspace
-    workspace.prefill(lambda: plan, fresh=True)
-    made: list[Step] = []
-    for i in range(STEPS):
-        logits = workspace.context.last_logits()
-        second, first = np.argsort(logits)[-2:]
-        made.append(Step(int(first), float(logits[first] - logits[second])))
-        workspace.append(np.array([forced[i] if forced else first], np.int32))
-    return made
+
+    def task(slot: Slot, _: OnProgress) -> Task[list[Step]]:
+        workspace = engine.workspace
+        yield from workspace.prefill(slot, lambda: plan, fresh=True)
+        made: list[Step] = []
+        for i in range(STEPS):
+            logits = workspace.context.logits(slot.index)
+            second, first = np.argsort(logits)[-2:]
+            made.append(Step(int(first), float(logits[first] - logits[second])))
+            yield from workspace.append(slot, np.array([forced[i] if forced else first], np.int32))
+        return made
+
+    return engine.host.do(task)
 
 
 @pytest.mark.parametrize("question", ["in the module", "in the prompt"])

@@ -20,7 +20,7 @@ from cpucache.bench.tasks import FULL, SCHEMA, Task, Variant
 from cpucache.bench.ttft import floor
 from cpucache.engine import Engine, Stream
 from cpucache.engine.fidelity import Truth, distance, truth
-from cpucache.engine.planner import Request
+from cpucache.engine.planner import Question
 from cpucache.errors import ContextFull, InputError, PMLError
 from cpucache.layout.vocabulary import joined
 from cpucache.pml import parse_schema
@@ -246,10 +246,11 @@ def _encode(engine: Engine, *, once: bool) -> float:
     text = joined([segment.tokens for segment in engine.planner.layout(SCHEMA).segments])
     if once and len(text) >= engine.context.n_ctx:
         return 0.0
-    engine.workspace.reset()
+    engine.forget()
     started = time.perf_counter()
     if once:
-        engine.workspace.prefill(lambda: Plan((Span(0, text),)), fresh=True)
+        plan = Plan((Span(0, text),))
+        engine.host.do(lambda slot, _: engine.workspace.prefill(slot, lambda: plan, fresh=True))
     else:
         engine.encode(SCHEMA)
     return (time.perf_counter() - started) * 1000
@@ -258,18 +259,19 @@ def _encode(engine: Engine, *, once: bool) -> float:
 def _answer(engine: Engine, example: Example, task: Task, variant: Variant, true: Truth | None) -> tuple[Answer, Truth]:
     """What a variant answers, and what full prefill says, which is ``true`` if that is known already."""
     prompt = task.prompt(example)
-    request = engine.planner.request(prompt, fidelity=variant.fidelity)
-    first = _ask(engine, request, task, variant, max_tokens=1 if variant.refined else task.max_tokens)
+    question = engine.planner.question(prompt, fidelity=variant.fidelity)
+    first = _ask(engine, question, task, variant, max_tokens=1 if variant.refined else task.max_tokens)
     if variant.refined:
         engine.refine()
-        first = _ask(engine, request, task, variant)
+        first = _ask(engine, question, task, variant)
     if true is None:
-        true = truth(engine.workspace, request.plan(), 1, first.tokens, first.text, first.metrics.ttft_ms)
-    found = distance(engine.workspace, first.plan, true)
+        true = _truth(engine, question.plan(), first)
+    known = true
+    found = engine.host.do(lambda slot, _: distance(engine.workspace, slot, first.plan, known))
     again_ms = floor_ms = 0.0
     if variant.cached:
-        again_ms = _ask(engine, request, task, variant, max_tokens=1).metrics.ttft_ms
-        floor_ms = floor(engine, request.plan())
+        again_ms = _ask(engine, question, task, variant, max_tokens=1).metrics.ttft_ms
+        floor_ms = floor(engine, question.plan())
     if not variant.refined:
         # Exact slices would be found by the other variants.
         for span in first.plan.spans:
@@ -297,17 +299,23 @@ def _answer(engine: Engine, example: Example, task: Task, variant: Variant, true
     return answer, true
 
 
-def _ask(engine: Engine, request: Request, task: Task, variant: Variant, *, max_tokens: int | None = None) -> Stream:
+def _truth(engine: Engine, plan: Plan, answer: Stream) -> Truth:
+    ttft_ms = answer.metrics.ttft_ms
+    return engine.host.do(lambda slot, _: truth(engine.workspace, slot, plan, 1, answer.tokens, answer.text, ttft_ms))
+
+
+def _ask(engine: Engine, question: Question, task: Task, variant: Variant, *, max_tokens: int | None = None) -> Stream:
     """The answer to a prompt, with nothing in the llama.cpp context before."""
-    engine.workspace.reset()
-    stream = engine.answer(
-        request.plan,
+    engine.forget()
+    stream = engine.host.answer(
+        question.plan,
         Sampling(stop=task.stop),
+        n_tokens=question.n_tokens,
         max_tokens=max_tokens or task.max_tokens,
         started=time.perf_counter(),
-        label=request.label,
+        label=question.label,
         use_cache=variant.cached,
-        at_end=partial(engine.keep, request) if variant.refined else None,
+        at_end=partial(engine.keep, question) if variant.refined else None,
     )
     stream.reply()
     return stream
@@ -320,11 +328,9 @@ def _add_schema(engine: Engine, example: Example, task: Task, variant: Variant) 
 @contextmanager
 def _slices_in_memory(engine: Engine) -> Iterator[None]:
     """Meanwhile slices are kept in RAM alone, as many as there are, and dropped at the end."""
-    kept = engine.store
     with Store(None, ram_budget=1 << 40) as store:
-        engine.workspace.store = engine.store = store
+        kept = engine.use_store(store)
         try:
             yield
         finally:
-            engine.workspace.store = engine.store = kept
-            engine.workspace.reset()
+            engine.use_store(kept)

@@ -171,7 +171,7 @@ def _ask(engine: Engine, number: int, message: str, repeat: int) -> tuple[Turn, 
         turn = Turn(metrics.prompt_tokens, metrics.fresh_tokens)
         for _ in range(repeat):
             turn.in_context.values.append(fork.edit(number, message, max_tokens=1).reply().metrics.ttft_ms)
-            engine.workspace.reset()
+            engine.forget()
             turn.ram.values.append(fork.edit(number, message, max_tokens=1).reply().metrics.ttft_ms)
     return turn, stream.plan
 
@@ -187,24 +187,31 @@ def _last_turn(
     engine: Engine, session: Session, plan: Plan, number: int, message: str, answer: int, seed: int, *, saving: bool
 ) -> float:
     """Milliseconds from the question to the end of the answer, from RAM."""
-    engine.workspace.reset()
+    engine.forget()
     started = time.perf_counter()
     if saving:
         stream = session.edit(number, message, max_tokens=answer, temperature=1.0, seed=seed)
     else:
         sampling = Sampling(temperature=1.0, seed=seed)
-        stream = engine.answer(lambda: plan, sampling, max_tokens=answer, started=started, label=_NAME)
+        stream = engine.host.answer(
+            lambda: plan, sampling, n_tokens=plan.n_tokens, max_tokens=answer, started=started, label=_NAME
+        )
     stream.reply()
     return (time.perf_counter() - started) * 1000
 
 
 def _recomputed(engine: Engine, plan: Plan) -> float:
     started = time.perf_counter()
-    return (
-        engine.answer(lambda: plan, Sampling(), max_tokens=1, started=started, label=_NAME, use_cache=False)
-        .reply()
-        .metrics.ttft_ms
+    stream = engine.host.answer(
+        lambda: plan,
+        Sampling(),
+        n_tokens=plan.n_tokens,
+        max_tokens=1,
+        started=started,
+        label=_NAME,
+        use_cache=False,
     )
+    return stream.reply().metrics.ttft_ms
 
 
 def _bytes(engine: Engine, keys: set[str]) -> int:

@@ -16,6 +16,9 @@ import numpy as np
 from cpucache.bench.series import Series
 from cpucache.bench.text import filler_prompt, filler_schema
 from cpucache.engine import Engine
+from cpucache.reuse import OnProgress
+from cpucache.reuse.splicer import Slot
+from cpucache.reuse.work import Task
 from cpucache.store import SliceInfo, Store, slice_key
 from cpucache.store.ram import Bytes
 from cpucache.store.store import WAITING
@@ -71,7 +74,7 @@ def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[st
     report = StoreReport()
     with tempfile.TemporaryDirectory(prefix="cpucache-bench-") as name:
         folder = Path(name)
-        engine.workspace.store = engine.store = Store(folder / "store", ram_budget=0)
+        engine.use_store(Store(folder / "store", ram_budget=0))
         engine.add_schema(filler_schema(engine, tokens, _MODULES))
         say(f"encoding {tokens:,} tokens")
         keys = sorted(slice_.key for slice_ in engine.encode("bench").made)
@@ -97,7 +100,7 @@ def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[st
             report.quiet.values.append(_ttft(engine, prompt))
             with _writing(engine.store, states):
                 report.busy.values.append(_ttft(engine, prompt))
-        engine.workspace.reset()
+        engine.forget()
     return report
 
 
@@ -108,10 +111,12 @@ def _timed(action: Callable[..., object], *arguments: object) -> float:
 
 
 def _load(engine: Engine, states: list[Any]) -> None:
-    engine.workspace.reset()
-    for sequence, state in enumerate(states, 1):
-        engine.context.load(sequence, state)
-    engine.workspace.reset()
+    def task(slot: Slot, _: OnProgress) -> Task[None]:
+        for state in states:
+            engine.context.load(slot.sequence, state)
+        yield from engine.workspace.reset(slot)
+
+    engine.host.do(task)
 
 
 def _write(folder: Path, states: list[Bytes]) -> None:
@@ -148,7 +153,7 @@ def _content(number: int) -> str:
 
 
 def _ttft(engine: Engine, prompt: str) -> float:
-    engine.workspace.reset()
+    engine.forget()
     return engine.generate(prompt, max_tokens=1).metrics.ttft_ms
 
 

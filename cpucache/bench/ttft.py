@@ -13,8 +13,9 @@ from typing import Any
 from cpucache.bench.series import Series
 from cpucache.bench.text import filler_prompt, filler_schema
 from cpucache.engine import Engine, Metrics
-from cpucache.reuse import Level, Plan
-from cpucache.reuse.splicer import TARGET
+from cpucache.reuse import Level, OnProgress, Plan
+from cpucache.reuse.splicer import Slot
+from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context, Run, Sampler, Sampling
 from cpucache.store import Store
 
@@ -102,8 +103,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="cpucache-bench-") as folder:
         for turn in range(max(1, full_repeat)):
             say(f"encoding {report.cached_tokens:,} tokens in {modules} modules ({turn + 1}/{max(1, full_repeat)})")
-            engine.workspace.store = engine.store = Store(Path(folder) / str(turn), ram_budget=1 << 40)
-            engine.workspace.reset()
+            engine.use_store(Store(Path(folder) / str(turn), ram_budget=1 << 40))
             encoded = engine.encode("bench")
             report.encode.values.append(encoded.seconds * 1000)
             report.slice_bytes = encoded.bytes
@@ -145,19 +145,23 @@ def _other(engine: Engine, prompt: str, report: Report) -> None:
 
 def floor(engine: Engine, plan: Plan) -> float:
     """Milliseconds to evaluate the question behind the slices that the last prompt left in the llama.cpp context."""
-    fresh = plan.spans[-1]
+    fresh, context = plan.spans[-1], engine.context
     sampler = Sampler(Sampling(), engine.model)
-    engine.context.remove(TARGET, fresh.start)
-    started = time.perf_counter()
-    engine.context.decode([Run(TARGET, fresh.start, fresh.tokens)], logits="last")
-    engine.context.sample(sampler)
-    elapsed = (time.perf_counter() - started) * 1000
+
+    def task(slot: Slot, _: OnProgress) -> Task[float]:
+        context.remove(slot.sequence, fresh.start)
+        started = time.perf_counter()
+        index = yield Work([Run(slot.sequence, fresh.start, fresh.tokens)], logits="last")
+        context.sample(sampler, index)
+        return (time.perf_counter() - started) * 1000
+
+    elapsed = engine.host.do(task)
     sampler.close()
     return elapsed
 
 
 def _cached(engine: Engine, prompt: str, level: Level | None = None) -> Metrics:
-    engine.workspace.reset()
+    engine.forget()
     return engine.generate(prompt, max_tokens=1, fidelity=level).metrics
 
 

@@ -14,7 +14,7 @@ from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
 from cpucache.errors import CpucacheError
 from cpucache.pml.tree import Prompt, Schema
-from cpucache.reuse import Encoded, OnProgress
+from cpucache.reuse import Encoded
 from cpucache.store import Kept
 
 
@@ -64,33 +64,19 @@ def encode(
                     partial(engine.encode_likely, schema.name, asked[schema]),
                 )
             if refine:
-                _refine(engine, schema.name)
+                _pass(engine, f"{schema.name}, refined", f"refining {schema.name}", partial(engine.refine, schema.name))
 
 
-def _pass(engine: Engine, name: str, label: str, work: Callable[[OnProgress], Encoded]) -> None:
+def _pass(engine: Engine, name: str, label: str, work: Callable[..., Encoded]) -> None:
     """Make slices under a bar, and say what was made and kept."""
     try:
         with token_bar(label) as progress:
-            done = work(progress)
+            done = work(progress=progress)
         kept = engine.store.kept(slice_.key for slice_ in done.wanted)
     except KeyboardInterrupt:
         err.print("what has been encoded is kept, and the same command goes on from there", soft_wrap=True)
         raise
     _report(engine, name, done, kept)
-
-
-def _refine(engine: Engine, schema: str) -> None:
-    def work(progress: OnProgress) -> Encoded:
-        done, total = 0, engine.to_refine(schema)
-
-        def step(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            progress(min(done, total), total)
-
-        return engine.refine(schema, step)
-
-    _pass(engine, f"{schema}, refined", f"refining {schema}", work)
 
 
 def _report(engine: Engine, name: str, done: Encoded, kept: Kept) -> None:

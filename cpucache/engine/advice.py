@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cpucache.engine.fidelity import WATCHED, Distance, Truth, distance, truth
-from cpucache.engine.planner import Request
+from cpucache.engine.host import Host
+from cpucache.engine.planner import Question
 from cpucache.errors import ContextFull
 from cpucache.pml.tree import Prompt
-from cpucache.reuse import Fidelity
+from cpucache.reuse import Encoded, Fidelity
 from cpucache.runtime import Sampling
-
-if TYPE_CHECKING:
-    from cpucache.engine.engine import Engine
 
 SHARES = (0.1, 0.2)
 """The shares of the spliced tokens that recomputing is tried with."""
@@ -96,7 +94,7 @@ class FidelityReport:
 
 
 def examine(
-    engine: Engine,
+    host: Host,
     prompt: Prompt,
     fidelity: Fidelity,
     *,
@@ -108,8 +106,8 @@ def examine(
 
     Slices that only a change needs do not stay in the store. Raises ``ContextFull``.
     """
-    request = engine.planner.request(prompt, fidelity=fidelity)
-    request.check_fits(engine.context.n_ctx, engine.model.n_ctx_train, max_tokens)
+    question = host.planner.question(prompt, fidelity=fidelity)
+    question.check_fits(host.context.n_ctx, host.model.n_ctx_train, max_tokens)
     changes: list[tuple[str, Fidelity]] = []
     if advise and not fidelity.exact:
         changes += [(f"--recompute {share}", Fidelity(share)) for share in SHARES if share > fidelity.recompute]
@@ -120,49 +118,63 @@ def examine(
             progress(done, len(changes) + 2, what)
 
     say(0, "without reuse")
-    engine.warm_up()
-    stream = engine.answer(
-        request.plan, Sampling(), max_tokens=max_tokens, started=perf_counter(), label=request.label, use_cache=False
+    host.warm_up()
+    stream = host.answer(
+        question.plan,
+        Sampling(),
+        n_tokens=question.n_tokens,
+        max_tokens=max_tokens,
+        started=perf_counter(),
+        label=question.label,
+        use_cache=False,
     )
     reply = stream.reply()
-    plan = request.plan()
+    plan = question.plan()
     watched = min(WATCHED, len(plan.spans[-1].tokens))
-    true = truth(engine.workspace, plan, watched, stream.tokens, reply.text, reply.metrics.ttft_ms)
+
+    ttft_ms = reply.metrics.ttft_ms
+    true = host.do(lambda slot, _: truth(host.workspace, slot, plan, watched, stream.tokens, reply.text, ttft_ms))
     say(1, "as it is")
-    engine.workspace.encode(plan.wanted, request.label)
-    now = _try(engine, request, true, "", max_tokens)
+    _encode(host, question)
+    now = _try(host, question, true, "", max_tokens)
     trials = []
     for done, (change, other) in enumerate(changes, 2):
         say(done, change)
         # What is recomputed takes cells besides. A change for which there are none is no advice.
         with suppress(ContextFull):
-            trials.append(_try(engine, engine.planner.request(prompt, fidelity=other), true, change, 1))
+            trials.append(_try(host, host.planner.question(prompt, fidelity=other), true, change, 1))
     say(len(changes) + 2, "")
-    pieces = [engine.model.text([token], special=True) for token in true.targets.tolist()]
+    pieces = [host.model.text([token], special=True) for token in true.targets.tolist()]
     report = FidelityReport(true, pieces, now, trials)
     trials.sort(key=report.worth, reverse=True)
     return report
 
 
-def _try(engine: Engine, request: Request, true: Truth, change: str, max_tokens: int) -> Trial:
-    workspace = engine.workspace
-    made = workspace.encode(request.plan().wanted, request.label)
+def _encode(host: Host, question: Question) -> Encoded:
+    wanted = question.plan().wanted
+    return host.do(lambda slot, _: host.workspace.encode(slot, wanted, question.label))
+
+
+def _try(host: Host, question: Question, true: Truth, change: str, max_tokens: int) -> Trial:
+    made = _encode(host, question)
     try:
         times: list[float] = []
         text = ""
         for last in reversed(range(_TIMES)):
-            workspace.reset()
-            stream = engine.answer(
-                request.plan,
+            host.forget()
+            stream = host.answer(
+                question.plan,
                 Sampling(),
+                n_tokens=question.n_tokens,
                 max_tokens=1 if last else max_tokens,
                 started=perf_counter(),
-                label=request.label,
+                label=question.label,
             )
             text = stream.reply().text
             times.append(stream.metrics.ttft_ms)
-        found = distance(workspace, request.plan(), true, request.label, text=text, ttft_ms=median(times))
+        plan = question.plan()
+        found = host.do(lambda slot, _: distance(host.workspace, slot, plan, true, question.label))
     finally:
         for slice_ in made.made:
-            engine.store.discard(slice_.key)
-    return Trial(change, found, made.bytes)
+            host.store.discard(slice_.key)
+    return Trial(change, replace(found, text=text, ttft_ms=median(times)), made.bytes)

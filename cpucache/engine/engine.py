@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-from weakref import WeakSet
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import psutil
 
-from cpucache.engine.access import Access
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
-from cpucache.engine.idle import REFINES, Idle, Refine
-from cpucache.engine.planner import PREFIX, Message, Planner, Request, parsed_prompt
+from cpucache.engine.answer import Answer
+from cpucache.engine.core import Core
+from cpucache.engine.host import Host
+from cpucache.engine.planner import PREFIX, Message, Planner, Question, parsed_prompt
 from cpucache.engine.reply import Reply
+from cpucache.engine.request import Priority, Request
 from cpucache.engine.sampling import sampling_of
 from cpucache.engine.session import Session, WhenFull
 from cpucache.engine.size import parse_size
@@ -48,12 +50,16 @@ from cpucache.reuse import (
     refine,
     scaffolded,
 )
-from cpucache.reuse.encoder import Made
-from cpucache.reuse.refine import exact_slices, to_refine
+from cpucache.reuse.refine import exact_slices
+from cpucache.reuse.splicer import SLOTS, Slot
+from cpucache.reuse.work import Task
 from cpucache.runtime import Context, KVType, Model, Sampling
+from cpucache.runtime.hardware import on_mains
 from cpucache.sessions import Transcripts
 from cpucache.store import Fingerprints, Store, default_home
 
+Refine: TypeAlias = Literal["off", "idle"]
+REFINES: tuple[Refine, ...] = ("off", "idle")
 DEFAULT_CTX = 8192
 """Cells of a context, unless the model was trained on fewer or the caller asks for more."""
 
@@ -71,9 +77,11 @@ class Engine:
     schemas are laid out. ``block_size``: tokens of the blocks that plain text and messages are cached in. ``fidelity``:
     of prompts that do not say theirs (a level or a ``Fidelity``, see ``plan``). ``refine``: ``"idle"`` makes exact what
     was asked lately when nothing has been asked for a second, on mains power. ``sessions``: the
-    folder for conversations (default ``$CPUCACHE_SESSIONS``, else the platform's user data folder).
+    folder for conversations (default ``$CPUCACHE_SESSIONS``, else the platform's user data folder). ``parallel``:
+    prompts that are answered at a time, 1 to 16, in the cells of one context. More of them wait, in order.
 
-    Use it as a context manager, or ``close`` it. Calls from several threads take turns.
+    Use it as a context manager, or ``close`` it. Any thread may call any method, ``close`` included: one thread of the
+    engine's own uses the model, and the requests of all others wait for it in a queue.
 
     Raises ``ModelError`` when the model can't be found, read or loaded, and ``InputError`` for settings that are none.
     """
@@ -96,6 +104,7 @@ class Engine:
         fidelity: Level | Fidelity | None = None,
         refine: Refine = "off",
         sessions: str | Path | None = None,
+        parallel: int = 1,
     ) -> None:
         usual = Fidelity.of(fidelity)
         ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
@@ -103,52 +112,53 @@ class Engine:
         for setting, value in (("threads", threads), ("n_ctx", n_ctx), ("block_size", block_size)):
             if value is not None and value < 1:
                 raise InputError(f"{setting}={value}: must be 1 or more")
+        if not 1 <= parallel <= SLOTS:
+            raise InputError(f"parallel={parallel}: must be from 1 to {SLOTS}")
         path = resolve_model(str(model or default_model()))
         home = Path(store) if store else default_home()
         # What was opened is closed again when something behind it fails.
         with ExitStack() as opened:
-            self.model = Model(path, gpu_layers_=gpu_layers)
-            opened.callback(self.model.close)
-            self.context = Context(
-                self.model,
-                n_ctx=n_ctx or min(self.model.n_ctx_train, DEFAULT_CTX),
-                n_threads=threads,
-                kv_type=kv_type,
-                flash=flash,
-            )
+            self.model = loaded = Model(path, gpu_layers_=gpu_layers)
+            opened.callback(loaded.close)
+            cells = n_ctx or min(loaded.n_ctx_train, DEFAULT_CTX)
+            self.context = Context(loaded, n_ctx=cells, n_threads=threads, kv_type=kv_type, flash=flash)
             opened.callback(self.context.close)
             # What is free now that the weights and the context are there.
             free = psutil.virtual_memory().available
-            self.store = Store(home, ram_budget=free // 4 if ram is None else ram, disk_budget=disk, paranoid=paranoid)
-            opened.callback(self._close_store)
+            kept = Store(home, ram_budget=free // 4 if ram is None else ram, disk_budget=disk, paranoid=paranoid)
+            opened.callback(lambda: self.store.close() if hasattr(self, "workspace") else kept.close())
             self.fingerprint = Fingerprints(home / "index.sqlite").of(path)
             self.slices = Slices(self.fingerprint, self.context.state_format, block_size)
-            self.workspace = Workspace(self.context, self.store, self.slices)
-            self.template = ChatTemplate(
-                self.model.chat_template, bos=self.model.special_text("bos"), eos=self.model.special_text("eos")
+            self.workspace = Workspace(self.context, kept, self.slices, parallel)
+            template = ChatTemplate(
+                loaded.chat_template, bos=loaded.special_text("bos"), eos=loaded.special_text("eos")
             )
-            lookup = Lookup(self.workspace, Repair(self.model.text))
+            lookup = Lookup(self.workspace, Repair(loaded.text))
             # Gaps between positions come from moving, which not every model's state allows.
             positions = positions if self.context.can_shift else "packed"
-            self.planner = Planner(self.model, self.template, self.slices, lookup, positions, usual, self.context.n_ctx)
-            self._access = Access(self.workspace)
-            self._opening = threading.Lock()
-            self._folder = Path(sessions) if sessions else None
-            self._transcripts: Transcripts | None = None
-            self._sessions: WeakSet[Session] = WeakSet()
-            self._idle = Idle(self._refine_when_idle) if refine == "idle" else None
+            self.planner = Planner(loaded, template, self.slices, lookup, positions, usual, cells)
+            idle = partial(_refining_when_idle, self.workspace) if refine == "idle" else None
+            self.host = Host(loaded, template, self.workspace, self.planner, Core(self.context, parallel, idle))
+            # Where nobody closes the engine, its thread ends with it.
+            opened.callback(weakref.finalize(self, self.host.core.close))
             self._opened = opened.pop_all()
+        self._opening = threading.Lock()
+        self._folder = Path(sessions) if sessions else None
+        self._transcripts: Transcripts | None = None
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
-    def _close_store(self) -> None:
-        # The benchmarks give an engine another store meanwhile.
-        self.store.close()
+    @property
+    def store(self) -> Store:
+        """Where slices are kept."""
+        return self.workspace.store
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
-        """Free the model and its context."""
-        if self._idle is not None:
-            self._idle.close()
-        self._access.end()
+        """End every answer under way, in whatever thread it is read, and free the model and its context.
+
+        Answers that end so are ``"interrupted"``, and keep what there is of them. What waits for its turn ends, too.
+        """
+        self.host.core.close()
         for session in list(self._sessions):
             session.close()
         if self._transcripts is not None:
@@ -179,8 +189,7 @@ class Engine:
         ``progress(done, total)`` is told about tokens.
         """
         layout = self.planner.layout(schema)
-        with self.alone():
-            return self.workspace.encode(reading(layout, self.slices, self._room), schema, progress)
+        return self._encode(reading(layout, self.slices, self._room), schema, progress)
 
     def encode_likely(
         self, schema: str, prompts: Sequence[str | Path | Prompt] = (), progress: OnProgress | None = None
@@ -191,47 +200,39 @@ class Engine:
         for scaffold in layout.schema.scaffolds:
             wanted.update(dict.fromkeys(scaffolded(layout, self.slices, scaffold.modules, self._room)))
         for prompt in prompts:
-            request = self.planner.request(prompt)
-            request.check_fits(self.context.n_ctx, self.model.n_ctx_train)
-            if request.bound is not None:
-                wanted.update(dict.fromkeys(exact_slices(asked(request.bound), self.slices)))
-        with self.alone():
-            return self.workspace.encode(wanted, schema, progress)
+            question = self.planner.question(prompt)
+            question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
+            if question.bound is not None:
+                wanted.update(dict.fromkeys(exact_slices(asked(question.bound), self.slices)))
+        return self._encode(wanted, schema, progress)
+
+    def _encode(self, slices: Iterable[Slice], label: str, progress: OnProgress | None) -> Encoded:
+        wanted, report = list(slices), Encoded()
+
+        def task(slot: Slot, told: OnProgress) -> Task[Encoded]:
+            return self.workspace.encode(slot, wanted, label, told, report=report)
+
+        return self.host.do(task, Priority.ENCODE, progress)
 
     @property
     def _room(self) -> int:
         """Cells for a slice and its context: one stays free for the token that applies a shift."""
         return self.context.n_ctx - 1
 
-    def refine(self, schema: str | None = None, progress: Callable[[int], object] | None = None) -> Encoded:
+    def refine(self, schema: str | None = None, progress: OnProgress | None = None) -> Encoded:
         """Make exact what was asked lately, the most used first; gives what was made.
 
-        Requests of other threads come first: each waits for less than 0.2 s, and refining goes on behind it. What has
-        been made stays when this is interrupted. ``schema`` limits it to prompts on one schema. ``progress(tokens)`` is
-        told how many tokens each finished slice has.
+        Answers come first: each interrupts it at once, and refining goes on behind it. What has been made stays when
+        this is interrupted. ``schema`` limits it to prompts on one schema. ``progress(done, total)`` is told about
+        tokens.
         """
-        done = Encoded()
-        for made in self._refining(schema):
-            if made is not None:
-                done.add(made)
-                done.wanted.append(made.slice)
-                done.seconds += made.seconds
-                if progress:
-                    progress(len(made.slice.tokens))
-        return done
+        report = Encoded()
 
-    def to_refine(self, schema: str | None = None) -> int:
-        """Tokens that ``refine`` would evaluate."""
-        return to_refine(self.slices, self.store, schema)
+        def task(slot: Slot, told: OnProgress) -> Task[None]:
+            return refine(self.workspace, slot, schema, report, told)
 
-    def _refining(self, schema: str | None = None, *, wait: bool = True) -> Iterator[Made | None]:
-        """Steps of refining, each alone with the context; without ``wait``, until another thread uses it."""
-        return self._access.stepwise(refine(self.workspace, self.store, schema), wait=wait)
-
-    def _refine_when_idle(self, go_on: Callable[[], bool]) -> None:
-        for _ in self._refining(wait=False):
-            if not go_on():
-                return
+        self.host.do(task, Priority.REFINE, progress)
+        return report
 
     # -- prompts -----------------------------------------------------------------------------------------------------
     def plan(
@@ -260,7 +261,7 @@ class Engine:
 
         Raises ``PMLError`` or ``InputError``.
         """
-        return self._request(prompt, messages, text, fidelity, recompute, reuse).plan()
+        return self._question(prompt, messages, text, fidelity, recompute, reuse).plan()
 
     def encode_for(
         self,
@@ -271,9 +272,8 @@ class Engine:
         recompute: float | None = None,
     ) -> Encoded:
         """Make the slices that one prompt needs and the store does not have. Fidelity is given as for ``plan``."""
-        request = self._request(prompt, None, None, fidelity, recompute)
-        with self.alone():
-            return self.workspace.encode(request.plan().wanted, request.label, progress)
+        question = self._question(prompt, None, None, fidelity, recompute)
+        return self._encode(question.plan().wanted, question.label, progress)
 
     def prefetch(
         self,
@@ -291,7 +291,7 @@ class Engine:
         """
         if isinstance(prompt, Session):
             return prompt.prefetch()
-        plan = self._request(prompt, messages, text, fidelity, recompute, reuse).plan()
+        plan = self._question(prompt, messages, text, fidelity, recompute, reuse).plan()
         return self.store.prefetch(self.workspace.keys(plan))
 
     def stream(
@@ -339,54 +339,21 @@ class Engine:
             seed=seed,
             stop=stop,
         )
-        request = self._request(prompt, messages, text, fidelity, recompute, reuse)
-        request.check_fits(self.context.n_ctx, self.model.n_ctx_train)
-        return self.answer(
-            request.plan,
+        question = self._question(prompt, messages, text, fidelity, recompute, reuse)
+        question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
+        return self.host.answer(
+            question.plan,
             chosen,
             max_tokens=max_tokens,
             started=started,
-            label=request.label,
+            label=question.label,
+            n_tokens=question.n_tokens,
             use_cache=use_cache,
             progress=progress,
-            at_end=partial(self.keep, request) if use_cache else None,
+            at_end=partial(self.keep, question) if use_cache else None,
         )
 
-    def answer(
-        self,
-        plan: Callable[[], Plan],
-        sampling: Sampling,
-        *,
-        max_tokens: int,
-        started: float,
-        label: str,
-        use_cache: bool = True,
-        progress: OnProgress | None = None,
-        at_start: Callable[[Stream], None] | None = None,
-        at_first: Callable[[Stream], None] | None = None,
-        at_end: Callable[[Stream], None] | None = None,
-    ) -> Stream:
-        """The answer to a plan.
-
-        ``at_start``, ``at_first`` and ``at_end`` are called before anything is evaluated, when the first token has been
-        handed over, and when the answer ends.
-        """
-        return Stream(
-            self.workspace,
-            plan,
-            sampling,
-            max_tokens=max_tokens,
-            started=started,
-            turn=self._turn,
-            schema=label,
-            use_cache=use_cache,
-            progress=progress,
-            at_start=at_start,
-            at_first=at_first,
-            at_end=at_end,
-        )
-
-    def _request(
+    def _question(
         self,
         prompt: str | Path | Prompt | None,
         messages: Sequence[Message] | None = None,
@@ -394,9 +361,9 @@ class Engine:
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
         reuse: Reuse = "schema",
-    ) -> Request:
+    ) -> Question:
         wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
-        return self.planner.request(prompt, messages, text, fidelity=wanted, reuse=reuse)
+        return self.planner.question(prompt, messages, text, fidelity=wanted, reuse=reuse)
 
     def fidelity(
         self,
@@ -415,8 +382,7 @@ class Engine:
         """
         wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
         parsed = parsed_prompt(prompt)
-        with self.alone():
-            return examine(self, parsed, wanted, max_tokens=max_tokens, advise=advise, progress=progress)
+        return examine(self.host, parsed, wanted, max_tokens=max_tokens, advise=advise, progress=progress)
 
     def generate(self, prompt: str | Path | Prompt | None = None, **settings: Any) -> Reply:
         """The whole answer. Settings are those of ``stream``."""
@@ -448,50 +414,52 @@ class Engine:
         """
         wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
         opening = None if prompt is None else self.planner.opening(prompt, wanted)
-        # Not the lock of the context: a session is opened, and read ahead, while another one's answer is on its way.
         with self._opening:
             if self._transcripts is None:
                 self._transcripts = Transcripts(self._folder)
-            session = Session(self, self._transcripts, name, system=system, opening=opening, when_full=when_full)
+            session = Session(self.host, self._transcripts, name, system=system, opening=opening, when_full=when_full)
             self._sessions.add(session)
         return session
 
+    # -- the llama.cpp context ---------------------------------------------------------------------------------------
     def warm_up(self) -> None:
         """Evaluate one token, so that the first prompt does not pay for reading the weights in, and the like."""
-        with self.alone():
-            self.workspace.warm_up(self.model.filler)
+        self.host.warm_up()
+
+    def use_store(self, store: Store) -> Store:
+        """Keep slices elsewhere from now on; gives the store that was used so far. ``close`` closes the last one."""
+        before, self.workspace.store = self.workspace.store, store
+        self.forget()
+        return before
+
+    def forget(self) -> None:
+        """Empty the llama.cpp context, as it is after a restart. The store keeps its slices."""
+        self.host.forget()
 
     # -- inside ------------------------------------------------------------------------------------------------------
-    def alone(self) -> AbstractContextManager[None]:
-        """Use the context: other threads wait, and an unfinished stream of this thread ends."""
-        return self._access.alone()
-
-    @contextmanager
-    def _turn(self, stream: Stream) -> Iterator[None]:
-        # The end counts as well: answers may take longer than the pause behind which the machine is idle.
-        self._busy()
-        try:
-            with self._access.streaming(stream):
-                yield
-        finally:
-            self._busy()
-
-    def _busy(self) -> None:
-        if self._idle is not None:
-            self._idle.busy()
-
-    def keep(self, request: Request, stream: Stream) -> None:
+    def keep(self, question: Question, answer: Answer) -> None:
         """Keep what later prompts can use: of plain text, the blocks that the answer has filled; else, what to refine.
 
         Called when the answer ends.
         """
-        if request.bound is None:
-            answer = np.array(stream.tokens[: stream.evaluated], np.int32)
-            blocks = self.slices.blocks((), np.concatenate([stream.plan.tokens, answer]))
-            self.workspace.capture(blocks[len(stream.plan.slices) :], PREFIX)
-        elif not stream.plan.exact:
-            parts = asked(request.bound)
-            self.store.asked.note(self.fingerprint, self.slices.state_format, request.label, parts)
+        if question.bound is None:
+            tokens = np.array(answer.tokens[: answer.evaluated], np.int32)
+            blocks = self.slices.blocks((), np.concatenate([answer.plan.tokens, tokens]))
+            answer.capture(blocks[len(answer.plan.slices) :], PREFIX)
+        elif not answer.plan.exact:
+            parts = asked(question.bound)
+            self.store.asked.note(self.fingerprint, self.slices.state_format, question.label, parts)
+
+
+def _refining_when_idle(workspace: Workspace) -> Request[None] | None:
+    if not on_mains():
+        return None
+
+    def task(_: Request[None]) -> Task[None]:
+        with workspace.slot() as slot:
+            yield from refine(workspace, slot, None, Encoded())
+
+    return Request(task, priority=Priority.REFINE)
 
 
 def _check(**settings: tuple[str, Sequence[str]]) -> None:

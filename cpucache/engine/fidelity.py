@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from cpucache.layout import Tokens
 from cpucache.reuse import Plan, Span, Workspace
+from cpucache.reuse.splicer import Slot
+from cpucache.reuse.work import Task
 
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
@@ -92,23 +94,23 @@ def between(wanted: Floats, found: Floats, targets: Tokens) -> tuple[Floats, Fla
     return np.maximum(kl, 0), agrees, wanted[at] - found[at]
 
 
-def truth(workspace: Workspace, plan: Plan, watched: int, answer: Sequence[int], text: str, ttft_ms: float) -> Truth:
+def truth(
+    workspace: Workspace, slot: Slot, plan: Plan, watched: int, answer: Sequence[int], text: str, ttft_ms: float
+) -> Task[Truth]:
     """What is said without reuse behind the last tokens of ``plan``, so many ``watched``, and along ``answer``."""
     tokens = np.array(answer, np.int32)
-    rows = workspace.forced(_ending(plan.without_reuse(), watched), tokens[:-1])
+    rows = yield from workspace.forced(slot, _ending(plan.without_reuse(), watched), tokens[:-1])
     asked = plan.tokens[-watched:]
     # Behind the last token of all stands nothing to be predicted, when the answer is empty.
     return Truth(tokens, text, ttft_ms, asked, log_probabilities(rows[: watched - 1 + len(tokens)]))
 
 
-def distance(
-    workspace: Workspace, plan: Plan, true: Truth, label: str = "", *, text: str = "", ttft_ms: float = 0.0
-) -> Distance:
+def distance(workspace: Workspace, slot: Slot, plan: Plan, true: Truth, label: str = "") -> Task[Distance]:
     """How far ``plan``, with its slices, is from the truth. It ends with the tokens asked, all of them fresh."""
     wanted = true.log_probabilities
-    rows = workspace.forced(_ending(plan, len(true.asked)), true.answer[:-1], label)
+    rows = yield from workspace.forced(slot, _ending(plan, len(true.asked)), true.answer[:-1], label)
     found = log_probabilities(rows[: len(wanted)])
-    return Distance(*between(wanted, found, true.targets), asked=len(true.asked) - 1, text=text, ttft_ms=ttft_ms)
+    return Distance(*between(wanted, found, true.targets), asked=len(true.asked) - 1)
 
 
 def _ending(plan: Plan, count: int) -> Plan:

@@ -27,7 +27,7 @@ _HEAD = 16  # characters of a text that are tokenized first, for each token that
 
 
 @dataclass(frozen=True)
-class Request:
+class Question:
     """A prompt that can be planned."""
 
     plan: Callable[[], Plan]
@@ -110,7 +110,7 @@ class Planner:
             raise InputError(f"no schema '{name}' has been added ({known}); add it with add_schema()")
         return layout
 
-    def request(
+    def question(
         self,
         prompt: str | Path | Prompt | None,
         messages: Sequence[Message] | None = None,
@@ -118,7 +118,7 @@ class Planner:
         *,
         fidelity: Fidelity | None = None,
         reuse: Reuse = "schema",
-    ) -> Request:
+    ) -> Question:
         """A prompt in one of the forms that ``Engine.plan`` takes."""
         if reuse not in REUSES:
             raise InputError(f"reuse={reuse!r}: must be one of {', '.join(REUSES)}")
@@ -131,7 +131,7 @@ class Planner:
             self._check_size(parsed.file, _new_texts(parsed.children))
             bound = bind(layout, included, file=parsed.file)
             plan = self._planning(bound, fidelity or self.usual, reuse)
-            return Request(plan, bound.n_tokens, parsed.schema, parsed.file, bound)
+            return Question(plan, bound.n_tokens, parsed.schema, parsed.file, bound)
         name = "messages" if text is None else "text"
         if text is not None and not isinstance(text, str):
             raise InputError(f"text is a str to go on with, not {text!r}")
@@ -140,7 +140,7 @@ class Planner:
         checked = None if messages is None else [_checked(message) for message in messages]
         self._check_size(name, [text or ""] if checked is None else [content for _, content in checked])
         tokens = self._tokens(checked, text)
-        return Request(lambda: self._slices.plan((), tokens), len(tokens), PREFIX, name)
+        return Question(lambda: self._slices.plan((), tokens), len(tokens), PREFIX, name)
 
     def opening(self, prompt: str | Path | Prompt, fidelity: Fidelity | None = None) -> Opening:
         """What a conversation begins with that begins with a PML prompt."""

@@ -7,17 +7,21 @@ today in this process or days later in another, evaluates what is new and nothin
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from cpucache.engine.answer import Answer
+from cpucache.engine.host import Host
 from cpucache.engine.opening import Opening, dump_spans, load_spans, tokens_of
 from cpucache.engine.reply import Reply
+from cpucache.engine.request import Request
 from cpucache.engine.sampling import sampling_of
 from cpucache.engine.stream import Stream
 from cpucache.engine.turn import Turn
@@ -26,9 +30,6 @@ from cpucache.layout import Tokens, Turns
 from cpucache.layout.vocabulary import empty, joined
 from cpucache.reuse import History, OnProgress, Slice, Span
 from cpucache.sessions import Entry, Transcripts
-
-if TYPE_CHECKING:
-    from cpucache.engine.engine import Engine
 
 WhenFull: TypeAlias = Literal["oldest", "half", "refuse"]
 WHEN_FULL: tuple[WhenFull, ...] = ("oldest", "half", "refuse")
@@ -45,7 +46,7 @@ class Session:
 
     def __init__(
         self,
-        engine: Engine,
+        host: Host,
         transcripts: Transcripts,
         name: str,
         *,
@@ -59,13 +60,14 @@ class Session:
             raise InputError("a session begins with a system text or with a prompt, not with both")
         self.name = name
         self.when_full: WhenFull = when_full
-        self._engine = engine
-        self._workspace = engine.workspace
+        self._host = host
+        self._workspace = host.workspace
+        self._lock = threading.RLock()
         self._closed = False
         self._held: list[str] = []
-        self._opening: list[Span] = [] if opening is None else engine.slices.chained(opening.plan, "opening")
-        self._stream: Stream | None = None
-        self._transcript = transcripts.open(name, fingerprint=engine.fingerprint, model=engine.model.path.stem)
+        self._opening: list[Span] = [] if opening is None else host.slices.chained(opening.plan, "opening")
+        self._last: Request[None] | None = None
+        self._transcript = transcripts.open(name, fingerprint=host.slices.fingerprint, model=host.model.path.stem)
         try:
             first = self._first_entry(system, opening)
             if not self._transcript.entries and first is not None:
@@ -83,9 +85,11 @@ class Session:
     def close(self) -> None:
         """End an answer that is under way, and let others open the session."""
         if not self._closed:
-            with self._engine.alone():
+            with self._lock:
                 self._closed = True
-                self._end_stream()
+                if self._last is not None:
+                    self._last.cancel()
+                    self._last.wait()
                 self._hold([])
                 self._transcript.close()
 
@@ -129,7 +133,7 @@ class Session:
     # -- turns -------------------------------------------------------------------------------------------------------
     def send(self, text: str | None = None, **settings: Any) -> Reply:
         """The whole answer to a message. Settings are those of ``stream``. Calls from several threads take turns."""
-        with self._engine.alone():
+        with self._lock:
             return self.stream(text, **settings).reply()
 
     def stream(
@@ -143,17 +147,20 @@ class Session:
         """The answer to a message, piece by piece; without ``text``, to the one that is ``unanswered``.
 
         ``sampling`` are the settings of ``Engine.stream``: temperature, top_k, top_p, min_p, repeat_penalty, seed,
-        stop. The session's next turn ends a stream that was not begun, and waits for one that another thread reads.
-        Raises ``ContextFull`` when there is no room for it, and none that may be made, and ``InputError`` while another
-        thread waits to begin a stream of this session.
+        stop. The session's next turn waits until this answer has ended (``stop`` it first where the rest is not
+        wanted); it ends a stream of which nothing was read. Raises ``ContextFull`` when there is no room for the
+        message, and none that may be made.
         """
-        return self._turn(text, len(self.entries), max_tokens, progress, sampling)
+        with self._lock:
+            self._finish_last()
+            return self._turn(text, len(self.entries), max_tokens, progress, sampling)
 
     def regenerate(
         self, *, max_tokens: int = MAX_TOKENS, progress: OnProgress | None = None, **sampling: Any
     ) -> Stream:
         """Another answer to the last message, in place of the one that there is, if any."""
-        with self._engine.alone():
+        with self._lock:
+            self._finish_last()
             answered = bool(self.entries) and self.entries[-1].role == "assistant"
             if not answered and not self.unanswered:
                 raise InputError("there is no answer yet to be given again")
@@ -169,7 +176,8 @@ class Session:
         **sampling: Any,
     ) -> Stream:
         """Go back to the user's message ``number`` (1: the first), say ``text`` in its place, and go on from there."""
-        with self._engine.alone():
+        with self._lock:
+            self._finish_last()
             said = [index for index, entry in enumerate(self.entries) if entry.role == "user"]
             if not 1 <= number <= len(said):
                 raise InputError(f"no message {number}: there are {len(said)} of yours")
@@ -180,12 +188,12 @@ class Session:
 
         What both share is on disk once. Raises ``InputError`` when there is a session of this name.
         """
-        with self._engine.alone():
+        with self._lock:
             self._transcript.fork(name, messages)
 
     def prefetch(self) -> Future[None]:
         """Read the slices that the next turn needs into memory, in the background."""
-        return self._engine.store.prefetch(self._held)
+        return self._host.store.prefetch(self._held)
 
     # -- inside ------------------------------------------------------------------------------------------------------
     def _turn(
@@ -193,55 +201,51 @@ class Session:
     ) -> Stream:
         started = perf_counter()
         sampling = sampling_of(**settings)
-        with self._engine.alone():
-            if self._closed:
-                raise InputError(f"session '{self.name}' has been closed")
-            self._end_stream()
-            if keep == len(self.entries):
-                history, turns, pending, asks = self._history.copy(), copy.copy(self._turns), self._pending, self._asks
-            else:
-                history, turns, pending, asks = self._replayed(keep)
-            if text is None and not asks:
-                raise InputError("there is no message to answer")
-            tokens = [pending, turns.turn("user", text) if text is not None else empty(), turns.answer()]
-            new = joined(tokens)
-            before = history.n_tokens
-            self._make_room(history, len(new), max_tokens)
-            number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
-            slices = self._engine.slices
-            plan = slices.plan(history.spans, new, f"turn {number}")
-            # The last token is evaluated in any case, and its logits give the answer: it goes with the answer.
-            message = slices.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
-            opening = new[-1:] if text is not None else new
-            turn = Turn(text, keep, history, turns, message, opening, number, len(history), len(history.slices))
-            stream = self._engine.answer(
-                lambda: plan,
-                sampling,
-                max_tokens=max_tokens,
-                started=started,
-                label=self._label,
-                progress=progress,
-                at_start=lambda _stream: self._begin(turn) if keep == len(self.entries) else None,
-                at_first=lambda stream: self._prefilled(turn, stream),
-                at_end=lambda stream: self._keep(turn, stream),
-            )
-            stream.metrics.left_out_tokens = before - history.n_tokens
-            self._stream = stream
-            return stream
+        if self._closed:
+            raise InputError(f"session '{self.name}' has been closed")
+        if keep == len(self.entries):
+            history, turns, pending, asks = self._history.copy(), copy.copy(self._turns), self._pending, self._asks
+        else:
+            history, turns, pending, asks = self._replayed(keep)
+        if text is None and not asks:
+            raise InputError("there is no message to answer")
+        tokens = [pending, turns.turn("user", text) if text is not None else empty(), turns.answer()]
+        new = joined(tokens)
+        before = history.n_tokens
+        self._make_room(history, len(new), max_tokens)
+        number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
+        slices = self._host.slices
+        plan = slices.plan(history.spans, new, f"turn {number}")
+        # The last token is evaluated in any case, and its logits give the answer: it goes with the answer.
+        message = slices.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
+        opening = new[-1:] if text is not None else new
+        turn = Turn(text, keep, history, turns, message, opening, number, len(history), len(history.slices))
+        stream = self._host.answer(
+            lambda: plan,
+            sampling,
+            max_tokens=max_tokens,
+            started=started,
+            label=self._label,
+            n_tokens=plan.n_tokens,
+            progress=progress,
+            at_start=lambda _answer: self._begin(turn) if keep == len(self.entries) else None,
+            at_first=lambda answer: self._prefilled(turn, answer),
+            at_end=lambda answer: self._keep(turn, answer),
+        )
+        stream.metrics.left_out_tokens = before - history.n_tokens
+        self._last = stream.request
+        return stream
 
-    def _end_stream(self) -> None:
-        try:
-            if self._stream is not None:
-                self._stream.close()
-        except ValueError:  # the generator is running, in a thread that waits for this one to let go of the engine
-            raise InputError(
-                f"session '{self.name}': another thread is about to read an answer; call send(), which waits for its "
-                "turn, or begin the next one when that answer has ended"
-            ) from None
+    def _finish_last(self) -> None:
+        """Wait until the answer before has ended. One that was not begun never is."""
+        if self._last is not None:
+            if not self._last.begun:
+                self._last.cancel()
+            self._last.wait()
 
     def _make_room(self, history: History, new: int, max_tokens: int) -> None:
         """Let the oldest turns leave until the new one fits, with room for its answer."""
-        n_ctx, known = self._engine.context.n_ctx, self._engine.model.n_ctx_train
+        n_ctx, known = self._host.context.n_ctx, self._host.model.n_ctx_train
         room = min(max_tokens, min(n_ctx, known) // 4)
 
         def fits(room: int) -> bool:
@@ -249,7 +253,7 @@ class Session:
             return history.n_tokens + new + room <= n_ctx and history.end + new + room <= known
 
         # What stays is evaluated again where it can't be moved: that is to happen rarely.
-        oldest = self.when_full == "oldest" and self._engine.context.can_shift
+        oldest = self.when_full == "oldest" and self._host.context.can_shift
         roles = [entry.role for entry in self.entries[: len(history)]]
         while not fits(room):
             # A question leaves with its answer.
@@ -286,42 +290,39 @@ class Session:
         turn.keep += 1
         self._history, self._turns, self._pending, self._asks = history.copy(), turn.turns, turn.opening, True
 
-    def _prefilled(self, turn: Turn, stream: Stream) -> None:
+    def _prefilled(self, turn: Turn, answer: Answer) -> None:
         """Save the state of the message, as far as it was not evaluated in whole blocks."""
         history, rate = turn.history, self._workspace.prefill_rate
         self._begin(turn)
-        self._save(turn.message[len(stream.plan.slices) - turn.known :])
-        if stream.metrics.left_out_tokens and rate and self._engine.context.can_shift:
+        answer.capture(turn.message[len(answer.plan.slices) - turn.known :], self._label)
+        if answer.metrics.left_out_tokens and rate and self._host.context.can_shift:
             moved = sum(history.size(index) for index in range(history.fixed, turn.before))
-            stream.metrics.recompute_ms = moved / rate * 1000
+            answer.metrics.recompute_ms = moved / rate * 1000
 
-    def _keep(self, turn: Turn, stream: Stream) -> None:
+    def _keep(self, turn: Turn, answer: Answer) -> None:
         """Write the answer down, and save its state."""
-        tokens, pending = self._answered(stream)
-        answer = joined([turn.opening, tokens])
+        tokens, pending = self._answered(answer)
+        said = joined([turn.opening, tokens])
         history = turn.history
-        made = history.add_tokens([answer], f"turn {turn.number}")
-        pieces = {"parts": [answer.tolist()], "pending": pending.tolist()}
-        metrics = asdict(stream.metrics) | {"tokens": len(tokens) + len(pending)}
-        self._transcript.put(turn.keep, [Entry("assistant", stream.text, pieces, history.left_out, metrics)])
-        self._save(made)
+        made = history.add_tokens([said], f"turn {turn.number}")
+        pieces = {"parts": [said.tolist()], "pending": pending.tolist()}
+        metrics = asdict(answer.metrics) | {"tokens": len(tokens) + len(pending)}
+        self._transcript.put(turn.keep, [Entry("assistant", answer.text, pieces, history.left_out, metrics)])
+        answer.capture(made, self._label)
         self._history, self._turns, self._pending, self._asks = history, turn.turns, pending, False
         self._hold(history.slices)
 
-    def _answered(self, stream: Stream) -> tuple[Tokens, Tokens]:
+    def _answered(self, answer: Answer) -> tuple[Tokens, Tokens]:
         """The tokens of the answer as it was shown: those that the context holds, and those still to be evaluated."""
-        model = self._engine.model
-        tokens, rest = list(stream.tokens), ""
-        if stream.metrics.finish == "stop" and len(tokens) > stream.evaluated:
+        model = self._host.model
+        tokens, rest = list(answer.tokens), ""
+        if answer.metrics.finish == "stop" and len(tokens) > answer.evaluated:
             # A text to stop at came up: what belongs to it was not shown and is not to be seen by later turns.
-            while tokens and not stream.text.startswith(model.text(tokens)):
+            while tokens and not answer.text.startswith(model.text(tokens)):
                 tokens.pop()
-            rest = stream.text[len(model.text(tokens)) :]
+            rest = answer.text[len(model.text(tokens)) :]
         ids = np.array(tokens, np.int32)
-        return ids[: stream.evaluated], joined([ids[stream.evaluated :], model.tokenize(rest)])
-
-    def _save(self, slices: Sequence[Slice]) -> None:
-        self._workspace.capture(slices, self._label)
+        return ids[: answer.evaluated], joined([ids[answer.evaluated :], model.tokenize(rest)])
 
     @property
     def _label(self) -> str:
@@ -330,8 +331,8 @@ class Session:
 
     def _hold(self, slices: Sequence[Slice]) -> None:
         keys = [slice_.key for slice_ in self._workspace.loaded(slices)]
-        self._engine.store.hold(keys)
-        self._engine.store.let_go(self._held)
+        self._host.store.hold(keys)
+        self._host.store.let_go(self._held)
         self._held = keys
 
     # -- from the transcript -----------------------------------------------------------------------------------------
@@ -341,11 +342,11 @@ class Session:
 
     def _replayed(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
         """The history of the first ``keep`` entries as it was then, and what follows from them for the next."""
-        engine = self._engine
-        history = History(engine.slices, movable=engine.context.can_shift)
-        turns = Turns(engine.template, engine.model)
+        host = self._host
+        history = History(host.slices, movable=host.context.can_shift)
+        turns = Turns(host.template, host.model)
         # Where nothing stands before, every text begins with this.
-        pending = empty() if engine.model.bos is None else np.array([engine.model.bos], np.int32)
+        pending = empty() if host.model.bos is None else np.array([host.model.bos], np.int32)
         asks = False
         for index, entry in enumerate(self.entries[:keep]):
             pieces = entry.pieces
@@ -368,17 +369,17 @@ class Session:
 
     def _reopened(self, pieces: Any) -> list[Span]:
         """The spans of the opening as written down; where a slice of it is gone, its tokens as exact slices."""
-        engine = self._engine
+        host = self._host
         if "segments" not in pieces:
             spans = load_spans(pieces["spans"])
             loaded = self._workspace.loaded([span.slice for span in spans if span.slice])
-            if all(slice_.key in engine.store for slice_ in loaded):
+            if all(slice_.key in host.store for slice_ in loaded):
                 return spans
-        return [block.span for block in engine.slices.cut((), tokens_of(pieces), "opening")]
+        return [block.span for block in host.slices.cut((), tokens_of(pieces), "opening")]
 
     def _first_entry(self, system: str | None, opening: Opening | None) -> Entry | None:
-        engine = self._engine
-        bos = [] if engine.model.bos is None else [engine.model.bos]
+        host = self._host
+        bos = [] if host.model.bos is None else [host.model.bos]
         if opening is not None:
             pieces = {
                 "spans": dump_spans(self._opening),
@@ -388,8 +389,8 @@ class Session:
             }
             return Entry("prompt", opening.text, pieces, metrics={"tokens": opening.plan.n_tokens})
         if system is not None:
-            tokens = [*bos, *Turns(engine.template, engine.model).turn("system", system).tolist()]
-            parts = [tokens[begin : begin + engine.slices.size] for begin in range(0, len(tokens), engine.slices.size)]
+            tokens = [*bos, *Turns(host.template, host.model).turn("system", system).tolist()]
+            parts = [tokens[begin : begin + host.slices.size] for begin in range(0, len(tokens), host.slices.size)]
             return Entry("system", system, {"parts": parts, "pending": []}, metrics={"tokens": len(tokens)})
         return None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
 from cpucache.reuse.progress import Step
 from cpucache.reuse.slices import Plan, Slice, Span
-from cpucache.reuse.splicer import FREE, SCRATCH, TARGET, Splicer, State
+from cpucache.reuse.splicer import Slot, Splicer, State
+from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Run
 from cpucache.runtime.context import Bytes
 
@@ -32,7 +34,11 @@ class Made:
     seconds: float
 
 
-@dataclass
+OnMade: TypeAlias = Callable[[Made], None]
+"""Told about each slice as soon as there is one."""
+
+
+@dataclass(eq=False)
 class _Run:
     """Slices that are evaluated one behind the other, with nothing but tokens to evaluate between them."""
 
@@ -63,14 +69,16 @@ class _Run:
 
 
 class Encoder:
-    """Makes slices in the splicer's context."""
+    """Makes slices in the slots of a splicer."""
 
     def __init__(self, splicer: Splicer) -> None:
         self._splicer = splicer
         self._context = splicer.context
 
-    def encode(self, slices: Iterable[Slice], state: State, progress: Step | None = None) -> Iterator[Made]:
-        """Evaluate slices, yielding each with its state as soon as there is one.
+    def encode(
+        self, slot: Slot, slices: Iterable[Slice], state: State, made: OnMade, progress: Step | None = None
+    ) -> Task[None]:
+        """Evaluate slices in a slot, telling ``made`` about each as soon as there is one.
 
         Contexts come first: the slices of a context must be among ``slices``, or known to ``state``. Several short runs
         with the same context share a batch (15 to 35% faster), and all that are moved share one rotation of keys.
@@ -82,27 +90,22 @@ class Encoder:
             # One cell stays free for the token that applies a shift.
             room = min(_BATCH, self._context.n_ctx - context.n_tokens - 1)
             short = [run for run in runs if len(run.tokens) <= room and self._context.can_shift]
-            if len(short) > 1 or any(run.first.delta for run in short):
+            beside = len(short) > 1 or any(run.first.delta for run in short)
+            batches = list(_batches(short, room, len(self._splicer.free))) if beside else []
+            placed = {run for batch in batches for run in batch}
+            batches += [[run] for run in runs if run.first.delta and run not in placed]
+            for batch in batches:
                 scattered = True
-                for batch in _batches(short, room):
-                    self._splicer.splice(context, state)
-                    try:
-                        yield from self._side_by_side(batch, progress)
-                    except BaseException:
-                        self._splicer.reset()
-                        raise
+                yield from self._splicer.splice(slot, context, state)
+                yield from self._side_by_side(slot, batch, made, progress)
             for run in runs:
-                if run.first.delta and run not in short:
-                    scattered = True
-                    self._splicer.splice(context, state)
-                    yield from self._side_by_side([run], progress)
-                elif run not in short or not (len(short) > 1 or run.first.delta):
-                    yield from self._in_place(run, state, progress)
+                if run not in placed and not run.first.delta:
+                    yield from self._in_place(slot, run, state, made, progress)
         if scattered:
             # What lies in one piece loads faster.
-            self._splicer.reset()
+            self._splicer.reset(slot)
 
-    def _in_place(self, run: _Run, state: State, progress: Step | None) -> Iterator[Made]:
+    def _in_place(self, slot: Slot, run: _Run, state: State, made: OnMade, progress: Step | None) -> Task[None]:
         """Evaluate slices where they stand, and leave them there.
 
         What is finished is given away before more is evaluated, so that it is saved meanwhile, and Ctrl-C loses little.
@@ -110,14 +113,14 @@ class Encoder:
         for batch in self._steps(run.slices):
             started = time.perf_counter()
             tokens = _Run(batch).tokens
-            # The target may hold the first of these tokens already.
+            # The slot may hold the first of these tokens already.
             plan = Plan((*(batch[0].context or ()), Span(batch[0].start, tokens)))
-            self._splicer.splice(plan, state, progress)
+            yield from self._splicer.splice(slot, plan, state, progress)
             seconds = (time.perf_counter() - started) / len(tokens)
             for slice_ in batch:
-                captured = self._splicer.capture(slice_)
+                captured = self._splicer.capture(slot, slice_)
                 assert captured is not None, "a slice just evaluated behind its context"
-                yield Made(slice_, captured, seconds * len(slice_.tokens))
+                made(Made(slice_, captured, seconds * len(slice_.tokens)))
 
     def _steps(self, slices: Sequence[Slice]) -> Iterator[list[Slice]]:
         step: list[Slice] = []
@@ -130,15 +133,22 @@ class Encoder:
         if step:
             yield step
 
-    def _side_by_side(self, batch: Sequence[_Run], progress: Step | None) -> Iterator[Made]:
-        """Evaluate runs behind what the target holds, each in a sequence of its own."""
-        context = self._context
-        placed = list(zip(FREE, batch, strict=False))
+    def _side_by_side(self, slot: Slot, batch: Sequence[_Run], made: OnMade, progress: Step | None) -> Task[None]:
+        """Evaluate runs behind what a slot holds, each in a sequence of its own."""
+        try:
+            yield from self._beside(slot, batch, made, progress)
+        except BaseException:
+            self._splicer.reset(slot)
+            raise
+
+    def _beside(self, slot: Slot, batch: Sequence[_Run], made: OnMade, progress: Step | None) -> Task[None]:
+        context, scratch = self._context, self._splicer.scratch
+        placed = list(zip(self._splicer.free, batch, strict=False))
         for sequence, _ in placed:
-            context.share(TARGET, sequence)
+            context.share(slot.sequence, sequence)
         runs = [Run(sequence, run.first.start - run.first.delta, run.tokens) for sequence, run in placed]
         started = time.perf_counter()
-        context.decode(runs, progress=progress)
+        yield Work(list(runs), progress=progress)
         seconds = (time.perf_counter() - started) / sum(len(run.tokens) for run in runs)
         for (sequence, run), evaluated in zip(placed, runs, strict=True):
             if evaluated.start:
@@ -147,23 +157,23 @@ class Encoder:
                 context.shift(sequence, run.first.delta)
         if any(run.first.delta for run in batch):
             # Shifts are applied by the next evaluation, whatever it is of.
-            context.decode([Run(SCRATCH, 0, np.array([context.model.filler], np.int32))])
-            context.remove(SCRATCH)
+            yield Work([Run(scratch, 0, np.array([context.model.filler], np.int32))])
+            context.remove(scratch)
         for sequence, run in placed:
             for slice_ in run.slices:
-                context.share(sequence, SCRATCH, slice_.start, slice_.end)
-                state = context.save(SCRATCH)
-                context.remove(SCRATCH)
-                yield Made(slice_, state, seconds * len(slice_.tokens))
+                context.share(sequence, scratch, slice_.start, slice_.end)
+                state = context.save(scratch)
+                context.remove(scratch)
+                made(Made(slice_, state, seconds * len(slice_.tokens)))
             context.remove(sequence)
 
 
-def _batches(runs: Sequence[_Run], room: int) -> Iterator[list[_Run]]:
+def _batches(runs: Sequence[_Run], room: int, free: int) -> Iterator[list[_Run]]:
     batch: list[_Run] = []
     cells = 0
     for run in runs:
         size = len(run.tokens)
-        if batch and (cells + size > room or len(batch) == len(FREE)):
+        if batch and (cells + size > room or len(batch) == free):
             yield batch
             batch, cells = [], 0
         batch.append(run)

@@ -1,18 +1,17 @@
-"""Refining: exact slices of what was asked lately, made in small steps when nothing else is to be done."""
+"""Refining: exact slices of what was asked lately, made when nothing else is to be done."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from cpucache.layout import Bound, Segment
 from cpucache.reuse.chain import Chain
-from cpucache.reuse.encoder import Made
+from cpucache.reuse.progress import OnProgress
 from cpucache.reuse.slices import Slice, Slices
-from cpucache.reuse.workspace import Workspace
+from cpucache.reuse.splicer import Slot
+from cpucache.reuse.work import Task
+from cpucache.reuse.workspace import Encoded, Workspace
 from cpucache.store import Part, Store
-
-STEP = 0.15
-"""Seconds of a step, so that a request that comes in waits for less than 0.2 s."""
 
 
 def asked(bound: Bound) -> list[Part]:
@@ -50,26 +49,28 @@ def to_refine(slices: Slices, store: Store, schema: str | None = None) -> int:
     return sum(len(slice_.tokens) for slice_ in wanted if slice_.key not in store)
 
 
-def refine(workspace: Workspace, store: Store, schema: str | None = None) -> Iterator[Made | None]:
+def refine(
+    workspace: Workspace, slot: Slot, schema: str | None, report: Encoded, progress: OnProgress | None = None
+) -> Task[None]:
     """Make the exact slices that are missing, the most asked combinations first.
 
-    Gives ``None`` after each step and each slice that was made. The caller may do anything between two steps: a slice
-    that is under way then is begun again, what is made stays.
+    Whenever it is closed, what has been made stays; begun again, it goes on from there.
 
     Args:
-        workspace: Where slices are evaluated.
-        store: Knows what was asked, and keeps the slices.
-        schema: Only prompts on this schema.
+        workspace: Its store knows what was asked.
+        slot: Where slices are evaluated.
+        schema: Only prompts on this schema; all for ``None``.
+        report: Is added to.
+        progress: Told about the tokens of the slices made, and of all that are to be made.
     """
-    slices = workspace.slices
+    slices, store = workspace.slices, workspace.store
+    total = report.tokens + to_refine(slices, store, schema)
     for combination in store.asked.combinations(slices.fingerprint, slices.state_format, schema):
-        wanted = exact_slices(combination.parts, slices)
-        if sum(len(part.tokens) for part in combination.parts) >= workspace.context.n_ctx:
-            store.asked.done(combination.id)
-            continue
-        end = "made"
+        fits = sum(len(part.tokens) for part in combination.parts) < workspace.context.n_ctx
+        wanted = exact_slices(combination.parts, slices) if fits else []
         for slice_ in wanted:
-            while slice_.key not in store and end != "refused":
-                end = yield from workspace.make_in_steps(slice_, combination.schema, STEP)
-        if end != "refused":
+            yield from workspace.encode(slot, [slice_], combination.schema, report=report, wait=False)
+            if progress:
+                progress(report.tokens, total)
+        if all(slice_.key in store for slice_ in wanted):
             store.asked.done(combination.id)

@@ -1,4 +1,4 @@
-"""The splicer: builds the sequence of a plan in the context from slices and fresh tokens."""
+"""The splicer: builds the sequence of a plan in the llama.cpp context from slices and fresh tokens."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from cpucache.layout import Tokens
 from cpucache.reuse.progress import Step
 from cpucache.reuse.slices import Plan, Slice, Span, Trail
+from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context, Run
 from cpucache.runtime.context import SEQUENCES, Bytes, Logits
 from cpucache.runtime.rotation import Rotation, learn
 
-TARGET = 0
-"""The sequence that the model answers from."""
-SCRATCH = 1
-"""Where a single slice is loaded or saved."""
-FREE = range(2, SEQUENCES)
-"""For parking, and for encoding several slices side by side."""
+SLOTS = SEQUENCES // 2
+"""Slots of a context at most."""
+_ROWS = 16  # tokens whose logits are read at once
 
 State: TypeAlias = Callable[[Slice], Bytes]
 
@@ -48,94 +46,33 @@ class Spliced:
     prefill_ms: float = 0.0
 
 
-class Splicer:
-    """Owner of the ``TARGET`` sequence of a context.
+class Slot:
+    """A sequence of the llama.cpp context that an answer is given in, and the spans that the sequence holds."""
 
-    It knows what the target holds, so that the next plan only pays for where it differs (``kept``). Every other
-    sequence is empty between calls. After an error or Ctrl-C the target is empty.
-    """
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self._held: list[Span] = []
-        self.changes = 0
-        """How often the target has been changed."""
-        self._learnt = False
-        self._rotation: Rotation | None = None
-
-    def reset(self) -> None:
-        """Empty the context."""
-        self.changes += 1
-        self._held = []
-        self.context.clear()
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
+        self.held: list[Span] = []
+        self.busy = False
+        """Whether a task uses it."""
+        self.index = -1
+        """Index in the last batch of the logits of its last token."""
 
     @property
     def end(self) -> int:
-        """The position behind the last token of the target."""
-        return self._held[-1].end if self._held else 0
+        """The position behind its last token."""
+        return self.held[-1].end if self.held else 0
 
-    def prepare(self) -> None:
-        """Learn from what the target holds how states are moved, so that the first prompt need not."""
-        self._learn(self.context.save(TARGET))
+    def shared(self, plan: Plan) -> int:
+        """Number of leading spans of ``plan`` that the slot holds and can extend."""
+        pairs = zip(self.held, plan.spans, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0].same(pair[1]), pairs))
 
-    def splice(self, plan: Plan, state: State, progress: Step | None = None) -> Spliced:
-        """Make the target hold ``plan``. ``state`` gives the saved state of a slice.
-
-        Logits of the last token are there afterwards if the plan ends with fresh tokens. ``progress`` is told about
-        tokens evaluated. Raises ``Refused``, ``ContextFull`` or ``KeyboardInterrupt``, with the target empty.
-        """
-        report = Spliced()
-        started = time.perf_counter()
-        self.changes += 1
-        try:
-            spans = self._keep(plan, report)
-            report.splice_ms += _since(started)
-            for group in _grouped(spans):
-                self._join(group, state, report, progress)
-            self._held = list(plan.spans)
-        except BaseException:
-            self.reset()
-            raise
-        return report
-
-    def append(
-        self, tokens: Tokens, progress: Step | None = None, *, logits: Literal["last", "all"] = "last"
-    ) -> Logits | None:
-        """Evaluate tokens behind the target's last, keeping the logits of the last of them, or giving all."""
-        self.changes += 1
-        try:
-            start = self.end
-            rows = self.context.decode([Run(TARGET, start, tokens)], logits=logits, progress=progress)
-            if self._held and self._held[-1].slice is None:
-                last = self._held.pop()
-                start, tokens = last.start, np.concatenate([last.tokens, tokens])
-            self._held.append(Span(start, tokens))
-        except BaseException:
-            self.reset()
-            raise
-        return rows
-
-    def capture(self, slice_: Slice) -> Bytes | None:
-        """The state of a slice whose tokens the target has evaluated: they count as the slice from then on.
-
-        ``None`` when the target holds something else there, or before, or when the model's state has gone on since (a
-        recurrent state is never that of earlier tokens).
-        """
-        if slice_.delta or not self._recognise(slice_):
-            return None
-        if self.context.model.recurrent:
-            return self.context.save(TARGET) if slice_.end == self.end else None
-        self.context.share(TARGET, SCRATCH, slice_.start, slice_.end)
-        state = self.context.save(SCRATCH)
-        self.context.remove(SCRATCH)
-        return state
-
-    def _recognise(self, slice_: Slice) -> bool:
-        """Whether the target has evaluated the tokens of a slice behind its context."""
-        index = next((i for i, held in enumerate(self._held) if held.start <= slice_.start < held.end), None)
+    def recognise(self, slice_: Slice) -> bool:
+        """Whether the slot has evaluated the tokens of a slice behind its context: they count as the slice then."""
+        index = next((i for i, held in enumerate(self.held) if held.start <= slice_.start < held.end), None)
         if index is None:
             return False
-        trail, held = Trail(self._held[:index]), self._held[index]
+        trail, held = Trail(self.held[:index]), self.held[index]
         begin = slice_.start - held.start
         if begin and held.slice is None:
             trail.add(Span(held.start, held.tokens[:begin]))
@@ -147,22 +84,134 @@ class Splicer:
         if not np.array_equal(held.tokens[begin:end], slice_.tokens):
             return False
         parts = Span(held.start, held.tokens[:begin]), slice_.span, Span(slice_.end, held.tokens[end:])
-        self._held[index : index + 1] = [part for part in parts if len(part.tokens)]
+        self.held[index : index + 1] = [part for part in parts if len(part.tokens)]
         return True
 
-    def shared(self, plan: Plan) -> int:
-        """Number of leading spans of ``plan`` that the target holds and can extend."""
-        pairs = zip(self._held, plan.spans, strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0].same(pair[1]), pairs))
 
-    def _keep(self, plan: Plan, report: Spliced) -> list[Span]:
-        """Cut the target back to what it shares with ``plan``; gives the spans that are still to come."""
-        self._close_up(plan)
-        shared = self.shared(plan)
+class Splicer:
+    """Owner of the slots of a context.
+
+    A slot keeps what it holds, so that the next plan only pays for where it differs (``Spliced.kept``). The sequences
+    that are no slots are empty between calls. A task that fails leaves its slot empty.
+
+    Args:
+        context: Where slices are loaded, and tokens evaluated.
+        slots: How many answers can be given at a time, ``SLOTS`` at most.
+    """
+
+    def __init__(self, context: Context, slots: int = 1) -> None:
+        self.context = context
+        self.slots = [Slot(sequence) for sequence in range(slots)]
+        self.scratch = slots
+        """The sequence that a single slice is loaded or saved in."""
+        self.free = range(slots + 1, SEQUENCES)
+        """Sequences for parking, and for encoding several slices side by side."""
+        self._learnt = False
+        self._rotation: Rotation | None = None
+
+    def take(self, plan: Plan) -> Slot:
+        """The idle slot that holds most of ``plan``, busy from now on. Other idle slots are emptied.
+
+        Cells that a plan does not attend to are masked, not skipped: they would cost every evaluation time.
+        """
+        idle = [slot for slot in self.slots if not slot.busy]
+        taken = max(idle, key=lambda slot: slot.shared(plan))
+        taken.busy = True
+        for slot in idle:
+            if slot is not taken and slot.held:
+                self.reset(slot)
+        return taken
+
+    def reset(self, slot: Slot) -> None:
+        """Empty a slot, and the sequences that are none."""
+        slot.held = []
+        if not any(other.held for other in self.slots):
+            self.context.clear()
+            return
+        for sequence in (slot.sequence, self.scratch, *self.free):
+            self.context.remove(sequence)
+
+    def prepare(self, slot: Slot) -> None:
+        """Learn from what a slot holds how states are moved, so that the first prompt need not."""
+        self._learn(self.context.save(slot.sequence))
+
+    def splice(
+        self, slot: Slot, plan: Plan, state: State, progress: Step | None = None, *, fresh: bool = False
+    ) -> Task[Spliced]:
+        """Make a slot hold ``plan``. ``state`` gives the saved state of a slice. ``fresh``: take nothing from any slot.
+
+        Logits of the last token are there afterwards if the plan ends with fresh tokens. ``progress`` is told about
+        tokens evaluated. Raises ``Refused`` or ``ContextFull``, with the slot empty.
+        """
+        report = Spliced()
+        started = time.perf_counter()
+        try:
+            if fresh:
+                self.reset(slot)
+            spans = list(plan.spans) if fresh else self._keep(slot, plan, report)
+            report.splice_ms += _since(started)
+            for group in _grouped(spans, len(self.free)):
+                yield from self._join(slot, group, state, report, progress)
+            slot.held = list(plan.spans)
+        except BaseException:
+            self.reset(slot)
+            raise
+        return report
+
+    def append(self, slot: Slot, tokens: Tokens) -> Task[None]:
+        """Evaluate tokens of an answer behind a slot's last, keeping the logits of the last of them."""
+        try:
+            slot.index = yield Work([Run(slot.sequence, slot.end, tokens)], logits="last", answers=True)
+        except BaseException:
+            self.reset(slot)
+            raise
+        self._appended(slot, tokens)
+
+    def rows(self, slot: Slot, tokens: Tokens) -> Task[list[Logits]]:
+        """Evaluate tokens behind a slot's last; gives the logits of each."""
+        found: list[Logits] = []
+        for begin in range(0, len(tokens), _ROWS):
+            part = tokens[begin : begin + _ROWS]
+            try:
+                first = yield Work([Run(slot.sequence, slot.end, part)], logits="all")
+            except BaseException:
+                self.reset(slot)
+                raise
+            self._appended(slot, part)
+            found += [self.context.logits(first + index) for index in range(len(part))]
+        return found
+
+    def _appended(self, slot: Slot, tokens: Tokens) -> None:
+        start = slot.end
+        if slot.held and slot.held[-1].slice is None:
+            last = slot.held.pop()
+            start, tokens = last.start, np.concatenate([last.tokens, tokens])
+        slot.held.append(Span(start, tokens))
+
+    def capture(self, slot: Slot, slice_: Slice) -> Bytes | None:
+        """The state of a slice whose tokens a slot has evaluated: they count as the slice from then on.
+
+        ``None`` when the slot holds something else there, or before, or when the model's state has gone on since (a
+        recurrent state is never that of earlier tokens).
+        """
+        if slice_.delta or not slot.recognise(slice_):
+            return None
+        if self.context.model.recurrent:
+            return self.context.save(slot.sequence) if slice_.end == slot.end else None
+        self.context.share(slot.sequence, self.scratch, slice_.start, slice_.end)
+        state = self.context.save(self.scratch)
+        self.context.remove(self.scratch)
+        return state
+
+    def _keep(self, slot: Slot, plan: Plan, report: Spliced) -> list[Span]:
+        """Cut a slot back to what it shares with ``plan``; gives the spans that are still to come."""
+        self._adopt(slot, plan)
+        self._close_up(slot, plan)
+        shared = slot.shared(plan)
         rest = list(plan.spans[shared:])
         end = plan.spans[shared - 1].end if shared else 0
-        if rest and shared < len(self._held):
-            common = _common(self._held[shared], rest[0])
+        if rest and shared < len(slot.held):
+            common = _common(slot.held[shared], rest[0])
             # The last token of all is evaluated in any case, for its logits.
             common = min(common, len(rest[0].tokens) - (len(rest) == 1))
             if common:
@@ -172,93 +221,116 @@ class Splicer:
             last = plan.spans[-1]
             rest = [Span(last.end - 1, last.tokens[-1:])]
             end = last.end - 1
-        if not self._cut(end):
+        if not self._cut(slot, end):
             return list(plan.spans)
         report.kept = plan.n_tokens - sum(len(span.tokens) for span in rest)
         return rest
 
-    def _close_up(self, plan: Plan) -> None:
-        """Where ``plan`` leaves out what stands in the middle of the target, move the rest down in place.
+    def _adopt(self, slot: Slot, plan: Plan) -> None:
+        """Where another slot holds more of the head of ``plan``, share its cells."""
+        if not self.context.can_shift or self.context.model.window:
+            return
+        other = max(self.slots, key=lambda each: each.shared(plan))
+        shared = other.shared(plan)
+        if shared > slot.shared(plan):
+            self.reset(slot)
+            slot.held = list(plan.spans[:shared])
+            self.context.share(other.sequence, slot.sequence, 0, slot.end)
+
+    def _close_up(self, slot: Slot, plan: Plan) -> None:
+        """Where ``plan`` leaves out what stands in the middle of a slot, move the rest down in place.
 
         So a truncated conversation costs one rotation of keys: nothing is evaluated, and nothing loaded.
         """
-        begin = self.shared(plan)
-        if begin >= min(len(self._held), len(plan.spans)) or not self.context.can_shift or self.context.model.window:
+        begin = slot.shared(plan)
+        if begin >= min(len(slot.held), len(plan.spans)) or not self.context.can_shift or self.context.model.window:
             return
-        gap, first = self._held[begin].start, plan.spans[begin]
-        for index in range(begin + 1, len(self._held)):
-            held = self._held[index]
+        # Cells that belong to another slot as well would move there, too.
+        if any(other.held for other in self.slots if other is not slot):
+            return
+        gap, first = slot.held[begin].start, plan.spans[begin]
+        for index in range(begin + 1, len(slot.held)):
+            held = slot.held[index]
             if held.slice is None or held.slice != first.slice:
                 continue
             delta = first.start - held.start
             if delta < 0 and first.start >= gap:
                 # A slice is what it is wherever it stands. Fresh tokens have seen what is leaving.
-                staying = list(takewhile(lambda span: span.slice, self._held[index:]))
+                staying = list(takewhile(lambda span: span.slice, slot.held[index:]))
                 if not staying:
                     return
-                self.context.remove(TARGET, staying[-1].end)
-                self.context.remove(TARGET, gap, held.start)
-                self.context.shift(TARGET, delta, held.start)
-                self._held[begin:] = [span.moved(delta) for span in staying]
+                self.context.remove(slot.sequence, staying[-1].end)
+                self.context.remove(slot.sequence, gap, held.start)
+                self.context.shift(slot.sequence, delta, held.start)
+                slot.held[begin:] = [span.moved(delta) for span in staying]
             return
 
-    def _cut(self, end: int) -> bool:
-        """Drop the target's cells from position ``end`` on. False: everything had to go."""
-        # Emptied even where it should be empty: Ctrl-C may have come within ``reset``.
-        if end and end == self.end:
+    def _cut(self, slot: Slot, end: int) -> bool:
+        """Drop a slot's cells from position ``end`` on. False: everything had to go."""
+        # Emptied even where it should be empty: an error may have come within ``reset``.
+        if end and end == slot.end:
             return True
         # A sliding window's cells before ``end`` may be gone already, overwritten or never saved.
-        if end == 0 or self.context.model.window or not self.context.remove(TARGET, end):
-            self.reset()
+        if end == 0 or self.context.model.window or not self.context.remove(slot.sequence, end):
+            self.reset(slot)
             return False
         return True
 
     def _join(
-        self,
-        parts: Sequence[_Part],
-        state: State,
-        report: Spliced,
-        progress: Step | None,
-    ) -> None:
-        """Load all slices of some parts, then join them to the target in turn, evaluating what is fresh between.
+        self, slot: Slot, parts: Sequence[_Part], state: State, report: Spliced, progress: Step | None
+    ) -> Task[None]:
+        """Load all slices of some parts, then join them to a slot in turn, evaluating what is fresh between.
 
         Loaded before anything is evaluated, those that llama.cpp has to move all cost a single rotation of keys (it
         rotates every cell of the context, however few have moved).
         """
         started = time.perf_counter()
-        for park, part in zip((TARGET, *FREE), parts, strict=False):
+        for park, part in zip((slot.sequence, *self.free), parts, strict=False):
             # A recurrent state is that of all tokens up to its last.
             for span in part.slices[-1:] if self.context.model.recurrent else part.slices:
-                self._load(span, park, state)
+                self._load(slot, span, park, state)
             report.loaded += sum(len(span.tokens) for span in part.slices)
         report.splice_ms += _since(started)
-        for park, part in zip((TARGET, *FREE), parts, strict=False):
-            if park != TARGET and part.slices:
-                self.context.share(park, TARGET)
+        for park, part in zip((slot.sequence, *self.free), parts, strict=False):
+            if park != slot.sequence and part.slices:
+                self.context.share(park, slot.sequence)
                 self.context.remove(park)
-            if part.fresh:
+            if part.fresh and len(part.fresh.tokens):
                 started = time.perf_counter()
-                run = Run(TARGET, part.fresh.start, part.fresh.tokens)
-                self.context.decode([run], logits="last", progress=progress)
+                run = Run(slot.sequence, part.fresh.start, part.fresh.tokens)
+                slot.index = yield Work([run], logits="last", progress=progress)
                 report.evaluated += len(run.tokens)
                 report.prefill_ms += _since(started)
 
-    def _load(self, span: Span, sequence: int, state: State) -> None:
+    def _load(self, slot: Slot, span: Span, sequence: int, state: State) -> None:
         assert span.slice is not None
+        if self._borrow(slot, span, sequence):
+            return
         saved, start = state(span.slice), span.slice.start
         moved = self._moved(saved, span.delta) if span.delta else None
         if moved is not None:
             saved, start = moved, span.start
         # llama.cpp compares the shapes in the state's header with the model's, but takes whatever positions it finds.
-        loaded = self.context.load(SCRATCH, saved)
-        if not loaded or self.context.last_position(SCRATCH) != start + len(span.slice.tokens) - 1:
+        loaded = self.context.load(self.scratch, saved)
+        if not loaded or self.context.last_position(self.scratch) != start + len(span.slice.tokens) - 1:
             raise Refused(span.slice)
         if not span.whole:
-            self.context.remove(SCRATCH, start + len(span.tokens))
+            self.context.remove(self.scratch, start + len(span.tokens))
         if start != span.start:
-            self.context.shift(SCRATCH, span.delta)
-        self.context.share(SCRATCH, sequence)
-        self.context.remove(SCRATCH)
+            self.context.shift(self.scratch, span.delta)
+        self.context.share(self.scratch, sequence)
+        self.context.remove(self.scratch)
+
+    def _borrow(self, slot: Slot, span: Span, sequence: int) -> bool:
+        """Share the cells of another slot that holds the same slice at the same position."""
+        if not self.context.can_shift or self.context.model.window:
+            return False
+        others = (each for each in self.slots if each is not slot)
+        owner = next((each for each in others if any(span.same(held) for held in each.held)), None)
+        if owner is None:
+            return False
+        self.context.share(owner.sequence, sequence, span.start, span.end)
+        return True
 
     def _moved(self, state: Bytes, delta: int) -> Bytes | None:
         self._learn(state)
@@ -278,8 +350,8 @@ class _Part:
     fresh: Span | None
 
 
-def _grouped(spans: Sequence[Span]) -> list[list[_Part]]:
-    """The parts of a plan, in groups that can be parked in the free sequences at once."""
+def _grouped(spans: Sequence[Span], free: int) -> list[list[_Part]]:
+    """The parts of a plan, in groups that can be parked in so many ``free`` sequences at once."""
     parts: list[_Part] = []
     slices: list[Span] = []
     for span in spans:
@@ -295,7 +367,7 @@ def _grouped(spans: Sequence[Span]) -> list[list[_Part]]:
             slices = []
     if slices:
         parts.append(_Part(tuple(slices), None))
-    size = 1 + len(FREE)
+    size = 1 + free
     return [parts[begin : begin + size] for begin in range(0, len(parts), size)]
 
 

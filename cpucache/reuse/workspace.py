@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,15 +16,14 @@ from cpucache.layout import Tokens
 from cpucache.reuse.encoder import Encoder, Made, effort
 from cpucache.reuse.progress import OnProgress, Step, counting
 from cpucache.reuse.slices import Plan, Slice, Slices
-from cpucache.reuse.splicer import Refused, Spliced, Splicer
+from cpucache.reuse.splicer import Refused, Slot, Spliced, Splicer
+from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context
 from cpucache.runtime.context import Bytes, Logits
 from cpucache.store import SliceInfo, Store
 
 T = TypeVar("T")
 _FUTILE = 20  # attempts to get at slices none of which got any further than the one before
-_SMALLEST = 4  # tokens of a step at least
-_POLL = 0.05  # seconds between looks at what another process is making
 
 
 @dataclass
@@ -81,14 +80,23 @@ class Workspace:
     positions).
     """
 
-    def __init__(self, context: Context, store: Store, slices: Slices) -> None:
+    def __init__(self, context: Context, store: Store, slices: Slices, slots: int = 1) -> None:
         self.context = context
         self.store = store
         self.slices = slices
-        self._splicer = Splicer(context)
+        self._splicer = Splicer(context, slots)
         self._encoder = Encoder(self._splicer)
         self.prefill_rate: float | None = None
         """Tokens evaluated in a second, as last measured over 32 tokens or more, or a few at first."""
+
+    @contextmanager
+    def slot(self, plan: Plan | None = None) -> Iterator[Slot]:
+        """A slot of one's own: of those that are idle, the one that holds most of ``plan``."""
+        slot = self._splicer.take(plan or Plan(()))
+        try:
+            yield slot
+        finally:
+            slot.busy = False
 
     # -- slices ------------------------------------------------------------------------------------------------------
     def keys(self, plan: Plan) -> list[str]:
@@ -123,23 +131,44 @@ class Workspace:
             add(slice_)
         return list(needed)
 
-    def encode(self, slices: Iterable[Slice], schema: str = "", progress: OnProgress | None = None) -> Encoded:
-        """Make the slices that are missing among ``slices``."""
+    def encode(
+        self,
+        slot: Slot,
+        slices: Iterable[Slice],
+        schema: str = "",
+        progress: OnProgress | None = None,
+        *,
+        report: Encoded | None = None,
+        wait: bool = True,
+    ) -> Task[Encoded]:
+        """Make the slices that are missing among ``slices``.
+
+        Args:
+            slot: Where they are evaluated.
+            slices: Each of those that can be made, or is there.
+            schema: What they are listed under.
+            progress: Told about tokens evaluated.
+            report: Is added to, and given back.
+            wait: Whether to wait for slices that another process is making, up to the store's patience.
+        """
         slices = list(slices)
-        report = Encoded(wanted=slices)
+        report = Encoded() if report is None else report
+        report.wanted += slices
         states: dict[Slice, Bytes] = {}
 
-        def make() -> None:
+        def make() -> Task[None]:
             missing = self.missing(slices, states)
-            self._make(missing, (), (), states, schema, report, counting(progress, effort(missing)))
+            steps = counting(progress, effort(missing))
+            yield from self._make(slot, missing, (), (), states, schema, report, steps, wait=wait)
 
         # Slices of one schema do not push one another out.
         with self.store.using(slice_.key for slice_ in slices):
-            self._mending(make, states)
+            yield from self._mending(make, states)
         return report
 
     def _make(
         self,
+        slot: Slot,
         missing: list[Slice],
         wanted: Collection[Slice],
         held: Collection[Slice],
@@ -147,11 +176,13 @@ class Workspace:
         schema: str,
         report: Encoded,
         progress: Step | None,
-    ) -> None:
+        *,
+        wait: bool = True,
+    ) -> Task[None]:
         """Encode ``missing``; adds to ``states`` those ``wanted``, as far as they were made here.
 
-        Those ``held`` lie in the context, where they will be found.
-        What another process is making already is waited for, up to the store's patience.
+        Those ``held`` lie in the slot, where they will be found.
+        What another process is making already is waited for, up to the store's patience, if at all.
         """
         if not missing:
             return
@@ -163,21 +194,26 @@ class Workspace:
         keep = {*wanted, *(other for slice_ in missing for other in self.loaded(slice_.needs))}
         for slice_ in keep.difference(missing, held):
             self._held(states, slice_)
+
+        def made(each: Made) -> None:
+            self._keep(each, schema)
+            report.add(each)
+            if each.slice in keep:
+                states[each.slice] = each.state
+
         todo = missing
         while todo:
             mine = self._claimed(todo)
+            if not mine and not wait:
+                break
             if not mine and time.monotonic() - waiting > self.store.patience:
                 mine = todo
             try:
-                for made in self._encoder.encode(mine, partial(self._held, states), progress):
-                    self._keep(made, schema)
-                    report.add(made)
-                    if made.slice in keep:
-                        states[made.slice] = made.state
+                yield from self._encoder.encode(slot, mine, partial(self._held, states), made, progress)
             finally:
                 self.store.release(slice_.key for slice_ in mine)
             if not mine:
-                time.sleep(_POLL)
+                yield Work([])
             done = set(mine)
             left = [slice_ for slice_ in todo if slice_ not in done and slice_.key not in self.store]
             waiting = waiting if len(left) == len(todo) else time.monotonic()
@@ -245,36 +281,43 @@ class Workspace:
 
     # -- prompts -----------------------------------------------------------------------------------------------------
     def prefill(
-        self, plan: Callable[[], Plan], schema: str = "", progress: OnProgress | None = None, *, fresh: bool = False
-    ) -> tuple[Plan, Prefill]:
-        """Get a plan into the llama.cpp context, with logits of its last token; gives the plan and what it took.
+        self,
+        slot: Slot,
+        plan: Callable[[], Plan],
+        schema: str = "",
+        progress: OnProgress | None = None,
+        *,
+        fresh: bool = False,
+    ) -> Task[tuple[Plan, Prefill]]:
+        """Get a plan into a slot, with logits of its last token; gives the plan and what it took.
 
         Args:
+            slot: The one that answers.
             plan: Gives the plan by the slices that there are. It is asked again when a slice turns out to be gone or
                 unusable.
             schema: What slices made on the way are listed under.
             progress: Told about tokens evaluated.
-            fresh: Forget what the context holds first, so that every token without a slice is evaluated.
+            fresh: Take nothing from any slot, so that every token without a slice is evaluated.
         """
-        if fresh:
-            self._splicer.reset()
         encoded = Encoded()
         states: dict[Slice, Bytes] = {}
 
-        def splice() -> tuple[Plan, Spliced]:
+        def splice() -> Task[tuple[Plan, Spliced]]:
             planned = plan()
             self._check_can_be_spliced(planned)
             with self.store.using(self.keys(planned)):
-                shared = self._splicer.shared(planned)
+                shared = 0 if fresh else slot.shared(planned)
                 held = {span.slice for span in planned.spans[:shared] if span.slice}
                 wanted = [slice_ for slice_ in self.loaded(planned.slices) if slice_ not in held]
                 missing = self.missing([*wanted, *planned.besides], states.keys() | held)
                 step = counting(progress, effort(missing) + planned.n_tokens - planned.n_cached)
-                self._make(missing, wanted, held, states, schema, encoded, step)
+                yield from self._make(slot, missing, wanted, held, states, schema, encoded, step)
                 with self.store.quiet():
-                    return planned, self._splicer.splice(planned, partial(self._held, states), step)
+                    state = partial(self._held, states)
+                    spliced = yield from self._splicer.splice(slot, planned, state, step, fresh=fresh)
+                return planned, spliced
 
-        planned, spliced = self._mending(splice, states)
+        planned, spliced = yield from self._mending(splice, states)
         made = sum(len(span.tokens) for span in planned.spans if span.slice in encoded.made)
         evaluated = spliced.evaluated + made
         clean, related, foreign = planned.count("clean"), planned.count("related"), planned.count("foreign")
@@ -294,7 +337,7 @@ class Workspace:
             prefill_ms=spliced.prefill_ms,
         )
 
-    def _mending(self, action: Callable[[], T], states: dict[Slice, Bytes]) -> T:
+    def _mending(self, action: Callable[[], Task[T]], states: dict[Slice, Bytes]) -> Task[T]:
         """Do ``action``; slices that turn out to be unusable are made again, each of them once.
 
         So are those that go before they are had, as often as that happens: what is in ``states`` by then is kept, so
@@ -304,7 +347,7 @@ class Workspace:
         had, futile = -1, 0
         while True:
             try:
-                return action()
+                return (yield from action())
             except _Gone:
                 futile = futile + 1 if len(states) == had else 0
                 had = len(states)
@@ -323,14 +366,14 @@ class Workspace:
         if seconds > 0 and tokens >= (8 if self.prefill_rate is None else 32):
             self.prefill_rate = tokens / seconds
 
-    def capture(self, slices: Iterable[Slice], schema: str = "") -> int:
-        """Save what the context holds of ``slices``, evaluated where they stand.
+    def capture(self, slot: Slot, slices: Iterable[Slice], schema: str = "") -> int:
+        """Save what a slot holds of ``slices``, evaluated where they stand.
 
         Gives how many bytes there were. Writing goes on in the background.
         """
         taken = 0
         for slice_ in slices:
-            state = self._splicer.capture(slice_)
+            state = self._splicer.capture(slot, slice_)
             if state is not None:
                 # What making it again would take.
                 seconds = len(slice_.tokens) / (self.prefill_rate or 100.0)
@@ -338,64 +381,30 @@ class Workspace:
                 taken += state.nbytes
         return taken
 
-    def make_in_steps(
-        self, slice_: Slice, schema: str, seconds: float
-    ) -> Generator[Made | None, None, Literal["made", "interrupted", "refused"]]:
-        """Evaluate a slice behind its context in steps of so many seconds; gives ``None`` after each, then the slice.
+    def append(self, slot: Slot, tokens: Tokens) -> Task[None]:
+        """Evaluate tokens of an answer behind all that a slot holds, with logits of the last."""
+        return self._splicer.append(slot, tokens)
 
-        Returns how that ended. ``interrupted``: something else has used the llama.cpp context between two steps.
-        ``refused``: a slice of its context is not there, or another process is making the slice.
-        """
-        if not self.store.claim(slice_.key):
-            return "refused"
-        try:
-            with suppress(_Gone, Refused):
-                self._splicer.splice(Plan(slice_.context or ()), partial(self._held, {}))
-                taken = 0.0
-                done = 0
-                while done < len(slice_.tokens):
-                    size = max(_SMALLEST, int((self.prefill_rate or 50.0) * seconds))
-                    part = slice_.tokens[done : done + size]
-                    started = time.perf_counter()
-                    self._splicer.append(part)
-                    taken += time.perf_counter() - started
-                    done += len(part)
-                    changes = self._splicer.changes
-                    yield None
-                    if self._splicer.changes != changes:
-                        return "interrupted"
-                state = self._splicer.capture(slice_)
-                if state is not None:
-                    made = Made(slice_, state, taken)
-                    self._keep(made, schema)
-                    yield made
-                    return "made"
-            return "refused"
-        finally:
-            self.store.release([slice_.key])
-
-    def append(self, tokens: Tokens) -> None:
-        """Evaluate tokens behind everything else, with logits of the last."""
-        self._splicer.append(tokens)
-
-    def forced(self, plan: Plan, tokens: Tokens, schema: str = "", progress: OnProgress | None = None) -> Logits:
+    def forced(
+        self, slot: Slot, plan: Plan, tokens: Tokens, schema: str = "", progress: OnProgress | None = None
+    ) -> Task[Logits]:
         """Logits behind each token of the plan's last span, which is fresh, and behind each of ``tokens`` after it.
 
         One row for each, a vocabulary long: what the model would say next if this is how it went on.
         """
         *before, last = plan.spans
-        self.prefill(lambda: Plan(tuple(before)), schema, progress)
-        rows = self._splicer.append(np.concatenate([last.tokens, tokens]), logits="all")
-        assert rows is not None
-        return rows
+        yield from self.prefill(slot, lambda: Plan(tuple(before)), schema, progress)
+        rows = yield from self._splicer.rows(slot, np.concatenate([last.tokens, tokens]))
+        return np.stack(rows)
 
-    def warm_up(self, token: int) -> None:
-        """Do once what the first prompt would otherwise pay for. Leaves the context empty."""
-        self._splicer.reset()
-        self._splicer.append(np.array([token], np.int32))
-        self._splicer.prepare()
-        self._splicer.reset()
+    def warm_up(self, slot: Slot, token: int) -> Task[None]:
+        """Do once what the first prompt would otherwise pay for. Leaves the slot empty."""
+        self._splicer.reset(slot)
+        yield from self._splicer.append(slot, np.array([token], np.int32))
+        self._splicer.prepare(slot)
+        self._splicer.reset(slot)
 
-    def reset(self) -> None:
-        """Empty the context. The store keeps its slices."""
-        self._splicer.reset()
+    def reset(self, slot: Slot) -> Task[None]:
+        """Empty a slot. The store keeps its slices."""
+        self._splicer.reset(slot)
+        yield from ()

@@ -1,8 +1,8 @@
 """The only room that touches llama.cpp: a model, one context of KV cells, sampling, and what the machine offers."""
 
-from cpucache.runtime.context import Context, KVType, Run
+from cpucache.runtime.context import Batch, Context, KVType, Run, Stopped
 from cpucache.runtime.hardware import Hardware, hardware
 from cpucache.runtime.model import Model
 from cpucache.runtime.sampler import Sampler, Sampling
 
-__all__ = ["Context", "Hardware", "KVType", "Model", "Run", "Sampler", "Sampling", "hardware"]
+__all__ = ["Batch", "Context", "Hardware", "KVType", "Model", "Run", "Sampler", "Sampling", "Stopped", "hardware"]

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from cpucache.errors import ContextFull, CpucacheError, InputError
 from cpucache.runtime import llama
 from cpucache.runtime.hardware import default_threads
-from cpucache.runtime.interrupt import Interruptible
 from cpucache.runtime.llama import api
 from cpucache.runtime.model import Model, Tokens
 from cpucache.runtime.sampler import Sampler
@@ -22,12 +21,18 @@ from cpucache.runtime.sampler import Sampler
 KVType: TypeAlias = Literal["f16", "q8_0", "f32"]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Logits: TypeAlias = npt.NDArray[np.float32]
+Wanted: TypeAlias = Literal["none", "last", "all"]
+"""The tokens of a run whose logits are kept."""
 
 # Sequences of one context. Each costs a row of logits (a vocabulary of floats); more than this many short modules in
 # one batch gain nothing.
 SEQUENCES = 32
 _NO_CELLS, _ABORTED = 1, 2  # what llama_decode answers (llama.h)
-_BATCH = 512  # tokens handed to llama.cpp at once: its own micro-batch, so that larger batches gain nothing
+BATCH = 512
+"""Tokens of a batch at most: llama.cpp's own micro-batch, so that larger batches gain nothing."""
+# llama.cpp asks its abort callback at every node of the graph, and each question goes through Python. That is lost in a
+# long prefill and would cost several per cent of a single token, which ends within a fraction of a second anyway.
+_LONG = 32
 _GGML_TYPES = {"f32": api.GGML_TYPE_F32, "f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 _FLASH = {
     "auto": api.LLAMA_FLASH_ATTN_TYPE_AUTO,
@@ -43,6 +48,44 @@ class Run:
     sequence: int
     start: int
     tokens: Tokens
+
+    def split(self, count: int) -> tuple[Run, Run]:
+        """The first ``count`` tokens, and the rest."""
+        head, tail = self.tokens[:count], self.tokens[count:]
+        return Run(self.sequence, self.start, head), Run(self.sequence, self.start + count, tail)
+
+
+class Stopped(Exception):
+    """An evaluation was stopped half-way. The context holds none of its tokens."""
+
+
+class Batch:
+    """Tokens of different sequences that are evaluated together, ``BATCH`` of them at most."""
+
+    def __init__(self) -> None:
+        self._runs: list[Run] = []
+        self._wanted: list[npt.NDArray[np.int8]] = []
+        self.size = 0
+        """Number of tokens."""
+
+    def add(self, run: Run, logits: Wanted = "none") -> None:
+        """Put a run behind the others."""
+        wanted = np.full(len(run.tokens), logits == "all", np.int8)
+        if logits == "last":
+            wanted[-1] = 1
+        self._runs.append(run)
+        self._wanted.append(wanted)
+        self.size += len(run.tokens)
+
+    def arrays(self) -> tuple[Tokens, Tokens, Tokens, npt.NDArray[np.int8]]:
+        """The tokens, their positions, their sequences, and whether their logits are kept."""
+        runs = self._runs
+        return (
+            np.concatenate([run.tokens for run in runs]).astype(np.int32, copy=False),
+            np.concatenate([np.arange(run.start, run.start + len(run.tokens), dtype=np.int32) for run in runs]),
+            np.concatenate([np.full(len(run.tokens), run.sequence, np.int32) for run in runs]),
+            np.concatenate(self._wanted),
+        )
 
 
 class Context:
@@ -82,7 +125,7 @@ class Context:
         self.n_threads = n_threads or default_threads()
         params = api.llama_context_default_params()
         params.n_ctx = n_ctx
-        params.n_batch = min(_BATCH, n_ctx)
+        params.n_batch = min(BATCH, n_ctx)
         params.n_seq_max = sequences
         # Logits of at most this many tokens at a time: llama.cpp would else set aside a vocabulary of floats for each
         # of 512 (300 MB with 150,000 words).
@@ -103,12 +146,15 @@ class Context:
             )
         # What was asked for: llama.cpp rounds it up, and the spare cells are nobody's.
         self.n_ctx = n_ctx
-        self._n_batch = int(api.llama_n_batch(self._ctx))  # llama.cpp aborts the process when it is given more
+        self.n_batch = min(BATCH, int(api.llama_n_batch(self._ctx)))
+        """Tokens of a batch at most. llama.cpp aborts the process when it is given more."""
         # llama_memory_can_shift is true for recurrent memory too, which has positions to count but none to move.
         self.can_shift = (
             bool(self._memory and api.llama_memory_can_shift(self._memory)) and model.relative and not model.recurrent
         )
-        self._interruptible = Interruptible(self._ctx)
+        self._stop: Callable[[], bool] | None = None
+        self._asked = api.ggml_abort_callback(lambda _data: self._stop is not None and self._stop())
+        self._never = api.ggml_abort_callback()
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
@@ -134,44 +180,46 @@ class Context:
         version = f"{api.LLAMA_STATE_SEQ_VERSION}/{llama.version()}"
         return f"llama-seq-{version}/k-{self.kv_type}/v-{self.value_type}/flash-{self.flash}{turned}"
 
-    def cancel(self) -> None:
-        """Make the evaluation under way in another thread raise ``KeyboardInterrupt`` as soon as it can."""
-        self._interruptible.cancel()
-
     # -- evaluating --------------------------------------------------------------------------------------------------
-    def decode(
-        self,
-        runs: Sequence[Run],
-        *,
-        logits: Literal["none", "last", "all"] = "none",
-        progress: Callable[[int], None] | None = None,
-    ) -> Logits | None:
-        """Evaluate runs of tokens of different sequences together.
+    def evaluate(self, batch: Batch, stop: Callable[[], bool] | None = None) -> None:
+        """Evaluate a batch. The logits that it keeps can be read until the next.
 
-        A run must start right behind its sequence's last position, or anywhere in an empty sequence. ``logits="last"``
-        keeps those of the last token for ``sample`` and ``last_logits``; ``"all"`` returns a row for every token, in
-        the order of the runs. ``progress`` is told how many tokens each batch had.
-
-        Raises ``KeyboardInterrupt`` when stopped half-way; part of the tokens are then in the context.
+        A run must start right behind its sequence's last position, or anywhere in an empty sequence. ``stop`` is asked
+        now and then, from this thread, whether to stop a batch of 32 tokens or more: then ``Stopped`` is raised.
         """
-        tokens = np.concatenate([run.tokens for run in runs]).astype(np.int32, copy=False)
-        positions = np.concatenate([np.arange(run.start, run.start + len(run.tokens), dtype=np.int32) for run in runs])
-        sequences = np.concatenate([np.full(len(run.tokens), run.sequence, np.int32) for run in runs])
-        step = min(SEQUENCES if logits == "all" else _BATCH, self._n_batch)
+        if stop is None or batch.size < _LONG:
+            self._decode(*batch.arrays())
+            return
+        self._stop = stop
+        api.llama_set_abort_callback(self._ctx, self._asked, None)
+        try:
+            self._decode(*batch.arrays())
+        finally:
+            api.llama_set_abort_callback(self._ctx, self._never, None)
+            self._stop = None
+
+    def decode(
+        self, runs: Sequence[Run], *, logits: Wanted = "none", progress: Callable[[int], None] | None = None
+    ) -> Logits | None:
+        """Evaluate runs of any length, one behind the other, in as many batches as that takes.
+
+        ``logits="last"`` keeps those of the last token of all; ``"all"`` returns a row for every token. ``progress`` is
+        told how many tokens each batch had.
+        """
         rows: list[Logits] = []
-        with self._interruptible.during(len(tokens)):
-            for begin in range(0, len(tokens), step):
-                part = slice(begin, begin + step)
-                wanted = np.zeros(len(tokens[part]), np.int8)
-                if logits == "all":
-                    wanted[:] = 1
-                elif logits == "last" and begin + step >= len(tokens):
-                    wanted[-1] = 1
-                self._decode(tokens[part], positions[part], sequences[part], wanted)
-                if progress:
-                    progress(len(wanted))
-                if logits == "all":
-                    rows.extend(self._row(index) for index in range(len(wanted)))
+        left = list(runs)
+        while left:
+            batch = Batch()
+            room = min(SEQUENCES, self.n_batch) if logits == "all" else self.n_batch
+            while left and batch.size < room:
+                part, rest = left[0].split(room - batch.size)
+                left[:1] = [rest] if len(rest.tokens) else []
+                batch.add(part, "none" if logits == "last" and left else logits)
+            self.evaluate(batch)
+            if progress:
+                progress(batch.size)
+            if logits == "all":
+                rows.extend(self.logits(index) for index in range(batch.size))
         return np.stack(rows) if logits == "all" else None
 
     def _decode(self, tokens: Tokens, positions: Tokens, sequences: Tokens, wanted: npt.NDArray[np.int8]) -> None:
@@ -192,24 +240,21 @@ class Context:
         llama.last_errors(clear=True)
         status = api.llama_decode(self._ctx, batch)
         if status == _ABORTED:
-            raise KeyboardInterrupt
+            raise Stopped
         if status == _NO_CELLS:
             raise ContextFull(f"the context of {self.n_ctx} tokens is full; raise it with --ctx (n_ctx=…)")
         if status != 0:
             raise CpucacheError(f"llama.cpp failed to evaluate {count} tokens (status {status}): {llama.last_errors()}")
 
-    def _row(self, index: int) -> Logits:
+    def logits(self, index: int = -1) -> Logits:
+        """The logits of a token of the last batch that kept them (-1: of the last that did), one float for a word."""
         pointer = api.llama_get_logits_ith(self._ctx, index)
         row: Logits = np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
         return row
 
-    def last_logits(self) -> Logits:
-        """The logits of the last token evaluated with ``logits="last"``: one float for each word of the vocabulary."""
-        return self._row(-1)
-
-    def sample(self, sampler: Sampler) -> int:
-        """The next token after the last one evaluated with ``logits="last"``."""
-        return int(api.llama_sampler_sample(sampler.handle, self._ctx, -1))
+    def sample(self, sampler: Sampler, index: int = -1) -> int:
+        """The next token after one of the last batch, given by its ``index`` as for ``logits``."""
+        return int(api.llama_sampler_sample(sampler.handle, self._ctx, index))
 
     # -- cells -------------------------------------------------------------------------------------------------------
     def clear(self) -> None:

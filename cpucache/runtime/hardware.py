@@ -88,3 +88,10 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def on_mains() -> bool:
+    """Whether the machine runs on mains power, as far as it can tell: without a battery, it does."""
+    sensors = getattr(psutil, "sensors_battery", None)  # not on every platform
+    battery = sensors() if sensors else None
+    return battery is None or bool(battery.power_plugged)

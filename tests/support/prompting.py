@@ -13,12 +13,12 @@ import numpy as np
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, bind
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Schema
-from cpucache.reuse import Fidelity, Lookup, Plan, Prefill, Repair, Slice, Slices, Workspace, reading
+from cpucache.reuse import Fidelity, Lookup, Plan, Prefill, Repair, Slice, Slices, reading
 from cpucache.reuse.encoder import Made
 from cpucache.runtime import Context, KVType
 from cpucache.store import Store
 from tests.support.letters import Letters
-from tests.support.workbench import PLENTY, Logits, opened
+from tests.support.workbench import PLENTY, Desk, Logits, opened
 
 
 def written(inside: str, attributes: str = "") -> Schema:
@@ -29,7 +29,7 @@ def written(inside: str, attributes: str = "") -> Schema:
 class Prompting:
     """A schema, and the slices that there are of it."""
 
-    def __init__(self, layout: SchemaLayout, workspace: Workspace, lookup: Lookup) -> None:
+    def __init__(self, layout: SchemaLayout, workspace: Desk, lookup: Lookup) -> None:
         self.layout = layout
         self.workspace = workspace
         self.lookup = lookup
@@ -66,7 +66,7 @@ class Prompting:
     @property
     def logits(self) -> Logits:
         """Those of the last token of the prompt that was answered last."""
-        return self.workspace.context.last_logits()
+        return self.workspace.context.logits()
 
     def with_schema(self, schema: Schema, positions: Positions | None = None) -> Prompting:
         """Another schema (or another version of it) on the same store."""
@@ -80,7 +80,7 @@ def prompting_in(
     """Prompts answered in ``context``."""
     model = context.model
     store = store or Store(None, ram_budget=PLENTY)
-    workspace = Workspace(context, store, Slices(model.path.stem, context.state_format))
+    workspace = Desk(context, store, Slices(model.path.stem, context.state_format))
     layout = SchemaLayout(schema, model, ChatTemplate(model.chat_template), positions)
     return Prompting(layout, workspace, Lookup(workspace, Repair(model.text)))
 
@@ -104,6 +104,6 @@ def planning(
     letters = letters or Letters(n_ctx_train=1 << 20)
     context: Any = SimpleNamespace(can_shift=True, model=SimpleNamespace(path=Path("none.gguf"), recurrent=False))
     with Store(None, ram_budget=PLENTY) as store:
-        workspace = Workspace(context, store, Slices("model", "format"))
+        workspace = Desk(context, store, Slices("model", "format"))
         layout = SchemaLayout(schema, letters, ChatTemplate(template), positions)
         yield Prompting(layout, workspace, Lookup(workspace, Repair(letters.text)))

@@ -25,6 +25,9 @@ import numpy as np
 from cpucache.engine import Engine
 from cpucache.engine.session import Session
 from cpucache.engine.stream import Stream
+from cpucache.reuse import OnProgress, Plan
+from cpucache.reuse.splicer import Slot
+from cpucache.reuse.work import Task
 from cpucache.runtime import Context, Run, Sampling
 from tests.support.tiny import BYTES
 from tests.support.workbench import Logits, Tokens, distance, opened, tolerance
@@ -77,21 +80,30 @@ class Said:
         return self.stream.metrics.fresh_tokens
 
 
-def said(running: Engine, stream: Stream, *, pieces: int | None = None) -> Said:
-    """Have an answer said; ``pieces``: close the stream after so many."""
+def logits(running: Engine, plan: Plan, *, fresh: bool = False) -> Logits:
+    """Those of the last token of a plan."""
+
+    def task(slot: Slot, _: OnProgress) -> Task[Logits]:
+        yield from running.workspace.prefill(slot, lambda: plan, fresh=fresh)
+        return running.context.logits(slot.index)
+
+    return running.host.do(task)
+
+
+def said(running: Engine, stream: Stream, *, tokens: int | None = None) -> Said:
+    """Have an answer said; ``tokens``: stop it after so many."""
     context = running.context
     sample, rows = context.sample, []
 
-    def noting(sampler: Any) -> int:
-        rows.append(context.last_logits())
-        return sample(sampler)
+    def noting(sampler: Any, index: int) -> int:
+        rows.append(context.logits(index))
+        if len(rows) == tokens:
+            stream.stop()
+        return sample(sampler, index)
 
     context.sample = noting  # type: ignore[method-assign]
     try:
-        for count, _ in enumerate(stream, 1):
-            if count == pieces:
-                stream.close()
-                break
+        stream.reply()
     finally:
         del context.sample
     return Said(stream, rows)
@@ -317,9 +329,18 @@ def _hold(model: Path, folder: Path, name: str, answering: str, reports: Connect
     with engine(model, folder) as running, running.session(name, system=SYSTEM) as session:
         session.send(message(1), max_tokens=4)
         running.store.flush()
-        if answering:
-            next(session.stream(message(2), progress=wait if answering == "prefill" else None))
-        wait()
+        if not answering:
+            wait()
+        stream = session.stream(message(2))
+        evaluate = running.context.evaluate
+
+        def evaluate_or_wait(*arguments: Any) -> None:
+            if answering == "prefill" or stream.tokens:
+                wait()
+            evaluate(*arguments)
+
+        running.context.evaluate = evaluate_or_wait  # type: ignore[method-assign]
+        stream.reply()
 
 
 def _silent() -> None:

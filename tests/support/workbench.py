@@ -6,7 +6,7 @@ wants it, so that nothing is ever saved, loaded or moved there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from cpucache.layout.vocabulary import joined
 from cpucache.reuse import OnProgress, Plan, Prefill, Slice, Slices, Span, Workspace
+from cpucache.reuse.splicer import Slot
+from cpucache.reuse.work import drive
 from cpucache.runtime import Context, KVType, Model, Run
 from cpucache.store import Store
 from tests.support.tiny import BYTES
@@ -63,11 +65,31 @@ def opened(path: Path, kv_type: KVType = "f32", *, n_ctx: int = 1024) -> Iterato
             context.close()
 
 
+class Desk(Workspace):
+    """A workspace of one slot whose tasks are run at once, by whoever asks for them."""
+
+    @property
+    def only(self) -> Slot:
+        return self._splicer.slots[0]
+
+    def encode(self, slices: Iterable[Slice], *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]
+        return drive(self.context, super().encode(self.only, slices, *arguments, **settings))
+
+    def prefill(self, plan: Callable[[], Plan], *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]
+        return drive(self.context, super().prefill(self.only, plan, *arguments, **settings))
+
+    def append(self, tokens: Tokens) -> None:  # type: ignore[override]
+        drive(self.context, super().append(self.only, tokens))
+
+    def reset(self) -> None:  # type: ignore[override]
+        drive(self.context, super().reset(self.only))
+
+
 @dataclass
 class Bench:
     """A workspace, and a second context for the truth."""
 
-    workspace: Workspace
+    workspace: Desk
     truth: Context
 
     def prefill(self, plan: Plan, progress: OnProgress | None = None, *, fresh: bool = False) -> Prefill:
@@ -77,13 +99,13 @@ class Bench:
     def logits(self, plan: Plan) -> Logits:
         """Those of the last token of ``plan``, through slices."""
         self.prefill(plan)
-        return self.workspace.context.last_logits()
+        return self.workspace.context.logits()
 
     def full(self, tokens: Tokens) -> Logits:
         """Those of the last of ``tokens``, by full prefill in one go."""
         self.truth.clear()
         self.truth.decode([Run(0, 0, tokens)], logits="last")
-        return self.truth.last_logits()
+        return self.truth.logits()
 
     def expected(self, plan: Plan) -> Logits:
         """Those of the last token of ``plan``, each slice evaluated where it stands, behind its context.
@@ -107,7 +129,7 @@ class Bench:
             self.truth.remove(1, 0, start)
             self.truth.share(1, 0)
             self.truth.remove(1)
-        return self.truth.last_logits()
+        return self.truth.logits()
 
 
 @contextmanager
@@ -123,7 +145,7 @@ def bench(
     with opened(path, kv_type, n_ctx=n_ctx) as context, opened(path, kv_type, n_ctx=n_ctx) as truth:
         store = Store(home, ram_budget=ram_budget)
         try:
-            yield Bench(Workspace(context, store, SLICES), truth)
+            yield Bench(Desk(context, store, SLICES), truth)
         finally:
             store.close()
 

@@ -1,0 +1,162 @@
+"""An answer: the task that evaluates a prompt and chooses token after token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import TypeAlias
+
+import numpy as np
+
+from cpucache.engine.reply import Metrics
+from cpucache.engine.request import Request
+from cpucache.engine.text import TextStream
+from cpucache.errors import InputError
+from cpucache.reuse import Plan, Slice, Workspace
+from cpucache.reuse.splicer import Slot
+from cpucache.reuse.work import Task
+from cpucache.runtime import Sampler, Sampling
+
+Hook: TypeAlias = "Callable[[Answer], None]"
+
+
+class Answer:
+    """An answer to a prompt, as far as it has come.
+
+    Args:
+        workspace: Where it is given.
+        plan: Plans the prompt by the slices that there are at the moment.
+        sampling: How tokens are chosen.
+        max_tokens: Tokens of the answer at most.
+        started: When it was asked for, by ``time.perf_counter``.
+        label: What slices made on the way are listed under.
+        use_cache: ``False`` evaluates the same tokens from the first to the last.
+        at_start: Called before anything is evaluated, by the core's thread like all of these.
+        at_first: Called when the first token has been handed out.
+        at_end: Called when the answer ends, complete or not, if it has a first token.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        plan: Callable[[], Plan],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        started: float,
+        label: str = "",
+        use_cache: bool = True,
+        at_start: Hook | None = None,
+        at_first: Hook | None = None,
+        at_end: Hook | None = None,
+    ) -> None:
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InputError(f"max_tokens={max_tokens!r}: must be a number of at least 1")
+        self.text = ""
+        self.tokens: list[int] = []
+        """The tokens of the answer so far."""
+        self.evaluated = 0
+        """How many of them the llama.cpp context holds: all but the last, or the last as well."""
+        self.metrics = Metrics(model=workspace.context.model.path.stem, finish="interrupted")
+        self.plan = Plan(())
+        """The plan that was spliced; empty until the prompt has been evaluated."""
+        self.planned = plan if use_cache else lambda: plan().without_reuse()
+        """Plans the prompt by the slices that there are at the moment."""
+        self._workspace = workspace
+        self._slot: Slot | None = None
+        self._sampling = sampling
+        self._max_tokens = max_tokens
+        self._started = started
+        self._label = label
+        self._use_cache = use_cache
+        self._at_start = at_start
+        self._at_first = at_first
+        self._at_end = at_end
+
+    def capture(self, slices: Iterable[Slice], label: str) -> None:
+        """Save what its slot holds of ``slices``. For the hooks."""
+        assert self._slot is not None, "called by a hook"
+        self._workspace.capture(self._slot, slices, label)
+
+    def task(self, request: Request[None]) -> Task[None]:
+        """Give the answer, telling ``request`` its pieces, until it ends or the request is cancelled."""
+        sampler = Sampler(self._sampling, self._workspace.context.model)
+        try:
+            if self._at_start:
+                self._timed(self._at_start)
+            planned = self.planned()
+            with self._workspace.slot(planned) as self._slot:
+                yield from self._prefill(self._slot, planned, request)
+                sampler.accept(self.plan.tokens)
+                try:
+                    yield from self._decode(self._slot, sampler, request)
+                finally:
+                    self.metrics.total_ms = self._elapsed()
+                    if self.metrics.ttft_ms:
+                        self._first()
+                        if self._at_end:
+                            self._timed(self._at_end)
+        finally:
+            self._slot = None
+            self.metrics.total_ms = self._elapsed()
+            sampler.close()
+
+    def _prefill(self, slot: Slot, planned: Plan, request: Request[None]) -> Task[None]:
+        at_hand = [planned]
+
+        def plan() -> Plan:
+            return at_hand.pop() if at_hand else self.planned()
+
+        self.plan, prefill = yield from self._workspace.prefill(
+            slot, plan, self._label, request.progress, fresh=not self._use_cache
+        )
+        for name, value in asdict(prefill).items():
+            setattr(self.metrics, name, value)
+
+    def _decode(self, slot: Slot, sampler: Sampler, request: Request[None]) -> Task[None]:
+        context, metrics = self._workspace.context, self.metrics
+        out = TextStream(self._sampling.stop)
+        positions = max(context.model.n_ctx_train, self.plan.end + 1) - self.plan.end
+        room = min(self._max_tokens, context.n_ctx - metrics.prompt_tokens, positions)
+        while True:
+            token = context.sample(sampler, slot.index)
+            if not metrics.ttft_ms:
+                metrics.ttft_ms = self._elapsed()
+            if context.model.ends_generation(token):
+                metrics.finish = "stop"
+                break
+            self.tokens.append(token)
+            metrics.completion_tokens += 1
+            self._say(out.feed(context.model.piece(token)), request)
+            if out.stopped:
+                metrics.finish = "stop"
+                break
+            if metrics.completion_tokens >= room:
+                metrics.finish = "length"
+                break
+            self._first()
+            if request.cancelled:
+                break
+            yield from self._workspace.append(slot, np.array([token], np.int32))
+            self.evaluated += 1
+        self._say(out.finish(), request)
+
+    def _say(self, text: str, request: Request[None]) -> None:
+        if text:
+            self.text += text
+            request.tell(text)
+
+    def _first(self) -> None:
+        """Once, when the first token has been handed out: nothing that is done here delays it."""
+        at_first, self._at_first = self._at_first, None
+        if at_first:
+            self._timed(at_first)
+
+    def _timed(self, hook: Hook) -> None:
+        started = time.perf_counter()
+        hook(self)
+        self.metrics.save_ms += (time.perf_counter() - started) * 1000
+
+    def _elapsed(self) -> float:
+        return (time.perf_counter() - self._started) * 1000
