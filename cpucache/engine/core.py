@@ -179,7 +179,8 @@ class Core:
         try:
             step()
         except ContextFull as error:
-            if len(self._scheduler.running) == 1 or request.cells is None:
+            alone = len(self._scheduler.running) == 1 or request.cells is None
+            if alone or job is not self._scheduler.prefill:
                 request.end(error=error)
             else:
                 # Making slices that were missing took more cells than the prompt has: it begins again, alone.
