@@ -32,8 +32,10 @@ MAY_IMPORT = {
     "sessions": {"errors", "private", "database"},
     "engine": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "sessions"},
     "bench": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "engine"},
+    "server": {"errors", "runtime", "layout", "engine"},
     "cli": {
         TOP,
+        "server",
         *("errors", "private", "resources", "pml", "runtime", "store", "layout", "reuse"),
         *("models", "sessions", "engine", "bench"),
     },
@@ -49,6 +51,11 @@ HOMES = {
     "sqlite3": {"database", "store", "sessions"},
     "huggingface_hub": {"models"},
     "click": {"cli"},
+    "fastapi": {"server"},
+    "pydantic": {"server"},
+    "starlette": {"server"},
+    "prometheus_client": {"server"},
+    "uvicorn": {"cli"},
     "prompt_toolkit": {"cli"},
 }
 

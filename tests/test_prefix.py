@@ -238,7 +238,7 @@ def test_any_sequence_of_prompts_gives_what_each_gives_alone(arch: str, tiny: Ti
 def test_prompts_that_are_none(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, n_ctx=256) as running:
         for request in ({}, {"text": "a", "messages": MESSAGES}, {"prompt": "<prompt/>", "text": "a"}):
-            with pytest.raises(InputError, match="give one of prompt, messages and text"):
+            with pytest.raises(InputError, match="give one of prompt, messages, text and tokens"):
                 running.generate(**request)
         for request in ({"text": ""}, {"messages": []}):
             with pytest.raises(InputError, match="the prompt is empty"):

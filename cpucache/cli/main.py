@@ -20,6 +20,7 @@ _COMMANDS = {
     "run": ("cpucache.cli.run", "run", "Answer a prompt."),
     "chat": ("cpucache.cli.chat", "chat", "Talk with a model; conversations go on where they stood."),
     "sessions": ("cpucache.cli.sessions", "sessions", "List, check, delete and export conversations."),
+    "serve": ("cpucache.cli.serve", "serve", "Answer programs that speak OpenAI's or Anthropic's API."),
     "plan": ("cpucache.cli.plan", "plan", "Show which slice each part of a prompt takes, and why."),
     "fidelity": ("cpucache.cli.fidelity", "fidelity", "Measure how far a cached answer is from the uncached one."),
     "encode": ("cpucache.cli.encode", "encode", "Evaluate and save every module of schemas."),
@@ -71,6 +72,7 @@ def cli() -> None:
     cpucache demo                                  see what it is about
     cpucache run PROMPT -s SCHEMA                  answer a prompt of your own
     cpucache chat                                  talk, and go on another day
+    cpucache serve                                 answer other programs
 
     Slices are kept in $CPUCACHE_HOME, else in the platform's cache folder; conversations in $CPUCACHE_SESSIONS, else in
     the platform's user data folder.

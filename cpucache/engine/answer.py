@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -17,8 +17,18 @@ from cpucache.reuse import Plan, Slice, Workspace
 from cpucache.reuse.splicer import Slot
 from cpucache.reuse.work import Task
 from cpucache.runtime import Sampler, Sampling
+from cpucache.runtime.context import Logits
 
 Hook: TypeAlias = "Callable[[Answer], None]"
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely a token was, and which were the likeliest."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """Tokens and their log probabilities, the likeliest first."""
 
 
 class Answer:
@@ -58,6 +68,8 @@ class Answer:
         """The tokens of the answer so far."""
         self.evaluated = 0
         """How many of them the llama.cpp context holds: all but the last, or the last as well."""
+        self.logprobs: list[TokenLogprobs] = []
+        """Of each token of the answer so far, if the sampling asks for them."""
         self.metrics = Metrics(model=workspace.context.model.path.stem, finish="interrupted")
         self.plan = Plan(())
         """The plan that was spliced; empty until the prompt has been evaluated."""
@@ -123,6 +135,8 @@ class Answer:
             token = context.sample(sampler, slot.index)
             if not metrics.ttft_ms:
                 metrics.ttft_ms = self._elapsed()
+            if self._sampling.logprobs is not None:
+                self.logprobs.append(_logprobs(context.logits(slot.index), token, self._sampling.logprobs))
             if context.model.ends_generation(token):
                 metrics.finish = "stop"
                 break
@@ -130,7 +144,7 @@ class Answer:
             metrics.completion_tokens += 1
             self._say(out.feed(context.model.piece(token)), request)
             if out.stopped:
-                metrics.finish = "stop"
+                metrics.finish, metrics.stop = "stop", out.stopped
                 break
             if metrics.completion_tokens >= room:
                 metrics.finish = "length"
@@ -160,3 +174,10 @@ class Answer:
 
     def _elapsed(self) -> float:
         return (time.perf_counter() - self._started) * 1000
+
+
+def _logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
+    shifted = logits.astype(np.float64) - logits.max()
+    all_ = shifted - np.log(np.exp(shifted).sum())
+    top = np.argsort(all_)[::-1][:count]
+    return TokenLogprobs(token, float(all_[token]), [(int(each), float(all_[each])) for each in top])

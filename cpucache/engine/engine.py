@@ -28,7 +28,7 @@ from cpucache.engine.session import Session, WhenFull
 from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
 from cpucache.errors import InputError
-from cpucache.layout import ChatTemplate, Positions, SchemaLayout
+from cpucache.layout import ChatTemplate, Positions, SchemaLayout, Tokens
 from cpucache.layout.schema import POSITIONS
 from cpucache.models import default_model, resolve_model
 from cpucache.pml.tree import Prompt, Schema
@@ -241,6 +241,7 @@ class Engine:
         *,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
+        tokens: Sequence[int] | Tokens | None = None,
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
         reuse: Reuse = "schema",
@@ -250,8 +251,9 @@ class Engine:
         Args:
             prompt: PML text, the path of a file, or a parsed prompt, whose schema must have been added.
             messages: Instead, messages each with ``role`` (system, user, assistant) and ``content``.
-            text: Instead, text to go on with as it is. Messages and text are cached in blocks, each behind all before
-                it, and found again by whatever begins with the same text.
+            text: Instead, text to go on with as it is.
+            tokens: Instead, ids of tokens to go on with as they are. Messages, text and tokens are cached in blocks,
+                each behind all before it, and found again by whatever begins with the same text.
             fidelity: What is done about slices that are not exact. ``"fast"``: nothing, but that the schema's
                 closing text (16 tokens at most) is evaluated with the question. ``"balanced"``: a tenth of the spliced
                 tokens is evaluated afresh besides, where the question points. ``"high"``: exact slices only; what has
@@ -261,7 +263,7 @@ class Engine:
 
         Raises ``PMLError`` or ``InputError``.
         """
-        return self._question(prompt, messages, text, fidelity, recompute, reuse).plan()
+        return self._question(prompt, messages, text, tokens, fidelity, recompute, reuse).plan()
 
     def encode_for(
         self,
@@ -272,7 +274,7 @@ class Engine:
         recompute: float | None = None,
     ) -> Encoded:
         """Make the slices that one prompt needs and the store does not have. Fidelity is given as for ``plan``."""
-        question = self._question(prompt, None, None, fidelity, recompute)
+        question = self._question(prompt, fidelity=fidelity, recompute=recompute)
         return self._encode(question.plan().wanted, question.label, progress)
 
     def prefetch(
@@ -281,6 +283,7 @@ class Engine:
         *,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
+        tokens: Sequence[int] | Tokens | None = None,
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
         reuse: Reuse = "schema",
@@ -291,7 +294,7 @@ class Engine:
         """
         if isinstance(prompt, Session):
             return prompt.prefetch()
-        plan = self._question(prompt, messages, text, fidelity, recompute, reuse).plan()
+        plan = self._question(prompt, messages, text, tokens, fidelity, recompute, reuse).plan()
         return self.store.prefetch(self.workspace.keys(plan))
 
     def stream(
@@ -300,6 +303,7 @@ class Engine:
         *,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
+        tokens: Sequence[int] | Tokens | None = None,
         max_tokens: int = 256,
         use_cache: bool = True,
         sampling: Sampling | None = None,
@@ -339,7 +343,7 @@ class Engine:
             seed=seed,
             stop=stop,
         )
-        question = self._question(prompt, messages, text, fidelity, recompute, reuse)
+        question = self._question(prompt, messages, text, tokens, fidelity, recompute, reuse)
         question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
         return self.host.answer(
             question.plan,
@@ -358,12 +362,13 @@ class Engine:
         prompt: str | Path | Prompt | None,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
+        tokens: Sequence[int] | Tokens | None = None,
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
         reuse: Reuse = "schema",
     ) -> Question:
         wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
-        return self.planner.question(prompt, messages, text, fidelity=wanted, reuse=reuse)
+        return self.planner.question(prompt, messages, text, tokens, fidelity=wanted, reuse=reuse)
 
     def fidelity(
         self,

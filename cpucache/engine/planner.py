@@ -115,6 +115,7 @@ class Planner:
         prompt: str | Path | Prompt | None,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
+        tokens: Sequence[int] | Tokens | None = None,
         *,
         fidelity: Fidelity | None = None,
         reuse: Reuse = "schema",
@@ -122,8 +123,8 @@ class Planner:
         """A prompt in one of the forms that ``Engine.plan`` takes."""
         if reuse not in REUSES:
             raise InputError(f"reuse={reuse!r}: must be one of {', '.join(REUSES)}")
-        if sum(given is not None for given in (prompt, messages, text)) != 1:
-            raise InputError("give one of prompt, messages and text")
+        if sum(given is not None for given in (prompt, messages, text, tokens)) != 1:
+            raise InputError("give one of prompt, messages, text and tokens")
         if prompt is not None:
             parsed = parsed_prompt(prompt)
             layout = self.layout(parsed.schema)
@@ -132,6 +133,9 @@ class Planner:
             bound = bind(layout, included, file=parsed.file)
             plan = self._planning(bound, fidelity or self.usual, reuse)
             return Question(plan, bound.n_tokens, parsed.schema, parsed.file, bound)
+        if tokens is not None:
+            ids = self.checked_tokens(tokens)
+            return Question(lambda: self._slices.plan((), ids), len(ids), PREFIX, "tokens")
         name = "messages" if text is None else "text"
         if text is not None and not isinstance(text, str):
             raise InputError(f"text is a str to go on with, not {text!r}")
@@ -139,8 +143,25 @@ class Planner:
             raise InputError(f'messages is a list such as [{{"role": "user", "content": "..."}}], not {messages!r}')
         checked = None if messages is None else [_checked(message) for message in messages]
         self._check_size(name, [text or ""] if checked is None else [content for _, content in checked])
-        tokens = self._tokens(checked, text)
-        return Question(lambda: self._slices.plan((), tokens), len(tokens), PREFIX, name)
+        ids = self._tokens(checked, text)
+        return Question(lambda: self._slices.plan((), ids), len(ids), PREFIX, name)
+
+    def tokens_of(self, text: str) -> Tokens:
+        """The tokens of a text to go on with, checked for its size. Raises ``InputError``."""
+        self._check_size("text", [text])
+        return self._tokens(None, text)
+
+    def checked_tokens(self, tokens: Sequence[int] | Tokens) -> Tokens:
+        """Ids as an array. Raises ``InputError`` for what are no ids of tokens."""
+        try:
+            ids = np.array(tokens)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError("tokens is a list of numbers") from error
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            raise InputError("tokens is a list of numbers, at least one of them")
+        if ids.min() < 0 or ids.max() >= self._model.n_vocab:
+            raise InputError(f"tokens: the model knows ids from 0 to {self._model.n_vocab - 1}")
+        return ids.astype(np.int32)
 
     def opening(self, prompt: str | Path | Prompt, fidelity: Fidelity | None = None) -> Opening:
         """What a conversation begins with that begins with a PML prompt."""

@@ -48,6 +48,8 @@ class Metrics:
     recompute_ms: float = 0.0
     """What evaluating the turns behind them again would have taken, going by how fast prompts are evaluated here."""
     finish: Finish = "stop"
+    stop: str = ""
+    """The text to stop at that ended the answer, if one did."""
 
     @property
     def tpot_ms(self) -> float:

@@ -54,6 +54,7 @@ class Request(Generic[T]):
         self.at_end: Callable[[], None] | None = None
         """Called when it has ended."""
         self._events: SimpleQueue[Event] = SimpleQueue()
+        self._put: Callable[[Event], None] = self._events.put
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._result: T | None = None
@@ -70,11 +71,11 @@ class Request(Generic[T]):
 
     def tell(self, piece: str) -> None:
         """Hand out a piece of an answer."""
-        self._events.put(piece)
+        self._put(piece)
 
     def progress(self, done: int, total: int) -> None:
         """Hand out progress in tokens."""
-        self._events.put((done, total))
+        self._put((done, total))
 
     def end(self, result: T | None = None, error: BaseException | None = None) -> None:
         """Note that it has ended, in whatever way, once."""
@@ -82,7 +83,11 @@ class Request(Generic[T]):
         if self.at_end:
             self.at_end()
         self._ended.set()
-        self._events.put(None)
+        self._put(None)
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Have events given to ``listener``, in the core's thread, instead of to ``next``. Before it begins."""
+        self._put = listener
 
     # -- for callers -------------------------------------------------------------------------------------------------
     def cancel(self) -> None:
@@ -102,6 +107,11 @@ class Request(Generic[T]):
             if error is not None:
                 raise error
         return event
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the task raised, if it has ended so and nobody was told."""
+        return self._error
 
     def wait(self) -> None:
         """Wait until it has ended. Returns at once for one that the core was never given."""

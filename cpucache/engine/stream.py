@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from cpucache.engine.answer import Answer
+from cpucache.engine.answer import Answer, TokenLogprobs
 from cpucache.engine.reply import Metrics, Reply
 from cpucache.engine.request import Request
 from cpucache.reuse import OnProgress, Plan
@@ -34,8 +34,7 @@ class Stream:
 
     def __next__(self) -> str:
         try:
-            if not self.request.begun:
-                self._begin()
+            self.begin()
             while not self._closed and (event := self.request.next()) is not None:
                 if isinstance(event, str):
                     return event
@@ -48,6 +47,11 @@ class Stream:
 
     def __del__(self) -> None:
         self.request.cancel()
+
+    def begin(self) -> None:
+        """Have the prompt evaluated, without waiting for a piece. Nothing happens the second time."""
+        if not self.request.begun:
+            self._begin()
 
     # -- the answer so far -------------------------------------------------------------------------------------------
     @property
@@ -74,6 +78,11 @@ class Stream:
     def plan(self) -> Plan:
         """The plan that was spliced; empty until the prompt has been evaluated."""
         return self._answer.plan
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of each token of the answer, if the sampling asks for them."""
+        return self._answer.logprobs
 
     def planned(self) -> Plan:
         """The plan of the prompt by the slices that there are at the moment."""

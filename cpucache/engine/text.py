@@ -9,14 +9,15 @@ class TextStream:
     """Turns the bytes of tokens into text as soon as it is certain.
 
     A character may be spread over several tokens, and a stop string over several pieces: what may still become one is
-    held back. After a stop string has been found ``stopped`` is true and no more text comes.
+    held back. After a stop string has been found ``stopped`` names it, and no more text comes.
     """
 
     def __init__(self, stop: tuple[str, ...] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = stop
         self._held = ""
-        self.stopped = False
+        self.stopped = ""
+        """The stop string that was found."""
 
     def feed(self, piece: bytes) -> str:
         """The text that ``piece`` makes certain."""
@@ -33,10 +34,11 @@ class TextStream:
             return ""
         text = self._held + new
         # The one that is complete first, so that it does not matter how the text came in pieces.
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
-            self.stopped, self._held = True, ""
-            return text[: min(ends)[1]]
+            _, at, self.stopped = min(ends)
+            self._held = ""
+            return text[:at]
         hold = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

@@ -32,6 +32,10 @@ _FORMATS = ("do_format", "format", "format_map")
 _WIDTH = re.compile(r"\*|\d{4}")
 
 
+class Given(list[Any]):
+    """A list that the caller hands to a template. The template pays for its elements, not for looking at it."""
+
+
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """A sandbox with a budget for all that is rendered in it. Raises ``jinja2.TemplateError`` when that is spent."""
 
@@ -40,9 +44,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(finalize=self.spend, **options)
         self._spent = 0
+        self._budget = MOST
         self.filters = {name: self._bounded(each) for name, each in self.filters.items()} | {"_spend": self.spend}
         # Makes text by the page.
         del self.globals["lipsum"]
+
+    def renew(self, budget: int) -> None:
+        """Begin to count anew, up to ``budget``."""
+        self._spent, self._budget = 0, budget
 
     def spend(self, value: Any) -> Any:
         """Pay for a value; gives it back."""
@@ -58,7 +67,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 todo += [*each.keys(), *each.values()]
             elif isinstance(each, Namespace):
                 todo.append(object.__getattribute__(each, "_Namespace__attrs"))
-            elif isinstance(each, (list, tuple, set, frozenset)):
+            elif isinstance(each, (list, tuple, set, frozenset)) and not isinstance(each, Given):
                 todo += each
         return value
 
@@ -98,7 +107,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _pay(self, cost: int) -> None:
         self._spent += cost
-        _demand(self._spent <= MOST)
+        _demand(self._spent <= self._budget)
 
     def _round(self, text: int) -> str:
         self._pay(_ROUND + text)

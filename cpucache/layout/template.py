@@ -139,6 +139,22 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+def template_environment(bos: str, eos: str) -> BoundedEnvironment:
+    """What chat templates are written for, and may do no more in than is good for others."""
+    environment = BoundedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.globals.update(
+        raise_exception=_raise,
+        strftime_now=_DATE.strftime,
+        bos_token=bos,
+        eos_token=eos,
+        tools=None,
+        documents=None,
+    )
+    return environment
+
+
 class _Renderer:
     """Renders conversations of marks, in the environment that templates are written for.
 
@@ -146,17 +162,7 @@ class _Renderer:
     """
 
     def __init__(self, source: str, bos: str, eos: str) -> None:
-        environment = BoundedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        environment.globals.update(
-            raise_exception=_raise,
-            strftime_now=_DATE.strftime,
-            bos_token=bos,
-            eos_token=eos,
-            tools=None,
-            documents=None,
-        )
+        environment = template_environment(bos, eos)
         try:
             self._template = environment.from_string(source)
         except Exception as error:

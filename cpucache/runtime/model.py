@@ -71,7 +71,8 @@ class Model:
         return self._model
 
     @property
-    def _vocab(self) -> Any:
+    def vocab(self) -> Any:
+        """llama.cpp's pointer to the vocabulary."""
         return api.llama_model_get_vocab(self.handle)
 
     # -- facts -------------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ class Model:
 
     @cached_property
     def n_vocab(self) -> int:
-        return int(api.llama_vocab_n_tokens(self._vocab))
+        return int(api.llama_vocab_n_tokens(self.vocab))
 
     @cached_property
     def n_layers(self) -> int:
@@ -164,7 +165,7 @@ class Model:
         data = text.encode("utf-8", "replace")
         out = np.empty(len(data) + 8, np.int32)
         count = api.llama_tokenize(
-            self._vocab, data, len(data), out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(out), False, special
+            self.vocab, data, len(data), out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(out), False, special
         )
         if count < 0:
             raise ModelError(f"{self.path}: llama.cpp can't tokenize this text ({len(data)} bytes)")
@@ -173,7 +174,7 @@ class Model:
 
     @cached_property
     def _prefixes_space(self) -> bool:
-        if int(api.llama_vocab_type(self._vocab)) != _VOCAB_SPM:
+        if int(api.llama_vocab_type(self.vocab)) != _VOCAB_SPM:
             return False
         return (self.meta("tokenizer.ggml.add_space_prefix") or "true") == "true"
 
@@ -182,7 +183,7 @@ class Model:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            count = api.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            count = api.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
@@ -194,17 +195,17 @@ class Model:
     @cached_property
     def bos(self) -> int | None:
         """The token that begins every text, when the model wants one."""
-        token = int(api.llama_vocab_bos(self._vocab))
-        return token if token >= 0 and api.llama_vocab_get_add_bos(self._vocab) else None
+        token = int(api.llama_vocab_bos(self.vocab))
+        return token if token >= 0 and api.llama_vocab_get_add_bos(self.vocab) else None
 
     def special_text(self, name: str) -> str:
         """The text of the ``bos`` or ``eos`` token, as templates write it."""
-        token = int({"bos": api.llama_vocab_bos, "eos": api.llama_vocab_eos}[name](self._vocab))
+        token = int({"bos": api.llama_vocab_bos, "eos": api.llama_vocab_eos}[name](self.vocab))
         return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
 
     def ends_generation(self, token: int) -> bool:
         """Whether the model says by this token that it has finished (``llama_vocab_is_eog``)."""
-        return bool(api.llama_vocab_is_eog(self._vocab, token))
+        return bool(api.llama_vocab_is_eog(self.vocab, token))
 
     @cached_property
     def filler(self) -> int:
@@ -212,7 +213,7 @@ class Model:
         unknown = self.meta("tokenizer.ggml.unknown_token_id")
         candidates = (
             int(unknown) if unknown else -1,
-            api.llama_vocab_pad(self._vocab),
-            api.llama_vocab_eos(self._vocab),
+            api.llama_vocab_pad(self.vocab),
+            api.llama_vocab_eos(self.vocab),
         )
         return next((int(token) for token in candidates if int(token) >= 0), 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpucache.errors import InputError
+from cpucache.runtime import llama
 from cpucache.runtime.llama import api
 from cpucache.runtime.model import Model, Tokens
 
@@ -28,6 +29,10 @@ class Sampling:
     repeat_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = field(default=())
+    grammar: str = ""
+    """A GBNF grammar that the answer follows."""
+    logprobs: int | None = None
+    """Of each token, the log probability, and those of so many of the likeliest; ``None``: of none."""
 
     def __post_init__(self) -> None:
         for name, fine, range_ in (
@@ -38,6 +43,7 @@ class Sampling:
             ("repeat_penalty", self.repeat_penalty > 0, "above 0"),
             ("seed", self.seed is None or 0 <= self.seed < 2**32, "from 0 to 4294967295"),
             ("stop", all(self.stop), "without empty strings"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
         ):
             if not fine:
                 raise InputError(f"{name}={getattr(self, name)!r}: must be {range_}")
@@ -48,8 +54,18 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, model: Model) -> None:
         self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        if sampling.grammar:
+            grammar = api.llama_sampler_init_grammar(model.vocab, sampling.grammar.encode(), b"root")
+            if not grammar:
+                self.close()
+                raise InputError(f"grammar: llama.cpp can't read it: {llama.last_errors() or 'no reason given'}")
+            self._add(grammar)
+        self._penalties: api.llama_sampler_p | None = None
         if sampling.repeat_penalty != 1:
-            self._add(api.llama_sampler_init_penalties(model.n_vocab, _RECENT, sampling.repeat_penalty, 0.0, 0.0))
+            self._penalties = api.llama_sampler_init_penalties(
+                model.n_vocab, _RECENT, sampling.repeat_penalty, 0.0, 0.0
+            )
+            self._add(self._penalties)
         if sampling.temperature == 0:
             self._add(api.llama_sampler_init_greedy())
             return
@@ -65,8 +81,9 @@ class Sampler:
 
     def accept(self, tokens: Tokens) -> None:
         """Take tokens of the prompt into account, for the repetition penalty."""
-        for token in tokens[-_RECENT:]:
-            api.llama_sampler_accept(self._chain, int(token))
+        if self._penalties is not None:
+            for token in tokens[-_RECENT:]:
+                api.llama_sampler_accept(self._penalties, int(token))
 
     def _add(self, sampler: api.llama_sampler_p) -> None:
         api.llama_sampler_chain_add(self._chain, sampler)

@@ -1,0 +1,150 @@
+"""``cpucache serve``: an OpenAI- and Anthropic-compatible port."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from contextlib import suppress
+from typing import Any
+
+import click
+
+from cpucache.cli.console import err
+from cpucache.cli.options import engine_options
+from cpucache.errors import CpucacheError, InputError
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@click.command()
+@engine_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 takes one that is free."
+)
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 16),
+    default=4,
+    show_default=True,
+    help="Requests answered at a time, in the cells of one context (--ctx).",
+)
+@click.option(
+    "--api-key",
+    envvar="CPUCACHE_API_KEY",
+    help="What clients must show. Required where other machines can connect.  [env: CPUCACHE_API_KEY]",
+)
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Another name that clients may call the server by.")
+@click.option(
+    "--queue", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait; more get a 429."
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Seconds that a request may take.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Tokens of an answer to a request that does not say how many.",
+)
+@click.option(
+    "--tool-order",
+    type=click.Choice(["sorted", "as-sent"]),
+    default="sorted",
+    show_default=True,
+    help="How tools are told to the model: by their names, so that their order changes nothing, or as they come.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="A line on standard error for each request.")
+def serve(
+    model: str,
+    host: str,
+    port: int,
+    parallel: int,
+    api_key: str | None,
+    allow_host: tuple[str, ...],
+    queue: int,
+    timeout: float,
+    max_tokens: int,
+    tool_order: str,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Answer programs that speak OpenAI's or Anthropic's API.
+
+    What a prompt has in common with earlier ones, whoever sent them and whenever, is not evaluated again: it is spliced
+    from saved state, also after a restart.
+
+    \b
+    cpucache serve -m qwen2.5-coder-1.5b-instruct
+    export OPENAI_BASE_URL=http://127.0.0.1:8080/v1 OPENAI_API_KEY=none
+    export ANTHROPIC_BASE_URL=http://127.0.0.1:8080
+
+    \b
+    POST /v1/chat/completions  /v1/completions       OpenAI's
+    POST /v1/messages  /v1/messages/count_tokens     Anthropic's
+    GET  /v1/models  /health  /metrics               POST /tokenize  /detokenize  /apply-template
+
+    Ctrl-C ends it: answers under way get five seconds, and what was evaluated is kept.
+    """
+    try:
+        import uvicorn
+
+        from cpucache.server.app import create_app
+        from cpucache.server.settings import ServerSettings
+    except ImportError as error:
+        raise CpucacheError(
+            f"the server needs more packages ({error}); install them with: pip install cpucache[server]"
+        ) from error
+    from cpucache.engine import Engine
+
+    local = _is_loopback(host)
+    if not local and not api_key:
+        raise InputError(f"--host {host}: other machines can connect; say what clients must show with --api-key")
+    hosts = (*ServerSettings.hosts, host, *allow_host) if local else ()
+    settings = ServerSettings(
+        api_key=api_key,
+        hosts=tuple(name.lower() for name in hosts),
+        queue=queue,
+        timeout=timeout,
+        max_tokens=max_tokens,
+        sorted_tools=tool_order == "sorted",
+    )
+    if verbose:
+        logging.getLogger("cpucache.server").setLevel(logging.INFO)
+    with _listening(host, port) as listener, Engine(model, parallel=parallel, refine="idle", **options) as engine:
+        engine.warm_up()
+        app = create_app(engine, settings, parallel=parallel)
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off")
+        )
+        name = f"[{host}]" if ":" in host else host
+        url = f"http://{name}:{listener.getsockname()[1]}"
+        err.print(f"{engine.model.name} answers at {url} (Ctrl-C ends)", soft_wrap=True, highlight=False)
+        # uvicorn has ended in good order then, and says so by raising what ended it.
+        with suppress(KeyboardInterrupt):
+            server.run([listener])
+    err.print("the server has ended; what was evaluated is kept")
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that is bound, before the model is loaded: a port that is taken is told at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise InputError(f"--host {host} --port {port}: {error.strerror or error}") from error
+    return listener

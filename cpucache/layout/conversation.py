@@ -1,0 +1,293 @@
+"""Conversations as programs send them, with tools: rendered by the model's own chat template, and tokenized.
+
+The template is given marks in the place of texts. So what stands between them is tokenized with its control tokens, and
+the texts without: no text can forge a turn.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from cpucache.errors import InputError
+from cpucache.layout.sandbox import MOST, Given
+from cpucache.layout.template import ChatTemplate, template_environment
+from cpucache.layout.turns import Turns
+from cpucache.layout.vocabulary import Tokens, Vocabulary, joined
+from cpucache.pml.tree import RoleName
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+# Not to be guessed by who writes a text.
+_NONCE = "".join(secrets.choice("ABCDEFGHIJKLMNOP") for _ in range(12))
+_MARK = re.compile(rf"{_NONCE}x(\d+)Qx")
+_PER_MESSAGE = 1 << 12
+"""What a template may spend for each message and tool, besides what it may for itself."""
+_TOOLS = (
+    "You may call functions. Their signatures:\n<tools>\n{tools}\n</tools>\n"
+    "To call one, answer with nothing but its name and arguments in these tags:\n"
+    '<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>'
+)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that the model asks for."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """A message of a conversation."""
+
+    role: Role
+    text: str = ""
+    calls: Sequence[ToolCall] = ()
+    """Of the assistant."""
+    call: str = ""
+    """Of a tool: the id of the call that it answers."""
+    name: str = ""
+    """Of a tool: which one."""
+    reasoning: str = ""
+    """Of the assistant: what it thought before it answered, where templates keep it."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may ask for. ``parameters`` is a JSON schema."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As templates expect it."""
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
+
+
+class Conversations:
+    """Renders conversations of one model.
+
+    Args:
+        vocabulary: Its tokenizer, and the chat template in its file. Without one, roles are plain text.
+        template: The same, taken apart.
+        remembered: Gives the ids of a text of the assistant's, where it is known how the model wrote it.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        template: ChatTemplate,
+        remembered: Callable[[str], Tokens | None] = lambda _: None,
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._taken_apart = template
+        self._remembered = remembered
+        self._environment = template_environment(vocabulary.special_text("bos"), vocabulary.special_text("eos"))
+        source = vocabulary.chat_template
+        self._template = self._environment.from_string(source) if source and not template.plain else None
+        self._lock = threading.Lock()  # around the environment's budget
+
+    def tokens(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> Tokens:
+        """The tokens of a conversation and of what opens the model's answer. Raises ``InputError``.
+
+        A template that refuses the conversation gets it in a form that says the same: system messages joined to one at
+        the head, or told by the user; tools described in the system message.
+        """
+        if not messages:
+            raise InputError("messages: there is none")
+        bos = self._vocabulary.bos
+        if self._template is None:
+            parts = self._plain(_told(messages, tools))
+            return joined(([] if bos is None else [np.array([bos], np.int32)]) + parts)
+        problem: Exception | None = None
+        for attempt, described in _forms(messages, tools):
+            try:
+                text, texts = self._render(attempt, described)
+            except Exception as error:  # a template is a program, and may fail in any way
+                problem = error
+                continue
+            shown = {int(found) for found in _MARK.findall(text)}
+            if shown >= {index for index, (_, needed) in enumerate(texts) if needed}:
+                return self._tokenized(text, texts)
+        reason = f": {problem}" if problem else ", and would leave out a part of it"
+        raise InputError(f"the model's chat template does not take this conversation{reason}")
+
+    def _render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> tuple[str, list[tuple[_Text, bool]]]:
+        """The conversation with marks in it; what they stand for, and whether each must be there."""
+        assert self._template is not None
+        texts: list[tuple[_Text, bool]] = []
+
+        def mark(text: str, *, needed: bool = True, quoted: bool = False, said: bool = False) -> str:
+            bare = text.strip()
+            if not bare:
+                return text
+            texts.append((_Text(bare, quoted=quoted, said=said), needed))
+            begin = text.index(bare)
+            return f"{text[:begin]}{_NONCE}x{len(texts) - 1}Qx{text[begin + len(bare) :]}"
+
+        def guarded(value: Any) -> Any:
+            """JSON with marks in the place of what would be read as control tokens."""
+            if isinstance(value, str):
+                return mark(value, quoted=True, needed=False) if self._forges(value) else value
+            if isinstance(value, Mapping):
+                return {guarded(key): guarded(each) for key, each in value.items()}
+            return [guarded(each) for each in value] if isinstance(value, list | tuple) else value
+
+        given: Given = Given()
+        for message in messages:
+            entry: dict[str, Any] = {
+                "role": message.role,
+                "content": mark(message.text, said=message.role == "assistant"),
+            }
+            if message.reasoning:
+                entry["reasoning_content"] = mark(message.reasoning, needed=False)
+            if message.calls:
+                entry["tool_calls"] = [
+                    {
+                        "type": "function",
+                        "id": call.id,
+                        "function": {"name": call.name, "arguments": guarded(call.arguments)},
+                    }
+                    for call in message.calls
+                ]
+            if message.role == "tool":
+                entry |= {"tool_call_id": message.call, "name": message.name}
+            given.append(entry)
+        described = Given(
+            {
+                "type": "function",
+                "function": {
+                    # That the template shows tools at all is seen by their names.
+                    "name": mark(tool.name),
+                    "description": guarded(tool.description),
+                    "parameters": guarded(dict(tool.parameters)),
+                },
+            }
+            for tool in tools
+        )
+        size = len(json.dumps(described)) if described else 0
+        with self._lock:
+            self._environment.renew(MOST + _PER_MESSAGE * (len(messages) + len(tools)) + 16 * size)
+            text = self._template.render(messages=given, tools=described or None, add_generation_prompt=True)
+        return text, texts
+
+    def _forges(self, text: str) -> bool:
+        tokenize = self._vocabulary.tokenize
+        return len(tokenize(text, special=True)) != len(tokenize(text))
+
+    def _tokenized(self, text: str, texts: Sequence[tuple[_Text, bool]]) -> Tokens:
+        parts: list[Tokens] = []
+        pieces = _MARK.split(text)
+        bos = self._vocabulary.bos
+        if bos is not None:
+            parts.append(np.array([bos], np.int32))
+            pieces[0] = pieces[0].removeprefix(self._vocabulary.special_text("bos"))
+        for index, piece in enumerate(pieces):
+            if index % 2 == 0:
+                parts.append(self._vocabulary.tokenize(piece, special=True))
+                continue
+            each = texts[int(piece)][0]
+            known = self._remembered(each.text) if each.said else None
+            parts.append(self._vocabulary.tokenize(each.shown) if known is None else known)
+        return joined(parts)
+
+    def _plain(self, messages: Sequence[ChatMessage]) -> list[Tokens]:
+        turns = Turns(self._taken_apart, self._vocabulary)
+        roles: dict[str, RoleName] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "user"}
+        return [*(turns.turn(roles[message.role], message.text) for message in messages), turns.answer()]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a mark stands for."""
+
+    text: str
+    quoted: bool
+    """It stands inside a JSON string."""
+    said: bool
+    """The assistant said it."""
+
+    @property
+    def shown(self) -> str:
+        return json.dumps(self.text, ensure_ascii=False)[1:-1] if self.quoted else self.text
+
+
+def _forms(
+    messages: Sequence[ChatMessage], tools: Sequence[Tool]
+) -> list[tuple[Sequence[ChatMessage], Sequence[Tool]]]:
+    """A conversation as it is, and in other forms, the most faithful first."""
+    joint = _joined_system(messages)
+    forms = [(messages, tools), (joint, tools), (_alternating(_by_user(joint)), tools)]
+    if tools or any(message.calls or message.role == "tool" for message in messages):
+        told = _told(messages, tools)
+        forms += [(told, ()), (_joined_system(told), ()), (_alternating(_by_user(_joined_system(told))), ())]
+    return forms
+
+
+def _joined_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """System messages at the head as one, and later ones as messages of the user's."""
+    head: list[str] = []
+    rest: list[ChatMessage] = []
+    for message in messages:
+        if message.role != "system":
+            rest.append(message)
+        elif rest:
+            rest.append(ChatMessage("user", message.text))
+        else:
+            head.append(message.text)
+    return [*([ChatMessage("system", "\n\n".join(head))] if head else []), *rest]
+
+
+def _by_user(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """The system message at the head of the user's first."""
+    if messages[0].role != "system":
+        return list(messages)
+    text, rest = messages[0].text, list(messages[1:])
+    if rest and rest[0].role == "user":
+        return [ChatMessage("user", f"{text}\n\n{rest[0].text}"), *rest[1:]]
+    return [ChatMessage("user", text), *rest]
+
+
+def _alternating(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Messages of one role that follow one another as one."""
+    merged: list[ChatMessage] = []
+    for role, group in groupby(messages, key=lambda message: message.role):
+        each = list(group)
+        if len(each) == 1 or role == "tool" or any(message.calls for message in each):
+            merged += each
+        else:
+            merged.append(ChatMessage(role, "\n\n".join(message.text for message in each)))
+    return merged
+
+
+def _told(messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
+    """Tools, calls and what came of them in words, for templates that know none."""
+    told: list[ChatMessage] = []
+    if tools:
+        listed = "\n".join(json.dumps(tool.as_dict(), ensure_ascii=False) for tool in tools)
+        told.append(ChatMessage("system", _TOOLS.format(tools=listed)))
+    for message in messages:
+        if message.role == "tool":
+            told.append(ChatMessage("user", f"<tool_response>\n{message.text}\n</tool_response>"))
+        elif message.calls:
+            calls = (
+                json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
+                for call in message.calls
+            )
+            parts = [message.text, *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
+            told.append(ChatMessage("assistant", "\n".join(part for part in parts if part)))
+        else:
+            told.append(message)
+    return told

@@ -1,0 +1,260 @@
+"""Anthropic's dialect: messages."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from cpucache.engine import Metrics, Sampling
+from cpucache.engine.sampling import sampling_of
+from cpucache.errors import InputError
+from cpucache.layout import Tokens
+from cpucache.layout.conversation import ChatMessage, Tool, ToolCall
+from cpucache.server.openai import streamed
+from cpucache.server.service import Service, new_id, while_connected
+from cpucache.server.toolcalls import ToolParser
+
+_BILLING = "x-anthropic-billing-header:"
+"""What Claude Code puts in front of its system text, anew in each request."""
+_log = logging.getLogger("cpucache.server")
+
+
+class CountRequest(BaseModel):
+    """A conversation whose tokens are counted."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = ""
+    messages: list[dict[str, Any]]
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+
+
+class MessagesRequest(CountRequest):
+    """A request for messages."""
+
+    max_tokens: int = Field(ge=1, le=1 << 30)
+    stream: bool = False
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=1 << 20)
+    stop_sequences: list[str] | None = None
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen. Unlike ``Engine``, Anthropic's dialect has a temperature of 1 unless told."""
+        return sampling_of(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=[text for text in self.stop_sequences or () if text],
+        )
+
+
+def messages_of(body: CountRequest) -> list[ChatMessage]:
+    """The conversation of a request. Raises ``InputError``."""
+    messages = []
+    system = _system(body.system)
+    if system:
+        messages.append(ChatMessage("system", system))
+    names: dict[str, str] = {}
+    for number, each in enumerate(body.messages):
+        where, role = f"messages.{number}", each.get("role")
+        if role not in ("user", "assistant"):
+            raise InputError(f"{where}.role: user or assistant, not {role!r}")
+        texts: list[str] = []
+        calls: list[ToolCall] = []
+        results: list[ChatMessage] = []
+        for block in _blocks(each.get("content"), where):
+            kind = block.get("type")
+            if kind == "text":
+                texts.append(_text(block, where))
+            elif kind == "tool_use" and role == "assistant":
+                call = _call(block, where)
+                names[call.id] = call.name
+                calls.append(call)
+            elif kind == "tool_result" and role == "user":
+                identity = str(block.get("tool_use_id") or "")
+                said = "\n".join(_text(part, where) for part in _blocks(block.get("content") or "", where))
+                results.append(ChatMessage("tool", said, call=identity, name=names.get(identity, "")))
+            elif kind not in ("thinking", "redacted_thinking"):
+                raise InputError(f"{where}.content: this model takes text only, not a block of type {kind!r}")
+        messages += results
+        if texts or calls or not results:
+            messages.append(ChatMessage("user" if role == "user" else "assistant", "\n".join(texts), calls))
+    return messages
+
+
+def _system(given: str | list[dict[str, Any]] | None) -> str:
+    blocks = _blocks(given or "", "system")
+    texts = [_text(block, "system") for block in blocks]
+    kept = [text for text in texts if not text.startswith(_BILLING)]
+    if len(kept) < len(texts):
+        _log.debug("a billing header, which is new in every request, was left out of the system text")
+    return "\n\n".join(text for text in kept if text)
+
+
+def _blocks(content: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
+        raise InputError(f"{where}.content: text, or a list of blocks")
+    return content
+
+
+def _text(block: dict[str, Any], where: str) -> str:
+    if block.get("type") != "text" or not isinstance(block.get("text"), str):
+        raise InputError(f"{where}: this model takes text only, not a block of type {block.get('type')!r}")
+    return str(block["text"])
+
+
+def _call(block: dict[str, Any], where: str) -> ToolCall:
+    name, arguments = block.get("name"), block.get("input")
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise InputError(f"{where}: a tool_use has a name, and an object as its input")
+    return ToolCall(name, arguments, str(block.get("id") or ""))
+
+
+def tools_of(body: CountRequest) -> list[Tool]:
+    """The tools of a request. Raises ``InputError``."""
+    choice = (body.tool_choice or {}).get("type", "auto")
+    if choice == "none":
+        return []
+    if choice != "auto":
+        raise InputError("tool_choice.type: auto or none; this server can't force a call")
+    tools = []
+    for number, each in enumerate(body.tools or ()):
+        name, parameters, description = each.get("name"), each.get("input_schema"), each.get("description")
+        if not isinstance(name, str) or not name:
+            raise InputError(f"tools.{number}.name: a name is expected")
+        tools.append(
+            Tool(
+                name,
+                description if isinstance(description, str) else "",
+                parameters if isinstance(parameters, dict) else {},
+            )
+        )
+    return tools
+
+
+def usage(metrics: Metrics) -> dict[str, int]:
+    """What an answer took. Tokens that were evaluated are kept, too: they count as written to the cache."""
+    return {
+        "input_tokens": 0,
+        "cache_read_input_tokens": metrics.cached_tokens,
+        "cache_creation_input_tokens": metrics.fresh_tokens,
+        "output_tokens": metrics.completion_tokens,
+    }
+
+
+def _event(kind: str, **data: Any) -> str:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data}, ensure_ascii=False)}\n\n"
+
+
+class Anthropic:
+    """The endpoints of Anthropic's dialect.
+
+    Args:
+        service: Answers them.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.router = APIRouter(tags=["Anthropic"])
+        self.router.post("/v1/messages", response_model=None)(self.messages)
+        self.router.post("/v1/messages/count_tokens", response_model=None)(self.count)
+
+    async def count(self, body: CountRequest) -> dict[str, int]:
+        """Count the tokens of a conversation, without evaluating any."""
+        tokens = await asyncio.to_thread(self._service.tokens, messages_of(body), tools_of(body))
+        return {"input_tokens": len(tokens)}
+
+    async def messages(self, body: MessagesRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        service = self._service
+        tools = tools_of(body)
+        tokens = await asyncio.to_thread(service.tokens, messages_of(body), tools)
+        names = [tool.name for tool in tools]
+        if body.stream:
+            return await streamed(request, self._events(request, tokens, body, names))
+        return await while_connected(request, self._whole(request, tokens, body, names))
+
+    async def _whole(
+        self, request: Request, tokens: Tokens, body: MessagesRequest, names: Sequence[str]
+    ) -> JSONResponse:
+        service = self._service
+        async with service.answer(request, tokens, body.sampling(), body.max_tokens) as reader:
+            parser = ToolParser(names)
+            text = "".join([parser.feed(piece) async for piece in reader.pieces()]) + parser.finish()
+        service.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+        metrics = reader.stream.metrics
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not parser.calls else []
+        content += [_used(call, dict(call.arguments)) for call in parser.calls]
+        reason, sequence = _stopped(metrics, parser.calls)
+        told = {"stop_reason": reason, "stop_sequence": sequence, "usage": usage(metrics)}
+        return JSONResponse({**self._head(), "content": content, **told}, headers=service.facts(metrics))
+
+    async def _events(
+        self, request: Request, tokens: Tokens, body: MessagesRequest, names: Sequence[str]
+    ) -> AsyncIterator[str | dict[str, str]]:
+        service = self._service
+        async with service.answer(request, tokens, body.sampling(), body.max_tokens) as reader:
+            metrics = reader.stream.metrics
+            yield service.facts(metrics)
+            begun = {"stop_reason": None, "stop_sequence": None, "usage": {**usage(metrics), "output_tokens": 0}}
+            yield _event("message_start", message={**self._head(), "content": [], **begun})
+            yield _event("ping")
+            parser = ToolParser(names)
+            text, index = "", 0
+            async for piece in reader.pieces():
+                said = parser.feed(piece)
+                for told in _text_events(said, index, begun=bool(text)):
+                    yield told
+                text += said
+            rest = parser.finish()
+            for told in _text_events(rest, index, begun=bool(text)):
+                yield told
+            text += rest
+        if text:
+            yield _event("content_block_stop", index=index)
+            index += 1
+        for number, call in enumerate(parser.calls, index):
+            yield _event("content_block_start", index=number, content_block=_used(call, {}))
+            written = json.dumps(dict(call.arguments), ensure_ascii=False)
+            delta = {"type": "input_json_delta", "partial_json": written}
+            yield _event("content_block_delta", index=number, delta=delta)
+            yield _event("content_block_stop", index=number)
+        service.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+        reason, sequence = _stopped(metrics, parser.calls)
+        yield _event("message_delta", delta={"stop_reason": reason, "stop_sequence": sequence}, usage=usage(metrics))
+        yield _event("message_stop")
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": self._service.model}
+
+
+def _text_events(said: str, index: int, *, begun: bool) -> list[str]:
+    if not said:
+        return []
+    start = _event("content_block_start", index=index, content_block={"type": "text", "text": ""})
+    delta = _event("content_block_delta", index=index, delta={"type": "text_delta", "text": said})
+    return [delta] if begun else [start, delta]
+
+
+def _used(call: ToolCall, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments}
+
+
+def _stopped(metrics: Metrics, calls: Sequence[ToolCall]) -> tuple[str, str | None]:
+    if calls:
+        return "tool_use", None
+    if metrics.finish != "stop":
+        return "max_tokens", None
+    return ("stop_sequence", metrics.stop) if metrics.stop else ("end_turn", None)

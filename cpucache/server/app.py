@@ -1,0 +1,190 @@
+"""The application: every endpoint, and what stands before them."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from cpucache.engine import Engine
+from cpucache.errors import CpucacheError, InputError
+from cpucache.server.anthropic import Anthropic
+from cpucache.server.failures import Refusal, response_of
+from cpucache.server.openai import OpenAI, messages_of, tools_of
+from cpucache.server.service import Service, new_id
+from cpucache.server.settings import ServerSettings
+
+_OPEN = ("/health",)
+"""Paths that need no key."""
+_log = logging.getLogger("cpucache.server")
+
+
+class TokenizeRequest(BaseModel):
+    """A text to be tokenized."""
+
+    content: str
+    add_special: bool = False
+    """Whether the token that begins every text is put before it, if the model has one."""
+    parse_special: bool = False
+    """Whether control tokens are read as such."""
+
+
+class DetokenizeRequest(BaseModel):
+    """Tokens whose text is asked for."""
+
+    tokens: list[int] = Field(max_length=1 << 20)
+
+
+class TemplateRequest(BaseModel):
+    """A conversation to be rendered by the model's chat template."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+def create_app(engine: Engine, settings: ServerSettings, *, parallel: int = 1) -> FastAPI:
+    """The application over an engine, which belongs to the caller."""
+    service = Service(engine, settings, parallel)
+    app = FastAPI(title="cpucache", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app.state.service = service
+    app.include_router(OpenAI(service).router)
+    app.include_router(Anthropic(service).router)
+    _add_plain_endpoints(app, service)
+    for kind in (CpucacheError, Refusal, RequestValidationError, HTTPException, TimeoutError):
+        app.add_exception_handler(kind, _failed)
+    app.add_middleware(_Gate, service=service)
+    return app
+
+
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    return response_of(error, request)
+
+
+def _add_plain_endpoints(app: FastAPI, service: Service) -> None:
+    engine = service.engine
+    model = engine.model
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the model is loaded. The server listens only then."""
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Metrics for Prometheus."""
+        text = await asyncio.to_thread(service.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def described() -> dict[str, Any]:
+        room = min(engine.context.n_ctx, model.n_ctx_train)
+        return {"id": service.model, "object": "model", "created": 0, "owned_by": "cpucache", "context_length": room}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model that this server answers with."""
+        return {"object": "list", "data": [described()]}
+
+    @app.get("/v1/models/{name}", response_model=None)
+    async def one_model(name: str) -> dict[str, Any]:
+        """The same, by its name."""
+        if name != service.model:
+            raise Refusal(404, f"no model '{name}': this server answers with '{service.model}'", code="model_not_found")
+        return described()
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, list[int]]:
+        """The tokens of a text."""
+        ids = (await asyncio.to_thread(model.tokenize, body.content, special=body.parse_special)).tolist()
+        return {"tokens": [model.bos, *ids] if body.add_special and model.bos is not None else ids}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        """The text of tokens."""
+        if body.tokens:
+            engine.planner.checked_tokens(body.tokens)
+        return {"content": model.text(body.tokens, special=True)}
+
+    @app.post("/apply-template")
+    async def apply_template(body: TemplateRequest) -> dict[str, str]:
+        """A conversation as the model's chat template renders it."""
+        messages, tools = messages_of(body.messages), tools_of(body.tools, None)
+        tokens = await asyncio.to_thread(service.tokens, messages, tools)
+        return {"prompt": model.text(tokens, special=True)}
+
+    @app.post("/v1/embeddings", response_model=None)
+    async def embeddings() -> None:
+        """Nothing: the model is one that writes."""
+        raise Refusal(501, "this server makes no embeddings; its model writes text")
+
+
+class _Gate:
+    """What stands before every endpoint: who asks, for what, and how much of it. As an ASGI middleware."""
+
+    def __init__(self, app: Any, service: Service) -> None:
+        self._app = app
+        self._service = service
+        self._settings = service.settings
+
+    async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        identity = new_id("req_")
+        status = 500
+        begun = False
+
+        async def sending(message: Any) -> None:
+            nonlocal status, begun
+            if message["type"] == "http.response.start":
+                status, begun = message["status"], True
+                message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
+            await send(message)
+
+        taken = 0
+
+        async def receiving() -> Any:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._settings.max_body:
+                raise Refusal(413, f"a request has {self._settings.max_body >> 20} MiB at most")
+            return message
+
+        try:
+            self._check(request)
+            await self._app(scope, receiving, sending)
+        except Exception as error:
+            if begun:
+                raise
+            if not isinstance(error, Refusal | InputError):
+                _log.exception("%s %s failed", identity, request.url.path)
+            await response_of(error, request)(scope, receive, sending)
+        finally:
+            route = scope.get("route")
+            path = getattr(route, "path", "other")
+            self._service.metrics.requests.labels(path, str(status)).inc()
+            _log.info("%s %s %s %d", identity, request.method, request.url.path, status)
+
+    def _check(self, request: Request) -> None:
+        name = request.headers.get("host", "").rsplit("]", 1)
+        host = f"{name[0]}]" if len(name) == 2 else name[0].split(":", 1)[0]
+        if self._settings.hosts and host.lower() not in self._settings.hosts:
+            raise Refusal(400, f"Host {host!r} is none of this server's names; add it with --allow-host")
+        length = request.headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._settings.max_body:
+            raise Refusal(413, f"a request has {self._settings.max_body >> 20} MiB at most")
+        key = self._settings.api_key
+        if key is None or request.url.path in _OPEN:
+            return
+        shown = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(shown.encode(), key.encode()):
+            raise Refusal(401, "the API key is missing, or not the server's", code="invalid_api_key")

@@ -1,0 +1,469 @@
+"""OpenAI's dialect: chat completions and completions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal, cast, get_args
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from cpucache.engine import Metrics, Sampling
+from cpucache.engine.answer import TokenLogprobs
+from cpucache.engine.sampling import sampling_of
+from cpucache.errors import InputError
+from cpucache.layout import Tokens
+from cpucache.layout.conversation import ChatMessage, Role, Tool, ToolCall
+from cpucache.runtime.grammar import ANY_JSON, grammar_of
+from cpucache.server.failures import body_of, refusal_of
+from cpucache.server.service import Reader, Service, new_id, while_connected
+from cpucache.server.toolcalls import ToolParser
+
+_CHOICES = 16  # answers to one request at most
+
+
+class _Given(BaseModel):
+    """What clients send besides what is known here is passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class ResponseFormat(_Given):
+    """What an answer looks like."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: dict[str, Any] | None = None
+
+
+class StreamOptions(_Given):
+    """How an answer is streamed."""
+
+    include_usage: bool = False
+
+
+class _Common(_Given):
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1, le=1 << 30)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=1 << 20)
+    min_p: float | None = Field(None, ge=0, lt=1)
+    repeat_penalty: float | None = Field(None, gt=0, le=100)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: str | list[str] | None = None
+    n: int | None = Field(None, ge=1, le=_CHOICES)
+    response_format: ResponseFormat | None = None
+    grammar: str | None = None
+    """A GBNF grammar, as llama.cpp's own server takes it."""
+    cache_prompt: bool = True
+    """``false``: everything is evaluated, and nothing reused."""
+
+    def sampling(self, logprobs: int | None) -> Sampling:
+        """How tokens are chosen. Unlike ``Engine``, OpenAI's dialect has a temperature of 1 unless told."""
+        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return sampling_of(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repeat_penalty=self.repeat_penalty,
+            seed=None if self.seed is None else self.seed % 2**32,
+            stop=[text for text in texts if text],
+            grammar=self._grammar(),
+            logprobs=logprobs,
+        )
+
+    def _grammar(self) -> str:
+        asked = self.response_format
+        if self.grammar or asked is None or asked.type == "text":
+            return self.grammar or ""
+        if asked.type == "json_object":
+            return ANY_JSON
+        schema = (asked.json_schema or {}).get("schema")
+        if not isinstance(schema, dict):
+            raise InputError("response_format.json_schema.schema: an object is expected")
+        return grammar_of(schema)
+
+
+class ChatRequest(_Common):
+    """A request for chat completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 30)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class CompletionRequest(_Common):
+    """A request for completions."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+
+
+def messages_of(given: Sequence[dict[str, Any]]) -> list[ChatMessage]:
+    """Messages as OpenAI's clients send them. Raises ``InputError``."""
+    names: dict[str, str] = {}
+    messages = []
+    for number, each in enumerate(given):
+        where = f"messages[{number}]"
+        role = each.get("role")
+        role = "system" if role == "developer" else role
+        if role not in get_args(Role):
+            raise InputError(f"{where}.role: one of system, developer, user, assistant and tool, not {role!r}")
+        calls = [_call(call, f"{where}.tool_calls") for call in _list(each.get("tool_calls"), f"{where}.tool_calls")]
+        names |= {call.id: call.name for call in calls}
+        identity = str(each.get("tool_call_id") or "")
+        reasoning = each.get("reasoning_content")
+        messages.append(
+            ChatMessage(
+                cast(Role, role),
+                text_of(each.get("content"), where),
+                calls,
+                identity,
+                names.get(identity, str(each.get("name") or "")) if role == "tool" else "",
+                reasoning if isinstance(reasoning, str) else "",
+            )
+        )
+    return messages
+
+
+def text_of(content: Any, where: str) -> str:
+    """The text of a message's content. Raises ``InputError``."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise InputError(f"{where}.content: text, or a list of parts")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            raise InputError(f"{where}.content: this model takes text only, not a part of type {kind!r}")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _list(value: Any, where: str) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise InputError(f"{where}: a list of objects is expected")
+    return value
+
+
+def _call(value: dict[str, Any], where: str) -> ToolCall:
+    function = value.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InputError(f"{where}: a function with a name is expected")
+    return ToolCall(function["name"], _arguments(function.get("arguments"), where), str(value.get("id") or ""))
+
+
+def _arguments(value: Any, where: str) -> dict[str, Any]:
+    """A call's arguments, which clients send as JSON text, some of them as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "{}")
+        except ValueError as error:
+            raise InputError(f"{where}: arguments are no JSON: {error}") from error
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{where}: arguments are an object")
+    return value or {}
+
+
+def tools_of(given: Sequence[dict[str, Any]] | None, choice: str | dict[str, Any] | None) -> list[Tool]:
+    """Tools as OpenAI's clients send them. Raises ``InputError``."""
+    if choice == "none":
+        return []
+    if choice not in (None, "auto"):
+        raise InputError("tool_choice: auto or none; this server can't force a call")
+    tools = []
+    for number, each in enumerate(given or ()):
+        function = each.get("function") if each.get("type", "function") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise InputError(f"tools[{number}]: a function with a name is expected")
+        parameters = function.get("parameters")
+        description = function.get("description")
+        tools.append(
+            Tool(
+                function["name"],
+                description if isinstance(description, str) else "",
+                parameters if isinstance(parameters, dict) else {},
+            )
+        )
+    return tools
+
+
+def usage(metrics: Metrics) -> dict[str, Any]:
+    """What an answer took."""
+    return {
+        "prompt_tokens": metrics.prompt_tokens,
+        "completion_tokens": metrics.completion_tokens,
+        "total_tokens": metrics.prompt_tokens + metrics.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": metrics.cached_tokens},
+    }
+
+
+def _total(readers: Sequence[Reader]) -> dict[str, Any]:
+    """The usage of several answers to one prompt."""
+    first = usage(readers[0].stream.metrics)
+    first["completion_tokens"] = sum(reader.stream.metrics.completion_tokens for reader in readers)
+    first["total_tokens"] = first["prompt_tokens"] + first["completion_tokens"]
+    return first
+
+
+def event(data: Any) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def _finish(metrics: Metrics, calls: Sequence[ToolCall] = ()) -> str:
+    if calls:
+        return "tool_calls"
+    return "stop" if metrics.finish == "stop" else "length"
+
+
+def _told_calls(calls: Sequence[ToolCall], *, numbered: bool = False) -> list[dict[str, Any]]:
+    told = []
+    for number, call in enumerate(calls):
+        arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+        each = {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+        told.append({"index": number, **each} if numbered else each)
+    return told
+
+
+class OpenAI:
+    """The endpoints of OpenAI's dialect.
+
+    Args:
+        service: Answers them.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.router = APIRouter(tags=["OpenAI"])
+        self.router.post("/v1/chat/completions", response_model=None)(self.chat)
+        self.router.post("/v1/completions", response_model=None)(self.complete)
+
+    # -- chat --------------------------------------------------------------------------------------------------------
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        service = self._service
+        messages, tools = messages_of(body.messages), tools_of(body.tools, body.tool_choice)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        sampling = body.sampling(logprobs)
+        tokens = await asyncio.to_thread(service.tokens, messages, tools)
+        most = body.max_completion_tokens or body.max_tokens
+        names = [tool.name for tool in tools]
+        identity = new_id("chatcmpl-")
+        count = body.n or 1
+        head = {"id": identity, "created": int(time.time()), "model": service.model}
+        if body.stream:
+            if count > 1:
+                raise InputError("n: a stream has one answer")
+            shown = body.stream_options is not None and body.stream_options.include_usage
+            pieces = self._chat_events(request, tokens, sampling, most, names, head, body.cache_prompt, shown)
+            return await streamed(request, pieces)
+
+        async def whole(number: int) -> tuple[Reader, dict[str, Any]]:
+            chosen = varied(sampling, number)
+            async with service.answer(request, tokens, chosen, most, use_cache=body.cache_prompt) as reader:
+                parser = ToolParser(names)
+                text = "".join([parser.feed(piece) async for piece in reader.pieces()]) + parser.finish()
+            message: dict[str, Any] = {"role": "assistant", "content": text or None if parser.calls else text}
+            if parser.calls:
+                message["tool_calls"] = _told_calls(parser.calls)
+            service.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+            choice = {"index": number, "message": message, "logprobs": self._chat_logprobs(reader)}
+            return reader, {**choice, "finish_reason": _finish(reader.stream.metrics, parser.calls)}
+
+        done = await while_connected(request, _together([whole(number) for number in range(count)]))
+        readers = [reader for reader, _ in done]
+        return JSONResponse(
+            {**head, "object": "chat.completion", "choices": [choice for _, choice in done], "usage": _total(readers)},
+            headers=service.facts(readers[0].stream.metrics),
+        )
+
+    async def _chat_events(
+        self,
+        request: Request,
+        tokens: Tokens,
+        sampling: Sampling,
+        most: int | None,
+        names: Sequence[str],
+        head: dict[str, Any],
+        use_cache: bool,
+        shown: bool,
+    ) -> AsyncIterator[str | dict[str, str]]:
+        service = self._service
+
+        def chunk(delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> str:
+            choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+            usages = {"usage": None} if shown else {}
+            return event({**head, "object": "chat.completion.chunk", "choices": [choice], **usages})
+
+        async with service.answer(request, tokens, sampling, most, use_cache=use_cache) as reader:
+            yield service.facts(reader.stream.metrics)
+            yield chunk({"role": "assistant", "content": ""})
+            parser = ToolParser(names)
+            text, told = "", 0
+            async for piece in reader.pieces():
+                said = parser.feed(piece)
+                if said:
+                    text += said
+                    logprobs = self._chat_logprobs(reader, told)
+                    told = len(reader.stream.logprobs)
+                    yield chunk({"content": said}, logprobs=logprobs)
+            rest = parser.finish()
+            if rest:
+                text += rest
+                yield chunk({"content": rest}, logprobs=self._chat_logprobs(reader, told))
+            if parser.calls:
+                yield chunk({"tool_calls": _told_calls(parser.calls, numbered=True)})
+        service.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+        yield chunk({}, _finish(reader.stream.metrics, parser.calls))
+        if shown:
+            totals = usage(reader.stream.metrics)
+            yield event({**head, "object": "chat.completion.chunk", "choices": [], "usage": totals})
+        yield "data: [DONE]\n\n"
+
+    def _chat_logprobs(self, reader: Reader, begin: int = 0) -> dict[str, Any] | None:
+        found = reader.stream.logprobs[begin : len(reader.stream.tokens)]
+        if not found:
+            return None
+
+        def told(token: int, logprob: float) -> dict[str, Any]:
+            piece = self._service.engine.model.piece(token)
+            return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
+
+        content = [
+            {**told(each.token, each.logprob), "top_logprobs": [told(*one) for one in each.top]} for each in found
+        ]
+        return {"content": content}
+
+    # -- text --------------------------------------------------------------------------------------------------------
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        """Go on with texts, or with tokens."""
+        service = self._service
+        prompts = await asyncio.to_thread(self._prompts, body.prompt)
+        sampling = body.sampling(body.logprobs)
+        count = body.n or 1
+        if len(prompts) * count > _CHOICES:
+            raise InputError(f"prompt, n: {_CHOICES} answers to a request at most")
+        head = {"id": new_id("cmpl-"), "created": int(time.time()), "model": service.model, "object": "text_completion"}
+        if body.stream:
+            if len(prompts) * count > 1:
+                raise InputError("prompt, n: a stream has one answer")
+            return await streamed(request, self._text_events(request, prompts[0], sampling, body, head))
+
+        async def whole(number: int) -> tuple[Reader, dict[str, Any]]:
+            tokens, chosen = prompts[number // count], varied(sampling, number % count)
+            async with service.answer(request, tokens, chosen, body.max_tokens, use_cache=body.cache_prompt) as reader:
+                text = "".join([piece async for piece in reader.pieces()])
+            if body.echo:
+                text = service.engine.model.text(tokens) + text
+            choice = {"index": number, "text": text, "logprobs": self._text_logprobs(reader)}
+            return reader, {**choice, "finish_reason": _finish(reader.stream.metrics)}
+
+        done = await while_connected(request, _together([whole(number) for number in range(len(prompts) * count)]))
+        readers = [reader for reader, _ in done]
+        totals = _total(readers)
+        totals["prompt_tokens"] = sum(len(prompt) for prompt in prompts)
+        totals["total_tokens"] = totals["prompt_tokens"] + totals["completion_tokens"]
+        return JSONResponse(
+            {**head, "choices": [choice for _, choice in done], "usage": totals},
+            headers=service.facts(readers[0].stream.metrics),
+        )
+
+    async def _text_events(
+        self, request: Request, tokens: Tokens, sampling: Sampling, body: CompletionRequest, head: dict[str, Any]
+    ) -> AsyncIterator[str | dict[str, str]]:
+        service = self._service
+        shown = body.stream_options is not None and body.stream_options.include_usage
+
+        def chunk(text: str, finish: str | None = None) -> str:
+            return event({**head, "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish}]})
+
+        async with service.answer(request, tokens, sampling, body.max_tokens, use_cache=body.cache_prompt) as reader:
+            yield service.facts(reader.stream.metrics)
+            if body.echo:
+                yield chunk(service.engine.model.text(tokens))
+            async for piece in reader.pieces():
+                yield chunk(piece)
+        yield chunk("", _finish(reader.stream.metrics))
+        if shown:
+            yield event({**head, "choices": [], "usage": usage(reader.stream.metrics)})
+        yield "data: [DONE]\n\n"
+
+    def _prompts(self, prompt: str | list[int] | list[str] | list[list[int]]) -> list[Tokens]:
+        planner = self._service.engine.planner
+        single = isinstance(prompt, str) or all(isinstance(each, int) for each in prompt)
+        given: list[Any] = [prompt] if single else list(prompt)
+        return [planner.tokens_of(each) if isinstance(each, str) else planner.checked_tokens(each) for each in given]
+
+    def _text_logprobs(self, reader: Reader) -> dict[str, Any] | None:
+        found = reader.stream.logprobs[: len(reader.stream.tokens)]
+        if not found:
+            return None
+        model = self._service.engine.model
+
+        def text(token: int) -> str:
+            return model.piece(token).decode("utf-8", "replace")
+
+        def top(each: TokenLogprobs) -> dict[str, float]:
+            return {text(token): logprob for token, logprob in each.top}
+
+        return {
+            "tokens": [text(each.token) for each in found],
+            "token_logprobs": [each.logprob for each in found],
+            "top_logprobs": [top(each) for each in found],
+        }
+
+
+def varied(sampling: Sampling, number: int) -> Sampling:
+    """The sampling of one of several answers to the same prompt."""
+    if sampling.seed is None or not number:
+        return sampling
+    return sampling_of(sampling, seed=(sampling.seed + number) % 2**32)
+
+
+async def _together(answers: Sequence[Any]) -> list[tuple[Reader, dict[str, Any]]]:
+    tasks = [asyncio.ensure_future(answer) for answer in answers]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def streamed(request: Request, pieces: AsyncIterator[str | dict[str, str]]) -> StreamingResponse:
+    """A stream of events, which begins when the first token is there: the first item are its headers.
+
+    What fails before is an ordinary error, what fails later an event.
+    """
+    headers = await pieces.__anext__()
+    assert isinstance(headers, dict)
+
+    async def body() -> AsyncIterator[str]:
+        try:
+            async for piece in pieces:
+                assert isinstance(piece, str)
+                yield piece
+        except Exception as error:
+            refusal = refusal_of(error)
+            told = body_of(refusal, request.url.path)
+            kind = "event: error\n" if "type" in told else ""
+            yield kind + event(told)
+        finally:
+            await pieces.aclose()  # type: ignore[attr-defined]
+
+    return StreamingResponse(body(), media_type="text/event-stream", headers={**headers, "Cache-Control": "no-store"})

@@ -1,0 +1,93 @@
+"""Tool calls in the text of an answer, found while it is written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from secrets import token_hex
+from typing import Any
+
+from cpucache.layout.conversation import ToolCall
+
+# Qwen, Hermes and many others; Mistral. The whole answer as JSON is Llama's way, with a fence that of small models.
+_OPEN = ("<tool_call>", "[TOOL_CALLS]")
+_WHOLE = ("{", "```json", "<|python_tag|>")
+_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
+_FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*(?:```\s*)?$", re.DOTALL)
+
+
+@dataclass
+class ToolParser:
+    """Tells calls from text, piece by piece.
+
+    Text is given out as soon as it can't be the beginning of a call any more.
+    """
+
+    names: Collection[str]
+    """The tools that there are; without any, everything is text."""
+    calls: list[ToolCall] = field(default_factory=list)
+    """Those found, when the answer has ended."""
+    _held: str = ""
+    _calling: bool = False
+    _begun: bool = False
+
+    def feed(self, piece: str) -> str:
+        """The text that a piece makes certain."""
+        if not self.names:
+            return piece
+        self._held += piece
+        if self._calling:
+            return ""
+        if not self._begun:
+            head = self._held.lstrip()
+            if not head or any(whole.startswith(head) or head.startswith(whole) for whole in _WHOLE):
+                self._calling = any(head.startswith(whole) for whole in _WHOLE)
+                return ""
+            self._begun = True
+        at = min((found for each in _OPEN if (found := self._held.find(each)) >= 0), default=-1)
+        if at >= 0:
+            text, self._held, self._calling = self._held[:at], self._held[at:], True
+            return text.rstrip()
+        keep = max((size for each in _OPEN for size in range(len(each)) if self._held.endswith(each[:size])), default=0)
+        # White space before a call belongs to neither.
+        keep += len(self._held[: len(self._held) - keep]) - len(self._held[: len(self._held) - keep].rstrip())
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def finish(self) -> str:
+        """The rest of the text; ``calls`` has what the answer asks for."""
+        rest, self._held = self._held, ""
+        if not self._calling:
+            return rest
+        self.calls = self._parsed(rest)
+        return "" if self.calls else rest
+
+    def _parsed(self, text: str) -> list[ToolCall]:
+        found: list[ToolCall] = []
+        tagged = _TAGGED.findall(text)
+        stripped = text.strip().removeprefix("<|python_tag|>").removeprefix("[TOOL_CALLS]").strip()
+        fenced = _FENCE.match(stripped)
+        for source in tagged or [fenced.group(1) if fenced else stripped]:
+            try:
+                value, _ = json.JSONDecoder().raw_decode(source)
+            except ValueError:
+                return []
+            for each in value if isinstance(value, list) else [value]:
+                call = self._call(each)
+                if call is None:
+                    return []
+                found.append(call)
+        return found
+
+    def _call(self, value: Any) -> ToolCall | None:
+        if not isinstance(value, dict) or value.get("name") not in self.names:
+            return None
+        arguments = value.get("arguments", value.get("parameters", {}))
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                return None
+        return ToolCall(value["name"], arguments, f"call_{token_hex(12)}") if isinstance(arguments, dict) else None
