@@ -24,6 +24,7 @@ from cpucache.pml import parse_schema
 from cpucache.reuse.work import Execution, Task, Work
 from cpucache.runtime import Batch, Run, Sampler
 from tests.support.command import SCHEMA
+from tests.support.serving import until
 from tests.support.sessions import engine, greedy, message, truth
 from tests.support.tiny import ARCHS
 from tests.support.workbench import Logits, distance, tolerance
@@ -63,13 +64,6 @@ def slow(running: Engine, seconds: float = 0.01) -> None:
         evaluate(*arguments)
 
     running.context.evaluate = slowly  # type: ignore[method-assign]
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def begin(*streams: Stream) -> None:

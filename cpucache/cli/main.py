@@ -82,7 +82,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command. Exit status: 0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter("cpucache: warning: %(message)s"))
+    handler.setFormatter(_Formatter("cpucache: %(message)s"))
     logging.getLogger("cpucache").addHandler(handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a character of an answer or of a drawing gets a question mark instead.
@@ -112,7 +112,8 @@ class _Formatter(logging.Formatter):
     """Messages name what others wrote, such as slices and conversations."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return _safe(super().format(record))
+        text = _safe(super().format(record))
+        return text.replace(": ", ": warning: ", 1) if record.levelno >= logging.WARNING else text
 
 
 def _safe(text: str) -> str:

@@ -232,7 +232,7 @@ def _forms(
     forms = [(messages, tools), (joint, tools), (_alternating(_by_user(joint)), tools)]
     if tools or any(message.calls or message.role == "tool" for message in messages):
         told = _told(messages, tools)
-        forms += [(told, ()), (_joined_system(told), ()), (_alternating(_by_user(_joined_system(told))), ())]
+        forms += [(_joined_system(told), ()), (_alternating(_by_user(_joined_system(told))), ())]
     return forms
 
 

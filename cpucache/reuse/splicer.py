@@ -11,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from cpucache.layout import Tokens
+from cpucache.layout.vocabulary import joined
 from cpucache.reuse.progress import Step
 from cpucache.reuse.slices import Plan, Slice, Span, Trail
 from cpucache.reuse.work import Task, Work
@@ -211,7 +212,7 @@ class Splicer:
         rest = list(plan.spans[shared:])
         end = plan.spans[shared - 1].end if shared else 0
         if rest and shared < len(slot.held):
-            common = _common(slot.held[shared], rest[0])
+            common = _common(slot.held, shared, rest[0])
             # The last token of all is evaluated in any case, for its logits.
             common = min(common, len(rest[0].tokens) - (len(rest) == 1))
             if common:
@@ -371,12 +372,24 @@ def _grouped(spans: Sequence[Span], free: int) -> list[list[_Part]]:
     return [parts[begin : begin + size] for begin in range(0, len(parts), size)]
 
 
-def _common(one: Span, other: Span) -> int:
-    """Leading tokens that two fresh spans at the same position have in common."""
-    if one.slice or other.slice or one.start != other.start:
+def _common(held: Sequence[Span], index: int, fresh: Span) -> int:
+    """Number of leading tokens of a fresh span that the spans held from ``index`` on have evaluated at its position.
+
+    A slice counts where it is what its tokens would be, evaluated there.
+    """
+    if fresh.slice:
         return 0
-    count = min(len(one.tokens), len(other.tokens))
-    differing = np.flatnonzero(one.tokens[:count] != other.tokens[:count])
+    trail, end = Trail(held[:index]), fresh.start
+    parts: list[Tokens] = []
+    for span in held[index:]:
+        if span.start != end or not trail.in_place(span):
+            break
+        parts.append(span.tokens)
+        trail.add(span)
+        end = span.end
+    there = joined(parts)
+    count = min(len(there), len(fresh.tokens))
+    differing = np.flatnonzero(there[:count] != fresh.tokens[:count])
     return int(differing[0]) if len(differing) else count
 
 

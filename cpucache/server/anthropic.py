@@ -145,11 +145,11 @@ def tools_of(body: CountRequest) -> list[Tool]:
 
 
 def usage(metrics: Metrics) -> dict[str, int]:
-    """What an answer took. Tokens that were evaluated are kept, too: they count as written to the cache."""
+    """What an answer took. What was evaluated counts as written to the cache as far as it was saved."""
     return {
-        "input_tokens": 0,
+        "input_tokens": metrics.fresh_tokens - metrics.encoded_tokens,
         "cache_read_input_tokens": metrics.cached_tokens,
-        "cache_creation_input_tokens": metrics.fresh_tokens,
+        "cache_creation_input_tokens": metrics.encoded_tokens,
         "output_tokens": metrics.completion_tokens,
     }
 
