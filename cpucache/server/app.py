@@ -141,9 +141,12 @@ class _Gate:
         identity = new_id("req_")
         status = 500
         begun = False
+        refused: Refusal | None = None
 
         async def sending(message: Any) -> None:
             nonlocal status, begun
+            if refused is not None and not begun:
+                return  # what was to be answered to a body that was cut short
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
                 message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
@@ -152,19 +155,23 @@ class _Gate:
         taken = 0
 
         async def receiving() -> Any:
-            nonlocal taken
+            nonlocal taken, refused
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self._settings.max_body:
-                raise Refusal(413, f"a request has {self._settings.max_body >> 20} MiB at most")
+                refused = self._too_large()
+                return {"type": "http.request", "body": b"", "more_body": False}
             return message
 
         try:
             self._check(request)
             await self._app(scope, receiving, sending)
+            if refused is not None and not begun:
+                raise refused
         except Exception as error:
             if begun:
                 raise
+            refused = None
             if not isinstance(error, Refusal | InputError):
                 _log.exception("%s %s failed", identity, request.url.path)
             await response_of(error, request)(scope, receive, sending)
@@ -174,6 +181,9 @@ class _Gate:
             self._service.metrics.requests.labels(path, str(status)).inc()
             _log.info("%s %s %s %d", identity, request.method, request.url.path, status)
 
+    def _too_large(self) -> Refusal:
+        return Refusal(413, f"a request has {self._settings.max_body >> 20} MiB at most")
+
     def _check(self, request: Request) -> None:
         name = request.headers.get("host", "").rsplit("]", 1)
         host = f"{name[0]}]" if len(name) == 2 else name[0].split(":", 1)[0]
@@ -181,7 +191,7 @@ class _Gate:
             raise Refusal(400, f"Host {host!r} is none of this server's names; add it with --allow-host")
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._settings.max_body:
-            raise Refusal(413, f"a request has {self._settings.max_body >> 20} MiB at most")
+            raise self._too_large()
         key = self._settings.api_key
         if key is None or request.url.path in _OPEN:
             return
