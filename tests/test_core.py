@@ -25,7 +25,7 @@ from cpucache.reuse.work import Execution, Task, Work
 from cpucache.runtime import Batch, Run, Sampler
 from tests.support.command import SCHEMA
 from tests.support.serving import until
-from tests.support.sessions import engine, greedy, message, truth
+from tests.support.sessions import engine, greedy, message, said, truth
 from tests.support.tiny import ARCHS
 from tests.support.workbench import Logits, distance, tolerance
 
@@ -276,6 +276,32 @@ def test_a_stream_is_ended_in_any_state(how: str, parallel: Engine) -> None:
     getattr(other, how)()
     assert (other.text, other.metrics.finish) == (wanted, "length")
     assert parallel.generate(text="rain", max_tokens=30).text == wanted
+
+
+@pytest.mark.parametrize("arch", ["llama", "mamba", "gemma3"])
+def test_what_a_stopped_prompt_has_evaluated_is_kept(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+    """As clients do that lose patience, and ask again."""
+    model = tiny(arch)
+    text = message(1, 400)
+    with engine(model, tmp_path, n_ctx=4096) as running, truth(model, n_ctx=4096) as true:
+        evaluated: list[int] = []
+        evaluate = running.context.evaluate
+
+        def stopping(batch: Batch, *arguments: Any) -> None:
+            evaluate(batch, *arguments)
+            evaluated.append(batch.size)
+            if sum(evaluated) == 1280:
+                stream.stop()
+
+        running.context.evaluate = stopping  # type: ignore[method-assign]
+        stream = running.stream(text=text, max_tokens=4)
+        assert stream.reply().metrics.completion_tokens == 0
+        # Whole blocks are in the store, but for the last; that is in the slot, where one can go on from it.
+        known = sum(evaluated) if arch == "llama" else 1024
+        evaluated.clear()
+        answer = said(running, running.stream(text=text, max_tokens=1))
+        assert sum(evaluated) <= answer.stream.plan.n_tokens - known + 2
+        true.check(arch, answer)
 
 
 def test_an_error_is_its_own_caller_s(parallel: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,47 @@ def test_what_is_no_text_is_refused_with_a_reason(served: Served) -> None:
         served.openai.models.retrieve("another")
 
 
+# ---- OpenAI's Responses ----------------------------------------------------------------------------------------------
+def test_a_response_is_what_the_engine_says(served: Served) -> None:
+    wanted = served.engine.generate(messages=ASKED, max_tokens=12)
+    settings: dict[str, Any] = {"model": "any", "max_output_tokens": 12, "temperature": 0}
+    asked: dict[str, Any] = {"instructions": SYSTEM["content"], "input": ASKED[1]["content"], **settings}
+    answer = served.openai.responses.create(**asked)
+    assert answer.output_text == wanted.text
+    assert answer.status == "incomplete" and answer.incomplete_details is not None
+    assert answer.usage is not None
+    assert answer.usage.input_tokens == wanted.metrics.prompt_tokens
+    assert answer.usage.input_tokens_details.cached_tokens == wanted.metrics.prompt_tokens - 1
+    with served.openai.responses.create(stream=True, **asked) as stream:
+        events = list(stream)
+    assert events[-1].type == "response.incomplete"
+    assert events[-1].response.output_text == wanted.text
+    assert "".join(each.delta for each in events if each.type == "response.output_text.delta") == wanted.text
+    with pytest.raises(openai.BadRequestError, match="keeps no responses"):
+        served.openai.responses.create(previous_response_id="resp_1", **asked)
+
+
+def test_a_function_called_in_a_response(served: Served) -> None:
+    tools: list[Any] = [{"type": "function", "strict": None, **WEATHER}, {"type": "web_search"}]
+    said: list[Any] = [{"role": "user", "content": [{"type": "input_text", "text": "Weather in Ulm?"}]}]
+    with forced(served, SAYS_CALL):
+        answer = served.openai.responses.create(model="any", input=said, tools=tools)
+        with served.openai.responses.create(model="any", input=said, tools=tools, stream=True) as stream:
+            (done,) = [each.response for each in stream if each.type == "response.completed"]
+    for each in (answer, done):
+        text, call = each.output
+        assert text.content[0].text == "One moment."  # type: ignore[union-attr]
+        assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Ulm"})  # type: ignore[union-attr]
+    said += [
+        *(each.model_dump(exclude_none=True) for each in answer.output),
+        {"type": "function_call_output", "call_id": answer.output[1].call_id, "output": "It rains."},  # type: ignore[union-attr]
+    ]
+    reply = served.openai.responses.create(model="any", input=said, tools=tools, max_output_tokens=4)
+    assert reply.usage is not None and answer.usage is not None
+    before = answer.usage.input_tokens + answer.usage.output_tokens
+    assert reply.usage.input_tokens_details.cached_tokens >= before - 18
+
+
 # ---- Anthropic -------------------------------------------------------------------------------------------------------
 def test_messages_are_what_the_engine_says(served: Served) -> None:
     wanted = served.engine.generate(messages=ASKED, max_tokens=12)

@@ -91,9 +91,9 @@ def serve(
     export ANTHROPIC_BASE_URL=http://127.0.0.1:8080
 
     \b
-    POST /v1/chat/completions  /v1/completions       OpenAI's
-    POST /v1/messages  /v1/messages/count_tokens     Anthropic's
-    GET  /v1/models  /health  /metrics               POST /tokenize  /detokenize  /apply-template
+    POST /v1/chat/completions  /v1/completions  /v1/responses       OpenAI's
+    POST /v1/messages  /v1/messages/count_tokens                    Anthropic's
+    GET  /v1/models  /health  /metrics                              POST /tokenize  /detokenize  /apply-template
 
     Ctrl-C ends it: answers under way get five seconds, and what was evaluated is kept.
     """

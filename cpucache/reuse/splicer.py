@@ -93,7 +93,8 @@ class Splicer:
     """Owner of the slots of a context.
 
     A slot keeps what it holds, so that the next plan only pays for where it differs (``Spliced.kept``). The sequences
-    that are no slots are empty between calls. A task that fails leaves its slot empty.
+    that are no slots are empty between calls. A task that fails leaves its slot empty, one that is closed what it has
+    evaluated.
 
     Args:
         context: Where slices are loaded, and tokens evaluated.
@@ -154,10 +155,24 @@ class Splicer:
             for group in _grouped(spans, len(self.free)):
                 yield from self._join(slot, group, state, report, progress)
             slot.held = list(plan.spans)
+        except GeneratorExit:
+            # Ended while tokens were being evaluated: what has been done is there for the next plan.
+            self._keep_evaluated(slot, plan)
+            raise
         except BaseException:
             self.reset(slot)
             raise
         return report
+
+    def _keep_evaluated(self, slot: Slot, plan: Plan) -> None:
+        """Have a slot hold what its sequence has of ``plan``, and empty the sequences that are no slots."""
+        end = self.context.last_position(slot.sequence) + 1
+        slot.held = [span for span in plan.spans if span.end <= end]
+        rest = plan.spans[len(slot.held)] if len(slot.held) < len(plan.spans) else None
+        if rest is not None and rest.slice is None and rest.start < end:
+            slot.held.append(Span(rest.start, rest.tokens[: end - rest.start]))
+        for sequence in (self.scratch, *self.free):
+            self.context.remove(sequence)
 
     def append(self, slot: Slot, tokens: Tokens) -> Task[None]:
         """Evaluate tokens of an answer behind a slot's last, keeping the logits of the last of them."""

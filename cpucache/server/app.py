@@ -19,6 +19,7 @@ from cpucache.errors import CpucacheError, InputError
 from cpucache.server.anthropic import Anthropic
 from cpucache.server.failures import Refusal, response_of
 from cpucache.server.openai import OpenAI, messages_of, tools_of
+from cpucache.server.responses import Responses
 from cpucache.server.service import Service, new_id
 from cpucache.server.settings import ServerSettings
 
@@ -56,6 +57,7 @@ def create_app(engine: Engine, settings: ServerSettings, *, parallel: int = 1) -
     app = FastAPI(title="cpucache", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
     app.include_router(OpenAI(service).router)
+    app.include_router(Responses(service).router)
     app.include_router(Anthropic(service).router)
     _add_plain_endpoints(app, service)
     for kind in (CpucacheError, Refusal, RequestValidationError, HTTPException, TimeoutError):

@@ -1,0 +1,235 @@
+"""OpenAI's Responses, without memory: what a client says is all that is known."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from cpucache.engine import Metrics, Sampling
+from cpucache.engine.sampling import sampling_of
+from cpucache.errors import InputError
+from cpucache.layout import Tokens
+from cpucache.layout.conversation import ChatMessage, Tool, ToolCall
+from cpucache.runtime.grammar import ANY_JSON, grammar_of
+from cpucache.server.openai import messages_of, streamed, text_of, tools_of
+from cpucache.server.service import Service, new_id, while_connected
+from cpucache.server.toolcalls import ToolParser
+
+
+class ResponsesRequest(BaseModel):
+    """A request for a response. What is not known here is passed over, or refused where it would change the answer."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = ""
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    stream: bool = False
+    max_output_tokens: int | None = Field(None, ge=1, le=1 << 30)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    background: bool | None = None
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        form = (self.text or {}).get("format") or {}
+        kind = form.get("type", "text") if isinstance(form, dict) else "text"
+        grammar = ""
+        if kind == "json_object":
+            grammar = ANY_JSON
+        elif kind == "json_schema":
+            if not isinstance(form.get("schema"), dict):
+                raise InputError("text.format.schema: an object is expected")
+            grammar = grammar_of(form["schema"])
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return sampling_of(temperature=temperature, top_p=self.top_p, grammar=grammar)
+
+    def check(self) -> None:
+        """Raise ``InputError`` for what this server does not have."""
+        for name in ("previous_response_id", "conversation", "background"):
+            if getattr(self, name):
+                raise InputError(f"{name}: this server keeps no responses; send the whole conversation as input")
+
+
+def conversation_of(body: ResponsesRequest) -> list[ChatMessage]:
+    """The conversation of a request. Raises ``InputError``."""
+    items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+    messages = [] if not body.instructions else [ChatMessage("system", body.instructions)]
+    names: dict[str, str] = {}
+    for number, item in enumerate(items):
+        where, kind = f"input[{number}]", item.get("type", "message")
+        if kind == "message":
+            messages += messages_of([{"role": item.get("role"), "content": text_of(item.get("content"), where)}])
+        elif kind == "function_call":
+            call = _call(item, where)
+            names[call.id] = call.name
+            last = messages[-1] if messages else None
+            if last is not None and last.role == "assistant":
+                messages[-1] = ChatMessage("assistant", last.text, [*last.calls, call])
+            else:
+                messages.append(ChatMessage("assistant", "", [call]))
+        elif kind == "function_call_output":
+            identity = str(item.get("call_id") or "")
+            said = text_of(item.get("output"), where)
+            messages.append(ChatMessage("tool", said, call=identity, name=names.get(identity, "")))
+        elif kind != "reasoning":
+            raise InputError(f"{where}: this server does not know items of type {kind!r}")
+    return messages
+
+
+def _call(item: dict[str, Any], where: str) -> ToolCall:
+    try:
+        arguments = json.loads(item.get("arguments") or "{}")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}.arguments: JSON text is expected") from error
+    name = item.get("name")
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise InputError(f"{where}: a function_call has a name, and an object as its arguments")
+    return ToolCall(name, arguments, str(item.get("call_id") or ""))
+
+
+def functions_of(body: ResponsesRequest) -> list[Tool]:
+    """The functions among the tools of a request; other types are passed over. Raises ``InputError``."""
+    functions = [{"type": "function", "function": each} for each in body.tools or () if each.get("type") == "function"]
+    return tools_of(functions, body.tool_choice)
+
+
+def usage(metrics: Metrics) -> dict[str, Any]:
+    """What an answer took."""
+    return {
+        "input_tokens": metrics.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": metrics.cached_tokens},
+        "output_tokens": metrics.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": metrics.prompt_tokens + metrics.completion_tokens,
+    }
+
+
+class Responses:
+    """The endpoint of OpenAI's Responses.
+
+    Args:
+        service: Answers them.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.router = APIRouter(tags=["OpenAI"])
+        self.router.post("/v1/responses", response_model=None)(self.respond)
+
+    async def respond(self, body: ResponsesRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        body.check()
+        tools = functions_of(body)
+        tokens = await asyncio.to_thread(self._service.tokens, conversation_of(body), tools)
+        events = self._events(request, tokens, body, [tool.name for tool in tools])
+        if body.stream:
+            return await streamed(request, _written(events))
+        return await while_connected(request, self._whole(events))
+
+    async def _whole(self, events: AsyncIterator[dict[str, Any]]) -> JSONResponse:
+        headers = await events.__anext__()
+        told = [each async for each in events]
+        return JSONResponse(told[-1]["response"], headers=headers)
+
+    async def _events(
+        self, request: Request, tokens: Tokens, body: ResponsesRequest, names: Sequence[str]
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Headers, then the events of a response; the last has all of it."""
+        service = self._service
+        number = 0
+
+        def event(kind: str, **data: Any) -> dict[str, Any]:
+            nonlocal number
+            number += 1
+            return {"type": kind, "sequence_number": number - 1, **data}
+
+        made: dict[str, Any] = {
+            "id": new_id("resp_"),
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "in_progress",
+            "model": service.model,
+            "output": [],
+            "parallel_tool_calls": True,
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
+            "instructions": body.instructions,
+            "error": None,
+            "incomplete_details": None,
+            "metadata": {},
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+        }
+        item = {"id": new_id("msg_"), "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+        place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+        async with service.answer(request, tokens, body.sampling(), body.max_output_tokens) as reader:
+            yield service.facts(reader.stream.metrics)
+            yield event("response.created", response=made)
+            yield event("response.in_progress", response=made)
+            parser, text = ToolParser(names), ""
+            async for piece in reader.pieces():
+                said = parser.feed(piece)
+                if said and not text:
+                    yield event("response.output_item.added", output_index=0, item=item)
+                    yield event("response.content_part.added", **place, part=_part(""))
+                if said:
+                    text += said
+                    yield event("response.output_text.delta", **place, delta=said, logprobs=[])
+            rest = parser.finish()
+        metrics = reader.stream.metrics
+        output: list[dict[str, Any]] = []
+        if rest and not text:
+            yield event("response.output_item.added", output_index=0, item=item)
+            yield event("response.content_part.added", **place, part=_part(""))
+        if rest:
+            text += rest
+            yield event("response.output_text.delta", **place, delta=rest, logprobs=[])
+        if text:
+            whole = {**item, "status": "completed", "content": [_part(text)]}
+            yield event("response.output_text.done", **place, text=text, logprobs=[])
+            yield event("response.content_part.done", **place, part=_part(text))
+            yield event("response.output_item.done", output_index=0, item=whole)
+            output.append(whole)
+        for index, call in enumerate(parser.calls, len(output)):
+            arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+            asked = {"id": new_id("fc_"), "type": "function_call", "call_id": call.id, "name": call.name}
+            begun = {**asked, "arguments": "", "status": "in_progress"}
+            yield event("response.output_item.added", output_index=index, item=begun)
+            told = {"item_id": asked["id"], "output_index": index}
+            yield event("response.function_call_arguments.delta", **told, delta=arguments)
+            yield event("response.function_call_arguments.done", **told, arguments=arguments, name=call.name)
+            done = {**asked, "arguments": arguments, "status": "completed"}
+            yield event("response.output_item.done", output_index=index, item=done)
+            output.append(done)
+        service.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+        cut = metrics.finish != "stop" and not parser.calls
+        made |= {
+            "status": "incomplete" if cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "output": output,
+            "usage": usage(metrics),
+        }
+        yield event("response.incomplete" if cut else "response.completed", response=made)
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+async def _written(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str | dict[str, str]]:
+    yield await events.__anext__()
+    async for each in events:
+        yield f"event: {each['type']}\ndata: {json.dumps(each, ensure_ascii=False)}\n\n"
