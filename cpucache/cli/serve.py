@@ -128,6 +128,7 @@ def serve(
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off")
         )
+        listener.listen(128)
         name = f"[{host}]" if ":" in host else host
         url = f"http://{name}:{listener.getsockname()[1]}"
         err.print(f"{engine.model.name} answers at {url} (Ctrl-C ends)", soft_wrap=True, highlight=False)
