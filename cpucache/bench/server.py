@@ -126,14 +126,15 @@ class _Client:
                         continue
                     choices = json.loads(line[6:]).get("choices")
                     piece = text_of(choices[0]) if choices else None
-                    if piece:
+                    # An answer may be empty: then its end is what comes first.
+                    if piece or (choices and choices[0].get("finish_reason")):
                         last = time.perf_counter()
                         first = first or last
-                        pieces.append(piece)
+                        pieces += [piece] if piece else []
         except httpx.HTTPError:
             self._report.failures += 1
             return None
-        if not pieces:
+        if not first:
             self._report.failures += 1
             return None
         return Asked((first - started) * 1000, last - first, len(pieces), "".join(pieces))
