@@ -37,6 +37,46 @@ def blocks(count: int, size: int = SIZE) -> int:
     return (count - 1) // size * size
 
 
+class Known:
+    """What is known of texts that were asked, as slices: each behind all before it, by its tokens and theirs."""
+
+    def __init__(self, arch: str, size: int = SIZE) -> None:
+        self.recurrent = arch == "mamba"
+        self.size = size
+        self.slices: set[tuple[int, tuple[int, ...]]] = set()
+
+    def of(self, prompt: Sequence[int]) -> int:
+        """Tokens of a prompt that are known, its last token aside."""
+        at = 0
+        while True:
+            ends = [
+                len(tokens)
+                for start, tokens in self.slices
+                if start == at < len(tokens) < len(prompt) and tuple(prompt[: len(tokens)]) == tokens
+            ]
+            if not ends:
+                return at
+            at = max(ends)
+
+    def ask(self, answer: Said) -> int:
+        """How many tokens of an answer's prompt are evaluated; from then on they are known."""
+        prompt, tokens = answer.stream.plan.tokens.tolist(), answer.tokens.tolist()
+        known = at = self.of(prompt)
+        at = self._cut(prompt, at, at + (len(prompt) - 1 - at) // self.size * self.size)
+        if not self.recurrent and len(prompt) - at > 8:
+            at = self._cut(prompt, at, len(prompt) - 1)
+        if self.recurrent:
+            self.slices.add((at, tuple(tokens)))
+        else:
+            self._cut(tokens, at, len(tokens))
+        return len(prompt) - known
+
+    def _cut(self, tokens: list[int], begin: int, end: int) -> int:
+        for start in range(begin, end, self.size):
+            self.slices.add((start, tuple(tokens[: min(start + self.size, end)])))
+        return end
+
+
 def asked(running: Engine, **request: Any) -> Said:
     return said(running, running.stream(**{"max_tokens": 4, **request}))
 
@@ -65,17 +105,20 @@ def test_a_prompt_is_what_full_prefill_is(arch: str, kind: str, tiny: Tiny, tmp_
             assert (first.fresh, first.stream.metrics.encoded_tokens) == (count, blocks(count))
             same(first, full, arch)
             again = asked(running, **request)
+            known = Known(arch)
+            assert known.ask(first) == count
+            left = known.ask(again)
             # All of it is in the context, which a recurrent model's state has left behind, and a window may have.
-            assert again.fresh == (count - blocks(count) if arch in ("mamba", "gemma3") else 1)
+            assert again.fresh == (left if arch in ("mamba", "gemma3") else 1)
             same(again, full, arch)
             asked(running, text="Something else.")
             third = asked(running, **request)
-            assert (third.fresh, third.stream.metrics.encoded_tokens) == (count - blocks(count), 0)
+            assert (third.fresh, third.stream.metrics.encoded_tokens) == (left, 0)
             same(third, full, arch)
             assert asked(running, use_cache=False, **request).fresh == count
         with engine(tiny(arch), tmp_path, block_size=SIZE) as running:
             fresh = asked(running, **request)
-            assert (fresh.fresh, fresh.stream.metrics.encoded_tokens) == (count - blocks(count), 0)
+            assert (fresh.fresh, fresh.stream.metrics.encoded_tokens) == (left, 0)
             same(fresh, full, arch)
             true.check(arch, fresh)
 
@@ -87,7 +130,8 @@ def test_found_by_another_process(kind: str, tiny: Tiny, tmp_path: Path) -> None
         sessions.elsewhere(sessions.ask, tiny("llama"), tmp_path, request, {"block_size": SIZE}) for _ in range(2)
     )
     count = len(first.prompt)
-    assert (first.fresh, second.fresh) == (count, count - blocks(count))
+    rest = count - blocks(count)
+    assert (first.fresh, second.fresh) == (count, 1 if rest > 8 else rest)
     assert first.tokens.tolist() == second.tokens.tolist()
     with truth(tiny("llama")) as true:
         for row, expected in zip(second.rows, true.rows(second.tokens, len(second.rows)), strict=True):
@@ -112,23 +156,14 @@ def test_messages_are_what_the_template_makes_of_them(tiny: Tiny, tmp_path: Path
 def test_the_longest_known_prefix(arch: str, tiny: Tiny, tmp_path: Path) -> None:
     """Of texts that begin alike each goes on from where it differs from all others."""
     model = tiny(arch)
-    known: list[list[int]] = []
+    known = Known(arch)
     endings = ["", " And more of it.", " And more of the same, and then some.", " But then, something else entirely."]
     with truth(model) as true:
         for number in (0, 1, 2, 3, 2, 1):
             with engine(model, tmp_path, block_size=SIZE) as running:
                 answer = asked(running, text=TEXT + endings[number], max_tokens=1)
-                prompt = answer.stream.plan.tokens.tolist()
-                common = max((shared(prompt, each) for each in known), default=0)
-                assert answer.fresh == len(prompt) - min(common // SIZE * SIZE, blocks(len(prompt)))
+                assert answer.fresh == known.ask(answer)
                 true.check(arch, answer)
-                # Only whole blocks are kept.
-                known.append(prompt[: blocks(len(prompt))])
-
-
-def shared(one: Sequence[int], other: Sequence[int]) -> int:
-    count = min(len(one), len(other))
-    return next((index for index in range(count) if one[index] != other[index]), count)
 
 
 @archs
@@ -155,16 +190,20 @@ def test_a_changed_token_is_known_up_to_its_block(arch: str, place: float, tiny:
 def test_the_size_of_blocks(arch: str, size: int, tiny: Tiny, tmp_path: Path) -> None:
     model = tiny(arch)
     text = message(1, 30 if size == 1 else 120)
-    for known in (False, True):
+    known = Known(arch, size)
+    for begun in (False, True):
         with engine(model, tmp_path, block_size=size) as running, truth(model) as true:
             answer = asked(running, text=text)
             count = answer.stream.plan.n_tokens
-            assert answer.fresh == (count - blocks(count, size) if known else count)
-            assert (answer.fresh < count) == (known and size < count)
+            assert answer.fresh == known.ask(answer)
+            assert (answer.fresh < count) == (begun and (size < count or arch == "llama"))
             true.check(arch, answer)
-    # Others are not found.
-    with engine(model, tmp_path, block_size=size + 1) as running:
-        assert asked(running, text=text).fresh == count
+    # However it is cut, it is found.
+    with engine(model, tmp_path, block_size=size + 1) as running, truth(model) as true:
+        known.size += 1
+        answer = asked(running, text=text)
+        assert answer.fresh == known.ask(answer)
+        true.check(arch, answer)
 
 
 def test_blocks_have_256_tokens_unless_told(tiny: Tiny, tmp_path: Path) -> None:
@@ -194,8 +233,8 @@ def test_the_next_request_goes_on_from_the_answer(arch: str, reopened: bool, tin
             answer = asked(running, messages=messages, max_tokens=30)
             prompt = answer.stream.plan.tokens
             assert prompt[: len(held)].tolist() == held.tolist()
-            # The last answer has left whole blocks; what was left behind them is less than one.
-            assert answer.fresh == len(prompt) - len(held) // SIZE * SIZE
+            # What was evaluated of the last answer is known.
+            assert answer.fresh == len(prompt) - len(held)
             true.check(arch, answer)
             held = answer.tokens
             messages.append({"role": "assistant", "content": answer.stream.text})

@@ -68,6 +68,8 @@ class Answer:
         """The tokens of the answer so far."""
         self.evaluated = 0
         """How many of them the llama.cpp context holds: all but the last, or the last as well."""
+        self.saved = 0
+        """Tokens of the prompt's last span that a hook has saved."""
         self.logprobs: list[TokenLogprobs] = []
         """Of each token of the answer so far, if the sampling asks for them."""
         self.metrics = Metrics(model=workspace.context.model.path.stem, finish="interrupted")
@@ -86,10 +88,10 @@ class Answer:
         self._at_first = at_first
         self._at_end = at_end
 
-    def capture(self, slices: Iterable[Slice], label: str) -> None:
-        """Save what its slot holds of ``slices``. For the hooks."""
+    def capture(self, slices: Iterable[Slice], label: str) -> int:
+        """Save what its slot holds of ``slices``; gives how many bytes that is. For the hooks."""
         assert self._slot is not None, "called by a hook"
-        self._workspace.capture(self._slot, slices, label)
+        return self._workspace.capture(self._slot, slices, label)
 
     def task(self, request: Request[None]) -> Task[None]:
         """Give the answer, telling ``request`` its pieces, until it ends or the request is cancelled."""

@@ -30,6 +30,7 @@ from cpucache.engine.stream import Stream
 from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Positions, SchemaLayout, Tokens
 from cpucache.layout.schema import POSITIONS
+from cpucache.layout.vocabulary import joined
 from cpucache.models import default_model, resolve_model
 from cpucache.pml.tree import Prompt, Schema
 from cpucache.reuse import (
@@ -44,6 +45,7 @@ from cpucache.reuse import (
     Reuse,
     Slice,
     Slices,
+    Span,
     Workspace,
     asked,
     reading,
@@ -60,6 +62,7 @@ from cpucache.store import Fingerprints, Store, default_home
 
 Refine: TypeAlias = Literal["off", "idle"]
 REFINES: tuple[Refine, ...] = ("off", "idle")
+_LEAST = 8  # tokens of a slice that is saved by itself
 DEFAULT_CTX = 8192
 """Cells of a context, unless the model was trained on fewer or the caller asks for more."""
 
@@ -354,6 +357,7 @@ class Engine:
             n_tokens=question.n_tokens,
             use_cache=use_cache,
             progress=progress,
+            at_first=self.keep_prompt if use_cache and question.bound is None else None,
             at_end=partial(self.keep, question) if use_cache else None,
         )
 
@@ -443,17 +447,38 @@ class Engine:
 
     # -- inside ------------------------------------------------------------------------------------------------------
     def keep(self, question: Question, answer: Answer) -> None:
-        """Keep what later prompts can use: of plain text, the blocks that the answer has filled; else, what to refine.
-
-        Called when the answer ends.
-        """
+        """Keep what later prompts can use: of plain text, the answer; else, what to refine. Called when it ends."""
         if question.bound is None:
-            tokens = np.array(answer.tokens[: answer.evaluated], np.int32)
-            blocks = self.slices.blocks((), np.concatenate([answer.plan.tokens, tokens]))
-            answer.capture(blocks[len(answer.plan.slices) :], PREFIX)
+            before, rest = self._unsaved(answer)
+            tokens = joined([rest, np.array(answer.tokens[: answer.evaluated], np.int32)])
+            answer.capture(self._cut(before, tokens), PREFIX)
         elif not answer.plan.exact:
             parts = asked(question.bound)
             self.store.asked.note(self.fingerprint, self.slices.state_format, question.label, parts)
+
+    def keep_prompt(self, answer: Answer) -> None:
+        """Keep what is in no slice yet of a plain text, but for its last token. Called behind the first of the answer.
+
+        By itself, so that it is found whatever is answered the next time.
+        """
+        before, rest = self._unsaved(answer)
+        # A recurrent state has gone on by now.
+        if not self.model.recurrent and len(rest) > _LEAST:
+            answer.capture(self._cut(before, rest[:-1]), PREFIX)
+            answer.saved = len(rest) - 1
+
+    def _unsaved(self, answer: Answer) -> tuple[list[Span], Tokens]:
+        """The spans of a plain text that are slices, and the rest of its tokens."""
+        *before, fresh = answer.plan.spans
+        if answer.saved:
+            before += [slice_.span for slice_ in self._cut(before, fresh.tokens[: answer.saved])]
+        return before, fresh.tokens[answer.saved :]
+
+    def _cut(self, before: Sequence[Span], tokens: Tokens) -> list[Slice]:
+        # A recurrent state is that of all tokens up to now.
+        if self.model.recurrent:
+            return [self.slices.make(before, tokens)] if len(tokens) else []
+        return self.slices.cut(before, tokens)
 
 
 def _refining_when_idle(workspace: Workspace) -> Request[None] | None:

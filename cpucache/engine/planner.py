@@ -16,7 +16,7 @@ from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Tokens, Turns, bind
 from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve
 from cpucache.pml.tree import Prompt, Reference, RoleName, Schema, Text, Turn
-from cpucache.reuse import REUSES, Fidelity, Lookup, Plan, Reuse, Slices
+from cpucache.reuse import REUSES, Fidelity, Lookup, Plan, Reuse, Slices, plan_text
 from cpucache.runtime import Model
 
 Message: TypeAlias = Mapping[str, object]
@@ -135,7 +135,7 @@ class Planner:
             return Question(plan, bound.n_tokens, parsed.schema, parsed.file, bound)
         if tokens is not None:
             ids = self.checked_tokens(tokens)
-            return Question(lambda: self._slices.plan((), ids), len(ids), PREFIX, "tokens")
+            return Question(lambda: self._plan_text(ids), len(ids), PREFIX, "tokens")
         name = "messages" if text is None else "text"
         if text is not None and not isinstance(text, str):
             raise InputError(f"text is a str to go on with, not {text!r}")
@@ -144,7 +144,10 @@ class Planner:
         checked = None if messages is None else [_checked(message) for message in messages]
         self._check_size(name, [text or ""] if checked is None else [content for _, content in checked])
         ids = self._tokens(checked, text)
-        return Question(lambda: self._slices.plan((), ids), len(ids), PREFIX, name)
+        return Question(lambda: self._plan_text(ids), len(ids), PREFIX, name)
+
+    def _plan_text(self, tokens: Tokens) -> Plan:
+        return plan_text(self._slices, self._lookup.store, tokens)
 
     def tokens_of(self, text: str) -> Tokens:
         """The tokens of a text to go on with, checked for its size. Raises ``InputError``."""

@@ -3,6 +3,7 @@
 from cpucache.reuse.fidelity import DEFAULT, LEVELS, Fidelity, Level
 from cpucache.reuse.history import History
 from cpucache.reuse.lookup import REUSES, Lookup, Reuse
+from cpucache.reuse.prefix import plan_text
 from cpucache.reuse.progress import OnProgress
 from cpucache.reuse.reading import reading, scaffolded
 from cpucache.reuse.refine import asked, refine
@@ -30,6 +31,7 @@ __all__ = [
     "Span",
     "Workspace",
     "asked",
+    "plan_text",
     "reading",
     "refine",
     "scaffolded",

@@ -13,7 +13,7 @@ from cpucache.reuse.fidelity import Fidelity
 from cpucache.reuse.repair import Repair
 from cpucache.reuse.slices import Plan, Relation, Slice, Span
 from cpucache.reuse.workspace import Workspace
-from cpucache.store import TEXT_ID, SliceInfo, text_id
+from cpucache.store import TEXT_ID, SliceInfo, Store, text_id
 
 Reuse: TypeAlias = Literal["schema", "anywhere"]
 """Which slices a prompt on a schema may take: those that hold text of the schema alone, or any."""
@@ -46,6 +46,11 @@ class Lookup:
     def __init__(self, workspace: Workspace, repair: Repair) -> None:
         self._workspace = workspace
         self._repair = repair
+
+    @property
+    def store(self) -> Store:
+        """Where slices are found."""
+        return self._workspace.store
 
     def plan(
         self,

@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS slices (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_value ON slices (whole, pinned, value);
 CREATE INDEX IF NOT EXISTS by_content ON slices (content);
+CREATE INDEX IF NOT EXISTS by_context ON slices (context, tokens);
 DROP TABLE IF EXISTS past;  -- of earlier versions
 -- Slices that were evicted, or found no room.
 CREATE TABLE IF NOT EXISTS absent (
@@ -346,6 +347,14 @@ class Index:
                 names = [column[0] for column in cursor.description]
                 found += [_row(dict(zip(names, values, strict=True))) for values in cursor]
         return [(row.key, row.info) for row in found]
+
+    def sizes_behind(self, context: str) -> set[int]:
+        """How many tokens the whole slices have that were evaluated in a context."""
+        with self._lock:
+            rows = self._database.execute(
+                "SELECT DISTINCT tokens FROM slices WHERE context = ? AND whole = 1", (context,)
+            )
+            return {size for (size,) in rows}
 
     def speed(self, fingerprint: str) -> float | None:
         """Tokens a second at which the slices of a model were evaluated; ``None`` when there are none."""

@@ -81,6 +81,7 @@ class Store:
         self.ram = RAM(ram_budget, needed=self._using)
         self._reader: ThreadPoolExecutor | None = None
         self._here: dict[str, dict[str, SliceInfo]] = {}  # by content: what was put, in the index or not
+        self._behind: dict[str, set[int]] = {}  # by context: the sizes of what was put
         self._uses: Counter[str] = Counter()
         self._misses = 0
         self._noted = time.monotonic()
@@ -180,6 +181,17 @@ class Store:
                 found[content].update(there)
         return {content: list(slices.items()) for content, slices in found.items()}
 
+    def sizes_behind(self, context: str) -> set[int]:
+        """How many tokens the slices have, or had, that were evaluated in a context, given by its key."""
+        sizes: set[int] = set()
+        if self.index is not None:
+            try:
+                sizes = self.index.sizes_behind(context)
+            except sqlite3.Error as error:
+                self._trouble(error)
+        with self._lock:
+            return sizes | self._behind.get(context, set())
+
     def speed(self, fingerprint: str) -> float | None:
         """Tokens a second at which the slices of a model were evaluated; ``None`` when that is not known."""
         return self.index.speed(fingerprint) if self.index is not None else None
@@ -217,6 +229,7 @@ class Store:
         self.ram.put(key, state)
         with self._lock:
             self._here.setdefault(info.content, {})[key] = info
+            self._behind.setdefault(info.context, set()).add(info.tokens)
         if self.writable:
             self._writer.put(key, (state, tokens, info), state.nbytes)
         elif self._why is not None:

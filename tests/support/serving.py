@@ -31,17 +31,18 @@ class Served:
     service: Service
     key: str = "none"
     http: httpx.Client = field(init=False)
+    openai: openai.OpenAI = field(init=False)
+    anthropic: anthropic.Anthropic = field(init=False)
 
     def __post_init__(self) -> None:
         self.http = httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {self.key}"})
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
+        self.anthropic = anthropic.Anthropic(base_url=self.url, api_key=self.key, max_retries=0)
 
-    @property
-    def openai(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
-
-    @property
-    def anthropic(self) -> anthropic.Anthropic:
-        return anthropic.Anthropic(base_url=self.url, api_key=self.key, max_retries=0)
+    def close(self) -> None:
+        """Close the clients."""
+        for client in (self.http, self.openai, self.anthropic):
+            client.close()
 
     def idle(self) -> bool:
         """Whether nothing is being answered."""
@@ -76,7 +77,7 @@ def serving(
         try:
             yield served
         finally:
-            served.http.close()
+            served.close()
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive()
