@@ -78,9 +78,26 @@ def ttft(result: dict[str, Any], *, short: bool) -> list[str]:
     rows = [["", "time to first token", "min", "max", "times the floor"]]
     for name, (each, base) in series.items():
         if "median_ms" in each:
-            times = [f"{each[key] / 1000:.2f} s" if each[key] >= 1000 else f"{each[key]:.0f} ms" for key in _KEYS]
+            times = [_time(each[key]) for key in _KEYS]
             rows.append([name, *times, f"{each['median_ms'] / base:.2f}"])
     return _markdown([[row[0], row[1], row[4]] for row in rows] if short else rows)
+
+
+def servers(result: dict[str, Any]) -> list[str]:
+    """The table of ``cpucache bench server``."""
+    rows = [["", "prefix, p50 (p95)", "tok/s", "of four", "first round", "last round", "restarted", "failures"]]
+    for each in result["servers"]:
+        speed = each["tokens_per_second"]
+        times = [each["prefix"], each["rounds"][0], each["warm"], each["restarted"]]
+        told = [f"{_time(found['p50'])} ({_time(found['p95'])})" if found else "" for found in times]
+        rows.append(
+            [each["name"], told[0], f"{speed['one']:.0f}", f"{speed['four']:.0f}", *told[1:], str(each["failures"])]
+        )
+    return _markdown(rows)
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds / 1000:.2f} s" if milliseconds >= 1000 else f"{milliseconds:.0f} ms"
 
 
 _KEYS = ("median_ms", "min_ms", "max_ms")
@@ -100,8 +117,11 @@ def filled(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         result = json.loads((HERE / "results" / f"{match['name']}.json").read_text(encoding="utf-8"))
-        make = ttft if "floor" in result else accuracy
-        lines = make(result, short=bool(match["short"]))
+        short = bool(match["short"])
+        if "servers" in result:
+            lines = servers(result)
+        else:
+            lines = ttft(result, short=short) if "floor" in result else accuracy(result, short=short)
         return "\n".join([match[1].rstrip("\n"), *lines, match[4]])
 
     return _TABLE.sub(table, text)
