@@ -17,7 +17,7 @@ from cpucache.pml import parse_schema
 from cpucache.reuse import Plan, Slice, Span, reading
 from tests.support import sessions
 from tests.support.command import PROMPT, SCHEMA
-from tests.support.sessions import SYSTEM, engine, message, rendered, said, sizes, truth
+from tests.support.sessions import SYSTEM, engine, message, rendered, said, shared, sizes, truth
 from tests.support.tiny import ARCHS, ATTENTION_ARCHS
 from tests.support.workbench import Bench, Logits, Tokens, distance, opened, tolerance
 
@@ -73,7 +73,7 @@ def test_editing_a_message(arch: str, number: int, reopened: bool, tiny: Tiny, t
     model = tiny(arch)
     with engine(model, tmp_path) as running, running.session("s", system=SYSTEM) as session:
         for each in range(1, 5):
-            session.send(message(each), max_tokens=5)
+            last = said(running, session.stream(message(each), max_tokens=5))
         before = [entry.text for entry in session.entries]
         if not reopened:
             edited = said(running, session.edit(number, "Something else?", max_tokens=4))
@@ -82,8 +82,13 @@ def test_editing_a_message(arch: str, number: int, reopened: bool, tiny: Tiny, t
             edited = said(running, session.edit(number, "Something else?", max_tokens=4))
         kept = 1 + 2 * (number - 1)
         assert [entry.text for entry in session.entries] == [*before[:kept], "Something else?", edited.stream.text]
-        new = len(edited.stream.plan.tokens) - sum(sizes(session)[:kept])
-        assert edited.fresh >= new if arch == "mamba" else edited.fresh == new
+        prompt = edited.stream.plan.tokens
+        known = sum(sizes(session)[:kept])
+        if not reopened and arch not in ("mamba", "gemma3"):
+            # What the context still holds of the old message: how it begins.
+            assert shared(prompt, last.tokens) >= known
+            known = shared(prompt, last.tokens)
+        assert edited.fresh >= len(prompt) - known if arch == "mamba" else edited.fresh == len(prompt) - known
         true.check(arch, edited)
         answer = said(running, session.stream(message(9), max_tokens=4))
         assert true.known(answer.stream.plan.tokens) == len(true.held)
@@ -141,8 +146,13 @@ def test_forks_go_on_separately(arch: str, tiny: Tiny, tmp_path: Path) -> None:
         for number in range(3, 6):
             for name, true, each in (("this", one, session), ("that", two, other)):
                 answer = said(running, each.stream(f"{name} {message(number)}", max_tokens=5))
-                assert answer.fresh == len(answer.stream.plan.tokens) - len(true.held)
+                prompt, known = answer.stream.plan.tokens, len(true.held)
+                if arch not in ("mamba", "gemma3"):
+                    # The other fork's message begins alike, and is in the context.
+                    known = max(known, shared(prompt, last.tokens))
+                assert answer.fresh == len(prompt) - known
                 true.check(arch, answer)
+                last = answer
         assert [entry.text[:4] for entry in session.entries[7::2]] == ["this"] * 3
         assert [entry.text[:4] for entry in other.entries[7::2]] == ["that"] * 3
         running.store.flush()

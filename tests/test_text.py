@@ -24,7 +24,18 @@ def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
 def streamed(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
     stream = TextStream(stop)
     texts = [stream.feed(piece) for piece in pieces]
-    return [*texts, stream.finish()], stream.stopped
+    return [*texts, stream.finish()], bool(stream.stopped)
+
+
+def test_the_stop_string_that_was_found_is_named() -> None:
+    for pieces in ([b"one END two"], [b"one E", b"N", b"D"]):
+        stream = TextStream(("two", "END", "D two"))
+        assert "".join(stream.feed(piece) for piece in pieces) == "one "
+        assert stream.stopped == "END"
+    stream = TextStream(("END",))
+    stream.feed(b"one EN")
+    stream.finish()
+    assert stream.stopped == ""
 
 
 def cut_at_first(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:

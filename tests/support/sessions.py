@@ -109,6 +109,13 @@ def said(running: Engine, stream: Stream, *, tokens: int | None = None) -> Said:
     return Said(stream, rows)
 
 
+def shared(one: Tokens, other: Tokens) -> int:
+    """Leading tokens that two texts have in common."""
+    count = min(len(one), len(other))
+    differing = np.flatnonzero(one[:count] != other[:count])
+    return int(differing[0]) if len(differing) else count
+
+
 class Truth:
     """A context that follows a conversation."""
 
@@ -118,9 +125,7 @@ class Truth:
 
     def known(self, tokens: Tokens) -> int:
         """How many of ``tokens`` it holds, from the first on."""
-        count = min(len(self.held), len(tokens))
-        differing = np.flatnonzero(self.held[:count] != tokens[:count])
-        return int(differing[0]) if len(differing) else count
+        return shared(self.held, tokens)
 
     def rows(self, tokens: Tokens, count: int) -> Logits:
         """Evaluate what is new of ``tokens``; gives the logits of the last ``count``."""
