@@ -300,3 +300,16 @@ def test_a_batch_keeps_the_logits_that_are_asked_for(context: Context) -> None:
     context.clear()
     context.decode([Run(1, 0, np.concatenate([runs[1].tokens, some_tokens(1, 9)]))], logits="last")
     assert np.abs(together - context.logits()).max() < CLOSE
+
+
+def test_a_grammar_that_nothing_goes_on_with_is_an_error(context: Context) -> None:
+    """llama.cpp would end the process."""
+    context.decode([Run(0, 0, some_tokens(20))], logits="last")
+    for temperature in (0.0, 1.0):
+        sampler = Sampler(Sampling(temperature=temperature, grammar='root ::= "a"', seed=1), context.model)
+        assert context.model.piece(context.sample(sampler)) == b"a"
+        # What follows is no answer to this grammar but its end.
+        assert context.model.ends_generation(context.sample(sampler))
+        with pytest.raises(InputError, match="no token goes on"):
+            sampler.choose(np.full(context.model.n_vocab, -np.inf, np.float32))
+        sampler.close()

@@ -22,7 +22,7 @@ from cpucache.engine.scheduler import Job, Scheduler
 from cpucache.errors import ContextFull, CpucacheError
 from cpucache.pml import parse_schema
 from cpucache.reuse.work import Execution, Task, Work
-from cpucache.runtime import Batch, Run, Sampler
+from cpucache.runtime import Batch, Run, Sampler, Stopped
 from tests.support.command import SCHEMA
 from tests.support.serving import until
 from tests.support.sessions import engine, greedy, message, said, truth
@@ -302,6 +302,23 @@ def test_what_a_stopped_prompt_has_evaluated_is_kept(arch: str, tiny: Tiny, tmp_
         answer = said(running, running.stream(text=text, max_tokens=1))
         assert sum(evaluated) <= answer.stream.plan.n_tokens - known + 2
         true.check(arch, answer)
+
+
+def test_what_was_stopped_for_nobody_goes_on(parallel: Engine) -> None:
+    """A request that comes stops an evaluation, and is cancelled before it begins."""
+    wanted = parallel.generate(text="y" * 600, max_tokens=5, use_cache=False).text
+    evaluate, calls = parallel.context.evaluate, 0
+
+    def stopping(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (1, 3):
+            raise Stopped
+        evaluate(*arguments)
+
+    parallel.context.evaluate = stopping  # type: ignore[method-assign]
+    assert parallel.generate(text="y" * 600, max_tokens=5).text == wanted
+    assert calls > 3
 
 
 def test_an_error_is_its_own_caller_s(parallel: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

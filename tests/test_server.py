@@ -176,7 +176,7 @@ def test_a_tool_is_called_and_its_result_read(served: Served) -> None:
     reply = served.http.post("/v1/chat/completions", json={"messages": said, **settings})
     usage = reply.json()["usage"]
     before = answer.usage.prompt_tokens + answer.usage.completion_tokens  # type: ignore[union-attr]
-    assert usage["prompt_tokens_details"]["cached_tokens"] >= before - 2
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= before - 3
 
 
 def test_the_order_of_tools_changes_nothing(served: Served) -> None:
@@ -253,7 +253,7 @@ def test_a_function_called_in_a_response(served: Served) -> None:
     reply = served.openai.responses.create(model="any", input=said, tools=tools, max_output_tokens=4)
     assert reply.usage is not None and answer.usage is not None
     before = answer.usage.input_tokens + answer.usage.output_tokens
-    assert reply.usage.input_tokens_details.cached_tokens >= before - 2
+    assert reply.usage.input_tokens_details.cached_tokens >= before - 3
 
 
 # ---- Anthropic -------------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_tools_in_anthropic_s_words(served: Served) -> None:
         getattr(answer.usage, name) or 0
         for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
     )
-    assert (reply.usage.cache_read_input_tokens or 0) >= before - 2
+    assert (reply.usage.cache_read_input_tokens or 0) >= before - 3
 
 
 @contextmanager

@@ -87,6 +87,41 @@ def test_garbage_is_refused_in_the_dialect_s_shape(path: str, served: Served) ->
     assert served.http.get("/nowhere").json()["error"]["type"] == "not_found_error"
 
 
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"grammar": "root ::= " + "(" * 60_000}, "500 nested groups"),
+        ({"grammar": "root ::= a\n" + "".join(f"a{n} ::= b\n" for n in range(2000))}, "1000 rules"),
+        ({"stop": ["a"] * 100}, "64 short strings"),
+        ({"stop": ["a" * 2000]}, "64 short strings"),
+    ],
+    ids=["nested", "rules", "stops", "long stop"],
+)
+def test_what_would_take_llama_cpp_down_is_refused(body: dict[str, Any], reason: str, served: Served) -> None:
+    reply = served.http.post(CHAT, json=asking(max_tokens=5, **body))
+    assert reply.status_code == 400
+    assert reason in reply.json()["error"]["message"]
+    assert served.http.post(CHAT, json=asking(max_tokens=2)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "string", "maxLength": 10**9}, None),
+        ({"type": "array", "items": {"type": "integer"}, "maxItems": 10**6}, None),
+        ({"type": "string", "minLength": 10**9}, "minLength may be 256 at most"),
+        ({"type": "string", "pattern": "^a{100000}$"}, "256 times at most"),
+    ],
+    ids=str,
+)
+def test_bounds_of_a_schema_that_no_grammar_has(schema: dict[str, Any], reason: str | None, served: Served) -> None:
+    whole = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": whole}}
+    reply = served.http.post(CHAT, json=asking(max_tokens=5, response_format=form))
+    assert reply.status_code == (200 if reason is None else 400)
+    assert reason is None or reason in reply.json()["error"]["message"]
+
+
 # ---- waiting ---------------------------------------------------------------------------------------------------------
 def test_when_too_many_wait_the_next_is_told_so(tiny: Tiny, tmp_path: Path) -> None:
     with serving(plain_spoken(tiny("llama")), tmp_path, settings=ServerSettings(queue=2), parallel=1) as served:

@@ -23,12 +23,20 @@ CALLS = [
     f"<|python_tag|>{OBJECT}",
     json.dumps({"name": "weather", "arguments": json.dumps(ARGUMENTS)}),
 ]
+HARD = {
+    '<tool_call>{"name": "weather", "arguments": {"a": "</tool_call> <tool_call>"}}</tool_call>': {
+        "a": "</tool_call> <tool_call>"
+    },
+    '{"name": "weather", "arguments": null}': {},
+}
 TEXTS = [
     "It rains.",
     "a < b, and {x} is a set",
     '{"name": "someone", "age": 3}',
     "```python\nprint()\n```",
     "<tool_call>no JSON</tool_call>",
+    '{"name": "weather", "arguments": {"a": NaN}}',
+    '{"name": "weather", "arguments": ' + "[" * 100_000,
     "<tool_cal",
     "[TOOL_",
     " \n",
@@ -57,6 +65,13 @@ def test_a_call_is_found(call: str, before: str, sizes: list[int]) -> None:
     (found,) = parser.calls
     assert (found.name, found.arguments) == ("weather", ARGUMENTS)
     assert found.id.startswith("call_")
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_arguments_may_hold_anything(text: str) -> None:
+    said, parser = parsed(text, [5, 9])
+    (found,) = parser.calls
+    assert (said, found.arguments) == ("", HARD[text])
 
 
 @pytest.mark.parametrize(

@@ -48,14 +48,16 @@ class Core:
         """Whether a request that comes now may have to wait."""
         return bool(self._inbox) or self._scheduler.busy
 
-    def submit(self, request: Request[Any]) -> None:
-        """Give a request to the core. Nothing happens if it has been cancelled. Raises ``CpucacheError``."""
+    def submit(self, request: Request[Any]) -> bool:
+        """Give a request to the core. False: it has been cancelled. Raises ``CpucacheError``."""
         with self._changed:
             if self._closing:
                 raise CpucacheError("the engine has been closed")
-            if request.begin():
-                self._inbox.append(request)
-                self._changed.notify()
+            if not request.begin():
+                return False
+            self._inbox.append(request)
+            self._changed.notify()
+            return True
 
     def close(self) -> None:
         """Cancel all requests, and wait until they have ended."""
@@ -138,13 +140,13 @@ class Core:
                 self._context.evaluate(batch, None if scheduler.answers else self._stop)
             else:
                 self._wait()
-        except Stopped:
-            return
-        except ContextFull as error:
-            # Answers have cells of their own: what took too many is the prefill.
+        except (Stopped, ContextFull) as error:
+            # None of it has been evaluated.
             for job in jobs:
                 job.execution.work.runs = works[job]
-            self._fail(scheduler.prefill or jobs[-1], error)
+            if isinstance(error, ContextFull):
+                # Answers have cells of their own: what took too many is the prefill.
+                self._fail(scheduler.prefill or jobs[-1], error)
             return
         except CpucacheError as error:
             for job in jobs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -103,13 +104,27 @@ class Host:
         return Stream(answer, request, partial(self._begin, answer, request), progress)
 
     def _begin(self, answer: Answer, request: Request[None]) -> None:
-        if self.core.busy:
-            # What it needs is read into memory, and kept there, while it waits.
-            keys = self.workspace.keys(answer.planned())
-            self.store.hold(keys)
-            request.at_end = partial(self.store.let_go, keys)
-            self.store.prefetch(keys)
-        self.core.submit(request)
+        if not self.core.busy:
+            self.core.submit(request)
+            return
+        # What it needs is read into memory, and kept there, while it waits.
+        store, keys = self.store, self.workspace.keys(answer.planned())
+        once = threading.Lock()
+
+        def let_go() -> None:
+            if once.acquire(blocking=False):
+                store.let_go(keys)
+
+        store.hold(keys)
+        request.at_end = let_go
+        accepted = False
+        try:
+            store.prefetch(keys)
+            accepted = self.core.submit(request)
+        finally:
+            # It may have been cancelled before it knew what to let go.
+            if not accepted:
+                let_go()
 
     def forget(self) -> None:
         """Empty the llama.cpp context, as it is after a restart. The store keeps its slices."""

@@ -254,6 +254,8 @@ class Context:
 
     def sample(self, sampler: Sampler, index: int = -1) -> int:
         """The next token after one of the last batch, given by its ``index`` as for ``logits``."""
+        if sampler.constrained:
+            return sampler.choose(self.logits(index))
         return int(api.llama_sampler_sample(sampler.handle, self._ctx, index))
 
     # -- cells -------------------------------------------------------------------------------------------------------

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import secrets
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from cpucache.errors import InputError
 from cpucache.runtime import llama
 from cpucache.runtime.llama import api
 from cpucache.runtime.model import Model, Tokens
 
+_CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])  # llama_token_data (llama.h)
+_GRAMMAR, _RULES, _NESTED = 1 << 16, 1000, 500  # what a grammar may have
 _RECENT = 64  # tokens that the repetition penalty looks back on, llama.cpp's own default
 
 
@@ -43,10 +49,24 @@ class Sampling:
             ("repeat_penalty", self.repeat_penalty > 0, "above 0"),
             ("seed", self.seed is None or 0 <= self.seed < 2**32, "from 0 to 4294967295"),
             ("stop", all(self.stop), "without empty strings"),
+            ("stop", len(self.stop) <= 64 and all(len(text) <= 1000 for text in self.stop), "64 short strings at most"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
         ):
             if not fine:
-                raise InputError(f"{name}={getattr(self, name)!r}: must be {range_}")
+                raise InputError(f"{name}={getattr(self, name)!r:.200}: must be {range_}")
+        _check_grammar(self.grammar)
+
+
+def _check_grammar(grammar: str) -> None:
+    """Refuse what would take llama.cpp's parser, which recurses, past its stack (ggml-org/llama.cpp issue 26600)."""
+    depth = deepest = 0
+    for character in grammar:
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    if len(grammar) > _GRAMMAR or deepest > _NESTED or grammar.count("::=") > _RULES:
+        raise InputError(
+            f"grammar: {_GRAMMAR:,} characters, {_RULES} rules and {_NESTED} nested groups at most are allowed"
+        )
 
 
 class Sampler:
@@ -60,6 +80,8 @@ class Sampler:
                 self.close()
                 raise InputError(f"grammar: llama.cpp can't read it: {llama.last_errors() or 'no reason given'}")
             self._add(grammar)
+        self.constrained = bool(sampling.grammar)
+        """Whether there may be no token that fits."""
         self._penalties: api.llama_sampler_p | None = None
         if sampling.repeat_penalty != 1:
             self._penalties = api.llama_sampler_init_penalties(
@@ -84,6 +106,26 @@ class Sampler:
         if self._penalties is not None:
             for token in tokens[-_RECENT:]:
                 api.llama_sampler_accept(self._penalties, int(token))
+
+    def choose(self, logits: npt.NDArray[np.float32]) -> int:
+        """The next token after these logits, as ``llama_sampler_sample`` does it. Raises ``InputError`` if none fits.
+
+        llama.cpp ends the process when a grammar is told of a token that it does not allow.
+        """
+        candidates = np.empty(len(logits), _CANDIDATE)
+        candidates["id"], candidates["logit"], candidates["p"] = np.arange(len(logits)), logits, 0
+        array = api.llama_token_data_array(
+            data=candidates.ctypes.data_as(ctypes.POINTER(api.llama_token_data)),
+            size=len(candidates),
+            selected=-1,
+            sorted=False,
+        )
+        api.llama_sampler_apply(self._chain, ctypes.byref(array))
+        chosen = array.data[array.selected] if 0 <= array.selected < array.size else None
+        if chosen is None or not np.isfinite(chosen.logit):
+            raise InputError("grammar: no token goes on with what it asks for")
+        api.llama_sampler_accept(self._chain, chosen.id)
+        return int(chosen.id)
 
     def _add(self, sampler: api.llama_sampler_p) -> None:
         api.llama_sampler_chain_add(self._chain, sampler)

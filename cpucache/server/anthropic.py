@@ -227,7 +227,7 @@ class Anthropic:
             index += 1
         for number, call in enumerate(parser.calls, index):
             yield _event("content_block_start", index=number, content_block=_used(call, {}))
-            written = json.dumps(dict(call.arguments), ensure_ascii=False)
+            written = json.dumps(dict(call.arguments))
             delta = {"type": "input_json_delta", "partial_json": written}
             yield _event("content_block_delta", index=number, delta=delta)
             yield _event("content_block_stop", index=number)

@@ -112,14 +112,14 @@ def _add_plain_endpoints(app: FastAPI, service: Service) -> None:
         """The text of tokens."""
         if body.tokens:
             engine.planner.checked_tokens(body.tokens)
-        return {"content": model.text(body.tokens, special=True)}
+        return {"content": await asyncio.to_thread(model.text, body.tokens, special=True)}
 
     @app.post("/apply-template")
     async def apply_template(body: TemplateRequest) -> dict[str, str]:
         """A conversation as the model's chat template renders it."""
         messages, tools = messages_of(body.messages), tools_of(body.tools, None)
         tokens = await asyncio.to_thread(service.tokens, messages, tools)
-        return {"prompt": model.text(tokens, special=True)}
+        return {"prompt": await asyncio.to_thread(model.text, tokens, special=True)}
 
     @app.post("/v1/embeddings", response_model=None)
     async def embeddings() -> None:
@@ -152,7 +152,8 @@ class _Gate:
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
                 message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
-            await send(message)
+            # A client that does not read keeps its place no longer than a request may take.
+            await asyncio.wait_for(send(message), self._settings.timeout)
 
         taken = 0
 
@@ -175,13 +176,13 @@ class _Gate:
                 raise
             refused = None
             if not isinstance(error, Refusal | InputError):
-                _log.exception("%s %s failed", identity, request.url.path)
+                _log.exception("%s %s failed", identity, request.scope["path"])
             await response_of(error, request)(scope, receive, sending)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")
             self._service.metrics.requests.labels(path, str(status)).inc()
-            _log.info("%s %s %s %d", identity, request.method, request.url.path, status)
+            _log.info("%s %s %s %d", identity, request.method, request.scope["path"], status)
 
     def _too_large(self) -> Refusal:
         return Refusal(413, f"a request has {self._settings.max_body >> 20} MiB at most")
@@ -195,7 +196,7 @@ class _Gate:
         if length.isdigit() and int(length) > self._settings.max_body:
             raise self._too_large()
         key = self._settings.api_key
-        if key is None or request.url.path in _OPEN:
+        if key is None or request.scope["path"] in _OPEN:
             return
         shown = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(shown.encode(), key.encode()):

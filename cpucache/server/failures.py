@@ -65,4 +65,4 @@ def response_of(error: BaseException, request: Request) -> JSONResponse:
     """The response to a request that failed."""
     refusal = refusal_of(error)
     headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
-    return JSONResponse(body_of(refusal, request.url.path), refusal.status, headers)
+    return JSONResponse(body_of(refusal, request.scope["path"]), refusal.status, headers)

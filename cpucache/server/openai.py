@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal, cast, get_args
@@ -23,6 +24,7 @@ from cpucache.server.failures import body_of, refusal_of
 from cpucache.server.service import Reader, Service, new_id, while_connected
 from cpucache.server.toolcalls import ToolParser
 
+_log = logging.getLogger("cpucache.server")
 _CHOICES = 16  # answers to one request at most
 
 
@@ -235,7 +237,7 @@ def _finish(metrics: Metrics, calls: Sequence[ToolCall] = ()) -> str:
 def _told_calls(calls: Sequence[ToolCall], *, numbered: bool = False) -> list[dict[str, Any]]:
     told = []
     for number, call in enumerate(calls):
-        arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+        arguments = json.dumps(dict(call.arguments))
         each = {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
         told.append({"index": number, **each} if numbered else each)
     return told
@@ -260,7 +262,7 @@ class OpenAI:
         service = self._service
         messages, tools = messages_of(body.messages), tools_of(body.tools, body.tool_choice)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        sampling = body.sampling(logprobs)
+        sampling = await asyncio.to_thread(body.sampling, logprobs)
         tokens = await asyncio.to_thread(service.tokens, messages, tools)
         most = body.max_completion_tokens or body.max_tokens
         names = [tool.name for tool in tools]
@@ -320,8 +322,9 @@ class OpenAI:
                 said = parser.feed(piece)
                 if said:
                     text += said
-                    logprobs = self._chat_logprobs(reader, told)
-                    told = len(reader.stream.logprobs)
+                    end = len(reader.stream.tokens)
+                    logprobs = self._chat_logprobs(reader, told, end)
+                    told = end
                     yield chunk({"content": said}, logprobs=logprobs)
             rest = parser.finish()
             if rest:
@@ -336,8 +339,8 @@ class OpenAI:
             yield event({**head, "object": "chat.completion.chunk", "choices": [], "usage": totals})
         yield "data: [DONE]\n\n"
 
-    def _chat_logprobs(self, reader: Reader, begin: int = 0) -> dict[str, Any] | None:
-        found = reader.stream.logprobs[begin : len(reader.stream.tokens)]
+    def _chat_logprobs(self, reader: Reader, begin: int = 0, end: int | None = None) -> dict[str, Any] | None:
+        found = reader.stream.logprobs[begin : len(reader.stream.tokens) if end is None else end]
         if not found:
             return None
 
@@ -355,7 +358,7 @@ class OpenAI:
         """Go on with texts, or with tokens."""
         service = self._service
         prompts = await asyncio.to_thread(self._prompts, body.prompt)
-        sampling = body.sampling(body.logprobs)
+        sampling = await asyncio.to_thread(body.sampling, body.logprobs)
         count = body.n or 1
         if len(prompts) * count > _CHOICES:
             raise InputError(f"prompt, n: {_CHOICES} answers to a request at most")
@@ -450,7 +453,7 @@ async def streamed(request: Request, pieces: AsyncIterator[str | dict[str, str]]
 
     What fails before is an ordinary error, what fails later an event.
     """
-    headers = await pieces.__anext__()
+    headers = await while_connected(request, pieces.__anext__())
     assert isinstance(headers, dict)
 
     async def body() -> AsyncIterator[str]:
@@ -460,7 +463,11 @@ async def streamed(request: Request, pieces: AsyncIterator[str | dict[str, str]]
                 yield piece
         except Exception as error:
             refusal = refusal_of(error)
-            told = body_of(refusal, request.url.path)
+            if refusal.status == 500:
+                _log.exception("a stream failed")
+            told = body_of(refusal, request.scope["path"])
+            if request.scope["path"] == "/v1/responses":
+                told = {"type": "error", "code": refusal.code, "message": refusal.message, "param": None}
             kind = "event: error\n" if "type" in told else ""
             yield kind + event(told)
         finally:

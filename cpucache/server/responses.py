@@ -134,7 +134,8 @@ class Responses:
         body.check()
         tools = functions_of(body)
         tokens = await asyncio.to_thread(self._service.tokens, conversation_of(body), tools)
-        events = self._events(request, tokens, body, [tool.name for tool in tools])
+        sampling = await asyncio.to_thread(body.sampling)
+        events = self._events(request, tokens, body, sampling, [tool.name for tool in tools])
         if body.stream:
             return await streamed(request, _written(events))
         return await while_connected(request, self._whole(events))
@@ -145,7 +146,7 @@ class Responses:
         return JSONResponse(told[-1]["response"], headers=headers)
 
     async def _events(
-        self, request: Request, tokens: Tokens, body: ResponsesRequest, names: Sequence[str]
+        self, request: Request, tokens: Tokens, body: ResponsesRequest, sampling: Sampling, names: Sequence[str]
     ) -> AsyncIterator[dict[str, Any]]:
         """Headers, then the events of a response; the last has all of it."""
         service = self._service
@@ -175,7 +176,7 @@ class Responses:
         }
         item = {"id": new_id("msg_"), "type": "message", "role": "assistant", "status": "in_progress", "content": []}
         place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-        async with service.answer(request, tokens, body.sampling(), body.max_output_tokens) as reader:
+        async with service.answer(request, tokens, sampling, body.max_output_tokens) as reader:
             yield service.facts(reader.stream.metrics)
             yield event("response.created", response=made)
             yield event("response.in_progress", response=made)
@@ -204,7 +205,7 @@ class Responses:
             yield event("response.output_item.done", output_index=0, item=whole)
             output.append(whole)
         for index, call in enumerate(parser.calls, len(output)):
-            arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+            arguments = json.dumps(dict(call.arguments))
             asked = {"id": new_id("fc_"), "type": "function_call", "call_id": call.id, "name": call.name}
             begun = {**asked, "arguments": "", "status": "in_progress"}
             yield event("response.output_item.added", output_index=index, item=begun)

@@ -6,11 +6,11 @@ import asyncio
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from secrets import token_hex
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from fastapi import Request
@@ -160,7 +160,7 @@ class Service:
         return {"x-cpucache": f"{told}, ttft_ms={metrics.ttft_ms:.0f}"}
 
 
-async def while_connected(request: Request, waiting: Coroutine[Any, Any, T]) -> T:
+async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
     """Wait, as long as the client does. Raises ``Refusal`` when it has gone."""
     task = asyncio.ensure_future(waiting)
     try:

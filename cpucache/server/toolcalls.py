@@ -14,8 +14,23 @@ from cpucache.layout.conversation import ToolCall
 # Qwen, Hermes and many others; Mistral. The whole answer as JSON is Llama's way, with a fence that of small models.
 _OPEN = ("<tool_call>", "[TOOL_CALLS]")
 _WHOLE = ("{", "```json", "<|python_tag|>")
-_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
+_TAG = "<tool_call>"
 _FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*(?:```\s*)?$", re.DOTALL)
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refused)
+
+
+def _length(source: str) -> int:
+    """Characters of the JSON that a text begins with."""
+    try:
+        return int(_DECODER.raw_decode(source)[1])
+    except (ValueError, RecursionError):
+        return 0
 
 
 @dataclass
@@ -66,13 +81,17 @@ class ToolParser:
 
     def _parsed(self, text: str) -> list[ToolCall]:
         found: list[ToolCall] = []
-        tagged = _TAGGED.findall(text)
+        sources, at = [], 0
+        while (begin := text.find(_TAG, at)) >= 0:
+            sources.append(text[begin + len(_TAG) :].lstrip())
+            # The next call begins behind this one: its arguments may hold the tags themselves.
+            at = begin + len(_TAG) + _length(sources[-1])
         stripped = text.strip().removeprefix("<|python_tag|>").removeprefix("[TOOL_CALLS]").strip()
         fenced = _FENCE.match(stripped)
-        for source in tagged or [fenced.group(1) if fenced else stripped]:
+        for source in sources or [fenced.group(1) if fenced else stripped]:
             try:
-                value, _ = json.JSONDecoder().raw_decode(source)
-            except ValueError:
+                value, _ = _DECODER.raw_decode(source)
+            except (ValueError, RecursionError):
                 return []
             for each in value if isinstance(value, list) else [value]:
                 call = self._call(each)
@@ -84,10 +103,10 @@ class ToolParser:
     def _call(self, value: Any) -> ToolCall | None:
         if not isinstance(value, dict) or value.get("name") not in self.names:
             return None
-        arguments = value.get("arguments", value.get("parameters", {}))
+        arguments = value.get("arguments", value.get("parameters")) or {}
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return None
         return ToolCall(value["name"], arguments, f"call_{token_hex(12)}") if isinstance(arguments, dict) else None
