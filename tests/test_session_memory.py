@@ -13,6 +13,7 @@ from cpucache.engine import Engine
 from cpucache.engine.session import Session
 from cpucache.store import Store
 from tests.support.sessions import SYSTEM, engine, message, said, sizes, truth
+from tests.test_core import slow
 
 Tiny = Callable[..., Path]
 TEXT = message(1, 60)
@@ -138,6 +139,7 @@ def test_what_waits_for_its_turn_is_read_ahead_and_kept(tiny: Tiny, tmp_path: Pa
         size = running.store.ram.used
     with engine(model, tmp_path, block_size=16, ram_budget=size * 3 // 2) as running:
         keys = running.workspace.keys(running.plan(text=TEXT))
+        slow(running, 0.03)
         under_way = running.stream(text="First come, first served.", max_tokens=10_000)
         next(under_way)
         fresh: list[int] = []
