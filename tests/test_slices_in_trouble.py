@@ -241,6 +241,8 @@ tokens = np.array(json.loads(sys.stdin.read()), np.int32)
 engine = Engine(sys.argv[1], store=sys.argv[2], n_ctx=len(tokens) + 256, threads=1, kv_type="f32")
 workspace = engine.workspace
 seen = []
+# Where the tests run in the background of a script, Ctrl-C would be ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 evaluate = engine.context.evaluate
 
 def slowly(*arguments):
