@@ -19,8 +19,9 @@ from rich.text import Text
 
 from cpucache.bench.fidelity_plot import plot_fidelity
 from cpucache.bench.plot import new_figure
-from cpucache.cli.console import check_prompt, err, out, read_prompt, read_schema, seconds
+from cpucache.cli.console import err, out, seconds
 from cpucache.cli.options import engine_options, fidelity_options, split_fidelity
+from cpucache.cli.text import read_asked
 from cpucache.engine import Engine
 from cpucache.engine.advice import FidelityReport, OnTrial
 
@@ -35,9 +36,7 @@ _PATIENCE = 3600.0
 
 @click.command(short_help="Measure how far a cached answer is from the uncached one.")
 @click.argument("prompt")
-@click.option(
-    "-s", "--schema", "schema_file", required=True, metavar="FILE", help="The prompt's schema; - for standard input."
-)
+@click.option("-s", "--schema", "schema_file", metavar="FILE", help="The schema of a PML prompt; - for standard input.")
 @engine_options
 @fidelity_options
 @click.option(
@@ -54,7 +53,7 @@ _PATIENCE = 3600.0
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def fidelity(
     prompt: str,
-    schema_file: str,
+    schema_file: str | None,
     model: str,
     max_tokens: int,
     no_advice: bool,
@@ -76,17 +75,19 @@ def fidelity(
 
     \b
     cpucache fidelity schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml
+    cpucache fidelity notes.txt --reuse anywhere
     """
     exactness = split_fidelity(options)
-    asked, schema = read_prompt(prompt, schema=schema_file), read_schema(schema_file)
-    check_prompt(asked, [schema])
+    asked, schema = read_asked(prompt, schema_file, exactness)
     if plot:
         # What would fail at the very end fails now.
         new_figure(plot)
     with Engine(model, **options) as engine:
-        engine.add_schema(schema)
+        if schema is not None:
+            engine.add_schema(schema)
+        settings = exactness | {"max_tokens": max_tokens, "advise": not no_advice}
         with _bar(shown=not as_json) as progress:
-            report = engine.fidelity(asked, max_tokens=max_tokens, advise=not no_advice, progress=progress, **exactness)
+            report = engine.fidelity(**asked, progress=progress, **settings)
     if plot:
         plot_fidelity(report, plot)
     if as_json:

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 import click
 
+from cpucache.layout.cuts import LEAST, MOST
 from cpucache.models import default_model
-from cpucache.reuse import BLOCK, DEFAULT, LEVELS
+from cpucache.reuse import DEFAULT, LEVELS, REUSES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -17,6 +18,19 @@ def _gpu_layers(_ctx: click.Context, _param: click.Parameter, value: str) -> int
     if value != "auto" and not value.isdigit():
         raise click.BadParameter(f"'{value}' is neither 'auto' nor a number of layers")
     return value if value == "auto" else int(value)
+
+
+class Range(click.ParamType[tuple[int, int]]):
+    """Two numbers, as 64-512."""
+
+    name = "MIN-MAX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """The numbers. Fails with what is expected."""
+        least, dash, most = str(value).partition("-")
+        if not (dash and least.isdigit() and most.isdigit()):
+            self.fail(f"'{value}' is no range such as {LEAST}-{MOST}", param, ctx)
+        return int(least), int(most)
 
 
 def model_option(command: Command) -> Command:
@@ -74,11 +88,11 @@ def engine_options(command: Command) -> Command:
             "what is free]",
         ),
         click.option(
-            "--block-size",
-            type=click.IntRange(1),
-            default=BLOCK,
+            "--segment-tokens",
+            type=Range(),
+            default=f"{LEAST}-{MOST}",
             show_default=True,
-            help="Tokens of the blocks that plain text and messages are cached in.",
+            help="Least and most tokens of the segments that plain text and messages are cut into, by what they say.",
         ),
         click.option("--paranoid", is_flag=True, help="Check slices each time they are read, not only the first."),
     )
@@ -99,8 +113,20 @@ def positions_option(command: Command) -> Command:
     )(command)
 
 
-FIDELITY = ("fidelity", "recompute")
+FIDELITY = ("fidelity", "recompute", "reuse")
 """The keywords of ``Engine.plan`` that say how near to full prefill a prompt is wanted."""
+
+
+def reuse_option(command: Command) -> Command:
+    """``--reuse``."""
+    return click.option(
+        "--reuse",
+        type=click.Choice(REUSES),
+        help="Which slices a prompt may take. exact: those that were evaluated behind just what stands before them; "
+        "schema: behind text of the prompt's schema, too; anywhere: behind any text. With anywhere, what changed in "
+        "plain text and messages is evaluated, and a tenth of what is spliced behind it (--recompute).  "
+        "[default: schema, which is exact for prompts that have none]",
+    )(command)
 
 
 def fidelity_options(command: Command) -> Command:
@@ -125,12 +151,21 @@ def fidelity_options(command: Command) -> Command:
     )
     for option in reversed(options):
         command = option(command)
-    return command
+    return reuse_option(command)
 
 
 def split_fidelity(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of ``fidelity_options`` out of all options, as ``Engine.plan`` takes them."""
     return {name: options.pop(name) for name in FIDELITY}
+
+
+def check_text_fidelity(exactness: dict[str, Any]) -> None:
+    """Raise ``UsageError`` for what a prompt without a schema has no use for."""
+    asked = exactness["fidelity"] is not None or exactness["recompute"] is not None
+    if asked and exactness["reuse"] != "anywhere":
+        raise click.UsageError(
+            "--fidelity and --recompute are for --schema, or for --reuse anywhere: all else is exact"
+        )
 
 
 def sampling_options(command: Command) -> Command:

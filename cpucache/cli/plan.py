@@ -10,8 +10,9 @@ import click
 from rich.table import Column, Table
 from rich.text import Text
 
-from cpucache.cli.console import check_prompt, listing, out, read_prompt, read_schema, seconds
+from cpucache.cli.console import listing, out, seconds
 from cpucache.cli.options import engine_options, fidelity_options, split_fidelity
+from cpucache.cli.text import read_asked
 from cpucache.engine import Engine
 from cpucache.layout import SchemaLayout
 from cpucache.reuse import Plan, Span
@@ -26,29 +27,26 @@ _STYLES = {"exact": "green", "clean": "cyan", "related": "yellow", "foreign": "m
 
 @click.command(short_help="Show which slice each part of a prompt takes, and why.")
 @click.argument("prompt")
-@click.option(
-    "-s", "--schema", "schema_file", required=True, metavar="FILE", help="The prompt's schema; - for standard input."
-)
+@click.option("-s", "--schema", "schema_file", metavar="FILE", help="The schema of a PML prompt; - for standard input.")
 @engine_options
 @fidelity_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def plan(prompt: str, schema_file: str, model: str, as_json: bool, **options: Any) -> None:
+def plan(prompt: str, schema_file: str | None, model: str, as_json: bool, **options: Any) -> None:
     """Show which slice each part of PROMPT takes, a file (- for standard input), and what the prompt will cost.
 
     Nothing is evaluated and nothing is saved. A slice is exact when it was evaluated behind just what stands before it
-    in the prompt, clean when behind a part of that, related when behind other text of the same schema. What has no
-    slice is evaluated once, and saved.
+    in the prompt, clean when behind a part of that, related when behind other text of the same schema, foreign when
+    behind text of other prompts (--reuse anywhere). What has no slice is evaluated once, and saved.
 
     \b
     cpucache plan schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml
+    cpucache plan notes.txt --reuse anywhere
     """
     wanted = split_fidelity(options)
-    asked, schema = read_prompt(prompt, schema=schema_file), read_schema(schema_file)
-    check_prompt(asked, [schema])
+    asked, schema = read_asked(prompt, schema_file, wanted)
     with Engine(model, **options) as engine:
-        layout = engine.add_schema(schema)
-        found = engine.plan(asked, **wanted)
-        texts = _texts(layout)
+        texts = {} if schema is None else _texts(engine.add_schema(schema))
+        found = engine.plan(**asked, **wanted)
         rows = [_row(span, engine.store, texts) for span in found.spans]
         rate = engine.store.speed(engine.fingerprint)
     cost = _cost(found, rate)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
 from rich.markup import escape
 
 from cpucache.cli.compare import compare, comparison_table
-from cpucache.cli.console import check_prompt, err, kinds, out, printed, read_prompt, read_schema, seconds, token_bar
-from cpucache.cli.options import engine_options, fidelity_options, sampling_options, split_fidelity
+from cpucache.cli.console import err, kinds, out, printed, seconds, token_bar
+from cpucache.cli.options import (
+    engine_options,
+    fidelity_options,
+    sampling_options,
+    split_fidelity,
+)
+from cpucache.cli.text import read_asked
 from cpucache.engine import Engine, Metrics, Stream
-from cpucache.errors import InputError
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop")
-_PML = re.compile(r"\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*<prompt[\s>]", re.DOTALL)
 
 
 @click.command()
@@ -48,8 +49,8 @@ def run(
     """Answer PROMPT, a file (- for standard input): PML written against a schema (-s), or anything else.
 
     Without a schema it is a message to the model, as plain text, or, in a file that ends in .json, a list of messages
-    with role and content. Such a prompt is cached in blocks: the next that begins in the same way is evaluated from
-    where they part.
+    with role and content. Such a prompt is cached in segments: the next that begins in the same way is evaluated from
+    where they part, with --reuse anywhere only where they differ.
 
     Modules of a schema whose state is not in the store yet are evaluated and saved on the way, so the second run is the
     fast one; `cpucache encode` does that ahead of time. The answer is streamed to standard output, a line of figures to
@@ -64,16 +65,8 @@ def run(
         raise click.UsageError("--no-cache and --compare exclude each other")
     settings = split_sampling(options) | {"max_tokens": max_tokens}
     exactness = split_fidelity(options)
-    if schema_file is None:
-        if any(value is not None for value in exactness.values()):
-            raise click.UsageError("--fidelity and --recompute are for PML prompts, which need --schema")
-        asked, schema = _read_text(prompt, raw=raw), None
-    elif raw:
-        raise click.UsageError("--raw and --schema exclude each other")
-    else:
-        asked, schema = {"prompt": read_prompt(prompt, schema=schema_file)}, read_schema(schema_file)
-        check_prompt(asked["prompt"], [schema])
-        settings |= exactness
+    asked, schema = read_asked(prompt, schema_file, exactness, raw=raw)
+    settings |= exactness
     with Engine(model, **options) as engine, ExitStack() as interruptible:
         if schema is not None:
             engine.add_schema(schema)
@@ -122,35 +115,6 @@ def _telling_what_is_kept(engine: Engine, stream: Stream) -> Iterator[None]:
 def split_sampling(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of ``sampling_options`` but ``max_tokens`` out of all options."""
     return {name: options.pop(name) for name in _SAMPLING}
-
-
-def _read_text(name: str, *, raw: bool) -> dict[str, Any]:
-    """A prompt that is no PML, as ``Engine.stream`` takes it. Raises ``InputError``."""
-    try:
-        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
-    except OSError as error:
-        raise InputError(f"{name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8 text: {error}") from error
-    if _PML.match(text):
-        raise click.UsageError(f"missing option '-s' / '--schema': {name} is a PML prompt, written against a schema")
-    if name.endswith(".json"):
-        if raw:
-            raise click.UsageError("--raw is for text, not for a .json file of messages")
-        return {"messages": _messages(name, text)}
-    if not text.strip():
-        raise InputError(f"{name}: there is nothing in it")
-    return {"text": text} if raw else {"messages": [{"role": "user", "content": text.strip("\r\n")}]}
-
-
-def _messages(name: str, text: str) -> list[dict[str, Any]]:
-    try:
-        messages = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{name}: not JSON: {error}") from error
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise InputError(f"{name}: expected a list of messages, each with a role and content")
-    return messages
 
 
 def _figures(metrics: Metrics, *, saved: bool) -> str:

@@ -13,7 +13,6 @@ from cpucache.engine.fidelity import WATCHED, Distance, Truth, distance, truth
 from cpucache.engine.host import Host
 from cpucache.engine.planner import Question
 from cpucache.errors import ContextFull
-from cpucache.pml.tree import Prompt
 from cpucache.reuse import Encoded, Fidelity
 from cpucache.runtime import Sampling
 
@@ -95,8 +94,7 @@ class FidelityReport:
 
 def examine(
     host: Host,
-    prompt: Prompt,
-    fidelity: Fidelity,
+    asked: Callable[[Fidelity | None], Question],
     *,
     max_tokens: int,
     advise: bool,
@@ -105,11 +103,19 @@ def examine(
     """Answer a prompt without reuse and with it, and, to ``advise``, with one change at a time.
 
     Slices that only a change needs do not stay in the store. Raises ``ContextFull``.
+
+    Args:
+        host: The model.
+        asked: Gives the prompt with a fidelity; with its own for ``None``.
+        max_tokens: Tokens of the answer that are compared.
+        advise: Whether changes are tried.
+        progress: Told about the trials.
     """
-    question = host.planner.question(prompt, fidelity=fidelity)
+    question = asked(None)
+    fidelity = question.fidelity
     question.check_fits(host.context.n_ctx, host.model.n_ctx_train, max_tokens)
     changes: list[tuple[str, Fidelity]] = []
-    if advise and not fidelity.exact:
+    if advise and not fidelity.exact and not (question.bound is None and question.plan().exact):
         changes += [(f"--recompute {share}", Fidelity(share)) for share in SHARES if share > fidelity.recompute]
         changes.append(("--fidelity high, or cpucache encode --refine", Fidelity(exact=True)))
 
@@ -142,7 +148,7 @@ def examine(
         say(done, change)
         # What is recomputed takes cells besides. A change for which there are none is no advice.
         with suppress(ContextFull):
-            trials.append(_try(host, host.planner.question(prompt, fidelity=other), true, change, 1))
+            trials.append(_try(host, asked(other), true, change, 1))
     say(len(changes) + 2, "")
     pieces = [host.model.text([token], special=True) for token in true.targets.tolist()]
     report = FidelityReport(true, pieces, now, trials)

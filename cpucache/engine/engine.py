@@ -28,13 +28,14 @@ from cpucache.engine.session import Session, WhenFull
 from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
 from cpucache.errors import InputError
-from cpucache.layout import ChatTemplate, Positions, SchemaLayout, Tokens
+from cpucache.layout import ChatTemplate, Positions, SchemaLayout, Text, Tokens
+from cpucache.layout.cuts import LEAST, MOST, Cuts
 from cpucache.layout.schema import POSITIONS
 from cpucache.layout.vocabulary import joined
 from cpucache.models import default_model, resolve_model
 from cpucache.pml.tree import Prompt, Schema
 from cpucache.reuse import (
-    BLOCK,
+    REUSES,
     Encoded,
     Fidelity,
     Level,
@@ -51,6 +52,7 @@ from cpucache.reuse import (
     reading,
     refine,
     scaffolded,
+    text_parts,
 )
 from cpucache.reuse.refine import exact_slices
 from cpucache.reuse.splicer import SLOTS, Slot
@@ -70,18 +72,27 @@ DEFAULT_CTX = 8192
 class Engine:
     """Answers prompts of one model, reusing the state of whatever repeats in them.
 
-    ``model``: a name of the catalogue (default: its first), or the path of a GGUF. ``n_ctx``: cells of the context,
-    which a prompt and its answer must fit (default: what the model was trained on, at most 8192). ``store``: the folder
-    for slices (default ``$CPUCACHE_HOME``, else the platform's cache folder). ``ram_budget``: bytes, or text such as
-    ``"2GiB"``, that slices may take in memory (default: a quarter of what is free); ``disk_budget``: on disk (default:
-    a quarter of what is free there, and in the store already). ``paranoid``: check the hash of every slice each time
-    that it is read from disk, not only the first. ``kv_type``: type of the saved keys, ``"f16"`` or ``"q8_0"`` (values
-    too with ``flash="on"``). ``flash``: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU). ``positions``: how
-    schemas are laid out. ``block_size``: tokens of the blocks that plain text and messages are cached in. ``fidelity``:
-    of prompts that do not say theirs (a level or a ``Fidelity``, see ``plan``). ``refine``: ``"idle"`` makes exact what
-    was asked lately when nothing has been asked for a second, on mains power. ``sessions``: the
-    folder for conversations (default ``$CPUCACHE_SESSIONS``, else the platform's user data folder). ``parallel``:
-    prompts that are answered at a time, 1 to 16, in the cells of one context. More of them wait, in order.
+    Args:
+        model: A name of the catalogue (default: its first), or the path of a GGUF.
+        n_ctx: Cells of the context, which a prompt and its answer must fit (default: what the model was trained on, at
+            most 8192).
+        store: The folder for slices (default ``$CPUCACHE_HOME``, else the platform's cache folder).
+        ram_budget: Bytes, or text such as ``"2GiB"``, that slices may take in memory (default: a quarter of what is
+            free).
+        disk_budget: The same on disk (default: a quarter of what is free there, and in the store already).
+        paranoid: Check the hash of every slice each time that it is read from disk, not only the first.
+        threads: Threads that evaluate (default: one for each core).
+        gpu_layers: Layers on a GPU: a number, or ``"auto"``.
+        kv_type: Type of the saved keys, ``"f16"`` or ``"q8_0"`` (values too with ``flash="on"``).
+        flash: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU).
+        positions: How schemas are laid out.
+        segment_tokens: Least and most tokens of the segments that plain text and messages are cut into.
+        fidelity: Of prompts that do not say theirs: a level or a ``Fidelity``, see ``plan``.
+        reuse: Likewise.
+        refine: ``"idle"`` makes exact what was asked lately when nothing has been asked for a second, on mains power.
+        sessions: The folder for conversations (default ``$CPUCACHE_SESSIONS``, else the platform's user data folder).
+        parallel: Prompts that are answered at a time, 1 to 16, in the cells of one context. More of them wait, in
+            order.
 
     Use it as a context manager, or ``close`` it. Any thread may call any method, ``close`` included: one thread of the
     engine's own uses the model, and the requests of all others wait for it in a queue.
@@ -103,16 +114,17 @@ class Engine:
         kv_type: KVType = "f16",
         flash: str | None = None,
         positions: Positions = "auto",
-        block_size: int = BLOCK,
+        segment_tokens: tuple[int, int] = (LEAST, MOST),
         fidelity: Level | Fidelity | None = None,
+        reuse: Reuse = "schema",
         refine: Refine = "off",
         sessions: str | Path | None = None,
         parallel: int = 1,
     ) -> None:
-        usual = Fidelity.of(fidelity)
+        usual = None if fidelity is None else Fidelity.of(fidelity)
         ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
-        _check(positions=(positions, POSITIONS), refine=(refine, REFINES))
-        for setting, value in (("threads", threads), ("n_ctx", n_ctx), ("block_size", block_size)):
+        _check(positions=(positions, POSITIONS), refine=(refine, REFINES), reuse=(reuse, REUSES))
+        for setting, value in (("threads", threads), ("n_ctx", n_ctx)):
             if value is not None and value < 1:
                 raise InputError(f"{setting}={value}: must be 1 or more")
         if not 1 <= parallel <= SLOTS:
@@ -131,7 +143,7 @@ class Engine:
             kept = Store(home, ram_budget=free // 4 if ram is None else ram, disk_budget=disk, paranoid=paranoid)
             opened.callback(lambda: self.store.close() if hasattr(self, "workspace") else kept.close())
             self.fingerprint = Fingerprints(home / "index.sqlite").of(path)
-            self.slices = Slices(self.fingerprint, self.context.state_format, block_size)
+            self.slices = Slices(self.fingerprint, self.context.state_format, Cuts(loaded, *segment_tokens))
             self.workspace = Workspace(self.context, kept, self.slices, parallel)
             template = ChatTemplate(
                 loaded.chat_template, bos=loaded.special_text("bos"), eos=loaded.special_text("eos")
@@ -139,7 +151,7 @@ class Engine:
             lookup = Lookup(self.workspace, Repair(loaded.text))
             # Gaps between positions come from moving, which not every model's state allows.
             positions = positions if self.context.can_shift else "packed"
-            self.planner = Planner(loaded, template, self.slices, lookup, positions, usual, cells)
+            self.planner = Planner(loaded, template, lookup, positions, cells, fidelity=usual, reuse=reuse)
             idle = partial(_refining_when_idle, self.workspace) if refine == "idle" else None
             self.host = Host(loaded, template, self.workspace, self.planner, Core(self.context, parallel, idle))
             # Where nobody closes the engine, its thread ends with it.
@@ -244,10 +256,10 @@ class Engine:
         *,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
-        tokens: Sequence[int] | Tokens | None = None,
+        tokens: Sequence[int] | Tokens | Text | None = None,
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
-        reuse: Reuse = "schema",
+        reuse: Reuse | None = None,
     ) -> Plan:
         """What a prompt consists of: its spans, and where each token comes from, by the slices that there are now.
 
@@ -255,14 +267,19 @@ class Engine:
             prompt: PML text, the path of a file, or a parsed prompt, whose schema must have been added.
             messages: Instead, messages each with ``role`` (system, user, assistant) and ``content``.
             text: Instead, text to go on with as it is.
-            tokens: Instead, ids of tokens to go on with as they are. Messages, text and tokens are cached in blocks,
-                each behind all before it, and found again by whatever begins with the same text.
+            tokens: Instead, ids of tokens to go on with as they are, or a ``Text``, whose parts may be reused wherever
+                they stand. Messages, text and tokens are cut into segments, which are cached each behind all before it,
+                and found again by whatever begins with the same text.
             fidelity: What is done about slices that are not exact. ``"fast"``: nothing, but that the schema's
                 closing text (16 tokens at most) is evaluated with the question. ``"balanced"``: a tenth of the spliced
                 tokens is evaluated afresh besides, where the question points. ``"high"``: exact slices only; what has
                 none is evaluated, and saved. Or a ``Fidelity``. The engine's when none is given.
             recompute: Instead of a level, the share (0 to 1) of the spliced tokens that is evaluated afresh.
-            reuse: ``"anywhere"`` admits slices that attended to text of other prompts, too.
+            reuse: ``"schema"``: slices that attended to text of the prompt's schema alone; for prompts without one,
+                those that are exact. ``"exact"``: no others. ``"anywhere"``: slices that attended to text of other
+                prompts, too. So messages and text are answered at once when something before a known passage has
+                changed; a tenth of what is taken so is recomputed, unless ``fidelity`` or ``recompute`` says
+                otherwise. The engine's when none is given.
 
         Raises ``PMLError`` or ``InputError``.
         """
@@ -286,10 +303,10 @@ class Engine:
         *,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
-        tokens: Sequence[int] | Tokens | None = None,
+        tokens: Sequence[int] | Tokens | Text | None = None,
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
-        reuse: Reuse = "schema",
+        reuse: Reuse | None = None,
     ) -> Future[None]:
         """Read the slices that a session or a prompt is going to need into memory, in the background.
 
@@ -306,7 +323,7 @@ class Engine:
         *,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
-        tokens: Sequence[int] | Tokens | None = None,
+        tokens: Sequence[int] | Tokens | Text | None = None,
         max_tokens: int = 256,
         use_cache: bool = True,
         sampling: Sampling | None = None,
@@ -319,7 +336,7 @@ class Engine:
         stop: str | Sequence[str] | None = None,
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
-        reuse: Reuse = "schema",
+        reuse: Reuse | None = None,
         progress: OnProgress | None = None,
     ) -> Stream:
         """The answer to a prompt, piece by piece. The prompt, and its fidelity, are given as for ``plan``.
@@ -366,32 +383,41 @@ class Engine:
         prompt: str | Path | Prompt | None,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
-        tokens: Sequence[int] | Tokens | None = None,
+        tokens: Sequence[int] | Tokens | Text | None = None,
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
-        reuse: Reuse = "schema",
+        reuse: Reuse | None = None,
     ) -> Question:
-        wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
-        return self.planner.question(prompt, messages, text, tokens, fidelity=wanted, reuse=reuse)
+        return self.planner.question(
+            prompt, messages, text, tokens, fidelity=fidelity, recompute=recompute, reuse=reuse
+        )
 
     def fidelity(
         self,
-        prompt: str | Path | Prompt,
+        prompt: str | Path | Prompt | None = None,
         *,
+        messages: Sequence[Message] | None = None,
+        text: str | None = None,
         max_tokens: int = 64,
         advise: bool = True,
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
+        reuse: Reuse | None = None,
         progress: OnTrial | None = None,
     ) -> FidelityReport:
         """How far the cached answer to a prompt is from the uncached one, and (``advise``) what would bring it nearer.
 
-        Takes as long as some full prefills. The fidelity of the cached answer is given as for ``plan``; ``max_tokens``
+        Takes as long as some full prefills. The prompt and its fidelity are given as for ``plan``; ``max_tokens``
         are those of the answer that are compared. Raises ``PMLError`` or ``ContextFull``.
         """
-        wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
-        parsed = parsed_prompt(prompt)
-        return examine(self.host, parsed, wanted, max_tokens=max_tokens, advise=advise, progress=progress)
+        parsed = None if prompt is None else parsed_prompt(prompt)
+
+        def question(other: Fidelity | None) -> Question:
+            if other is None:
+                return self._question(parsed, messages, text, None, fidelity, recompute, reuse)
+            return self._question(parsed, messages, text, None, other, None, reuse)
+
+        return examine(self.host, question, max_tokens=max_tokens, advise=advise, progress=progress)
 
     def generate(self, prompt: str | Path | Prompt | None = None, **settings: Any) -> Reply:
         """The whole answer. Settings are those of ``stream``."""
@@ -421,8 +447,7 @@ class Engine:
         Raises ``InputError`` when it is with another model, or has begun otherwise, and ``CpucacheError`` when it is
         open elsewhere.
         """
-        wanted = Fidelity.of(fidelity, recompute, usual=self.planner.usual)
-        opening = None if prompt is None else self.planner.opening(prompt, wanted)
+        opening = None if prompt is None else self.planner.opening(prompt, fidelity=fidelity, recompute=recompute)
         with self._opening:
             if self._transcripts is None:
                 self._transcripts = Transcripts(self._folder)
@@ -447,13 +472,13 @@ class Engine:
 
     # -- inside ------------------------------------------------------------------------------------------------------
     def keep(self, question: Question, answer: Answer) -> None:
-        """Keep what later prompts can use: of plain text, the answer; else, what to refine. Called when it ends."""
+        """Keep what later prompts can use: of plain text, the answer; and what to refine. Called when it ends."""
         if question.bound is None:
             before, rest = self._unsaved(answer)
             tokens = joined([rest, np.array(answer.tokens[: answer.evaluated], np.int32)])
             answer.capture(self._cut(before, tokens), PREFIX)
-        elif not answer.plan.exact:
-            parts = asked(question.bound)
+        if not answer.plan.exact:
+            parts = text_parts(answer.plan) if question.bound is None else asked(question.bound)
             self.store.asked.note(self.fingerprint, self.slices.state_format, question.label, parts)
 
     def keep_prompt(self, answer: Answer) -> None:

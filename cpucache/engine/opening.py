@@ -55,7 +55,9 @@ def load_spans(dumped: Sequence[dict[str, Any]]) -> list[Span]:
 
 
 def tokens_of(pieces: dict[str, Any]) -> Tokens:
-    """The tokens of an opening as it was written down, by this version or an earlier one."""
+    """The tokens of a conversation's first entry as it was written down, by this version or an earlier one."""
+    if "parts" in pieces:
+        return joined([np.array(part, np.int32) for part in pieces["parts"]])
     if "segments" in pieces:
         parts = [pieces["segments"][number]["tokens"][:count] for number, _, count, _ in pieces["spans"]]
     else:

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,10 +14,10 @@ import numpy as np
 
 from cpucache.engine.opening import Opening
 from cpucache.errors import ContextFull, InputError
-from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Tokens, Turns, bind
-from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve
-from cpucache.pml.tree import Prompt, Reference, RoleName, Schema, Text, Turn
-from cpucache.reuse import REUSES, Fidelity, Lookup, Plan, Reuse, Slices, plan_text
+from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Text, Tokens, Turns, bind
+from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve, tree
+from cpucache.pml.tree import Prompt, Reference, RoleName, Schema, Turn
+from cpucache.reuse import BUDGET, REUSES, Fidelity, Level, Lookup, Plan, Reuse
 from cpucache.runtime import Model
 
 Message: TypeAlias = Mapping[str, object]
@@ -37,6 +38,7 @@ class Question:
     """What its slices are listed under."""
     name: str
     """What errors call the prompt."""
+    fidelity: Fidelity
     bound: Bound | None = None
     """The prompt on the layout of its schema, if it has one."""
 
@@ -69,25 +71,35 @@ class Question:
 
 
 class Planner:
-    """Knows the schemas, the chat template and the blocks of one model."""
+    """Knows the schemas and the chat template of one model.
+
+    Args:
+        model: Tokenizes.
+        template: Its chat template.
+        lookup: Finds slices.
+        positions: How schemas are laid out.
+        n_ctx: Cells of the llama.cpp context.
+        fidelity: Of prompts that do not say theirs.
+        reuse: Likewise.
+    """
 
     def __init__(
         self,
         model: Model,
         template: ChatTemplate,
-        slices: Slices,
         lookup: Lookup,
         positions: Positions,
-        usual: Fidelity,
         n_ctx: int,
+        *,
+        fidelity: Fidelity | None = None,
+        reuse: Reuse = "schema",
     ) -> None:
         self._model = model
         self._template = template
-        self._slices = slices
         self._lookup = lookup
         self._positions = positions
-        self.usual = usual
-        """The fidelity of prompts that do not say theirs."""
+        self._fidelity = fidelity
+        self._reuse = reuse
         self._n_ctx = n_ctx
         self.schemas: dict[str, SchemaLayout] = {}
 
@@ -115,27 +127,32 @@ class Planner:
         prompt: str | Path | Prompt | None,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
-        tokens: Sequence[int] | Tokens | None = None,
+        tokens: Sequence[int] | Tokens | Text | None = None,
         *,
-        fidelity: Fidelity | None = None,
-        reuse: Reuse = "schema",
+        fidelity: Level | Fidelity | None = None,
+        recompute: float | None = None,
+        reuse: Reuse | None = None,
     ) -> Question:
         """A prompt in one of the forms that ``Engine.plan`` takes."""
+        reuse = self._reuse if reuse is None else reuse
         if reuse not in REUSES:
             raise InputError(f"reuse={reuse!r}: must be one of {', '.join(REUSES)}")
         if sum(given is not None for given in (prompt, messages, text, tokens)) != 1:
             raise InputError("give one of prompt, messages, text and tokens")
+        # States of other texts show through, unless a part of them is recomputed.
+        usual = Fidelity(BUDGET) if reuse == "anywhere" and prompt is None else None
+        wanted = Fidelity.of(fidelity, recompute, usual=self._fidelity or usual)
         if prompt is not None:
             parsed = parsed_prompt(prompt)
             layout = self.layout(parsed.schema)
             included = resolve(parsed, layout.schema)
             self._check_size(parsed.file, _new_texts(parsed.children))
             bound = bind(layout, included, file=parsed.file)
-            plan = self._planning(bound, fidelity or self.usual, reuse)
-            return Question(plan, bound.n_tokens, parsed.schema, parsed.file, bound)
+            plan = self._planning(bound, wanted, reuse)
+            return Question(plan, bound.n_tokens, parsed.schema, parsed.file, wanted, bound)
         if tokens is not None:
-            ids = self.checked_tokens(tokens)
-            return Question(lambda: self._plan_text(ids), len(ids), PREFIX, "tokens")
+            given = tokens if isinstance(tokens, Text) else Text(self.checked_tokens(tokens))
+            return self._of_text(given, wanted, reuse, "tokens")
         name = "messages" if text is None else "text"
         if text is not None and not isinstance(text, str):
             raise InputError(f"text is a str to go on with, not {text!r}")
@@ -144,10 +161,11 @@ class Planner:
         checked = None if messages is None else [_checked(message) for message in messages]
         self._check_size(name, [text or ""] if checked is None else [content for _, content in checked])
         ids = self._tokens(checked, text)
-        return Question(lambda: self._plan_text(ids), len(ids), PREFIX, name)
+        return self._of_text(Text(ids), wanted, reuse, name)
 
-    def _plan_text(self, tokens: Tokens) -> Plan:
-        return plan_text(self._slices, self._lookup.store, tokens)
+    def _of_text(self, text: Text, fidelity: Fidelity, reuse: Reuse, name: str) -> Question:
+        plan = partial(self._lookup.plan_text, text, fidelity, reuse)
+        return Question(plan, len(text.tokens), PREFIX, name, fidelity)
 
     def tokens_of(self, text: str) -> Tokens:
         """The tokens of a text to go on with, checked for its size. Raises ``InputError``."""
@@ -166,15 +184,25 @@ class Planner:
             raise InputError(f"tokens: the model knows ids from 0 to {self._model.n_vocab - 1}")
         return ids.astype(np.int32)
 
-    def opening(self, prompt: str | Path | Prompt, fidelity: Fidelity | None = None) -> Opening:
+    def opening(
+        self,
+        prompt: str | Path | Prompt,
+        *,
+        fidelity: Level | Fidelity | None = None,
+        recompute: float | None = None,
+    ) -> Opening:
         """What a conversation begins with that begins with a PML prompt."""
+        wanted = Fidelity.of(fidelity, recompute, usual=self._fidelity)
         parsed = parsed_prompt(prompt)
         layout = self.layout(parsed.schema)
         bound = bind(layout, resolve(parsed, layout.schema), file=parsed.file, opens=True)
-        plan = self._planning(bound, fidelity or self.usual, "schema", ends=False)()
+        plan = self._planning(bound, wanted, "schema", ends=False)()
         return Opening(plan, bound.turns, bound.asks, parsed.schema)
 
     def _planning(self, bound: Bound, fidelity: Fidelity, reuse: Reuse, *, ends: bool = True) -> Callable[[], Plan]:
+        if reuse == "exact":
+            fidelity = Fidelity(exact=True)
+
         def plan() -> Plan:
             found = self._lookup.plan(bound, fidelity, reuse=reuse, ends=ends)
             if found.end >= self._model.n_ctx_train:
@@ -235,7 +263,7 @@ def _advice(n_ctx: int, n_ctx_train: int) -> str:
     return "raise --ctx (n_ctx=…) or leave something out" if n_ctx < n_ctx_train else "leave something out"
 
 
-def _new_texts(nodes: Iterable[Reference | Text | Turn]) -> Iterator[str]:
+def _new_texts(nodes: Iterable[Reference | tree.Text | Turn]) -> Iterator[str]:
     """The texts that a prompt brings."""
     for node in nodes:
         if isinstance(node, Reference):

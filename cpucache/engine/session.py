@@ -389,8 +389,8 @@ class Session:
             }
             return Entry("prompt", opening.text, pieces, metrics={"tokens": opening.plan.n_tokens})
         if system is not None:
-            tokens = [*bos, *Turns(host.template, host.model).turn("system", system).tolist()]
-            parts = [tokens[begin : begin + host.slices.size] for begin in range(0, len(tokens), host.slices.size)]
+            tokens = np.array([*bos, *Turns(host.template, host.model).turn("system", system).tolist()], np.int32)
+            parts = [slice_.tokens.tolist() for slice_ in host.slices.cut((), tokens)]
             return Entry("system", system, {"parts": parts, "pending": []}, metrics={"tokens": len(tokens)})
         return None
 
@@ -399,8 +399,6 @@ class Session:
         same = begun.role == first.role and (
             # The slices that there were when it began may be others than there are now.
             np.array_equal(tokens_of(begun.pieces), tokens_of(first.pieces))
-            if first.role == "prompt"
-            else begun.pieces == first.pieces
         )
         if not same:
             what = "system text" if first.role == "system" else "prompt"

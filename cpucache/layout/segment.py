@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeAlias
 
 from cpucache.layout.vocabulary import Tokens, empty
@@ -54,3 +56,26 @@ class NewText:
 
 Piece: TypeAlias = Segment | NewText
 """A prompt on its schema's layout is a list of pieces, in the order in which the model reads them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Text without markup, as tokens."""
+
+    tokens: Tokens
+    parts: tuple[tuple[int, int], ...] = ()
+    """Runs of tokens that may be reused wherever they stand, each by its beginning and end: they do not overlap, and
+    come in order."""
+
+    def within(self, begin: int, end: int) -> bool:
+        """Whether some tokens are within one of the parts."""
+        return any(first <= begin and end <= last for first, last in self.parts)
+
+    def ends(self, cuts: Callable[[Tokens], Sequence[int]]) -> list[int]:
+        """The ends of the segments of all tokens but the last. Cuts within a part depend on that part alone."""
+        size = len(self.tokens) - 1
+        edges = sorted({min(edge, size) for part in self.parts for edge in part} | {0, size})
+        found: list[int] = []
+        for begin, end in pairwise(edges):
+            found += [begin + cut for cut in cuts(self.tokens[begin:end])]
+        return found

@@ -3,16 +3,16 @@
 from cpucache.reuse.fidelity import DEFAULT, LEVELS, Fidelity, Level
 from cpucache.reuse.history import History
 from cpucache.reuse.lookup import REUSES, Lookup, Reuse
-from cpucache.reuse.prefix import plan_text
 from cpucache.reuse.progress import OnProgress
 from cpucache.reuse.reading import reading, scaffolded
-from cpucache.reuse.refine import asked, refine
+from cpucache.reuse.refine import asked, refine, text_parts
 from cpucache.reuse.repair import Repair
-from cpucache.reuse.slices import BLOCK, Plan, Slice, Slices, Span
+from cpucache.reuse.slices import Plan, Slice, Slices, Span
+from cpucache.reuse.text import BUDGET
 from cpucache.reuse.workspace import Encoded, Prefill, Workspace
 
 __all__ = [
-    "BLOCK",
+    "BUDGET",
     "DEFAULT",
     "LEVELS",
     "REUSES",
@@ -31,8 +31,8 @@ __all__ = [
     "Span",
     "Workspace",
     "asked",
-    "plan_text",
     "reading",
     "refine",
     "scaffolded",
+    "text_parts",
 ]

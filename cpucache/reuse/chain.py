@@ -41,9 +41,9 @@ class Chain:
         else:
             self.spans.append(span)
 
-    def evaluate(self, tokens: Tokens, why: str = "", module: str = "") -> None:
-        """Put tokens to evaluate right behind the others."""
-        self.add(Span(self.end, tokens, why=why, module=module))
+    def evaluate(self, tokens: Tokens, why: str = "", module: str = "", *, again: bool = False) -> None:
+        """Put tokens to evaluate right behind the others. ``again``: although there is a slice of them."""
+        self.add(Span(self.end, tokens, why=why, module=module, recomputed=again))
 
     def next(self, tokens: Tokens, module: str = "", home: int | None = None) -> Slice:
         """The slice of ``tokens`` evaluated behind this chain; saved at ``home``, unless that is taken already."""

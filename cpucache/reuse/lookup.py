@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
 
-from cpucache.layout import Bound, NewText, Piece, Segment
+from cpucache.layout import Bound, NewText, Piece, Segment, Text
 from cpucache.reuse.chain import Chain
 from cpucache.reuse.fidelity import Fidelity
 from cpucache.reuse.repair import Repair
 from cpucache.reuse.slices import Plan, Relation, Slice, Span
+from cpucache.reuse.text import plan_text
 from cpucache.reuse.workspace import Workspace
-from cpucache.store import TEXT_ID, SliceInfo, Store, text_id
+from cpucache.store import SliceInfo, Store, text_id
 
-Reuse: TypeAlias = Literal["schema", "anywhere"]
-"""Which slices a prompt on a schema may take: those that hold text of the schema alone, or any."""
-REUSES: tuple[Reuse, ...] = ("schema", "anywhere")
-
-
+Reuse: TypeAlias = Literal["exact", "schema", "anywhere"]
+"""Which slices a prompt may take: those that attended to all that stands before them in it and to nothing else, those
+that attended to text of its schema alone, or any."""
+REUSES: tuple[Reuse, ...] = ("exact", "schema", "anywhere")
 _CLOSING = 16  # tokens of a closing text at most
 
 
 class Found(NamedTuple):
     """A slice that the store has of a segment's tokens."""
 
-    key: str
-    info: SliceInfo
-    sees: list[bytes]
+    slice: Slice
     relation: Relation
 
     def worth(self, start: int) -> tuple[bool, int, bool, str]:
@@ -37,7 +35,7 @@ class Found(NamedTuple):
         Those that were evaluated behind most text come first (bench/RESULTS.md), then those that need not be moved to
         ``start``.
         """
-        return self.relation != "foreign", self.info.sees_tokens, self.info.start == start, self.key
+        return self.relation != "foreign", self.slice.sees_tokens, self.slice.start == start, self.slice.key
 
 
 class Lookup:
@@ -77,10 +75,20 @@ class Lookup:
         plan = Plan(tuple(planning.run()))
         return plan if fidelity.exact else self._repaired(plan, fidelity)
 
+    def plan_text(self, text: Text, fidelity: Fidelity, reuse: Reuse) -> Plan:
+        """The plan of a text without markup; see ``cpucache.reuse.text``."""
+        return plan_text(
+            self._workspace,
+            self._repair,
+            text if reuse != "exact" and not fidelity.exact else Text(text.tokens),
+            anywhere=reuse == "anywhere" and not fidelity.exact,
+            recompute=fidelity.recompute,
+        )
+
     def _repaired(self, plan: Plan, fidelity: Fidelity) -> Plan:
         """The plan with slices within the budget evaluated afresh, and the schema's closing text."""
         budget = math.ceil(fidelity.recompute * sum(len(span.tokens) for span in plan.spans if span.slice))
-        chosen = (self._repair.choose(plan.spans, budget) if budget else set()) | _closing(plan.spans)
+        chosen = (self._relevant(plan.spans, budget) if budget else set()) | _closing(plan.spans)
         if not chosen:
             return plan
         chain = Chain(self._workspace.slices)
@@ -95,6 +103,17 @@ class Lookup:
                 chain.add(span if span.slice else replace(span, start=chain.end))
         besides = [span.slice for span in plan.spans if span in chosen and span.made and span.slice]
         return Plan(tuple(chain.spans), tuple(besides))
+
+    def _relevant(self, spans: Sequence[Span], budget: int) -> set[Span]:
+        """The slices of the most relevant modules that are not exact, ``budget`` tokens in all."""
+        modules: dict[str, list[Span]] = {}
+        for span in spans:
+            if span.slice and span.relation != "exact":
+                modules.setdefault(span.slice.module, []).append(span)
+        parts = [[span.slice.tokens for span in module if span.slice] for module in modules.values()]
+        new = [span.tokens for span in spans if span.slice is None]
+        found = self._repair.choose(parts, new, budget)
+        return {span for index, module in enumerate(modules.values()) if index in found for span in module}
 
 
 def _closing(spans: tuple[Span, ...]) -> set[Span]:
@@ -194,8 +213,7 @@ class _Planning:
             start = max(segment.home, start)
         if found:
             best = max(found, key=lambda each: each.worth(start))
-            slice_ = _opened(best, segment)
-            self._take(segment, slice_, start, size, best.relation, "not yet evaluated behind this")
+            self._take(segment, best.slice, start, size, best.relation, "not yet evaluated behind this")
             return
         made = self._missing(segment)
         trail = self._prompt.trail
@@ -211,12 +229,12 @@ class _Planning:
         limit = self._layout.may_attend_to(segment)
         found = []
         for key, info in self._variants.get(self._contents[segment], []):
-            sees = _texts(info)
-            if limit is not None and not limit.issuperset(sees):
+            slice_ = Slice.described(key, info, segment.tokens, segment.module)
+            if limit is not None and not limit.issuperset(slice_.sees):
                 continue
-            relation = self._relation(frozenset(sees))
+            relation = self._relation(frozenset(slice_.sees))
             if relation != "foreign" or (self._reuse == "anywhere" and limit is None):
-                found.append(Found(key, info, sees, relation))
+                found.append(Found(slice_, relation))
         return found
 
     def _relation(self, sees: frozenset[bytes]) -> Relation:
@@ -255,16 +273,3 @@ class _Planning:
             home = None if self._packed else segment.home
             self._text.add(replace(span, start=max(home or 0, self._text.end)))
         self._prompt.add(span)
-
-
-def _texts(info: SliceInfo) -> list[bytes]:
-    data = bytes.fromhex(info.sees)
-    return [data[begin : begin + TEXT_ID] for begin in range(0, len(data), TEXT_ID)]
-
-
-def _opened(found: Found, segment: Segment) -> Slice:
-    """A slice as the store describes it."""
-    info = found.info
-    return Slice(
-        found.key, segment.tokens, info.start, info.context, tuple(found.sees), info.sees_tokens, segment.module
-    )

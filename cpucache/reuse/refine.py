@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cpucache.layout import Bound, Segment
 from cpucache.reuse.chain import Chain
 from cpucache.reuse.progress import OnProgress
-from cpucache.reuse.slices import Slice, Slices
+from cpucache.reuse.slices import Plan, Slice, Slices
 from cpucache.reuse.splicer import Slot
 from cpucache.reuse.work import Task
 from cpucache.reuse.workspace import Encoded, Workspace
@@ -26,6 +26,11 @@ def asked(bound: Bound) -> list[Part]:
         if segment is not None and saved:
             last = len(parts)
     return parts[:last]
+
+
+def text_parts(plan: Plan) -> list[Part]:
+    """The same of a text without markup: everything but its last span, which every prompt evaluates."""
+    return [Part(span.tokens, "", saved=True) for span in plan.spans[:-1]]
 
 
 def exact_slices(parts: Sequence[Part], slices: Slices) -> list[Slice]:

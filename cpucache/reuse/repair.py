@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from cpucache.layout import Tokens
-from cpucache.reuse.slices import Slice, Span
+from cpucache.store import text_id
 
 _WORD = re.compile(r"\w+")
-_KNOWN = 10_000  # slices whose words are remembered
+_KNOWN = 10_000  # texts whose words are remembered
 
 
 class Repair:
@@ -30,46 +30,40 @@ class Repair:
 
     def __init__(self, text: Callable[[Tokens], str]) -> None:
         self._text = text
-        self._known: dict[str, frozenset[str]] = {}
+        self._known: dict[bytes, frozenset[str]] = {}
 
-    def choose(self, spans: Sequence[Span], budget: int) -> set[Span]:
-        """The spans to evaluate afresh: those of the most relevant modules, ``budget`` tokens in all.
+    def choose(self, parts: Sequence[Sequence[Tokens]], new: Iterable[Tokens], budget: int) -> set[int]:
+        """The parts to evaluate afresh, by their numbers: the most relevant, ``budget`` tokens in all.
 
-        The first module may take twice the budget, since less than a module is of no use. Only slices that are not
-        exact are considered. The question is the tokens of the plan that are
-        evaluated in any case.
+        The first may take twice the budget, since less than a part is of no use.
+
+        Args:
+            parts: Each as the tokens of its slices.
+            new: What is evaluated in any case: the question.
+            budget: Tokens to evaluate at most.
         """
-        modules: dict[str, list[Span]] = {}
-        for span in spans:
-            if span.slice and span.relation != "exact":
-                modules.setdefault(span.slice.module, []).append(span)
-        chosen: set[Span] = set()
-        for module in self._ranked(modules, [span.tokens for span in spans if span.slice is None]):
-            size = sum(len(span.tokens) for span in modules[module])
+        chosen: set[int] = set()
+        for number in self._ranked(parts, new):
+            size = sum(map(len, parts[number]))
             if size <= (budget if chosen else 2 * budget):
-                chosen.update(modules[module])
+                chosen.add(number)
                 budget = max(0, budget - size)
         return chosen
 
-    def _ranked(self, modules: dict[str, list[Span]], new: Iterable[Tokens]) -> list[str]:
+    def _ranked(self, parts: Sequence[Sequence[Tokens]], new: Iterable[Tokens]) -> list[int]:
         asked = {word for tokens in new for word in self._words_of(tokens)}
-        words = {
-            module: asked & set().union(*(self._words(span.slice) for span in parts if span.slice))
-            for module, parts in modules.items()
-        }
-        found = Counter(word for shared in words.values() for word in shared)
-        value = {
-            module: sum(math.log((len(modules) + 1) / found[word]) for word in shared)
-            for module, shared in words.items()
-        }
-        return sorted(modules, key=lambda module: -value[module])
+        words = [asked & set().union(*map(self._words, part)) for part in parts]
+        found = Counter(word for shared in words for word in shared)
+        value = [sum(math.log((len(parts) + 1) / found[word]) for word in shared) for shared in words]
+        return sorted(range(len(parts)), key=lambda number: -value[number])
 
-    def _words(self, slice_: Slice) -> frozenset[str]:
-        words = self._known.get(slice_.key)
+    def _words(self, tokens: Tokens) -> frozenset[str]:
+        identity = text_id(tokens)
+        words = self._known.get(identity)
         if words is None:
             if len(self._known) >= _KNOWN:
                 self._known.clear()
-            words = self._known[slice_.key] = self._words_of(slice_.tokens)
+            words = self._known[identity] = self._words_of(tokens)
         return words
 
     def _words_of(self, tokens: Tokens) -> frozenset[str]:

@@ -6,7 +6,7 @@ The key of a context names what was attended to and nothing else: not how that w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -14,13 +14,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from cpucache.errors import InputError
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
-from cpucache.store import content_key, slice_key, text_id
-
-BLOCK = 256
-"""Tokens of a prefix block unless told otherwise."""
+from cpucache.store import TEXT_ID, SliceInfo, content_key, slice_key, text_id
 
 Relation: TypeAlias = Literal["exact", "clean", "related", "foreign"]
 """How the context of a slice relates to what stands before it in a prompt.
@@ -75,6 +71,13 @@ class Slice:
     def chained(self) -> bool:
         """Whether it stands at its position among all tokens from 0 on, and its context is all of these."""
         return self.start == self.sees_tokens and not self.delta
+
+    @classmethod
+    def described(cls, key: str, info: SliceInfo, tokens: Tokens, module: str = "") -> Slice:
+        """A slice as the store describes it."""
+        data = bytes.fromhex(info.sees)
+        sees = tuple(data[begin : begin + TEXT_ID] for begin in range(0, len(data), TEXT_ID))
+        return cls(key, tokens, info.start, info.context, sees, info.sees_tokens, module)
 
     @cached_property
     def span(self) -> Span:
@@ -281,16 +284,16 @@ class Trail:
 class Slices:
     """Makes slices of one model and one format of states, by the spans behind which they are evaluated.
 
-    Long text is cut into blocks of ``size`` tokens, each of which is found again by whatever begins with the same text
-    (hash chaining, as in vLLM's automatic prefix caching).
+    Args:
+        fingerprint: Names the model's weights.
+        state_format: What the bytes of a state depend on besides.
+        cuts: Gives the end of each segment of a text.
     """
 
-    def __init__(self, fingerprint: str, state_format: str, size: int = BLOCK) -> None:
-        if size < 1:
-            raise InputError(f"block_size={size}: a block has at least one token")
+    def __init__(self, fingerprint: str, state_format: str, cuts: Callable[[Tokens], Sequence[int]]) -> None:
         self.fingerprint = fingerprint
         self.state_format = state_format
-        self.size = size
+        self.cuts = cuts
 
     def content(self, tokens: Tokens) -> str:
         """What all slices of these tokens are found by."""
@@ -319,26 +322,32 @@ class Slices:
         key = self.key(context, tokens, start)
         return Slice(key, tokens, start, context, tuple(trail.sees), trail.n_tokens, module, tuple(before))
 
-    def cut(self, before: Sequence[Span], tokens: Tokens, module: str = "") -> list[Slice]:
-        """``tokens`` right behind ``before``, in blocks; the last may be shorter."""
+    def cut(
+        self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
+    ) -> list[Slice]:
+        """``tokens`` right behind ``before``, in segments. ``ends``: of each of these, where they are known."""
         spans = list(before)
         trail = Trail(before)
         made: list[Slice] = []
-        for begin in range(0, len(tokens), self.size):
-            block = self.make(spans, tokens[begin : begin + self.size], module, trail=trail)
-            spans.append(block.span)
-            trail.add(block.span)
-            made.append(block)
+        begin = 0
+        for end in self.cuts(tokens) if ends is None else ends:
+            made.append(self.make(spans, tokens[begin:end], module, trail=trail))
+            spans.append(made[-1].span)
+            trail.add(made[-1].span)
+            begin = end
         return made
 
-    def blocks(self, before: Sequence[Span], tokens: Tokens, module: str = "") -> list[Slice]:
-        """The whole blocks of ``tokens``: what is left behind them is shorter than a block."""
-        return self.cut(before, tokens[: len(tokens) // self.size * self.size], module)
+    def plan(
+        self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
+    ) -> Plan:
+        """``before``, the segments of ``tokens`` but for the last, and the last, to be evaluated.
 
-    def plan(self, before: Sequence[Span], tokens: Tokens, module: str = "") -> Plan:
-        """``before``, the whole blocks of ``tokens``, and what is left, to be evaluated: the last token at least."""
-        spans = [*before, *(block.span for block in self.blocks(before, tokens[:-1], module))]
-        done = sum(len(span.tokens) for span in spans[len(before) :])
+        ``ends``: of the segments of all tokens but the last, where they are known.
+        """
+        *whole, _ = [0, *(self.cuts(tokens[:-1]) if ends is None else ends)]
+        made = self.cut(before, tokens, module, ends=whole[1:])
+        spans = [*before, *(slice_.span for slice_ in made)]
+        done = whole[-1] if whole else 0
         return Plan((*spans, Span(spans[-1].end if spans else 0, tokens[done:])))
 
     def chained(self, plan: Plan, module: str = "") -> list[Span]:

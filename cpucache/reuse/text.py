@@ -1,0 +1,124 @@
+"""The lookup for text without markup: the longest known prefix, and what of the rest may be taken from elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cpucache.layout import Text, Tokens
+from cpucache.reuse.chain import Chain
+from cpucache.reuse.repair import Repair
+from cpucache.reuse.slices import Plan, Relation, Slice
+from cpucache.reuse.workspace import Workspace
+from cpucache.store import text_id
+
+SHORTEST = 64
+"""Tokens of neighbouring segments at least, that are taken from elsewhere. Fewer are evaluated as fast as spliced."""
+BUDGET = 0.1
+"""The share of what is taken from elsewhere that is recomputed unless told otherwise."""
+
+
+def plan_text(workspace: Workspace, repair: Repair, text: Text, *, anywhere: bool, recompute: float) -> Plan:
+    """The plan of a text.
+
+    First comes the longest known slice behind all before it, again and again, however it was cut: all of it exact. Then
+    come the segments that are left. Those that may be taken from elsewhere are, where there are slices of them; the
+    others are evaluated, and saved. The last token is evaluated in any case.
+
+    Args:
+        workspace: Its store has the slices.
+        repair: Chooses what to recompute.
+        text: Segments within its parts may be taken from elsewhere.
+        anywhere: So may all others.
+        recompute: The share of the tokens taken from elsewhere that is evaluated afresh.
+    """
+    chain = _known_prefix(workspace, text.tokens[:-1])
+    *segments, tail = _segments(workspace, text, chain.end)
+    if anywhere or text.parts:
+        _find(workspace, [each for each in segments if anywhere or text.within(each.begin, each.end)])
+        _drop_short(segments)
+        taken = [each for each in segments if each.slice]
+        budget = math.ceil(recompute * sum(len(each.tokens) for each in taken))
+        new = [each.tokens for each in segments if not each.slice] + [tail.tokens]
+        for index in repair.choose([[each.tokens] for each in taken], new, budget) if budget else ():
+            taken[index].recomputed = True
+    before = {text_id(span.tokens) for span in chain.spans}
+    for each in segments:
+        if each.recomputed:
+            chain.evaluate(each.tokens, "recomputed", again=True)
+        else:
+            made = chain.next(each.tokens)
+            there = made.key in workspace.store
+            slice_ = made if there or each.slice is None else each.slice
+            relation: Relation = "clean" if before.issuperset(slice_.sees) else "foreign"
+            exact = slice_ is made and chain.trail.exact
+            span = replace(slice_.span, start=chain.end, relation="exact" if exact else relation, made=not there)
+            chain.add(span if slice_ is made else replace(span, made=False))
+        before.add(text_id(each.tokens))
+    chain.evaluate(tail.tokens)
+    return Plan(tuple(chain.spans))
+
+
+@dataclass(eq=False)
+class _Segment:
+    """A segment behind the known prefix."""
+
+    begin: int
+    tokens: Tokens
+    slice: Slice | None = None
+    """What it is taken from."""
+    recomputed: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.tokens)
+
+
+def _known_prefix(workspace: Workspace, tokens: Tokens) -> Chain:
+    """Slices that are there of the first of these tokens, each behind all before it."""
+    store, chain = workspace.store, Chain(workspace.slices)
+    while len(left := tokens[chain.end :]):
+        for size in sorted((size for size in store.sizes_behind(chain.trail.key) if size <= len(left)), reverse=True):
+            known = chain.next(left[:size])
+            if known.key in store:
+                break
+        else:
+            break
+        chain.add(known.span)
+    return chain
+
+
+def _segments(workspace: Workspace, text: Text, begin: int) -> list[_Segment]:
+    """The segments from a position on; the last has the last token besides."""
+    ends = [end for end in text.ends(workspace.slices.cuts) if end > begin]
+    found = []
+    for end in ends[:-1]:
+        found.append(_Segment(begin, text.tokens[begin:end]))
+        begin = end
+    return [*found, _Segment(begin, text.tokens[begin:])]
+
+
+def _find(workspace: Workspace, segments: Sequence[_Segment]) -> None:
+    """Give segments the best slices that there are of their tokens, whatever these attended to."""
+    contents = [workspace.slices.content(each.tokens) for each in segments]
+    variants = workspace.store.variants(contents)
+    for each, content in zip(segments, contents, strict=True):
+        found = variants[content]
+        if found:
+            # Behind most text, and where it need not be moved.
+            key, info = max(found, key=lambda one: (one[1].sees_tokens, one[1].start == each.begin, one[0]))
+            each.slice = Slice.described(key, info, each.tokens)
+
+
+def _drop_short(segments: Sequence[_Segment]) -> None:
+    """Let go of slices that make runs of fewer than ``SHORTEST`` tokens."""
+    run: list[_Segment] = []
+    for each in [*segments, None]:
+        if each is not None and each.slice:
+            run.append(each)
+            continue
+        if sum(len(one.tokens) for one in run) < SHORTEST:
+            for one in run:
+                one.slice = None
+        run = []
