@@ -302,7 +302,7 @@ def test_text_is_cached_in_blocks(model: Path, folder: Path) -> None:
     assert first["text"] == again["text"] == uncached["text"]
     # However it was cut, it is found.
     for name in ("one.txt", "other.txt"):
-        found = ask(model, name, "--block-size", "40")
+        found = ask(model, name, "--segment-tokens", "20-80")
         assert found["cached_tokens"] == found["prompt_tokens"] - 1
 
 

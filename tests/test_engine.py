@@ -123,7 +123,7 @@ def test_a_conversation_keeps_to_the_trained_positions(tiny: Tiny, tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"block_size": 0}, "block_size=0"),
+        ({"segment_tokens": (0, 8)}, "segments of 0 to 8 tokens"),
         ({"threads": 0}, "threads=0"),
         ({"ram_budget": "much"}, "'much' is no size"),
         ({"disk_budget": "-1"}, "-1"),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpucache.reuse import History, Slice, Slices, Span
+from tests.support.cutting import every
 from tests.support.workbench import slice_of, some_tokens
 
 
@@ -36,7 +37,7 @@ def tokens(span: Span) -> list[int]:
 
 
 def slices(size: int = 256) -> Slices:
-    return Slices("model", "format", size)
+    return Slices("model", "format", every(size))
 
 
 def attended(slice_: Slice) -> list[int]:

@@ -1,4 +1,4 @@
-"""Plain text and messages: the longest known prefix is spliced in blocks, exactly, whoever evaluated it."""
+"""Plain text and messages: the longest known prefix is spliced in segments, exactly, whoever evaluated it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.workbench import distance, tolerance
 Tiny = Callable[..., Path]
 
 archs = pytest.mark.parametrize("arch", ARCHS)
-SIZE = 16
+SEGMENTS = (8, 16)
 TEXT = message(1, 40)
 MESSAGES = [
     {"role": "system", "content": "Answer in a few words."},
@@ -32,17 +32,17 @@ REQUESTS: dict[str, dict[str, Any]] = {"text": {"text": TEXT}, "messages": {"mes
 requests = pytest.mark.parametrize("kind", REQUESTS)
 
 
-def blocks(count: int, size: int = SIZE) -> int:
-    """Tokens of a prompt of ``count`` tokens that stand in whole blocks, its last token aside."""
-    return (count - 1) // size * size
+def whole(running: Engine, prompt: Sequence[int]) -> int:
+    """Tokens of a prompt that stand before its last segment."""
+    ends = running.slices.cuts(np.array(prompt[:-1], np.int32))
+    return ends[-2] if len(ends) > 1 else 0
 
 
 class Known:
     """What is known of texts that were asked, as slices: each behind all before it, by its tokens and theirs."""
 
-    def __init__(self, arch: str, size: int = SIZE) -> None:
+    def __init__(self, arch: str) -> None:
         self.recurrent = arch == "mamba"
-        self.size = size
         self.slices: set[tuple[int, tuple[int, ...]]] = set()
 
     def of(self, prompt: Sequence[int]) -> int:
@@ -58,22 +58,27 @@ class Known:
                 return at
             at = max(ends)
 
-    def ask(self, answer: Said) -> int:
+    def ask(self, running: Engine, answer: Said) -> int:
         """How many tokens of an answer's prompt are evaluated; from then on they are known."""
         prompt, tokens = answer.stream.plan.tokens.tolist(), answer.tokens.tolist()
         known = at = self.of(prompt)
-        at = self._cut(prompt, at, at + (len(prompt) - 1 - at) // self.size * self.size)
+        cuts = [end for end in running.slices.cuts(np.array(prompt[:-1], np.int32)) if end > at][:-1]
+        for end in cuts:
+            self.slices.add((at, tuple(prompt[:end])))
+            at = end
         if not self.recurrent and len(prompt) - at > 8:
-            at = self._cut(prompt, at, len(prompt) - 1)
+            at = self._cut(running, prompt, at, len(prompt) - 1)
         if self.recurrent:
             self.slices.add((at, tuple(tokens)))
         else:
-            self._cut(tokens, at, len(tokens))
+            self._cut(running, tokens, at, len(tokens))
         return len(prompt) - known
 
-    def _cut(self, tokens: list[int], begin: int, end: int) -> int:
-        for start in range(begin, end, self.size):
-            self.slices.add((start, tuple(tokens[: min(start + self.size, end)])))
+    def _cut(self, running: Engine, tokens: list[int], begin: int, end: int) -> int:
+        at = begin
+        for cut in running.slices.cuts(np.array(tokens[begin:end], np.int32)):
+            self.slices.add((at, tuple(tokens[: begin + cut])))
+            at = begin + cut
         return end
 
 
@@ -94,20 +99,23 @@ def test_a_prompt_is_what_full_prefill_is(arch: str, kind: str, tiny: Tiny, tmp_
     """At first, again in the same engine, in a new one, and with another prompt in between."""
     request = REQUESTS[kind]
     with truth(tiny(arch)) as true:
-        with engine(tiny(arch), tmp_path, block_size=SIZE) as running:
+        with engine(tiny(arch), tmp_path, segment_tokens=SEGMENTS) as running:
             full = asked(running, use_cache=False, **request)
             count = len(full.stream.plan.tokens)
-            assert full.fresh == count > 4 * SIZE
+            assert full.fresh == count > 64
             true.check(arch, full)
             running.store.flush()
             assert sessions.files(tmp_path) == 0
             first = asked(running, **request)
-            assert (first.fresh, first.stream.metrics.encoded_tokens) == (count, blocks(count))
+            assert (first.fresh, first.stream.metrics.encoded_tokens) == (
+                count,
+                whole(running, full.stream.plan.tokens),
+            )
             same(first, full, arch)
             again = asked(running, **request)
             known = Known(arch)
-            assert known.ask(first) == count
-            left = known.ask(again)
+            assert known.ask(running, first) == count
+            left = known.ask(running, again)
             # All of it is in the context, which a recurrent model's state has left behind, and a window may have.
             assert again.fresh == (left if arch in ("mamba", "gemma3") else 1)
             same(again, full, arch)
@@ -116,7 +124,7 @@ def test_a_prompt_is_what_full_prefill_is(arch: str, kind: str, tiny: Tiny, tmp_
             assert (third.fresh, third.stream.metrics.encoded_tokens) == (left, 0)
             same(third, full, arch)
             assert asked(running, use_cache=False, **request).fresh == count
-        with engine(tiny(arch), tmp_path, block_size=SIZE) as running:
+        with engine(tiny(arch), tmp_path, segment_tokens=SEGMENTS) as running:
             fresh = asked(running, **request)
             assert (fresh.fresh, fresh.stream.metrics.encoded_tokens) == (left, 0)
             same(fresh, full, arch)
@@ -127,10 +135,12 @@ def test_a_prompt_is_what_full_prefill_is(arch: str, kind: str, tiny: Tiny, tmp_
 def test_found_by_another_process(kind: str, tiny: Tiny, tmp_path: Path) -> None:
     request = {**REQUESTS[kind], "max_tokens": 4}
     first, second = (
-        sessions.elsewhere(sessions.ask, tiny("llama"), tmp_path, request, {"block_size": SIZE}) for _ in range(2)
+        sessions.elsewhere(sessions.ask, tiny("llama"), tmp_path, request, {"segment_tokens": SEGMENTS})
+        for _ in range(2)
     )
     count = len(first.prompt)
-    rest = count - blocks(count)
+    with engine(tiny("llama"), tmp_path, segment_tokens=SEGMENTS) as running:
+        rest = count - whole(running, first.prompt)
     assert (first.fresh, second.fresh) == (count, 1 if rest > 8 else rest)
     assert first.tokens.tolist() == second.tokens.tolist()
     with truth(tiny("llama")) as true:
@@ -160,59 +170,56 @@ def test_the_longest_known_prefix(arch: str, tiny: Tiny, tmp_path: Path) -> None
     endings = ["", " And more of it.", " And more of the same, and then some.", " But then, something else entirely."]
     with truth(model) as true:
         for number in (0, 1, 2, 3, 2, 1):
-            with engine(model, tmp_path, block_size=SIZE) as running:
+            with engine(model, tmp_path, segment_tokens=SEGMENTS) as running:
                 answer = asked(running, text=TEXT + endings[number], max_tokens=1)
-                assert answer.fresh == known.ask(answer)
+                assert answer.fresh == known.ask(running, answer)
                 true.check(arch, answer)
 
 
 @archs
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 0.99])
-def test_a_changed_token_is_known_up_to_its_block(arch: str, place: float, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_changed_token_is_known_up_to_its_segment(arch: str, place: float, tiny: Tiny, tmp_path: Path) -> None:
     model = tiny(arch)
-    with engine(model, tmp_path, block_size=SIZE) as running:
-        tokens = asked(running, text=TEXT).stream.plan.tokens
+    with engine(model, tmp_path, segment_tokens=SEGMENTS) as running:
+        first = asked(running, text=TEXT)
+    tokens = first.stream.plan.tokens
     index = int(place * len(tokens))
     changed = tokens.copy()
     changed[index] = changed[index] % 200 + 7
-    with engine(model, tmp_path, block_size=SIZE) as running, truth(model) as true:
-        plan = running.slices.plan((), changed)
-        stream = running.host.answer(
-            lambda: plan, sessions.greedy(), n_tokens=len(changed), max_tokens=3, started=0.0, label="(text)"
-        )
-        answer = said(running, stream)
-        assert answer.fresh == len(tokens) - min(index // SIZE * SIZE, blocks(len(tokens)))
+    with engine(model, tmp_path, segment_tokens=SEGMENTS) as running, truth(model) as true:
+        known = Known(arch)
+        known.ask(running, first)
+        answer = asked(running, tokens=changed)
+        assert answer.fresh == known.ask(running, answer)
+        assert answer.fresh < len(tokens) or place == 0
         true.check(arch, answer)
 
 
-@pytest.mark.parametrize("size", [1, 7, 256, 5000])
+@pytest.mark.parametrize("least", [1, 7, 64, 5000])
 @pytest.mark.parametrize("arch", ["llama", "mamba"])
-def test_the_size_of_blocks(arch: str, size: int, tiny: Tiny, tmp_path: Path) -> None:
+def test_the_size_of_segments(arch: str, least: int, tiny: Tiny, tmp_path: Path) -> None:
     model = tiny(arch)
-    text = message(1, 30 if size == 1 else 120)
-    known = Known(arch, size)
+    text = message(1, 30 if least == 1 else 120)
+    known = Known(arch)
     for begun in (False, True):
-        with engine(model, tmp_path, block_size=size) as running, truth(model) as true:
+        with engine(model, tmp_path, segment_tokens=(least, 2 * least)) as running, truth(model) as true:
             answer = asked(running, text=text)
             count = answer.stream.plan.n_tokens
-            assert answer.fresh == known.ask(answer)
-            assert (answer.fresh < count) == (begun and (size < count or arch == "llama"))
+            assert answer.fresh == known.ask(running, answer)
+            assert (answer.fresh < count) == (begun and (least < count or arch == "llama"))
             true.check(arch, answer)
     # However it is cut, it is found.
-    with engine(model, tmp_path, block_size=size + 1) as running, truth(model) as true:
-        known.size += 1
+    with engine(model, tmp_path, segment_tokens=(least + 1, 3 * least)) as running, truth(model) as true:
         answer = asked(running, text=text)
-        assert answer.fresh == known.ask(answer)
+        assert answer.fresh == known.ask(running, answer)
         true.check(arch, answer)
 
 
-def test_blocks_have_256_tokens_unless_told(tiny: Tiny, tmp_path: Path) -> None:
+def test_segments_have_64_to_512_tokens_unless_told(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path) as running:
-        plan = running.plan(text=message(1, 200))
-        assert {len(span.tokens) for span in plan.spans if span.slice} == {256}
-    for size in (0, -1):
-        with pytest.raises(InputError, match=f"block_size={size}"), engine(tiny("llama"), tmp_path, block_size=size):
-            pass
+        sizes = [len(span.tokens) for span in running.plan(text=message(1, 200)).spans if span.slice]
+        assert len(sizes) > 2
+        assert all(64 <= size <= 512 for size in sizes)
 
 
 # ---- going on from an answer -----------------------------------------------------------------------------------------
@@ -224,11 +231,11 @@ def test_the_next_request_goes_on_from_the_answer(arch: str, reopened: bool, tin
     messages: list[dict[str, Any]] = []
     held = np.empty(0, np.int32)
     with truth(model) as true:
-        running = Engine(model, store=tmp_path, threads=1, n_ctx=1024, kv_type="f32", block_size=SIZE)
+        running = Engine(model, store=tmp_path, threads=1, n_ctx=1024, kv_type="f32", segment_tokens=SEGMENTS)
         for number in range(4):
             if reopened:
                 running.close()
-                running = Engine(model, store=tmp_path, threads=1, n_ctx=1024, kv_type="f32", block_size=SIZE)
+                running = Engine(model, store=tmp_path, threads=1, n_ctx=1024, kv_type="f32", segment_tokens=SEGMENTS)
             messages.append({"role": "user", "content": message(number)})
             answer = asked(running, messages=messages, max_tokens=30)
             prompt = answer.stream.plan.tokens
@@ -248,13 +255,13 @@ def test_a_recurrent_model_goes_on_from_its_prompt(tiny: Tiny, tmp_path: Path) -
     known = 0
     with truth(model) as true:
         for number in range(4):
-            with engine(model, tmp_path, block_size=SIZE) as running:
+            with engine(model, tmp_path, segment_tokens=SEGMENTS) as running:
                 messages.append({"role": "user", "content": message(number)})
                 answer = asked(running, messages=messages, max_tokens=30)
                 prompt = answer.stream.plan.tokens
                 assert answer.fresh <= len(prompt) - known
                 true.check("mamba", answer)
-                known = blocks(len(prompt))
+                known = whole(running, prompt)
                 messages.append({"role": "assistant", "content": answer.stream.text})
 
 
@@ -264,7 +271,7 @@ def test_any_sequence_of_prompts_gives_what_each_gives_alone(arch: str, tiny: Ti
     rng = np.random.default_rng(0)
     words = ("rain", "and the", "fields of", "a mill", "were", "the same", "to them", "as", "the other", "town")
     texts = [""]
-    with truth(tiny(arch)) as true, engine(tiny(arch), tmp_path, block_size=8) as running:
+    with truth(tiny(arch)) as true, engine(tiny(arch), tmp_path, segment_tokens=(4, 8)) as running:
         for _ in range(30):
             start = texts[rng.integers(len(texts))]
             texts.append(start[: rng.integers(len(start) + 1)] + " ".join(rng.choice(words, rng.integers(1, 12))))
@@ -291,11 +298,11 @@ def test_prompts_that_are_none(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_the_truth_would_show_a_wrong_prefix(tiny: Tiny, tmp_path: Path) -> None:
-    """The tests above show something: a block that is not the right one is seen."""
-    with engine(tiny("llama"), tmp_path, block_size=SIZE) as running, truth(tiny("llama")) as true:
+    """The tests above show something: a segment that is not the right one is seen."""
+    with engine(tiny("llama"), tmp_path, segment_tokens=SEGMENTS) as running, truth(tiny("llama")) as true:
         answer = asked(running, text=TEXT, max_tokens=1)
         other = answer.tokens.copy()
-        other[SIZE : 2 * SIZE] = other[SIZE : 2 * SIZE][::-1]
+        other[16:32] = other[16:32][::-1]
         assert distance(wrong(true, other), answer.rows[0]) > 0.04
 
 

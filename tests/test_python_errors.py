@@ -52,7 +52,7 @@ def test_max_tokens_is_a_number(engine: Engine, max_tokens: Any) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"block_size": 0},
+        {"segment_tokens": (9, 8)},
         {"positions": "zzz"},
         {"threads": -3},
         {"refine": "always"},

@@ -11,10 +11,11 @@ from cpucache.errors import InputError
 from cpucache.reuse import DEFAULT, LEVELS, Fidelity, Slices, Span, reading, scaffolded
 from cpucache.reuse.chain import Chain
 from cpucache.store import text_id
+from tests.support.cutting import every
 from tests.support.letters import Letters
 from tests.support.prompting import Prompting, planning, written
 
-SLICES = Slices("model", "format", 4)
+SLICES = Slices("model", "format", every(4))
 
 
 def text(desk: Prompting, spans: Any) -> str:
@@ -149,7 +150,7 @@ def test_a_chain_is_shortened_in_its_middle() -> None:
     assert (said(short), [span.start for span in short.spans]) == ("hdgh", [0, 2, 3])
 
 
-def test_blocks() -> None:
+def test_segments() -> None:
     text = tokens("abcdefghij")
     blocks = SLICES.cut((), text)
     assert [(each.start, len(each.tokens), each.chained) for each in blocks] == [
@@ -157,7 +158,6 @@ def test_blocks() -> None:
         (4, 4, True),
         (8, 2, True),
     ]
-    assert SLICES.blocks((), text) == blocks[:2]
     plan = SLICES.plan((), text)
     assert (plan.n_cached, plan.exact, plan.tokens.tolist()) == (8, True, text.tolist())
     # The last token is evaluated in any case.
@@ -166,8 +166,6 @@ def test_blocks() -> None:
     behind = SLICES.cut([blocks[0].span], text[4:])
     assert behind == blocks[1:]
     assert SLICES.cut([Span(0, text[:4])], text[4:]) == blocks[1:]
-    with pytest.raises(InputError, match="block_size=0: a block has at least one token"):
-        Slices("model", "format", 0)
 
 
 # ---- fidelity --------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def test_it_answers_and_after_a_restart_evaluates_nothing_again(tiny: Tiny, stor
     model = plain_spoken(tiny("llama"))
     texts, cached = [], []
     for _ in range(2):
-        with serving(model, "--block-size", "16") as (client, process):
+        with serving(model, "--segment-tokens", "8-16") as (client, process):
             assert client.get("/health").json() == {"status": "ok"}
             reply = client.post("/v1/chat/completions", json=ASKED).json()
             texts.append(reply["choices"][0]["message"]["content"])

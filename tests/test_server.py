@@ -36,7 +36,7 @@ SAYS_CALL = "root ::= " + json.dumps("One moment. " + CALL)
 
 @pytest.fixture(scope="module")
 def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(plain_spoken(tiny("llama")), tmp_path_factory.mktemp("served"), block_size=16) as running:
+    with serving(plain_spoken(tiny("llama")), tmp_path_factory.mktemp("served"), segment_tokens=(8, 16)) as running:
         yield running
 
 

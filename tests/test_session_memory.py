@@ -45,7 +45,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
 def begun(model: Path, folder: Path, disk_budget: int | None = None) -> int:
     """Begin a session of three turns; gives the bytes of its slices."""
     with (
-        engine(model, folder, block_size=16, disk_budget=disk_budget) as running,
+        engine(model, folder, segment_tokens=(8, 16), disk_budget=disk_budget) as running,
         running.session("s", system=SYSTEM) as session,
     ):
         for number in range(3):
@@ -56,7 +56,7 @@ def begun(model: Path, folder: Path, disk_budget: int | None = None) -> int:
 @pytest.mark.parametrize("is_open", [True, False])
 def test_what_an_open_session_needs_stays_in_memory(is_open: bool, tiny: Tiny, tmp_path: Path) -> None:
     size = begun(tiny("llama"), tmp_path)
-    with engine(tiny("llama"), tmp_path, block_size=16, ram_budget=2 * size) as running:
+    with engine(tiny("llama"), tmp_path, segment_tokens=(8, 16), ram_budget=2 * size) as running:
         session = running.session("s")
         keys = needed(running, session)
         running.prefetch(session).result()
@@ -73,7 +73,10 @@ def test_what_an_open_session_needs_stays_on_disk(is_open: bool, tiny: Tiny, tmp
     size = begun(model, tmp_path / "elsewhere")
     # A budget smaller than one that was kept to before evicts nothing.
     begun(model, tmp_path, disk_budget=2 * size)
-    with engine(model, tmp_path, block_size=16, ram_budget=1, disk_budget=2 * size) as running, truth(model) as true:
+    with (
+        engine(model, tmp_path, segment_tokens=(8, 16), ram_budget=1, disk_budget=2 * size) as running,
+        truth(model) as true,
+    ):
         session = running.session("s")
         keys = needed(running, session)
         known = sum(sizes(session))
@@ -104,7 +107,7 @@ def test_what_a_closed_session_held_is_let_go(tiny: Tiny, tmp_path: Path) -> Non
 
 def test_opening_a_session_reads_it_into_memory(tiny: Tiny, tmp_path: Path) -> None:
     size = begun(tiny("llama"), tmp_path)
-    with engine(tiny("llama"), tmp_path, block_size=16) as running, running.session("s"):
+    with engine(tiny("llama"), tmp_path, segment_tokens=(8, 16)) as running, running.session("s"):
         assert eventually(lambda: running.store.ram.used == size)
 
 
@@ -120,9 +123,9 @@ def test_of_a_recurrent_model_the_last_snapshot_is_read(tiny: Tiny, tmp_path: Pa
 
 
 def test_a_prompt_is_read_ahead_on_demand(tiny: Tiny, tmp_path: Path) -> None:
-    with engine(tiny("llama"), tmp_path, block_size=16) as running:
+    with engine(tiny("llama"), tmp_path, segment_tokens=(8, 16)) as running:
         running.generate(text=TEXT, max_tokens=1)
-    with engine(tiny("llama"), tmp_path, block_size=16) as running:
+    with engine(tiny("llama"), tmp_path, segment_tokens=(8, 16)) as running:
         keys = running.workspace.keys(running.plan(text=TEXT))
         assert len(keys) > 3
         assert not any(key in running.store.ram for key in keys)
@@ -134,10 +137,10 @@ def test_a_prompt_is_read_ahead_on_demand(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_what_waits_for_its_turn_is_read_ahead_and_kept(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama")
-    with engine(model, tmp_path, block_size=16) as running:
+    with engine(model, tmp_path, segment_tokens=(8, 16)) as running:
         running.generate(text=TEXT, max_tokens=1)
         size = running.store.ram.used
-    with engine(model, tmp_path, block_size=16, ram_budget=size * 3 // 2) as running:
+    with engine(model, tmp_path, segment_tokens=(8, 16), ram_budget=size * 3 // 2) as running:
         keys = running.workspace.keys(running.plan(text=TEXT))
         slow(running, 0.03)
         under_way = running.stream(text="First come, first served.", max_tokens=10_000)
@@ -165,7 +168,7 @@ def test_what_waits_for_its_turn_is_read_ahead_and_kept(tiny: Tiny, tmp_path: Pa
 
 
 def test_reading_ahead_stops_when_the_store_closes(tiny: Tiny, tmp_path: Path) -> None:
-    with engine(tiny("llama"), tmp_path, block_size=4) as running:
+    with engine(tiny("llama"), tmp_path, segment_tokens=(2, 4)) as running:
         running.generate(text=TEXT, max_tokens=1)
         keys = running.workspace.keys(running.plan(text=TEXT))
     store = Store(tmp_path / "slices", ram_budget=1 << 30)

@@ -58,7 +58,7 @@ def test_every_turn_is_that_of_an_uninterrupted_conversation(
         for number, ending in enumerate(ENDINGS):
             if reopened or not number:
                 opened.close()
-                running = opened.enter_context(engine(model, tmp_path, block_size=16))
+                running = opened.enter_context(engine(model, tmp_path, segment_tokens=(8, 16)))
                 session = opened.enter_context(running.session("s", system=SYSTEM))
             text = message(number, words=4 + 9 * (number % 3))
             answer = turn(running, session, text, **ending)

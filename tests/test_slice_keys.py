@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from cpucache.reuse import Slice, Slices, Span
 from cpucache.reuse.slices import Trail
+from tests.support.cutting import every
 from tests.support.meaning import Meanings
 
 quick = settings(max_examples=150, deadline=None)
-SLICES = Slices("model", "format")
+SLICES = Slices("model", "format", every())
 
 
 def array(tokens: list[int]) -> np.ndarray:  # type: ignore[type-arg]
@@ -91,5 +92,5 @@ def test_whatever_changes_in_a_context_changes_the_key(spans: list[Span], data: 
     keys = {Trail(each).key for each in (spans, fresh, moved, spans[:at])}
     assert len(keys) == 4
     # Models and formats have keys of their own.
-    makers = (SLICES, Slices("other", "format"), Slices("model", "other"))
+    makers = (SLICES, Slices("other", "format", every()), Slices("model", "other", every()))
     assert len({each.make(spans, tokens).key for each in makers}) == 3

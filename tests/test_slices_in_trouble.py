@@ -16,6 +16,7 @@ from cpucache.errors import ContextFull, CpucacheError, InputError, ModelError
 from cpucache.reuse import Plan, Slice, Slices
 from cpucache.runtime import Context, KVType, Model
 from cpucache.store import SliceInfo, Store
+from tests.support.cutting import every
 from tests.support.tiny import ATTENTION_ARCHS
 from tests.support.workbench import (
     PLENTY,
@@ -80,7 +81,7 @@ def test_what_decides_a_slice_decides_its_key(tiny: TinyModel) -> None:
     settings: tuple[tuple[str, KVType], ...] = (("llama", "f16"), ("llama", "q8_0"), ("qwen2", "f16"))
     for arch, kv_type in settings:
         with opened(tiny(arch), kv_type) as context:
-            slices = Slices(arch, context.state_format)
+            slices = Slices(arch, context.state_format, every())
             for each in variants:
                 again = slices.make(each.context or (), each.tokens, start=each.start)
                 # The context is named by its tokens: the model goes into the key once.

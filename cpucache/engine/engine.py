@@ -29,7 +29,7 @@ from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
 from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Positions, SchemaLayout, Text, Tokens
-from cpucache.layout.cuts import LEAST, MOST, Cuts
+from cpucache.layout.cuts import LEAST, MOST, Cuts, check_sizes
 from cpucache.layout.schema import POSITIONS
 from cpucache.layout.vocabulary import joined
 from cpucache.models import default_model, resolve_model
@@ -124,6 +124,7 @@ class Engine:
         usual = None if fidelity is None else Fidelity.of(fidelity)
         ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
         _check(positions=(positions, POSITIONS), refine=(refine, REFINES), reuse=(reuse, REUSES))
+        check_sizes(*segment_tokens)
         for setting, value in (("threads", threads), ("n_ctx", n_ctx)):
             if value is not None and value < 1:
                 raise InputError(f"{setting}={value}: must be 1 or more")

@@ -48,6 +48,12 @@ class Pieces(Protocol):
         """Whether the token ends a message."""
 
 
+def check_sizes(least: int, most: int) -> None:
+    """Raise ``InputError`` for sizes that segments can't have."""
+    if not 1 <= least <= most:
+        raise InputError(f"segments of {least} to {most} tokens: give two numbers of 1 or more, the smaller first")
+
+
 class Cuts:
     """Finds the cuts of texts in one model's tokens.
 
@@ -63,8 +69,7 @@ class Cuts:
     """
 
     def __init__(self, vocabulary: Pieces, least: int = LEAST, most: int = MOST) -> None:
-        if not 1 <= least <= most:
-            raise InputError(f"segments of {least} to {most} tokens: give two numbers of 1 or more, the smaller first")
+        check_sizes(least, most)
         self.least = least
         self.most = most
         self._vocabulary = vocabulary

@@ -17,6 +17,7 @@ from cpucache.reuse import Fidelity, Lookup, Plan, Prefill, Repair, Slice, Slice
 from cpucache.reuse.encoder import Made
 from cpucache.runtime import Context, KVType
 from cpucache.store import Store
+from tests.support.cutting import every
 from tests.support.letters import Letters
 from tests.support.workbench import PLENTY, Desk, Logits, opened
 
@@ -80,7 +81,7 @@ def prompting_in(
     """Prompts answered in ``context``."""
     model = context.model
     store = store or Store(None, ram_budget=PLENTY)
-    workspace = Desk(context, store, Slices(model.path.stem, context.state_format))
+    workspace = Desk(context, store, Slices(model.path.stem, context.state_format, every()))
     layout = SchemaLayout(schema, model, ChatTemplate(model.chat_template), positions)
     return Prompting(layout, workspace, Lookup(workspace, Repair(model.text)))
 
@@ -104,6 +105,6 @@ def planning(
     letters = letters or Letters(n_ctx_train=1 << 20)
     context: Any = SimpleNamespace(can_shift=True, model=SimpleNamespace(path=Path("none.gguf"), recurrent=False))
     with Store(None, ram_budget=PLENTY) as store:
-        workspace = Desk(context, store, Slices("model", "format"))
+        workspace = Desk(context, store, Slices("model", "format", every()))
         layout = SchemaLayout(schema, letters, ChatTemplate(template), positions)
         yield Prompting(layout, workspace, Lookup(workspace, Repair(letters.text)))

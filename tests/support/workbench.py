@@ -22,6 +22,7 @@ from cpucache.reuse.splicer import Slot
 from cpucache.reuse.work import drive
 from cpucache.runtime import Context, KVType, Model, Run
 from cpucache.store import Store
+from tests.support.cutting import every
 from tests.support.tiny import BYTES
 
 Tokens = NDArray[np.int32]
@@ -34,7 +35,7 @@ TOLERANCE_ALIBI = 2e-3
 
 PLENTY = 1 << 30
 """A RAM budget that nothing here exceeds."""
-SLICES = Slices("model", "format")
+SLICES = Slices("model", "format", every())
 """Makes the slices of a bench. Each bench has one model, and a store that no other model uses."""
 
 
