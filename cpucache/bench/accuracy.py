@@ -22,7 +22,7 @@ from cpucache.engine import Engine, Stream
 from cpucache.engine.fidelity import Truth, distance, truth
 from cpucache.engine.planner import Question
 from cpucache.errors import ContextFull, InputError, PMLError
-from cpucache.layout.vocabulary import joined
+from cpucache.layout.vocabulary import Tokens, joined
 from cpucache.pml import parse_schema
 from cpucache.reuse import Plan, Span
 from cpucache.runtime import Sampling
@@ -133,16 +133,19 @@ def measure_accuracy(
     *,
     limit: int | None,
     seed: int,
+    plain: bool = False,
     progress: OnAnswer,
 ) -> AccuracyReport:
     """Answer the first ``limit`` examples that fit the context in every variant; what ``results`` holds is not redone.
 
     Questions that share a schema are answered in every variant before the next schema is encoded, greedily, with the
     same limit of tokens. Slices are encoded ahead, as ``Engine.encode`` does it, and spliced from RAM into an empty
-    context. ``full`` must be the first variant. ``data`` and ``seed`` are where the examples are from. Raises
-    ``InputError`` when none fits the context or one does not suit the task.
+    context. ``full`` must be the first variant. ``data`` and ``seed`` are where the examples are from. ``plain``: there
+    is no markup; a message of all passages in the schema's order is evaluated ahead, and prompts take what they can
+    from anywhere. Raises ``InputError`` when none fits the context or one does not suit the task.
     """
-    chosen, too_long = _chosen(engine, examples, task, limit)
+    asking = _Plain(engine, task) if plain else _Asking(engine, task)
+    chosen, too_long = _chosen(asking, examples, limit)
     engine.warm_up()
     done, total = 0, len(chosen) * len(variants)
     for _, group in groupby(chosen, key=lambda example: example.passages):
@@ -155,9 +158,8 @@ def measure_accuracy(
         for (cached, _), ways in groupby(sorted(variants, key=_encoded), _encoded):
             todo = list(ways)
             with _slices_in_memory(engine):
-                _add_schema(engine, questions[0], task, todo[0])
                 progress(done, total, "encoding")
-                schema_ms = _encode(engine, once=not cached)
+                schema_ms = asking.encode(questions[0], todo[0], once=not cached)
                 # What refining adds would be found by the other variants.
                 for variant in sorted(todo, key=lambda each: each.refined):
                     for number, example in enumerate(questions):
@@ -168,9 +170,7 @@ def measure_accuracy(
                         kept = (example.line, variant.name) in results
                         if not kept or variant.name == FULL:
                             progress(done - 1, total, f"question {asked + number}, {variant.name}")
-                            answer, truths[example.line] = _answer(
-                                engine, example, task, variant, truths.get(example.line)
-                            )
+                            answer, truths[example.line] = _answer(asking, example, variant, truths.get(example.line))
                             if not kept:
                                 results.add(replace(answer, schema_ms=schema_ms))
     outcomes = summarise(
@@ -209,30 +209,76 @@ def summarise(answers: dict[str, list[Answer]]) -> list[Outcome]:
     return outcomes
 
 
-def _chosen(engine: Engine, examples: Sequence[Example], task: Task, limit: int | None) -> tuple[list[Example], int]:
+class _Asking:
+    """Asks a task's questions, as prompts on schemas."""
+
+    def __init__(self, engine: Engine, task: Task) -> None:
+        self.engine = engine
+        self.task = task
+
+    def question(self, example: Example, variant: Variant) -> Question:
+        """The prompt of an example. Its schema has been added."""
+        return self.engine.planner.question(self.task.prompt(example), fidelity=variant.fidelity)
+
+    def add(self, example: Example, variant: Variant) -> None:
+        """Add the schema of an example."""
+        text = self.task.schema(example, variant)
+        self.engine.add_schema(parse_schema(text, file=f"<line {example.line}, {variant.name}>"))
+
+    def encode(self, example: Example, variant: Variant, *, once: bool) -> float:
+        """Milliseconds to encode the schema, or to evaluate all its text ``once`` (0: more than the context holds)."""
+        self.add(example, variant)
+        engine = self.engine
+        text = joined([segment.tokens for segment in engine.planner.layout(SCHEMA).segments])
+        if once:
+            return _evaluated_once(engine, text)
+        engine.forget()
+        started = time.perf_counter()
+        engine.encode(SCHEMA)
+        return (time.perf_counter() - started) * 1000
+
+
+class _Plain(_Asking):
+    """Asks them in messages without markup."""
+
+    def question(self, example: Example, variant: Variant) -> Question:
+        messages = self.task.messages(example)
+        return self.engine.planner.question(None, messages, fidelity=variant.fidelity, reuse="anywhere")
+
+    def add(self, example: Example, variant: Variant) -> None:
+        """Nothing: there is no schema."""
+
+    def encode(self, example: Example, variant: Variant, *, once: bool) -> float:
+        messages = self.task.messages(example, whole=True)
+        if once or not variant.cached:
+            return _evaluated_once(self.engine, self.engine.plan(messages=messages).tokens)
+        self.engine.forget()
+        return self.engine.generate(messages=messages, max_tokens=1).metrics.ttft_ms
+
+
+def _chosen(asking: _Asking, examples: Sequence[Example], limit: int | None) -> tuple[list[Example], int]:
     """The first examples that fit, with their answers, and how many were passed over on the way."""
     chosen: list[Example] = []
     too_long = 0
+    n_ctx = asking.engine.context.n_ctx
     plain = Variant(FULL, cached=False)
     for example in examples:
         if len(chosen) == limit:
             break
-        task.check(example)
+        asking.task.check(example)
         try:
-            _add_schema(engine, example, task, plain)
-            tokens = engine.plan(task.prompt(example)).n_tokens
+            asking.add(example, plain)
+            tokens = asking.question(example, plain).n_tokens
         except (PMLError, ContextFull):
             # The markup is ours, so it is the length: more than the model can hold.
             too_long += 1
             continue
-        if tokens + task.max_tokens > engine.context.n_ctx:
+        if tokens + asking.task.max_tokens > n_ctx:
             too_long += 1
         else:
             chosen.append(example)
     if not chosen:
-        raise InputError(
-            f"none of the {len(examples)} examples fits a context of {engine.context.n_ctx} tokens; raise --ctx"
-        )
+        raise InputError(f"none of the {len(examples)} examples fits a context of {n_ctx} tokens; raise --ctx")
     return chosen, too_long
 
 
@@ -241,25 +287,21 @@ def _encoded(variant: Variant) -> tuple[bool, tuple[bool, bool]]:
     return variant.cached, variant.encoded
 
 
-def _encode(engine: Engine, *, once: bool) -> float:
-    """Milliseconds to encode the schema, or to evaluate all its text ``once`` (0: more than the context holds)."""
-    text = joined([segment.tokens for segment in engine.planner.layout(SCHEMA).segments])
-    if once and len(text) >= engine.context.n_ctx:
+def _evaluated_once(engine: Engine, text: Tokens) -> float:
+    """Milliseconds to evaluate a text (0: more than the context holds)."""
+    if len(text) >= engine.context.n_ctx:
         return 0.0
     engine.forget()
     started = time.perf_counter()
-    if once:
-        plan = Plan((Span(0, text),))
-        engine.host.do(lambda slot, _: engine.workspace.prefill(slot, lambda: plan, fresh=True))
-    else:
-        engine.encode(SCHEMA)
+    plan = Plan((Span(0, text),))
+    engine.host.do(lambda slot, _: engine.workspace.prefill(slot, lambda: plan, fresh=True))
     return (time.perf_counter() - started) * 1000
 
 
-def _answer(engine: Engine, example: Example, task: Task, variant: Variant, true: Truth | None) -> tuple[Answer, Truth]:
+def _answer(asking: _Asking, example: Example, variant: Variant, true: Truth | None) -> tuple[Answer, Truth]:
     """What a variant answers, and what full prefill says, which is ``true`` if that is known already."""
-    prompt = task.prompt(example)
-    question = engine.planner.question(prompt, fidelity=variant.fidelity)
+    engine, task = asking.engine, asking.task
+    question = asking.question(example, variant)
     first = _ask(engine, question, task, variant, max_tokens=1 if variant.refined else task.max_tokens)
     if variant.refined:
         engine.refine()
@@ -294,6 +336,7 @@ def _answer(engine: Engine, example: Example, task: Task, variant: Variant, true
         exact=metrics.exact_tokens,
         clean=metrics.clean_tokens,
         related=metrics.related_tokens,
+        foreign=metrics.foreign_tokens,
         recomputed=metrics.recomputed_tokens,
     )
     return answer, true
@@ -319,10 +362,6 @@ def _ask(engine: Engine, question: Question, task: Task, variant: Variant, *, ma
     )
     stream.reply()
     return stream
-
-
-def _add_schema(engine: Engine, example: Example, task: Task, variant: Variant) -> None:
-    engine.add_schema(parse_schema(task.schema(example, variant), file=f"<line {example.line}, {variant.name}>"))
 
 
 @contextmanager

@@ -38,9 +38,10 @@ class Answer:
     same: bool = True
     """Whether the answer is that of full prefill."""
     exact: int = 0
-    """Tokens that came from exact slices; likewise ``clean``, ``related`` and ``recomputed``."""
+    """Tokens that came from exact slices; likewise ``clean``, ``related``, ``foreign`` and ``recomputed``."""
     clean: int = 0
     related: int = 0
+    foreign: int = 0
     recomputed: int = 0
     schema_ms: float = 0.0
     """Time to encode the schema; of full prefill: to evaluate all its text once."""

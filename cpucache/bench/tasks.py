@@ -79,6 +79,19 @@ class Task:
         argument = f' asker="{example.asker}"' if example.asker else ""
         return f'<prompt schema="{SCHEMA}"{argument}>{references}<user>{_xml(request)}</user></prompt>'
 
+    def messages(self, example: Example, *, whole: bool = False) -> list[dict[str, str]]:
+        """The same without markup: a message of the passages chosen, with blank lines between, and the question.
+
+        ``whole``: all passages in the schema's order, and no question.
+        """
+        question = "" if whole else example.question.strip()
+        request = self.request.replace("{question}", question) if question else self.unasked
+        numbers = {index: number for number, slot in enumerate(example.slots, 1) for index in slot}
+        chosen = range(len(example.passages)) if whole or example.chosen is None else example.chosen
+        passages = [(numbers[index], example.passages[index]) for index in chosen]
+        texts = [_heading(number, passage.title) + passage.text.strip() for number, passage in passages]
+        return [{"role": "user", "content": "\n\n".join([self.instruction, *texts, request])}]
+
 
 def module_names(example: Example) -> list[str]:
     """What the modules of an example's passages are called."""

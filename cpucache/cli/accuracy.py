@@ -65,6 +65,11 @@ _PATIENCE = 3600.0
     "--argument", is_flag=True, help="Give the schema's text a parameter, and each question another argument."
 )
 @click.option(
+    "--plain",
+    is_flag=True,
+    help="Ask in messages without markup: one of all passages is evaluated ahead, and slices of it are taken anywhere.",
+)
+@click.option(
     "--variants",
     default=ALL_VARIANTS,
     metavar="NAMES",
@@ -93,6 +98,7 @@ def accuracy(
     shuffle: bool,
     unions: int | None,
     argument: bool,
+    plain: bool,
     variants: str,
     results_file: Path | None,
     plot: Path | None,
@@ -108,6 +114,7 @@ def accuracy(
 
     \b
     cpucache bench accuracy --data nq.jsonl.gz --task qa --pick 5 --of 12 --limit 48 --results nq-5-of-12.jsonl
+    cpucache bench accuracy --data nq.jsonl.gz --task qa --pick 5 --of 12 --plain --variants full,fast,balanced
     cpucache bench accuracy --data musique.jsonl.gz --task qa --shuffle --limit 20 --results musique.jsonl
     """
     chosen, asked = parse_variants(variants), TASKS[task]
@@ -120,6 +127,8 @@ def accuracy(
         raise click.UsageError("--of goes with --pick or --unions")
     if pick is not None and (drop or shuffle or unions is not None or passages is not None):
         raise click.UsageError("--pick goes with --of alone: what it picks has an order of its own already")
+    if plain and (unions is not None or argument):
+        raise click.UsageError("--plain has no markup, and so neither --unions nor --argument")
     if unions is not None and (drop or passages is not None):
         raise click.UsageError("--unions goes with --of and --shuffle alone: one member of each is named")
     examples = selected(
@@ -136,11 +145,22 @@ def accuracy(
         settings = settings_of(engine, data, examples, asked, seed=seed, positions=str(options["positions"]))
         if drop or shuffle:
             settings |= {"drop": drop, "shuffle": shuffle}
+        if plain:
+            settings |= {"plain": True}
         with Results(results_file, settings) as results:
             try:
                 with _bar() as progress:
                     report = measure_accuracy(
-                        engine, data, examples, asked, chosen, results, limit=limit, seed=seed, progress=progress
+                        engine,
+                        data,
+                        examples,
+                        asked,
+                        chosen,
+                        results,
+                        limit=limit,
+                        seed=seed,
+                        plain=plain,
+                        progress=progress,
                     )
             except KeyboardInterrupt:
                 err.print(_kept(len(results), results_file), soft_wrap=True)
