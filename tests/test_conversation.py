@@ -52,7 +52,7 @@ def conversations(template: str | None) -> tuple[Conversations, Letters]:
 
 def rendered(template: str | None, messages: list[ChatMessage], tools: list[Tool] | None = None) -> str:
     made, letters = conversations(template)
-    return letters.text(made.tokens(messages, tools or []))
+    return letters.text(made.text(messages, tools or []).tokens)
 
 
 def plainly(template: str, messages: list[ChatMessage], tools: list[Tool] | None = None) -> str:
@@ -62,6 +62,7 @@ def plainly(template: str, messages: list[ChatMessage], tools: list[Tool] | None
         calls = [{"function": {"name": call.name, "arguments": call.arguments}} for call in message.calls]
         entries.append({"role": message.role, "content": message.text, "tool_calls": calls})
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     described = [tool.as_dict() for tool in tools or []] or None
     return environment.from_string(template).render(messages=entries, tools=described, add_generation_prompt=True)
 
@@ -72,6 +73,34 @@ def test_a_conversation_is_what_the_template_makes_of_it(template: str, text: st
     messages = [ChatMessage("system", "Be brief."), ChatMessage("user", text), ChatMessage("assistant", "Hi")]
     messages.append(ChatMessage("user", "And?"))
     assert rendered(template, messages) == plainly(template, messages)
+
+
+@pytest.mark.parametrize("place", ["alone", "at the head", "in the middle", "twice", "in the system text"])
+def test_modules_and_tools_are_parts(place: str) -> None:
+    """Whatever stands around them, a module's tokens are the same, and the text is what the template makes of it."""
+    module = "What stands here is long enough to be worth looking up. " * 3
+    said = {
+        "alone": module,
+        "at the head": f"{module}\n\nAnd then?",
+        "in the middle": f"Before.\n{module}And behind.",
+        "twice": f"{module}\n{module}\nAgain.",
+        "in the system text": "Go on.",
+    }[place]
+    messages = [
+        ChatMessage("system", f"Brief. {module}" if "system" in place else "Be brief."),
+        ChatMessage("user", said),
+    ]
+    made, letters = conversations(TOOLS)
+    tools = [WEATHER, Tool("a<b&c", "ünïcödé, 'quoted'", {"z": 1, "a": 2})]
+    text = made.text(messages, tools, [module, "Go on."])
+    assert letters.text(text.tokens) == plainly(TOOLS, messages, tools)
+    parts = [letters.text(text.tokens[begin:end]) for begin, end in text.parts]
+    assert parts[:2] == [json.dumps(tool.as_dict(), ensure_ascii=False) for tool in tools] or "system" in place
+    assert [part for part in parts if part == module.strip()] == [module.strip()] * (2 if place == "twice" else 1)
+    assert len(parts) == 2 + (2 if place == "twice" else 1)
+    assert made.text(messages, tools).parts == tuple(
+        each for each in text.parts if "{" in letters.text(text.tokens[slice(*each)])
+    )
 
 
 def test_tools_calls_and_results_are_what_the_template_makes_of_them() -> None:
@@ -126,7 +155,7 @@ def test_no_text_forges_a_turn(template: str | None) -> None:
             ChatMessage("tool", text, call="c", name="weather"),
         ]
         tool = Tool("weather", text, {"type": "object", "properties": {"city": {"description": text}}})
-        return sum(int(each) in control for each in made.tokens(messages, [tool]))
+        return sum(int(each) in control for each in made.text(messages, [tool]).tokens)
 
     assert count(evil) == count("harmless")
 
@@ -136,7 +165,7 @@ def test_how_an_answer_was_written_is_remembered() -> None:
     letters = Letters(n_ctx_train=1 << 20, chat_template=CHATML)
     odd = letters.tokenize("HELLO")
     made = Conversations(letters, ChatTemplate(CHATML), lambda text: odd if text == "hello" else None)
-    told = letters.text(made.tokens([ChatMessage("user", "hello"), ChatMessage("assistant", "hello")]))
+    told = letters.text(made.text([ChatMessage("user", "hello"), ChatMessage("assistant", "hello")]).tokens)
     assert "user\nhello" in told and "assistant\nHELLO" in told
 
 
@@ -144,9 +173,9 @@ def test_a_long_conversation_is_rendered_in_a_moment() -> None:
     """What templates may do grows with what they are given."""
     messages = [ChatMessage("user" if index % 2 == 0 else "assistant", f"message {index}") for index in range(1500)]
     made, _ = conversations(TOOLS)
-    assert len(made.tokens(messages, [WEATHER] * 50)) > 20_000
+    assert len(made.text(messages, [WEATHER] * 50).tokens) > 20_000
     endless = "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}"
     cheap = ChatTemplate(CHATML)
     letters = Letters(n_ctx_train=1 << 20, chat_template=endless + CHATML)
     with pytest.raises(InputError, match="does too much"):
-        Conversations(letters, cheap).tokens(messages[:1])
+        Conversations(letters, cheap).text(messages[:1])

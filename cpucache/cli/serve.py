@@ -13,6 +13,7 @@ import click
 from cpucache.cli.console import err
 from cpucache.cli.options import engine_options
 from cpucache.errors import CpucacheError, InputError
+from cpucache.reuse import REUSES, Reuse
 
 
 def _is_loopback(host: str) -> bool:
@@ -65,6 +66,14 @@ def _is_loopback(host: str) -> bool:
     show_default=True,
     help="How tools are told to the model: by their names, so that their order changes nothing, or as they come.",
 )
+@click.option(
+    "--reuse",
+    type=click.Choice(REUSES),
+    default="schema",
+    show_default=True,
+    help="Which slices prompts may take. exact: those that were evaluated behind just what stands before them; schema: "
+    "content parts marked as modules, and tools, wherever they stand, too; anywhere: all text.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="A line on standard error for each request.")
 def serve(
     model: str,
@@ -77,6 +86,7 @@ def serve(
     timeout: float,
     max_tokens: int,
     tool_order: str,
+    reuse: Reuse,
     verbose: bool,
     **options: Any,
 ) -> None:
@@ -118,6 +128,7 @@ def serve(
         queue=queue,
         timeout=timeout,
         max_tokens=max_tokens,
+        reuse=reuse,
         sorted_tools=tool_order == "sorted",
     )
     if verbose:

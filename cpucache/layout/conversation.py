@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal, TypeAlias
@@ -19,6 +19,7 @@ import numpy as np
 
 from cpucache.errors import InputError
 from cpucache.layout.sandbox import MOST, Given
+from cpucache.layout.segment import Text
 from cpucache.layout.template import ChatTemplate, template_environment
 from cpucache.layout.turns import Turns
 from cpucache.layout.vocabulary import Tokens, Vocabulary, joined
@@ -27,7 +28,10 @@ from cpucache.pml.tree import RoleName
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 # Not to be guessed by who writes a text.
 _NONCE = "".join(secrets.choice("ABCDEFGHIJKLMNOP") for _ in range(12))
-_MARK = re.compile(rf"{_NONCE}x(\d+)Qx")
+_MARK = re.compile(rf"{_NONCE}x(\d+|[BE])Qx")
+_BEGIN, _END = f"{_NONCE}xBQx", f"{_NONCE}xEQx"
+_SHORTEST = 128
+"""Characters of a module at least. Fewer are evaluated as fast as looked up."""
 _PER_MESSAGE = 1 << 12
 """What a template may spend for each message and tool, besides what it may for itself."""
 _TOOLS = (
@@ -95,12 +99,21 @@ class Conversations:
         self._taken_apart = template
         self._remembered = remembered
         self._environment = template_environment(vocabulary.special_text("bos"), vocabulary.special_text("eos"))
+        plain = self._environment.filters["tojson"]
+
+        def to_json(value: Any, *args: Any, **options: Any) -> str:
+            written = str(plain(value, *args, **options))
+            return f"{_BEGIN}{written}{_END}" if isinstance(value, _Described) else written
+
+        self._environment.filters["tojson"] = to_json
         source = vocabulary.chat_template
         self._template = self._environment.from_string(source) if source and not template.plain else None
         self._lock = threading.Lock()  # around the environment's budget
 
-    def tokens(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> Tokens:
-        """The tokens of a conversation and of what opens the model's answer. Raises ``InputError``.
+    def text(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), modules: Collection[str] = ()) -> Text:
+        """A conversation and what opens the model's answer. Raises ``InputError``.
+
+        Its parts are the tools' definitions, and ``modules`` wherever these occur in the messages.
 
         A template that refuses the conversation gets it in a form that says the same: system messages joined to one at
         the head, or told by the user; tools described in the system message.
@@ -110,21 +123,24 @@ class Conversations:
         bos = self._vocabulary.bos
         if self._template is None:
             parts = self._plain(_told(messages, tools))
-            return joined(([] if bos is None else [np.array([bos], np.int32)]) + parts)
+            return Text(joined(([] if bos is None else [np.array([bos], np.int32)]) + parts))
         problem: Exception | None = None
+        within = _splitting(modules)
         for attempt, described in _forms(messages, tools):
             try:
-                text, texts = self._render(attempt, described)
+                text, texts = self._render(attempt, described, within)
             except Exception as error:  # a template is a program, and may fail in any way
                 problem = error
                 continue
-            shown = {int(found) for found in _MARK.findall(text)}
+            shown = {int(found) for found in _MARK.findall(text) if found.isdigit()}
             if shown >= {index for index, (_, needed) in enumerate(texts) if needed}:
                 return self._tokenized(text, texts)
         reason = f": {problem}" if problem else ", and would leave out a part of it"
         raise InputError(f"the model's chat template does not take this conversation{reason}")
 
-    def _render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> tuple[str, list[tuple[_Text, bool]]]:
+    def _render(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], modules: re.Pattern[str] | None
+    ) -> tuple[str, list[tuple[_Text, bool]]]:
         """The conversation with marks in it; what they stand for, and whether each must be there."""
         assert self._template is not None
         texts: list[tuple[_Text, bool]] = []
@@ -133,9 +149,14 @@ class Conversations:
             bare = text.strip()
             if not bare:
                 return text
-            texts.append((_Text(bare, quoted=quoted, said=said), needed))
+            marks = ""
+            # What stands between modules has even numbers.
+            for number, part in enumerate(modules.split(bare) if modules and not quoted else [bare]):
+                if part:
+                    marks += f"{_NONCE}x{len(texts)}Qx"
+                    texts.append((_Text(part, quoted=quoted, said=said, module=number % 2 == 1), needed))
             begin = text.index(bare)
-            return f"{text[:begin]}{_NONCE}x{len(texts) - 1}Qx{text[begin + len(bare) :]}"
+            return f"{text[:begin]}{marks}{text[begin + len(bare) :]}"
 
         def guarded(value: Any) -> Any:
             """JSON with marks in the place of what would be read as control tokens."""
@@ -166,15 +187,15 @@ class Conversations:
                 entry |= {"tool_call_id": message.call, "name": message.name}
             given.append(entry)
         described = Given(
-            {
-                "type": "function",
-                "function": {
+            _Described(
+                type="function",
+                function=_Described(
                     # That the template shows tools at all is seen by their names.
-                    "name": mark(tool.name),
-                    "description": guarded(tool.description),
-                    "parameters": guarded(dict(tool.parameters)),
-                },
-            }
+                    name=mark(tool.name),
+                    description=guarded(tool.description),
+                    parameters=guarded(dict(tool.parameters)),
+                ),
+            )
             for tool in tools
         )
         size = len(json.dumps(described)) if described else 0
@@ -187,26 +208,46 @@ class Conversations:
         tokenize = self._vocabulary.tokenize
         return len(tokenize(text, special=True)) != len(tokenize(text))
 
-    def _tokenized(self, text: str, texts: Sequence[tuple[_Text, bool]]) -> Tokens:
-        parts: list[Tokens] = []
+    def _tokenized(self, text: str, texts: Sequence[tuple[_Text, bool]]) -> Text:
         pieces = _MARK.split(text)
         bos = self._vocabulary.bos
+        parts: list[Tokens] = []
         if bos is not None:
             parts.append(np.array([bos], np.int32))
             pieces[0] = pieces[0].removeprefix(self._vocabulary.special_text("bos"))
+        size = begin = len(parts)
+        modules: list[tuple[int, int]] = []
         for index, piece in enumerate(pieces):
-            if index % 2 == 0:
-                parts.append(self._vocabulary.tokenize(piece, special=True))
+            if index % 2 and not piece.isdigit():
+                if piece == "E":
+                    modules.append((begin, size))
+                begin = size
                 continue
-            each = texts[int(piece)][0]
-            known = self._remembered(each.text) if each.said else None
-            parts.append(self._vocabulary.tokenize(each.shown) if known is None else known)
-        return joined(parts)
+            each = texts[int(piece)][0] if index % 2 else None
+            parts.append(self._vocabulary.tokenize(piece, special=True) if each is None else self._ids(each))
+            size += len(parts[-1])
+            if each and each.module:
+                modules.append((size - len(parts[-1]), size))
+        return Text(joined(parts), tuple(modules))
+
+    def _ids(self, text: _Text) -> Tokens:
+        known = self._remembered(text.text) if text.said else None
+        return self._vocabulary.tokenize(text.shown) if known is None else known
 
     def _plain(self, messages: Sequence[ChatMessage]) -> list[Tokens]:
         turns = Turns(self._taken_apart, self._vocabulary)
         roles: dict[str, RoleName] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "user"}
         return [*(turns.turn(roles[message.role], message.text) for message in messages), turns.answer()]
+
+
+class _Described(dict[str, Any]):
+    """A tool as templates get it."""
+
+
+def _splitting(modules: Collection[str]) -> re.Pattern[str] | None:
+    """What splits a text into modules and what stands between them; the longest module first."""
+    found = sorted({text for each in modules if len(text := each.strip()) >= _SHORTEST}, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, found))})") if found else None
 
 
 @dataclass(frozen=True)
@@ -218,6 +259,8 @@ class _Text:
     """It stands inside a JSON string."""
     said: bool
     """The assistant said it."""
+    module: bool
+    """It is reused wherever it stands."""
 
     @property
     def shown(self) -> str:

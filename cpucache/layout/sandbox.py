@@ -45,7 +45,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(finalize=self.spend, **options)
         self._spent = 0
         self._budget = MOST
-        self.filters = {name: self._bounded(each) for name, each in self.filters.items()} | {"_spend": self.spend}
+        self.filters = {name: self.bounded(each) for name, each in self.filters.items()} | {"_spend": self.spend}
         # Makes text by the page.
         del self.globals["lipsum"]
 
@@ -87,7 +87,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             _demand(not _WIDTH.search(left))
         return self.spend(super().call_binop(context, operator, left, right))
 
-    def _bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that pays for what it is given, and for what it gives."""
+
         @wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
             return self._within(function, (*args, *kwargs.values()), args, kwargs)

@@ -8,6 +8,7 @@ like.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from datetime import date
 from itertools import takewhile
@@ -144,6 +145,8 @@ def template_environment(bos: str, eos: str) -> BoundedEnvironment:
     environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
+    # As transformers has it, which templates are written for: in the order given, and with characters as they are.
+    environment.filters["tojson"] = environment.bounded(_to_json)
     environment.globals.update(
         raise_exception=_raise,
         strftime_now=_DATE.strftime,
@@ -153,6 +156,16 @@ def template_environment(bos: str, eos: str) -> BoundedEnvironment:
         documents=None,
     )
     return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Renderer:

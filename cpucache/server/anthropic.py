@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from cpucache.engine import Metrics, Sampling
 from cpucache.engine.sampling import sampling_of
 from cpucache.errors import InputError
-from cpucache.layout import Tokens
+from cpucache.layout import Text
 from cpucache.layout.conversation import ChatMessage, Tool, ToolCall
-from cpucache.server.openai import streamed
+from cpucache.server.openai import modules_of, streamed
 from cpucache.server.service import Service, new_id, while_connected
 from cpucache.server.toolcalls import ToolParser
 
@@ -180,17 +180,16 @@ class Anthropic:
         """Answer a conversation."""
         service = self._service
         tools = tools_of(body)
-        tokens = await asyncio.to_thread(service.tokens, messages_of(body), tools)
+        modules = modules_of([body.system, *(each.get("content") for each in body.messages)])
+        prompt = await asyncio.to_thread(service.text, messages_of(body), tools, modules)
         names = [tool.name for tool in tools]
         if body.stream:
-            return await streamed(request, self._events(request, tokens, body, names))
-        return await while_connected(request, self._whole(request, tokens, body, names))
+            return await streamed(request, self._events(request, prompt, body, names))
+        return await while_connected(request, self._whole(request, prompt, body, names))
 
-    async def _whole(
-        self, request: Request, tokens: Tokens, body: MessagesRequest, names: Sequence[str]
-    ) -> JSONResponse:
+    async def _whole(self, request: Request, prompt: Text, body: MessagesRequest, names: Sequence[str]) -> JSONResponse:
         service = self._service
-        async with service.answer(request, tokens, body.sampling(), body.max_tokens) as reader:
+        async with service.answer(request, prompt, body.sampling(), body.max_tokens) as reader:
             parser = ToolParser(names)
             text = "".join([parser.feed(piece) async for piece in reader.pieces()]) + parser.finish()
         service.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
@@ -202,10 +201,10 @@ class Anthropic:
         return JSONResponse({**self._head(), "content": content, **told}, headers=service.facts(metrics))
 
     async def _events(
-        self, request: Request, tokens: Tokens, body: MessagesRequest, names: Sequence[str]
+        self, request: Request, prompt: Text, body: MessagesRequest, names: Sequence[str]
     ) -> AsyncIterator[str | dict[str, str]]:
         service = self._service
-        async with service.answer(request, tokens, body.sampling(), body.max_tokens) as reader:
+        async with service.answer(request, prompt, body.sampling(), body.max_tokens) as reader:
             metrics = reader.stream.metrics
             yield service.facts(metrics)
             begun = {"stop_reason": None, "stop_sequence": None, "usage": {**usage(metrics), "output_tokens": 0}}

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Literal, cast, get_args
 
 from fastapi import APIRouter, Request, Response
@@ -17,7 +17,7 @@ from cpucache.engine import Metrics, Sampling
 from cpucache.engine.answer import TokenLogprobs
 from cpucache.engine.sampling import sampling_of
 from cpucache.errors import InputError
-from cpucache.layout import Tokens
+from cpucache.layout import Text
 from cpucache.layout.conversation import ChatMessage, Role, Tool, ToolCall
 from cpucache.runtime.grammar import ANY_JSON, grammar_of
 from cpucache.server.failures import body_of, refusal_of
@@ -155,6 +155,21 @@ def text_of(content: Any, where: str) -> str:
     return "\n".join(texts)
 
 
+def modules_of(contents: Iterable[Any]) -> list[str]:
+    """The texts of content parts that a client marks as modules: they are reused wherever they stand."""
+    return [
+        part["text"]
+        for content in contents
+        if isinstance(content, list)
+        for part in content
+        if isinstance(part, dict) and isinstance(part.get("text"), str) and _marked(part.get("cache_control"))
+    ]
+
+
+def _marked(control: Any) -> bool:
+    return isinstance(control, dict) and control.get("type") == "module"
+
+
 def _list(value: Any, where: str) -> list[dict[str, Any]]:
     if value is None:
         return []
@@ -261,9 +276,10 @@ class OpenAI:
         """Answer a conversation."""
         service = self._service
         messages, tools = messages_of(body.messages), tools_of(body.tools, body.tool_choice)
+        modules = modules_of(each.get("content") for each in body.messages)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         sampling = await asyncio.to_thread(body.sampling, logprobs)
-        tokens = await asyncio.to_thread(service.tokens, messages, tools)
+        prompt = await asyncio.to_thread(service.text, messages, tools, modules)
         most = body.max_completion_tokens or body.max_tokens
         names = [tool.name for tool in tools]
         identity = new_id("chatcmpl-")
@@ -273,12 +289,12 @@ class OpenAI:
             if count > 1:
                 raise InputError("n: a stream has one answer")
             shown = body.stream_options is not None and body.stream_options.include_usage
-            pieces = self._chat_events(request, tokens, sampling, most, names, head, body.cache_prompt, shown)
+            pieces = self._chat_events(request, prompt, sampling, most, names, head, body.cache_prompt, shown)
             return await streamed(request, pieces)
 
         async def whole(number: int) -> tuple[Reader, dict[str, Any]]:
             chosen = varied(sampling, number)
-            async with service.answer(request, tokens, chosen, most, use_cache=body.cache_prompt) as reader:
+            async with service.answer(request, prompt, chosen, most, use_cache=body.cache_prompt) as reader:
                 parser = ToolParser(names)
                 text = "".join([parser.feed(piece) async for piece in reader.pieces()]) + parser.finish()
             message: dict[str, Any] = {"role": "assistant", "content": text or None if parser.calls else text}
@@ -298,7 +314,7 @@ class OpenAI:
     async def _chat_events(
         self,
         request: Request,
-        tokens: Tokens,
+        prompt: Text,
         sampling: Sampling,
         most: int | None,
         names: Sequence[str],
@@ -313,7 +329,7 @@ class OpenAI:
             usages = {"usage": None} if shown else {}
             return event({**head, "object": "chat.completion.chunk", "choices": [choice], **usages})
 
-        async with service.answer(request, tokens, sampling, most, use_cache=use_cache) as reader:
+        async with service.answer(request, prompt, sampling, most, use_cache=use_cache) as reader:
             yield service.facts(reader.stream.metrics)
             yield chunk({"role": "assistant", "content": ""})
             parser = ToolParser(names)
@@ -369,18 +385,18 @@ class OpenAI:
             return await streamed(request, self._text_events(request, prompts[0], sampling, body, head))
 
         async def whole(number: int) -> tuple[Reader, dict[str, Any]]:
-            tokens, chosen = prompts[number // count], varied(sampling, number % count)
-            async with service.answer(request, tokens, chosen, body.max_tokens, use_cache=body.cache_prompt) as reader:
+            asked, chosen = prompts[number // count], varied(sampling, number % count)
+            async with service.answer(request, asked, chosen, body.max_tokens, use_cache=body.cache_prompt) as reader:
                 text = "".join([piece async for piece in reader.pieces()])
             if body.echo:
-                text = service.engine.model.text(tokens) + text
+                text = service.engine.model.text(asked.tokens) + text
             choice = {"index": number, "text": text, "logprobs": self._text_logprobs(reader)}
             return reader, {**choice, "finish_reason": _finish(reader.stream.metrics)}
 
         done = await while_connected(request, _together([whole(number) for number in range(len(prompts) * count)]))
         readers = [reader for reader, _ in done]
         totals = _total(readers)
-        totals["prompt_tokens"] = sum(len(prompt) for prompt in prompts)
+        totals["prompt_tokens"] = sum(len(prompt.tokens) for prompt in prompts)
         totals["total_tokens"] = totals["prompt_tokens"] + totals["completion_tokens"]
         return JSONResponse(
             {**head, "choices": [choice for _, choice in done], "usage": totals},
@@ -388,7 +404,7 @@ class OpenAI:
         )
 
     async def _text_events(
-        self, request: Request, tokens: Tokens, sampling: Sampling, body: CompletionRequest, head: dict[str, Any]
+        self, request: Request, prompt: Text, sampling: Sampling, body: CompletionRequest, head: dict[str, Any]
     ) -> AsyncIterator[str | dict[str, str]]:
         service = self._service
         shown = body.stream_options is not None and body.stream_options.include_usage
@@ -396,10 +412,10 @@ class OpenAI:
         def chunk(text: str, finish: str | None = None) -> str:
             return event({**head, "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish}]})
 
-        async with service.answer(request, tokens, sampling, body.max_tokens, use_cache=body.cache_prompt) as reader:
+        async with service.answer(request, prompt, sampling, body.max_tokens, use_cache=body.cache_prompt) as reader:
             yield service.facts(reader.stream.metrics)
             if body.echo:
-                yield chunk(service.engine.model.text(tokens))
+                yield chunk(service.engine.model.text(prompt.tokens))
             async for piece in reader.pieces():
                 yield chunk(piece)
         yield chunk("", _finish(reader.stream.metrics))
@@ -407,11 +423,13 @@ class OpenAI:
             yield event({**head, "choices": [], "usage": usage(reader.stream.metrics)})
         yield "data: [DONE]\n\n"
 
-    def _prompts(self, prompt: str | list[int] | list[str] | list[list[int]]) -> list[Tokens]:
+    def _prompts(self, prompt: str | list[int] | list[str] | list[list[int]]) -> list[Text]:
         planner = self._service.engine.planner
         single = isinstance(prompt, str) or all(isinstance(each, int) for each in prompt)
         given: list[Any] = [prompt] if single else list(prompt)
-        return [planner.tokens_of(each) if isinstance(each, str) else planner.checked_tokens(each) for each in given]
+        return [
+            Text(planner.tokens_of(each) if isinstance(each, str) else planner.checked_tokens(each)) for each in given
+        ]
 
     def _text_logprobs(self, reader: Reader) -> dict[str, Any] | None:
         found = reader.stream.logprobs[: len(reader.stream.tokens)]

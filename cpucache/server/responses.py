@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from cpucache.engine import Metrics, Sampling
 from cpucache.engine.sampling import sampling_of
 from cpucache.errors import InputError
-from cpucache.layout import Tokens
+from cpucache.layout import Text
 from cpucache.layout.conversation import ChatMessage, Tool, ToolCall
 from cpucache.runtime.grammar import ANY_JSON, grammar_of
-from cpucache.server.openai import messages_of, streamed, text_of, tools_of
+from cpucache.server.openai import messages_of, modules_of, streamed, text_of, tools_of
 from cpucache.server.service import Service, new_id, while_connected
 from cpucache.server.toolcalls import ToolParser
 
@@ -133,9 +133,11 @@ class Responses:
         """Answer a conversation."""
         body.check()
         tools = functions_of(body)
-        tokens = await asyncio.to_thread(self._service.tokens, conversation_of(body), tools)
+        items = body.input if isinstance(body.input, list) else []
+        modules = modules_of(item.get("content") for item in items)
+        prompt = await asyncio.to_thread(self._service.text, conversation_of(body), tools, modules)
         sampling = await asyncio.to_thread(body.sampling)
-        events = self._events(request, tokens, body, sampling, [tool.name for tool in tools])
+        events = self._events(request, prompt, body, sampling, [tool.name for tool in tools])
         if body.stream:
             return await streamed(request, _written(events))
         return await while_connected(request, self._whole(events))
@@ -146,7 +148,7 @@ class Responses:
         return JSONResponse(told[-1]["response"], headers=headers)
 
     async def _events(
-        self, request: Request, tokens: Tokens, body: ResponsesRequest, sampling: Sampling, names: Sequence[str]
+        self, request: Request, prompt: Text, body: ResponsesRequest, sampling: Sampling, names: Sequence[str]
     ) -> AsyncIterator[dict[str, Any]]:
         """Headers, then the events of a response; the last has all of it."""
         service = self._service
@@ -176,7 +178,7 @@ class Responses:
         }
         item = {"id": new_id("msg_"), "type": "message", "role": "assistant", "status": "in_progress", "content": []}
         place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-        async with service.answer(request, tokens, sampling, body.max_output_tokens) as reader:
+        async with service.answer(request, prompt, sampling, body.max_output_tokens) as reader:
             yield service.facts(reader.stream.metrics)
             yield event("response.created", response=made)
             yield event("response.in_progress", response=made)

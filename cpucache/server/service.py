@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from secrets import token_hex
@@ -17,7 +17,7 @@ from fastapi import Request
 
 from cpucache.engine import Engine, Metrics, Sampling, Stream
 from cpucache.engine.request import Event
-from cpucache.layout import Tokens
+from cpucache.layout import Text, Tokens
 from cpucache.layout.conversation import ChatMessage, Conversations, Tool
 from cpucache.server.admission import Admission
 from cpucache.server.failures import Refusal
@@ -95,11 +95,18 @@ class Service:
         self._said: OrderedDict[str, tuple[str, Tokens]] = OrderedDict()
 
     # -- prompts -----------------------------------------------------------------------------------------------------
-    def tokens(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> Tokens:
-        """The tokens of a conversation. What this server has said itself is taken as it was said."""
+    def text(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), modules: Collection[str] = ()) -> Text:
+        """A conversation, ready to be answered. What this server has said itself is taken as it was said.
+
+        Tool definitions, and ``modules`` in messages, may be reused wherever they stand.
+        """
         if self.settings.sorted_tools:
             tools = sorted(tools, key=lambda tool: tool.name)
-        return self.conversations.tokens([self._as_said(message) for message in messages], tools)
+        return self.conversations.text([self._as_said(message) for message in messages], tools, modules)
+
+    def tokens(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> Tokens:
+        """The tokens of a conversation."""
+        return self.text(messages, tools).tokens
 
     def _as_said(self, message: ChatMessage) -> ChatMessage:
         known = self._said.get(_identity(message)) if message.role == "assistant" else None
@@ -125,16 +132,18 @@ class Service:
     # -- answers -----------------------------------------------------------------------------------------------------
     @asynccontextmanager
     async def answer(
-        self, request: Request, tokens: Tokens, sampling: Sampling, max_tokens: int | None, *, use_cache: bool = True
+        self, request: Request, prompt: Text, sampling: Sampling, max_tokens: int | None, *, use_cache: bool = True
     ) -> AsyncIterator[Reader]:
         """An answer whose first piece is there. When the block ends, or its client goes, so does the answer."""
         known = min(self.engine.context.n_ctx, self.engine.model.n_ctx_train)
-        room = max(1, min(max_tokens or self.settings.max_tokens, known - len(tokens)))
+        room = max(1, min(max_tokens or self.settings.max_tokens, known - len(prompt.tokens)))
         # Keys share a machine: whoever has many requests waits behind those who have few.
         key = request.headers.get("authorization") or request.headers.get("x-api-key") or ""
         async with self._admission.place(key, self.settings.timeout):
             self.metrics.waiting.set(self._admission.waiting)
-            stream = self.engine.stream(tokens=tokens, max_tokens=room, sampling=sampling, use_cache=use_cache)
+            stream = self.engine.stream(
+                tokens=prompt, max_tokens=room, sampling=sampling, use_cache=use_cache, reuse=self.settings.reuse
+            )
             reader = Reader(stream, asyncio.get_running_loop())
             self.metrics.running.inc()
             timer = asyncio.get_running_loop().call_later(self.settings.timeout, reader.expire)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cpucache.reuse import Reuse
+
 MAX_TOKENS = 1024
 """Tokens of an answer to a request that does not say how many."""
 
@@ -23,5 +25,7 @@ class ServerSettings:
     max_body: int = 32 << 20
     """Bytes of a request at most."""
     max_tokens: int = MAX_TOKENS
+    reuse: Reuse = "schema"
+    """Which slices prompts may take that do not say so themselves, see ``Engine.plan``."""
     sorted_tools: bool = True
     """Whether tools are told to the model in the order of their names, whatever order they were sent in."""
