@@ -76,12 +76,16 @@ class Lookup:
         return plan if fidelity.exact else self._repaired(plan, fidelity)
 
     def plan_text(self, text: Text, fidelity: Fidelity, reuse: Reuse) -> Plan:
-        """The plan of a text without markup; see ``cpucache.reuse.text``."""
+        """The plan of a text without markup; see ``cpucache.reuse.text``.
+
+        It is exact for models whose states can't be moved, whatever ``reuse`` says.
+        """
+        exact = reuse == "exact" or fidelity.exact or not self._workspace.context.can_shift
         return plan_text(
             self._workspace,
             self._repair,
-            text if reuse != "exact" and not fidelity.exact else Text(text.tokens),
-            anywhere=reuse == "anywhere" and not fidelity.exact,
+            Text(text.tokens) if exact else text,
+            anywhere=reuse == "anywhere" and not exact,
             recompute=fidelity.recompute,
         )
 

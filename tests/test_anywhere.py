@@ -1,0 +1,224 @@
+"""Text without markup, reused anywhere: what is known is taken wherever it stands now, what changed is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cpucache.engine import Engine
+from cpucache.errors import InputError
+from cpucache.layout import Text
+from cpucache.layout.cuts import Cuts
+from cpucache.layout.vocabulary import Tokens
+from cpucache.reuse import Fidelity, Lookup, Plan, Repair, Reuse, Slices
+from cpucache.reuse.text import SHORTEST
+from cpucache.store import Store
+from tests.support.oracle import Oracle
+from tests.support.reference import ReferenceLlama
+from tests.support.sessions import engine, logits, message, truth
+from tests.support.tiny import ARCHS
+from tests.support.workbench import PLENTY, Desk, distance, opened, tolerance
+
+Tiny = Callable[..., Path]
+
+PARAGRAPHS = [message(number, 20) + "\n\n" for number in range(8)]
+"""Each longer than what is worth taking from elsewhere."""
+QUESTION = "And which of these was it?"
+SEGMENTS = (16, 64)
+
+
+class Asking:
+    """Texts planned and answered by one workspace, and judged."""
+
+    def __init__(self, path: Path, desk: Desk) -> None:
+        self.desk = desk
+        self.oracle = Oracle(ReferenceLlama(path), desk)
+        self.model = desk.context.model
+        self._lookup = Lookup(desk, Repair(self.model.text))
+
+    def tokens(self, text: str) -> Tokens:
+        return self.model.tokenize(text)
+
+    def ask(self, text: Text, reuse: Reuse, recompute: float = 0.0) -> Plan:
+        """Get a text into the context; its logits are those that the contexts of its slices give."""
+        plan, spent = self.desk.prefill(lambda: self._lookup.plan_text(text, Fidelity(recompute), reuse))
+        assert plan.tokens.tolist() == text.tokens.tolist()
+        assert spent.cached_tokens + spent.fresh_tokens == plan.n_tokens
+        wanted = self.oracle.logits(plan)
+        assert distance(self.desk.context.logits(), wanted.astype(np.float32)) < tolerance("llama", "f32")
+        if plan.exact:
+            assert np.allclose(self.oracle.full(plan), wanted)
+        return plan
+
+
+@contextmanager
+def asking(path: Path) -> Iterator[Asking]:
+    with opened(path, n_ctx=2048) as context, Store(None, ram_budget=PLENTY) as store:
+        slices = Slices("model", "format", Cuts(context.model, *SEGMENTS))
+        yield Asking(path, Desk(context, store, slices))
+
+
+# ---- what is taken ---------------------------------------------------------------------------------------------------
+orders = st.lists(st.integers(0, len(PARAGRAPHS) - 1), min_size=1, max_size=5)
+prompts = st.tuples(
+    orders, st.sampled_from(["exact", "schema", "anywhere"]), st.sampled_from([0.0, 0.2, 1.0]), st.booleans()
+)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(prompts, min_size=1, max_size=6))
+def test_spliced_logits_are_those_of_the_contexts(
+    tiny: Tiny, asked: list[tuple[list[int], Reuse, float, bool]]
+) -> None:
+    """Any texts, in any order, on one store: exact ones hold nothing else, and foreign slices come on request alone."""
+    with asking(tiny("llama")) as desk:
+        for order, reuse, recompute, marked in asked:
+            runs = [desk.tokens(PARAGRAPHS[number]) for number in order]
+            edges = np.cumsum([0, *map(len, runs)]).tolist()
+            parts = tuple(zip(edges[:-1:2], edges[1::2], strict=False)) if marked else ()
+            text = Text(np.concatenate([*runs, desk.tokens(QUESTION)]), parts)
+            plan = desk.ask(text, reuse, recompute)
+            elsewhere = [span for span in plan.spans if span.relation != "exact" and not span.made]
+            assert plan.exact or reuse != "exact"
+            if reuse == "schema":
+                assert all(text.within(span.start, span.end) for span in elsewhere)
+            assert not elsewhere or recompute < 1
+
+
+def test_paragraphs_in_another_order_are_not_evaluated(tiny: Tiny) -> None:
+    with asking(tiny("llama")) as desk:
+        runs = [desk.tokens(paragraph) for paragraph in PARAGRAPHS]
+        first = Text(np.concatenate([*runs, desk.tokens(QUESTION)]))
+        assert desk.ask(first, "anywhere").exact
+        other = Text(np.concatenate([*runs[3:], *runs[:3], desk.tokens(QUESTION)]))
+        assert desk.desk.context.n_ctx > 2 * len(other.tokens)
+        plan = desk.ask(other, "anywhere")
+        evaluated = sum(len(span.tokens) for span in plan.spans if span.slice is None or span.made)
+        # The question, and what stands across the edges of short paragraphs.
+        assert evaluated < len(other.tokens) / 4
+        assert plan.count("foreign") + plan.count("clean") + evaluated == plan.n_tokens
+        # Asked again, what was evaluated is known as well.
+        again = desk.ask(other, "anywhere")
+        assert sum(len(span.tokens) for span in again.spans if span.slice is None or span.made) <= len(
+            again.spans[-1].tokens
+        )
+        assert desk.ask(other, "schema").exact
+
+
+def test_short_runs_are_evaluated(tiny: Tiny) -> None:
+    with asking(tiny("llama")) as desk:
+        known = desk.tokens(PARAGRAPHS[0] * 2)[: SHORTEST - 1]
+        long = desk.tokens(PARAGRAPHS[1] * 2)[:SHORTEST]
+        new, ask = desk.tokens(PARAGRAPHS[2]), desk.tokens(QUESTION)
+        for run, taken in ((known, 0), (long, len(long))):
+            desk.ask(Text(np.concatenate([ask, run, ask]), ((len(ask), len(ask) + len(run)),)), "schema")
+            at = len(new)
+            plan = desk.ask(Text(np.concatenate([new, run, ask]), ((at, at + len(run)),)), "schema")
+            assert plan.count("foreign") == taken
+
+
+# ---- edits -----------------------------------------------------------------------------------------------------------
+def asked_about(running: Engine, paragraphs: list[str], **settings: object) -> Plan:
+    stream = running.stream(text="".join(paragraphs) + QUESTION, max_tokens=1, **settings)  # type: ignore[arg-type]
+    stream.reply()
+    metrics = stream.metrics
+    spliced = metrics.clean_tokens + metrics.foreign_tokens + metrics.related_tokens
+    assert metrics.exact_tokens + spliced + metrics.fresh_tokens == metrics.prompt_tokens
+    assert spliced == sum(
+        len(span.tokens) for span in stream.plan.spans if span.slice and span.relation != "exact" and not span.made
+    )
+    return stream.plan
+
+
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_a_changed_paragraph_is_evaluated_and_a_share_of_what_follows(place: int, tiny: Tiny, tmp_path: Path) -> None:
+    edited = [*PARAGRAPHS[:place], message(99, 20) + "\n\n", *PARAGRAPHS[place + 1 :]]
+    with engine(tiny("llama"), tmp_path, n_ctx=2048, segment_tokens=SEGMENTS) as running:
+        assert asked_about(running, PARAGRAPHS, reuse="anywhere").exact
+    with engine(tiny("llama"), tmp_path, n_ctx=2048, segment_tokens=SEGMENTS, reuse="anywhere") as running:
+        sizes = [len(running.model.tokenize(paragraph)) for paragraph in edited]
+        plan = asked_about(running, edited, recompute=0.0)
+        made = sum(len(span.tokens) for span in plan.spans if span.made)
+        assert sizes[place] <= made <= sizes[place] + 4 * SEGMENTS[0]
+        assert sum(sizes[:place]) - 2 * SEGMENTS[0] <= plan.count("exact") <= sum(sizes[:place]) + 1
+        assert plan.n_recomputed == 0
+        taken = plan.count("foreign") + plan.count("clean")
+        # A tenth unless told otherwise; the first segment may take more.
+        assert bool(running.plan(text="".join(edited) + QUESTION).n_recomputed) == (taken > 0)
+        assert running.plan(text="".join(edited) + QUESTION, recompute=0.5).n_recomputed <= taken / 2 + 2
+        assert running.plan(text="".join(edited) + QUESTION, fidelity="high").exact
+        assert asked_about(running, edited, reuse="exact").exact
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_without_being_asked_nothing_is_taken_from_elsewhere(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+    other = [*PARAGRAPHS[4:], *PARAGRAPHS[:4]]
+    with engine(tiny(arch), tmp_path, n_ctx=2048) as running, truth(tiny(arch), n_ctx=2048) as true:
+        asked_about(running, PARAGRAPHS)
+        plan = asked_about(running, other)
+        assert plan.exact
+        row = true.rows(plan.tokens, 1)[0]
+        assert distance(logits(running, plan), row) < tolerance(arch, "f32")
+
+
+@pytest.mark.parametrize("arch", ["mamba", "gemma3"])
+def test_models_whose_states_can_t_be_moved_stay_exact(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+    other = [*PARAGRAPHS[4:], *PARAGRAPHS[:4]]
+    with engine(tiny(arch), tmp_path, n_ctx=2048) as running:
+        asked_about(running, PARAGRAPHS, reuse="anywhere")
+        assert asked_about(running, other, reuse="anywhere").exact == (not running.context.can_shift)
+
+
+# ---- made exact ------------------------------------------------------------------------------------------------------
+def test_refining_makes_it_exact(tiny: Tiny, tmp_path: Path) -> None:
+    other = [*PARAGRAPHS[4:], *PARAGRAPHS[:4]]
+    with (
+        engine(tiny("llama"), tmp_path, n_ctx=2048, reuse="anywhere") as running,
+        truth(tiny("llama"), n_ctx=2048) as true,
+    ):
+        asked_about(running, PARAGRAPHS)
+        plan = asked_about(running, other)
+        assert not plan.exact
+        assert running.refine().tokens > 0
+        refined = asked_about(running, other)
+        assert (refined.exact, refined.n_recomputed) == (True, 0)
+        assert refined.count("exact") == refined.n_tokens - len(refined.spans[-1].tokens)
+        assert distance(logits(running, refined), true.rows(plan.tokens, 1)[0]) < tolerance("llama", "f32")
+
+
+def test_a_conversation_goes_on_from_what_was_spliced(tiny: Tiny, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path, n_ctx=2048, reuse="anywhere") as running:
+        asked_about(running, PARAGRAPHS[:4])
+        asked_about(running, [PARAGRAPHS[5], *PARAGRAPHS[:4]], recompute=0.0)
+        before = running.plan(text="".join([PARAGRAPHS[5], *PARAGRAPHS[:4]]) + QUESTION, recompute=0.0)
+        longer = running.plan(text="".join([PARAGRAPHS[5], *PARAGRAPHS[:4]]) + QUESTION + message(7, 3), recompute=0.0)
+        assert longer.n_cached >= before.n_tokens - 2 * 64
+
+
+def test_how_near_it_is_can_be_measured(tiny: Tiny, tmp_path: Path) -> None:
+    other = "".join([*PARAGRAPHS[4:], *PARAGRAPHS[:4]])
+    with engine(tiny("llama"), tmp_path, n_ctx=2048) as running:
+        asked_about(running, PARAGRAPHS)
+        exact = running.fidelity(text=other, max_tokens=4)
+        assert (exact.now.distance.kl_mean < 1e-6, exact.trials) == (True, [])
+    with engine(tiny("llama"), tmp_path / "other", n_ctx=2048) as running:
+        asked_about(running, PARAGRAPHS)
+        report = running.fidelity(text=other, max_tokens=4, reuse="anywhere", recompute=0.0)
+        assert report.now.distance.kl_mean > 1e-6
+        assert min(trial.distance.kl_mean for trial in report.trials) < 1e-6
+        # Nothing that was only tried stays.
+        assert not running.plan(text=other, reuse="anywhere").exact
+
+
+def test_what_reuse_is_not(tiny: Tiny, tmp_path: Path) -> None:
+    with (
+        engine(tiny("llama"), tmp_path) as running,
+        pytest.raises(InputError, match="reuse='everywhere': must be one of exact"),
+    ):
+        running.plan(text="a", reuse="everywhere")  # type: ignore[arg-type]
