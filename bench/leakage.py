@@ -1,10 +1,14 @@
-"""Counts what shows through of modules that a prompt leaves out.
+"""Counts what shows through of text that a prompt leaves out, or has changed.
 
-    python bench/leakage.py qwen2.5-coder-1.5b-instruct [--json FILE]
+    python bench/leakage.py qwen2.5-coder-1.5b-instruct [--changes] [--json FILE]
 
 The prompts in bench/leakage/prompts.json ask for what their schema says elsewhere, in modules that they leave out or in
 members of unions that they do not take. An answer that holds such a value, where the answer of full prefill does not,
 betrays it. All slices are those that ``encode`` makes; each prompt is answered at every level.
+
+With ``--changes``, the text of bench/leakage/changes.json is asked about after something in it has changed: a clock, a
+name, a price, an instruction. All slices of what stands behind the change have seen it as it was. Each question is
+answered with other shares of them recomputed, from the slices of the text before the change alone.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ from cpucache.pml import load_schema
 
 FOLDER = Path(__file__).parent / "leakage"
 LEVELS: tuple[Any, ...] = ("fast", "balanced")
+SHARES = (0.0, 0.05, 0.1, 0.2)
 MAX_TOKENS = 32
 
 
@@ -28,37 +34,76 @@ def betrayed(text: str, values: list[str]) -> list[str]:
     return [value for value in values if value.casefold() in text.casefold()]
 
 
-def measure(model: str) -> dict[str, Any]:
-    """Answers that betray something, by level."""
+Answered = tuple[str, list[str], str, dict[str, str]]
+"""Name of a question, what its answer must not hold, that of full prefill, and the others."""
+
+
+def left_out(model: str) -> Iterator[Answered]:
+    """Answers to prompts that leave something out, by level."""
     prompts = json.loads((FOLDER / "prompts.json").read_text(encoding="utf-8"))
-    found: dict[str, list[dict[str, Any]]] = {level: [] for level in LEVELS}
-    same = dict.fromkeys(LEVELS, 0)
     with tempfile.TemporaryDirectory() as folder, Engine(model, store=folder, n_ctx=2048) as engine:
         for name in dict.fromkeys(prompt["schema"] for prompt in prompts):
             engine.add_schema(load_schema(FOLDER / f"{name}.xml"))
             engine.encode(name)
         for prompt in prompts:
             full = engine.generate(prompt["prompt"], max_tokens=MAX_TOKENS, use_cache=False).text
-            for level in LEVELS:
-                text = engine.generate(prompt["prompt"], max_tokens=MAX_TOKENS, fidelity=level).text
-                same[level] += text == full
-                values = [value for value in betrayed(text, prompt["betrays"]) if not betrayed(full, [value])]
-                if values:
-                    found[level].append({"prompt": prompt["name"], "values": values, "text": text, "full": full})
-    return {"model": model, "prompts": len(prompts), "same": same, "betrayed": found}
+            texts = {
+                level: engine.generate(prompt["prompt"], max_tokens=MAX_TOKENS, fidelity=level).text for level in LEVELS
+            }
+            yield prompt["name"], prompt["betrays"], full, texts
+
+
+def changed(model: str) -> Iterator[Answered]:
+    """Answers to questions about a text in which something has changed, by the share recomputed."""
+    given = json.loads((FOLDER / "changes.json").read_text(encoding="utf-8"))
+    for change in given["changes"]:
+        texts: dict[str, str] = {}
+        for share in (*SHARES, None):
+            with tempfile.TemporaryDirectory() as folder, Engine(model, store=folder, n_ctx=2048) as engine:
+                old, new = (
+                    [
+                        {"role": "system", "content": given["text"].format(**given["usual"] | {change["slot"]: value})},
+                        {"role": "user", "content": question},
+                    ]
+                    for value, question in ((change["old"], "Hello!"), (change["new"], change["question"]))
+                )
+                if share is None:
+                    full = engine.generate(messages=new, max_tokens=MAX_TOKENS, use_cache=False).text
+                    break
+                engine.generate(messages=old, max_tokens=1)
+                settings: dict[str, Any] = {"reuse": "anywhere", "recompute": share, "max_tokens": MAX_TOKENS}
+                texts[f"recompute {share}"] = engine.generate(messages=new, **settings).text
+        yield change["name"], [change["betrays"]], full, texts
+
+
+def measure(model: str, answers: Iterator[Answered]) -> dict[str, Any]:
+    """Answers that betray something, by how they were given."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    same: dict[str, int] = {}
+    count = 0
+    for name, values, full, texts in answers:
+        count += 1
+        for how, text in texts.items():
+            same[how] = same.get(how, 0) + (text == full)
+            told = [value for value in betrayed(text, values) if not betrayed(full, [value])]
+            found.setdefault(how, [])
+            if told:
+                found[how].append({"prompt": name, "values": told, "text": text, "full": full})
+    return {"model": model, "prompts": count, "same": same, "betrayed": found}
 
 
 def main() -> None:
     """Measure, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
+    parser.add_argument("--changes", action="store_true", help="of text that has changed")
     parser.add_argument("--json", type=Path, help="write everything here")
     given = parser.parse_args()
-    result = measure(given.model)
-    for level, cases in result["betrayed"].items():
+    result = measure(given.model, changed(given.model) if given.changes else left_out(given.model))
+    for how, cases in result["betrayed"].items():
         print(
-            f"{level}: {len(cases)} of {result['prompts']} answers betray a left-out value; "
-            f"{result['same'][level]} are those of full prefill"
+            f"{how}: {len(cases)} of {result['prompts']} answers betray what is not there; "
+            f"{result['same'][how]} are those of full prefill"
         )
         for case in cases:
             print(f"  {case['prompt']}: {', '.join(case['values'])} in {case['text']!r} (full: {case['full']!r})")

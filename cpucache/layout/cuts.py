@@ -58,8 +58,8 @@ class Cuts:
     """Finds the cuts of texts in one model's tokens.
 
     A message's end is a cut, and so is a blank line or heading with a paragraph of ``least`` tokens or more on one side
-    of it. (Of two such places that are closer together than half of ``least``, one is.) Between these, segments are at
-    least ``least`` tokens long, and end where the highest ranked place is: at a blank line or heading, else behind a
+    of it. (Of two such places that are closer together than a quarter of ``least``, one is.) Between these, segments are
+    at least ``least`` tokens long, and end where the highest ranked place is: at a blank line or heading, else behind a
     line, a sentence, a word.
 
     Args:
@@ -154,13 +154,12 @@ class Cuts:
         long = (gaps[:-1] >= self.least) | (gaps[1:] >= self.least) | (ranks[strong] == _EDGE)
         anchors = strong[long]
         rank = ranks[anchors]
-        apart = max(1, self.least // 2)
+        apart = max(1, self.least // 4)
         near = np.diff(anchors) < apart
         # The end of a message comes first, then what stands first.
         drop = np.zeros(len(anchors), bool)
         drop[1:] |= near & (rank[:-1] >= rank[1:])
         drop[:-1] |= near & (rank[1:] > rank[:-1])
-        drop |= (anchors + 1 < apart) | (len(ranks) - anchors < apart)
         result = np.zeros(len(ranks), bool)
         result[anchors[~drop]] = True
         return result
