@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, TypeAlias
 
 import httpx
 
@@ -39,7 +39,20 @@ class Asked:
     seconds: float
     pieces: int
     text: str
-    cached: int | None = None
+    evaluated: int | None = None
+    """Tokens of the prompt that were evaluated, where the server tells."""
+
+
+@dataclass
+class Traced:
+    """A request of an agent."""
+
+    tokens: int
+    repeated: int
+    """Those in blocks that an earlier request of the same agent had."""
+    ttft_ms: float
+    evaluated: int | None
+    """Tokens that were evaluated, where the server tells."""
 
 
 @dataclass
@@ -70,6 +83,10 @@ class ServerReport:
     """Tokens a second of one answer."""
     together: float = 0.0
     """Tokens a second of four answers side by side, in all."""
+    permuted: dict[str, list[float]] = field(default_factory=dict)
+    """Time to first token of documents in other orders: ``"marked"`` as modules, and not (``"plain"``)."""
+    traces: list[Traced] = field(default_factory=list)
+    """Requests of an agent."""
     failures: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,8 +98,24 @@ class ServerReport:
             "warm": _spread(self.warm),
             "restarted": _spread(self.restarted),
             "tokens_per_second": {"one": round(self.alone, 2), "four": round(self.together, 2)},
+            **({"permuted": {name: _spread(each) for name, each in self.permuted.items()}} if self.permuted else {}),
+            **({"traces": traced(self.traces)} if self.traces else {}),
             "failures": self.failures,
         }
+
+
+def traced(requests: Sequence[Traced]) -> dict[str, Any]:
+    """What the requests of an agent took together."""
+    repeated = sum(each.repeated for each in requests)
+    told = [each for each in requests if each.evaluated is not None]
+    again = sum(max(0, (each.evaluated or 0) - (each.tokens - each.repeated)) for each in told)
+    return {
+        "requests": len(requests),
+        "tokens": sum(each.tokens for each in requests),
+        "repeated": repeated,
+        **({"repeated_not_evaluated": round(1 - again / repeated, 4)} if told and repeated else {}),
+        "ttft": _spread([each.ttft_ms for each in requests]),
+    }
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | int] | None:
@@ -92,8 +125,13 @@ def _spread(values: Sequence[float]) -> dict[str, float | int] | None:
     return {"p50": round(median(values), 1), "p95": round(p95, 1), "runs": len(values)}
 
 
-class _Client:
-    """Asks one server."""
+class Client:
+    """Asks one server.
+
+    Args:
+        target: The server.
+        report: Counts failures.
+    """
 
     def __init__(self, target: Target, report: ServerReport) -> None:
         self._target = target
@@ -101,14 +139,17 @@ class _Client:
         self._http = httpx.Client(timeout=_PATIENCE)
 
     def close(self) -> None:
+        """Let go of the connection."""
         self._http.close()
 
-    def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Asked | None:
-        """The answer to a conversation, streamed; ``None`` when the server fails."""
-        body = {"messages": list(messages), "max_tokens": max_tokens}
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], max_tokens: int, extra: Mapping[str, Any] | None = None
+    ) -> Asked | None:
+        """The answer to a conversation, streamed; ``None`` when the server fails. ``extra`` is sent besides."""
+        body = {"messages": list(messages), "max_tokens": max_tokens, **(extra or {})}
         return self._ask("/v1/chat/completions", body, lambda choice: choice["delta"].get("content"))
 
-    def complete(self, prompt: str, max_tokens: int) -> Asked | None:
+    def complete(self, prompt: str | Sequence[int], max_tokens: int) -> Asked | None:
         """What follows a text, streamed."""
         body = {"prompt": prompt, "max_tokens": max_tokens}
         return self._ask("/v1/completions", body, lambda choice: choice.get("text"))
@@ -121,6 +162,7 @@ class _Client:
         try:
             with self._http.stream("POST", self._target.url + path, json=sent) as reply:
                 reply.raise_for_status()
+                facts = reply.headers.get("x-cpucache", "")
                 for line in reply.iter_lines():
                     if not line.startswith("data: {"):
                         continue
@@ -137,11 +179,25 @@ class _Client:
         if not first:
             self._report.failures += 1
             return None
-        return Asked((first - started) * 1000, last - first, len(pieces), "".join(pieces))
+        evaluated = re.search(r"evaluated=(\d+)", facts)
+        counted = int(evaluated.group(1)) if evaluated else None
+        return Asked((first - started) * 1000, last - first, len(pieces), "".join(pieces), counted)
+
+
+Workload: TypeAlias = tuple[str, Callable[[Engine, Client, ServerReport], None]]
+"""What is measured, and what measures it."""
 
 
 def measure_server(
-    engine: Engine, target: Target, *, tokens: int, users: int, rounds: int, repeat: int, say: Say
+    engine: Engine,
+    target: Target,
+    *,
+    tokens: int,
+    users: int,
+    rounds: int,
+    repeat: int,
+    more: Sequence[Workload] = (),
+    say: Say,
 ) -> ServerReport:
     """Measure one server.
 
@@ -152,10 +208,11 @@ def measure_server(
         users: Who talk at the same time.
         rounds: Of each conversation.
         repeat: Requests of what is measured one by one.
+        more: What is measured besides, by name.
         say: Told what is measured.
     """
     report = ServerReport(target.name)
-    client = _Client(target, report)
+    client = Client(target, report)
     try:
         say(f"{target.name}: {tokens} known tokens and {_QUESTION} new ones")
         # Nobody has seen this text before, not even in an earlier run.
@@ -169,12 +226,15 @@ def measure_server(
         _speeds(engine, client, report, seed, repeat)
         say(f"{target.name}: {users} users, {rounds} rounds")
         _conversations(engine, client, target, report, tokens // 2, users, rounds, seed)
+        for name, workload in more:
+            say(f"{target.name}: {name}")
+            workload(engine, client, report)
     finally:
         client.close()
     return report
 
 
-def _speeds(engine: Engine, client: _Client, report: ServerReport, seed: int, repeat: int) -> None:
+def _speeds(engine: Engine, client: Client, report: ServerReport, seed: int, repeat: int) -> None:
     texts = [filler(engine, 32, seed + 100 + number) for number in range(4)]
     alone, together = [], []
     for _ in range(max(1, repeat // 2)):
@@ -192,7 +252,7 @@ def _speeds(engine: Engine, client: _Client, report: ServerReport, seed: int, re
 
 def _conversations(
     engine: Engine,
-    client: _Client,
+    client: Client,
     target: Target,
     report: ServerReport,
     tokens: int,
@@ -227,7 +287,7 @@ def _conversations(
 def http_overhead(engine: Engine, target: Target, *, tokens: int, repeat: int) -> tuple[list[float], list[float]]:
     """Time to first token of one cached request, through the engine and through a server, in turn."""
     report = ServerReport(target.name)
-    client = _Client(target, report)
+    client = Client(target, report)
     text = filler(engine, tokens, 77)
     direct: list[float] = []
     served: list[float] = []

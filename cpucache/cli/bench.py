@@ -19,6 +19,7 @@ from cpucache.bench.sessions import SessionsReport, folder_options, measure_sess
 from cpucache.bench.store import measure_store
 from cpucache.bench.ttft import Report, measure
 from cpucache.cli.accuracy import accuracy
+from cpucache.cli.bench_server import server
 from cpucache.cli.console import err, out, seconds, times
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
@@ -30,6 +31,7 @@ def bench() -> None:
 
 
 bench.add_command(accuracy)
+bench.add_command(server)
 
 
 @bench.command(short_help="Time to first token, with and without the cache.")
@@ -255,97 +257,3 @@ def _table(report: Report) -> Table:
         row(f"full prefill, {name}", series)
     row("encoding, once", report.encode)
     return table
-
-
-@bench.command("server", short_help="A server, by what its clients see.")
-@engine_options
-@click.option(
-    "--tokens", type=click.IntRange(64), default=1500, show_default=True, help="Tokens of the text that is known."
-)
-@click.option("--users", type=click.IntRange(1, 16), default=4, show_default=True, help="Users who talk at a time.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds of each conversation.")
-@click.option("--repeat", type=click.IntRange(2), default=9, show_default=True, help="Requests of what is quick.")
-@click.option(
-    "--peer",
-    "peers",
-    multiple=True,
-    metavar="NAME=URL",
-    help="Another server that runs already and speaks OpenAI's dialect: the same requests for it.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def server(
-    model: str,
-    tokens: int,
-    users: int,
-    rounds: int,
-    repeat: int,
-    peers: tuple[str, ...],
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Measure `cpucache serve` with real clients: with reuse, without it, and other servers for comparison.
-
-    \b
-    prefix    a long text that is known, and 4 new tokens
-    speed     tokens a second of one answer, and of four side by side
-    users     who talk at the same time, with a system text in common; the last round again after a restart
-    overhead  the same cached request through the server and through Engine
-
-    For llama.cpp's own server: llama-server -m FILE -c 8192 -np 4 --cache-reuse 256 --port 8081, and
-    --peer llama-server=http://127.0.0.1:8081. Nothing else should run meanwhile.
-    """
-    # Needs httpx, which the other benchmarks do not.
-    from cpucache.bench.server import Target, http_overhead, measure_server, own_server
-
-    named = [peer.partition("=") for peer in peers]
-    for name, _, url in named:
-        if not url.startswith("http"):
-            raise click.BadParameter(f"'{name}': NAME=URL is expected", param_hint="--peer")
-
-    def say(line: str) -> None:
-        if not as_json:
-            err.print(f"[dim]{line} …[/dim]")
-
-    settings: dict[str, Any] = {"tokens": tokens, "users": users, "rounds": rounds, "repeat": repeat, "say": say}
-    passed = [f"--{name}={options[key]}" for name, key in (("ctx", "n_ctx"), ("threads", "threads")) if options[key]]
-    with tempfile.TemporaryDirectory(prefix="cpucache-bench-") as folder:
-        options["store"] = Path(folder) / "engine"
-        with Engine(model, **options) as engine, own_server(model, Path(folder) / "server", passed) as own:
-            engine.warm_up()
-            reports = [measure_server(engine, own, **settings)]
-            say("through Engine and through the server in turn")
-            direct, served = http_overhead(engine, own, tokens=tokens, repeat=repeat)
-            without = Target("cpucache, no reuse", own.url, {"cache_prompt": False})
-            reports.append(measure_server(engine, without, **{**settings, "repeat": 2, "rounds": 1}))
-            reports += [measure_server(engine, Target(name, url.rstrip("/")), **settings) for name, _, url in named]
-            name = engine.model.path.stem
-    result = {
-        "model": name,
-        "tokens": tokens,
-        "users": users,
-        "servers": [report.as_dict() for report in reports],
-        "overhead": {"engine": Series(direct).as_dict(), "server": Series(served).as_dict()},
-    }
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
-    table = Table(box=SIMPLE_HEAD)
-    for title in ("", "prefix", "p95", "tok/s", "of four", "round 1", "later", "restarted"):
-        table.add_column(title, justify="right" if title else "left", no_wrap=not title)
-    for each in reports:
-        later = [value for values in [*each.rounds[1:], each.warm] for value in values]
-        first = each.rounds[0] if each.rounds else []
-        spread = each.as_dict()["prefix"]
-        table.add_row(
-            each.name,
-            *([seconds(spread["p50"]), seconds(spread["p95"])] if spread else ["–", "–"]),
-            f"{each.alone:.1f}",
-            f"{each.together:.1f}",
-            *(seconds(Series(values).median) if values else "–" for values in (first, later, each.restarted)),
-        )
-    out.print(table)
-    more = Series(served).median - Series(direct).median
-    out.print(f"through the server, a cached request takes {more:.1f} ms longer to its first token", soft_wrap=True)
-    failed = sum(report.failures for report in reports)
-    if failed:
-        err.print(f"{failed} requests failed")

@@ -58,9 +58,9 @@ class Cuts:
     """Finds the cuts of texts in one model's tokens.
 
     A message's end is a cut, and so is a blank line or heading with a paragraph of ``least`` tokens or more on one side
-    of it. (Of two such places that are closer together than a quarter of ``least``, one is.) Between these, segments are
-    at least ``least`` tokens long, and end where the highest ranked place is: at a blank line or heading, else behind a
-    line, a sentence, a word.
+    of it. (Of two such places that are closer together than a quarter of ``least``, one is.) Between these, segments
+    are at least ``least`` tokens long, and end where the highest ranked place is: at a blank line or heading, else
+    behind a line, a sentence, a word.
 
     Args:
         vocabulary: The model's tokens.
