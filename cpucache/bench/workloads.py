@@ -21,7 +21,7 @@ _MODULE = {"cache_control": {"type": "module"}}
 _ANYWHERE = {"cpucache": {"reuse": "anywhere"}}
 
 
-def permutations(engine: Engine, client: Client, report: ServerReport) -> None:
+def permutations(engine: Engine, client: Client, report: ServerReport, *, size: int = _SIZE) -> None:
     """Five documents of 500 tokens in ten orders, each with another question: after the first, none is new.
 
     As content parts marked as modules, and as one message, joined by blank lines, that may be reused anywhere. Other
@@ -30,7 +30,7 @@ def permutations(engine: Engine, client: Client, report: ServerReport) -> None:
     for kind in ("marked", "plain"):
         # Nobody has seen these texts before, not even in an earlier run.
         seed = random.SystemRandom().randrange(1 << 30)
-        documents = [filler(engine, _SIZE, seed + number).strip() for number in range(_DOCUMENTS)]
+        documents = [filler(engine, size, seed + number).strip() for number in range(_DOCUMENTS)]
         choice = random.Random(seed)
         times: list[float] = []
         for number in range(_ORDERS):
