@@ -260,4 +260,4 @@ def test_they_are_for_pml(more: tuple[str, ...], command: tuple[str | Path, ...]
     done = cpucache("run", "question.txt", *command[4:], *more)
 
     assert (done.status, done.out) == (2, "")
-    assert "--fidelity and --recompute are for PML prompts, which need --schema" in done.err
+    assert "--fidelity and --recompute are for --schema, or for --reuse anywhere: all else is exact" in done.err

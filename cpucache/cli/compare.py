@@ -63,9 +63,10 @@ def compare(
             exactness = {name: settings[name] for name in FIDELITY if name in settings}
             encoded = engine.encode_for(prompt, progress, **exactness)
         else:
-            # The blocks of what is no PML are saved by whoever evaluates them.
-            engine.generate(**asked, progress=progress, **settings | {"max_tokens": 1})
             encoded = Encoded()
+            if settings.get("reuse") != "anywhere":
+                # Text is exact once it has been asked before. What of it comes from elsewhere is so the first time.
+                engine.generate(**asked, progress=progress, **settings | {"max_tokens": 1})
             # The answer is to come from slices, and not from what is in the context by chance.
             engine.warm_up()
     cached = engine.generate(**asked, **settings)

@@ -20,6 +20,8 @@ from cpucache.store import Store
 
 _RELATION = 10
 """Columns that a relation takes, and the word "recomputed"."""
+_WORDS = 8
+"""Tokens that text without markup is known by."""
 _WIDE = 120
 """Columns of a terminal that has room for the names of what a slice was evaluated behind."""
 _STYLES = {"exact": "green", "clean": "cyan", "related": "yellow", "foreign": "magenta"}
@@ -48,6 +50,8 @@ def plan(prompt: str, schema_file: str | None, model: str, as_json: bool, **opti
         texts = {} if schema is None else _texts(engine.add_schema(schema))
         found = engine.plan(**asked, **wanted)
         rows = [_row(span, engine.store, texts) for span in found.spans]
+        if schema is None:
+            rows = [row | {"text": _begun(engine, span)} for row, span in zip(rows, found.spans, strict=True)]
         rate = engine.store.speed(engine.fingerprint)
     cost = _cost(found, rate)
     if as_json:
@@ -87,6 +91,11 @@ def _row(span: Span, store: Store, texts: dict[bytes, str]) -> dict[str, Any]:
     return row
 
 
+def _begun(engine: Engine, span: Span) -> str:
+    """How the text of a span begins, on one line."""
+    return " ".join(engine.model.text(span.tokens[:_WORDS], special=True).split())
+
+
 def _names(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
@@ -107,7 +116,7 @@ def _cost(found: Plan, rate: float | None) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     columns = [
-        Column("module", overflow="fold"),
+        Column("text" if rows and "text" in rows[0] else "module", overflow="fold"),
         *(Column(name, justify="right", no_wrap=True) for name in ("position", "tokens")),
         Column("slice", min_width=_RELATION),
         Column("evaluated behind", overflow="fold"),
@@ -122,7 +131,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             behind += f": {', '.join(row['context'])}"
         cells.append(
             [
-                Text(row["module"] or ("(schema)" if relation else "")),
+                Text(row.get("text") or row["module"] or ("(schema)" if relation else "")),
                 f"{row['position']:,}",
                 f"{row['tokens']:,}",
                 Text(what, style=_STYLES.get(relation, "dim")),

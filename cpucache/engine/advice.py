@@ -67,8 +67,9 @@ class FidelityReport:
 
     @property
     def best(self) -> Trial | None:
-        """The change that brings the most for its time, if any helps at all."""
-        return next((trial for trial in self.trials if self.gain(trial) > 0), None)
+        """The change that brings the most for its time, if any brings a tenth of the way back."""
+        least = self.now.distance.kl_mean / 10
+        return next((trial for trial in self.trials if self.gain(trial) > least), None)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for ``--json``."""
@@ -117,7 +118,8 @@ def examine(
     changes: list[tuple[str, Fidelity]] = []
     if advise and not fidelity.exact and not (question.bound is None and question.plan().exact):
         changes += [(f"--recompute {share}", Fidelity(share)) for share in SHARES if share > fidelity.recompute]
-        changes.append(("--fidelity high, or cpucache encode --refine", Fidelity(exact=True)))
+        exact = "--reuse exact" if question.bound is None else "--fidelity high, or cpucache encode --refine"
+        changes.append((exact, Fidelity(exact=True)))
 
     def say(done: int, what: str) -> None:
         if progress:

@@ -293,9 +293,10 @@ class Engine:
         *,
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
+        reuse: Reuse | None = None,
     ) -> Encoded:
         """Make the slices that one prompt needs and the store does not have. Fidelity is given as for ``plan``."""
-        question = self._question(prompt, fidelity=fidelity, recompute=recompute)
+        question = self._question(prompt, fidelity=fidelity, recompute=recompute, reuse=reuse)
         return self._encode(question.plan().wanted, question.label, progress)
 
     def prefetch(

@@ -53,10 +53,12 @@ def plan_text(workspace: Workspace, repair: Repair, text: Text, *, anywhere: boo
             slice_ = made if there or each.slice is None else each.slice
             relation: Relation = "clean" if before.issuperset(slice_.sees) else "foreign"
             exact = slice_ is made and chain.trail.exact
-            span = replace(slice_.span, start=chain.end, relation="exact" if exact else relation, made=not there)
-            chain.add(span if slice_ is made else replace(span, made=False))
+            absent = slice_ is made and not there
+            why = each.why if absent else "" if exact else "not yet evaluated behind this"
+            relation = "exact" if exact else relation
+            chain.add(replace(slice_.span, start=chain.end, relation=relation, made=absent, why=why))
         before.add(text_id(each.tokens))
-    chain.evaluate(tail.tokens)
+    chain.evaluate(tail.tokens, "the last segment")
     return Plan(tuple(chain.spans))
 
 
@@ -69,6 +71,8 @@ class _Segment:
     slice: Slice | None = None
     """What it is taken from."""
     recomputed: bool = False
+    why: str = "no slice yet"
+    """Why it is evaluated, if it is."""
 
     @property
     def end(self) -> int:
@@ -120,5 +124,5 @@ def _drop_short(segments: Sequence[_Segment]) -> None:
             continue
         if sum(len(one.tokens) for one in run) < SHORTEST:
             for one in run:
-                one.slice = None
+                one.slice, one.why = None, f"fewer than {SHORTEST} known tokens in a row"
         run = []
