@@ -290,14 +290,15 @@ def test_what_a_stopped_prompt_has_evaluated_is_kept(arch: str, tiny: Tiny, tmp_
         def stopping(batch: Batch, *arguments: Any) -> None:
             evaluate(batch, *arguments)
             evaluated.append(batch.size)
-            if sum(evaluated) == 1280:
+            if sum(evaluated) >= 1000:
                 stream.stop()
 
         running.context.evaluate = stopping  # type: ignore[method-assign]
         stream = running.stream(text=text, max_tokens=4)
         assert stream.reply().metrics.completion_tokens == 0
-        # Whole blocks are in the store, but for the last; that is in the slot, where one can go on from it.
-        known = sum(evaluated) if arch == "llama" else 1024
+        # Whole steps of 256 tokens and more are in the store, but for the last; that is in the slot, where one can go on
+        # from it.
+        known = sum(evaluated) if arch == "llama" else sum(evaluated) - 512
         evaluated.clear()
         answer = said(running, running.stream(text=text, max_tokens=1))
         assert sum(evaluated) <= answer.stream.plan.n_tokens - known + 2

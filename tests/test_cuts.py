@@ -33,9 +33,9 @@ PIECES = [
             "lament",
         ]
     ),
-    *(".", "!", ",", "\n", "\n\n", " \n", ".\n\n", "# ", "- ", "```", "<end>"),
+    *(".", "!", ",", "\n", "\n\n", " \n", ".\n\n", "# ", "- ", "```", "<end>", "<start>"),
 ]
-END = PIECES.index("<end>")
+END, START = PIECES.index("<end>"), PIECES.index("<start>")
 
 
 class Pieces:
@@ -48,6 +48,9 @@ class Pieces:
 
     def ends_generation(self, token: int) -> bool:
         return token == END
+
+    def is_control(self, token: int) -> bool:
+        return token in (END, START)
 
 
 def ids(text: str) -> Tokens:
@@ -131,13 +134,20 @@ def test_a_longest_segment_moves_none_behind_the_next_cut(head: Tokens, text: To
         assert end - len(head) in limited(text)
 
 
-def test_a_message_s_end_is_a_cut() -> None:
+def test_messages_begin_and_end_at_cuts() -> None:
     cuts = Cuts(Pieces(), 16, 64)
     one, other = ids(prose(6)), ids(prose(7, seed=1))
     end = np.array([END, PIECES.index("\n")], np.int32)
     assert cuts(np.concatenate([one, end, other, end, one])) == [8, 17, 23]
     # Of two that are very close, the first is.
     assert cuts(np.concatenate([one, end, one[:1], end, other, one])) == [8, 24]
+    # A header goes with what stands before it, so that what is said is a segment of its own.
+    header = np.array([START, 3, PIECES.index("\n")], np.int32)
+    assert cuts(np.concatenate([header, one, end, header, other, end, header, one])) == [3, 14, 26, 32]
+    question = ids("\n\n")
+    document = ids(prose(20, seed=2))
+    asked = np.concatenate([header, document, question, one[:4], end, header, other])
+    assert cuts(asked) == [3, 24, 33, 40]
 
 
 def test_long_paragraphs_are_segments_of_their_own() -> None:

@@ -20,11 +20,12 @@ from cpucache.layout.vocabulary import Tokens
 LEAST, MOST = 64, 512
 """Tokens of a segment: ``LEAST`` but between message edges and paragraphs, and ``MOST`` in any case."""
 
-# What a token's text says of the places before and behind it.
-_END, _BLANK, _OPENS, _STOP, _SPACE = 1, 2, 4, 8, 16
+# What a token says of the places before and behind it.
+_END, _BLANK, _OPENS, _STOP, _SPACE, _CONTROL = 1, 2, 4, 8, 16, 32
 _UNKNOWN = 255
 # Ranks of places, the weakest first.
-_WORD, _SENTENCE, _LINE, _PARAGRAPH, _EDGE, _CERTAIN = 0, 1, 2, 3, 4, 5
+_WORD, _SENTENCE, _LINE, _PARAGRAPH, _EDGE, _HEADER, _CERTAIN = 0, 1, 2, 3, 4, 5, 6
+_NEARBY = 4  # tokens of a message's header, such as <|im_start|>user, before its line break
 _OPENING = re.compile(r"#{1,6}\s|#{1,6}$|```|~~~|===|---|[-*•]\s?$")
 _SENTENCE_END = (".", "!", "?", "。", "！", "？")
 _Numbers = npt.NDArray[np.int64]
@@ -47,6 +48,9 @@ class Pieces(Protocol):
     def ends_generation(self, token: int) -> bool:
         """Whether the token ends a message."""
 
+    def is_control(self, token: int) -> bool:
+        """Whether the token stands for no text."""
+
 
 def check_sizes(least: int, most: int) -> None:
     """Raise ``InputError`` for sizes that segments can't have."""
@@ -57,10 +61,10 @@ def check_sizes(least: int, most: int) -> None:
 class Cuts:
     """Finds the cuts of texts in one model's tokens.
 
-    A message's end is a cut, and so is a blank line or heading with a paragraph of ``least`` tokens or more on one side
-    of it. (Of two such places that are closer together than a quarter of ``least``, one is.) Between these, segments
-    are at least ``least`` tokens long, and end where the highest ranked place is: at a blank line or heading, else
-    behind a line, a sentence, a word.
+    The beginning of a message behind its header is a cut, and so is a blank line or heading with a paragraph of
+    ``least`` tokens or more on one side of it. (Where two such places are closer together than a quarter of ``least``,
+    the first alone is.) Between these, segments are at least ``least`` tokens long, and end where the highest ranked
+    place is: at a blank line or heading, else behind a line, a sentence, a word.
 
     Args:
         vocabulary: The model's tokens.
@@ -77,12 +81,16 @@ class Cuts:
         self._flags = np.full(vocabulary.n_vocab, _UNKNOWN, np.uint8)
         self._breaks = np.zeros(vocabulary.n_vocab, np.uint8)
 
-    def __call__(self, tokens: Tokens) -> list[int]:
-        """The end of each segment, as an index into ``tokens``, in order; the last is the end of the text."""
+    def __call__(self, tokens: Tokens, *, part: bool = False) -> list[int]:
+        """The end of each segment, as an index into ``tokens``, in order; the last is the end of the text.
+
+        ``part``: this is a part of a longer text, such as a message of a conversation; nothing very short is cut off at
+        its ends.
+        """
         count = len(tokens)
         if count < 2:
             return [count] if count else []
-        places = self._kept(self._ranks(tokens), tokens)
+        places = self._kept(self._ranks(tokens), tokens, part=part)
         ends = np.flatnonzero(places) + 1
         # Longer than most: cut from the left, so that text that goes on keeps its cuts.
         found: list[int] = []
@@ -103,6 +111,9 @@ class Cuts:
         breaks, ends = own, (flags & _END > 0).astype(np.int64)
         for _ in range(3):
             breaks, ends = own + blank * _shifted(breaks), np.maximum(ends, blank * _shifted(ends))
+        control = (flags & (_CONTROL | _END) == _CONTROL).astype(np.int64)
+        for _ in range(_NEARBY):
+            control = np.maximum(control, _shifted(control))
         stops = (flags & _STOP) > 0
         before, behind = slice(0, -1), slice(1, None)
         opens, space = (flags[behind] & _OPENS) > 0, (flags[behind] & _SPACE) > 0
@@ -110,6 +121,7 @@ class Cuts:
         ranks[breaks[before] >= 1] = _LINE
         ranks[(breaks[before] >= 2) | ((breaks[before] >= 1) & opens)] = _PARAGRAPH
         ranks[ends[before] > 0] = _EDGE
+        ranks[(breaks[before] >= 1) & (control[before] > 0)] = _HEADER
         # White space belongs to what stands before it.
         ranks[blank[behind] > 0] = _WORD
         return ranks
@@ -122,6 +134,7 @@ class Cuts:
             bare = text.strip()
             tail = text[len(text.rstrip()) :]
             flags = _END if self._vocabulary.ends_generation(token) else 0
+            flags |= _CONTROL if self._vocabulary.is_control(token) else 0
             flags |= _BLANK if text and not bare else 0
             flags |= _OPENS if _OPENING.match(text) else 0
             flags |= _STOP if bare.endswith(_SENTENCE_END) else 0
@@ -130,9 +143,9 @@ class Cuts:
             self._breaks[token] = min(tail.count("\n"), 8)
 
     # -- the highest of their neighbourhoods -------------------------------------------------------------------------
-    def _kept(self, ranks: _Numbers, tokens: Tokens) -> _Flags:
+    def _kept(self, ranks: _Numbers, tokens: Tokens, *, part: bool) -> _Flags:
         """Which places are cuts."""
-        certain = self._certain(ranks)
+        certain = self._certain(ranks, part=part)
         keys = (ranks.astype(np.uint64) << np.uint64(56)) | (_hashes(tokens)[:-1] >> np.uint64(8))
         keys[certain] = np.uint64(_CERTAIN << 56)
         # The beginning and the end of the text count as cuts.
@@ -145,21 +158,23 @@ class Cuts:
         result: _Flags = certain | ((keys > left) & (keys >= right))
         return result
 
-    def _certain(self, ranks: _Numbers) -> _Flags:
-        """Ends of messages, and of paragraphs with a long one on one side; of those close together, one."""
+    def _certain(self, ranks: _Numbers, *, part: bool) -> _Flags:
+        """Edges of messages, and of paragraphs with a long one on one side; of those close together, the first."""
         strong = np.flatnonzero(ranks >= _PARAGRAPH)
         if not len(strong):
             return np.zeros(len(ranks), bool)
         gaps = np.diff(np.concatenate([[-1], strong, [len(ranks)]]))
-        long = (gaps[:-1] >= self.least) | (gaps[1:] >= self.least) | (ranks[strong] == _EDGE)
+        long = (gaps[:-1] >= self.least) | (gaps[1:] >= self.least) | (ranks[strong] >= _EDGE)
         anchors = strong[long]
         rank = ranks[anchors]
         apart = max(1, self.least // 4)
         near = np.diff(anchors) < apart
-        # The end of a message comes first, then what stands first.
         drop = np.zeros(len(anchors), bool)
         drop[1:] |= near & (rank[:-1] >= rank[1:])
-        drop[:-1] |= near & (rank[1:] > rank[:-1])
+        # The header of a message goes with the message before it: what is said begins behind it.
+        drop[:-1] |= near & (rank[:-1] == _EDGE) & (rank[1:] == _HEADER)
+        if part:
+            drop |= (anchors + 1 < apart) | (len(ranks) - anchors < apart)
         result = np.zeros(len(ranks), bool)
         result[anchors[~drop]] = True
         return result

@@ -6,11 +6,11 @@ The key of a context names what was attended to and nothing else: not how that w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -281,16 +281,23 @@ class Trail:
         self._digest.update(np.array(numbers, "<i4").tobytes())
 
 
+class Cutting(Protocol):
+    """What finds the segments of texts, such as ``cpucache.layout.cuts.Cuts``."""
+
+    def __call__(self, tokens: Tokens, *, part: bool = False) -> Sequence[int]:
+        """The end of each segment. ``part``: of a part of a longer text."""
+
+
 class Slices:
     """Makes slices of one model and one format of states, by the spans behind which they are evaluated.
 
     Args:
         fingerprint: Names the model's weights.
         state_format: What the bytes of a state depend on besides.
-        cuts: Gives the end of each segment of a text.
+        cuts: Finds the segments of texts.
     """
 
-    def __init__(self, fingerprint: str, state_format: str, cuts: Callable[[Tokens], Sequence[int]]) -> None:
+    def __init__(self, fingerprint: str, state_format: str, cuts: Cutting) -> None:
         self.fingerprint = fingerprint
         self.state_format = state_format
         self.cuts = cuts
@@ -330,7 +337,7 @@ class Slices:
         trail = Trail(before)
         made: list[Slice] = []
         begin = 0
-        for end in self.cuts(tokens) if ends is None else ends:
+        for end in self.cuts(tokens, part=True) if ends is None else ends:
             made.append(self.make(spans, tokens[begin:end], module, trail=trail))
             spans.append(made[-1].span)
             trail.add(made[-1].span)
@@ -344,7 +351,7 @@ class Slices:
 
         ``ends``: of the segments of all tokens but the last, where they are known.
         """
-        *whole, _ = [0, *(self.cuts(tokens[:-1]) if ends is None else ends)]
+        *whole, _ = [0, *(self.cuts(tokens[:-1], part=True) if ends is None else ends)]
         made = self.cut(before, tokens, module, ends=whole[1:])
         spans = [*before, *(slice_.span for slice_ in made)]
         done = whole[-1] if whole else 0

@@ -68,6 +68,14 @@ class Slot:
         pairs = zip(self.held, plan.spans, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0].same(pair[1]), pairs))
 
+    def known(self, plan: Plan) -> int:
+        """Leading tokens of ``plan`` without a slice that the slot holds; never the last of all, evaluated anyway."""
+        shared = self.shared(plan)
+        count = sum(len(span.tokens) for span in plan.spans[:shared] if span.slice is None)
+        if shared < min(len(plan.spans), len(self.held)):
+            count += _common(self.held, shared, plan.spans[shared])
+        return min(count, max(0, plan.n_tokens - plan.n_cached - 1))
+
     def recognise(self, slice_: Slice) -> bool:
         """Whether the slot has evaluated the tokens of a slice behind its context: they count as the slice then."""
         index = next((i for i, held in enumerate(self.held) if held.start <= slice_.start < held.end), None)
@@ -123,6 +131,10 @@ class Splicer:
             if slot is not taken and slot.held:
                 self.reset(slot)
         return taken
+
+    def known(self, plan: Plan) -> int:
+        """Leading tokens of ``plan`` without a slice that some slot holds already."""
+        return max(slot.known(plan) for slot in self.slots)
 
     def reset(self, slot: Slot) -> None:
         """Empty a slot, and the sequences that are none."""

@@ -301,9 +301,12 @@ class Workspace:
         """
         encoded = Encoded()
         states: dict[Slice, Bytes] = {}
+        known = 0
 
         def splice() -> Task[tuple[Plan, Spliced]]:
+            nonlocal known
             planned = plan()
+            known = 0 if fresh else self._splicer.known(planned)
             self._check_can_be_spliced(planned)
             with self.store.using(self.keys(planned)):
                 shared = 0 if fresh else slot.shared(planned)
@@ -319,7 +322,8 @@ class Workspace:
 
         planned, spliced = yield from self._mending(splice, states)
         made = sum(len(span.tokens) for span in planned.spans if span.slice in encoded.made)
-        evaluated = spliced.evaluated + made
+        # What stands before slices made on the way was evaluated with them.
+        evaluated = made + max(spliced.evaluated, planned.n_tokens - planned.n_cached - known)
         clean, related, foreign = planned.count("clean"), planned.count("related"), planned.count("foreign")
         self._learn_rate(encoded.tokens + spliced.evaluated, encoded.seconds + spliced.prefill_ms / 1000)
         return planned, Prefill(

@@ -207,6 +207,10 @@ class Model:
         """Whether the model says by this token that it has finished (``llama_vocab_is_eog``)."""
         return bool(api.llama_vocab_is_eog(self.vocab, token))
 
+    def is_control(self, token: int) -> bool:
+        """Whether a token stands for no text, but for something about it (``llama_vocab_is_control``)."""
+        return bool(api.llama_vocab_is_control(self.vocab, token))
+
     @cached_property
     def filler(self) -> int:
         """What stands in for an argument not yet known: the unknown token, else padding, else end of text."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from cpucache.layout import Tokens
+from cpucache.reuse.slices import Cutting
 
 
-def every(size: int = 256) -> Callable[[Tokens], list[int]]:
+def every(size: int = 256) -> Cutting:
     """Segments of ``size`` tokens; the last may be shorter."""
 
-    def cuts(tokens: Tokens) -> list[int]:
+    def cuts(tokens: Tokens, *, part: bool = False) -> list[int]:
         return [*range(size, len(tokens), size), len(tokens)] if len(tokens) else []
 
     return cuts
