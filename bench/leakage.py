@@ -25,7 +25,7 @@ from cpucache.pml import load_schema
 
 FOLDER = Path(__file__).parent / "leakage"
 LEVELS: tuple[Any, ...] = ("fast", "balanced")
-SHARES = (0.0, 0.05, 0.1, 0.2)
+SHARES = (0.0, 0.1)
 MAX_TOKENS = 32
 
 

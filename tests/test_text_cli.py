@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("folder")
 
 PARAGRAPHS = [message(number, 25) for number in range(6)]
 EDITED = [*PARAGRAPHS[:2], message(77, 25), *PARAGRAPHS[3:]]
-ANYWHERE = ("--reuse", "anywhere")
+ANYWHERE = ("--reuse", "anywhere", "--recompute", "0.1")
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_both_answers_are_compared_as_they_are_the_first_time(model: Path, texts
 def test_how_near_it_comes_is_measured(model: Path, texts: tuple[str, str]) -> None:
     notes, edited = texts
     told("run", notes, model, "-n", "2", *ANYWHERE)
-    near = told("fidelity", edited, model, "-n", "4", *ANYWHERE, "--recompute", "0")
+    near = told("fidelity", edited, model, "-n", "4", "--reuse", "anywhere")
     changes = {each["change"]: each["kl_answer"] for each in near["advice"]}
     assert set(changes) == {"--recompute 0.1", "--recompute 0.2", "--reuse exact"}
     assert changes["--reuse exact"] < 1e-5 < near["cached"]["kl_answer"]

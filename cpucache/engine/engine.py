@@ -279,8 +279,7 @@ class Engine:
             reuse: ``"schema"``: slices that attended to text of the prompt's schema alone; for prompts without one,
                 those that are exact. ``"exact"``: no others. ``"anywhere"``: slices that attended to text of other
                 prompts, too. So messages and text are answered at once when something before a known passage has
-                changed; a tenth of what is taken so is recomputed, unless ``fidelity`` or ``recompute`` says
-                otherwise. The engine's when none is given.
+                changed. The engine's when none is given.
 
         Raises ``PMLError`` or ``InputError``.
         """

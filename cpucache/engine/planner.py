@@ -17,7 +17,7 @@ from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Text, Tokens, Turns, bind
 from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve, tree
 from cpucache.pml.tree import Prompt, Reference, RoleName, Schema, Turn
-from cpucache.reuse import BUDGET, REUSES, Fidelity, Level, Lookup, Plan, Reuse
+from cpucache.reuse import REUSES, Fidelity, Level, Lookup, Plan, Reuse
 from cpucache.runtime import Model
 
 Message: TypeAlias = Mapping[str, object]
@@ -139,9 +139,7 @@ class Planner:
             raise InputError(f"reuse={reuse!r}: must be one of {', '.join(REUSES)}")
         if sum(given is not None for given in (prompt, messages, text, tokens)) != 1:
             raise InputError("give one of prompt, messages, text and tokens")
-        # States of other texts show through, unless a part of them is recomputed.
-        usual = Fidelity(BUDGET) if reuse == "anywhere" and prompt is None else None
-        wanted = Fidelity.of(fidelity, recompute, usual=self._fidelity or usual)
+        wanted = Fidelity.of(fidelity, recompute, usual=self._fidelity)
         if prompt is not None:
             parsed = parsed_prompt(prompt)
             layout = self.layout(parsed.schema)

@@ -8,11 +8,9 @@ from cpucache.reuse.reading import reading, scaffolded
 from cpucache.reuse.refine import asked, refine, text_parts
 from cpucache.reuse.repair import Repair
 from cpucache.reuse.slices import Plan, Slice, Slices, Span
-from cpucache.reuse.text import BUDGET
 from cpucache.reuse.workspace import Encoded, Prefill, Workspace
 
 __all__ = [
-    "BUDGET",
     "DEFAULT",
     "LEVELS",
     "REUSES",

@@ -15,8 +15,6 @@ from cpucache.store import text_id
 
 SHORTEST = 64
 """Tokens of neighbouring segments at least, that are taken from elsewhere. Fewer are evaluated as fast as spliced."""
-BUDGET = 0.1
-"""The share of what is taken from elsewhere that is recomputed unless told otherwise."""
 
 
 def plan_text(workspace: Workspace, repair: Repair, text: Text, *, anywhere: bool, recompute: float) -> Plan:
