@@ -296,8 +296,7 @@ def test_what_a_stopped_prompt_has_evaluated_is_kept(arch: str, tiny: Tiny, tmp_
         running.context.evaluate = stopping  # type: ignore[method-assign]
         stream = running.stream(text=text, max_tokens=4)
         assert stream.reply().metrics.completion_tokens == 0
-        # Whole steps of 256 tokens and more are in the store, but for the last; that is in the slot, where one can go on
-        # from it.
+        # Whole steps of 256 tokens and more are in the store, but for the last; that is in the slot, and found there.
         known = sum(evaluated) if arch == "llama" else sum(evaluated) - 512
         evaluated.clear()
         answer = said(running, running.stream(text=text, max_tokens=1))
