@@ -123,8 +123,8 @@ def reuse_option(command: Command) -> Command:
         "--reuse",
         type=click.Choice(REUSES),
         help="Which slices a prompt may take. exact: those that were evaluated behind just what stands before them; "
-        "schema: behind text of the prompt's schema, too; anywhere: behind any text, so that only what changed of plain "
-        "text and messages is evaluated.  "
+        "schema: behind text of the prompt's schema, too; anywhere: behind any text, so that of plain text and "
+        "messages only what changed is evaluated.  "
         "[default: schema, which is exact for prompts that have none]",
     )(command)
 
