@@ -1,12 +1,18 @@
-"""Bytes a token, speed and distance from f16 for each type of keys and values.
+"""Bytes a token, speed and distance from f16 for each type of keys and values, in the context and on disk.
 
-python bench/kv_types.py MODEL [--tokens 1000]
+python bench/kv_types.py MODEL [--tokens 1000] [--json FILE]
+
+Each way encodes a schema, closes, and answers from RAM, from disk, and from disk with nothing of it in the page cache.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import numpy as np
@@ -14,40 +20,90 @@ import numpy as np
 from cpucache import Engine
 from cpucache.bench.text import filler_prompt, filler_schema
 from cpucache.runtime import KVType
+from cpucache.runtime.packing import AtRest
 
-_SETTINGS: tuple[tuple[KVType, str], ...] = (("f16", "off"), ("q8_0", "off"), ("f16", "on"), ("q8_0", "on"))
+_SETTINGS: tuple[tuple[KVType, str, AtRest], ...] = (
+    ("f16", "off", "f16"),
+    ("f16", "off", "q8_0"),
+    ("f16", "off", "q4_0"),
+    ("q8_0", "off", "f16"),
+    ("f16", "on", "f16"),
+    ("q8_0", "on", "f16"),
+)
+_MODULES, _QUESTION = 4, 12
+
+
+def _uncached(folder: Path) -> None:
+    """Take every slice file out of the page cache."""
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(
+    model: str, tokens: int, repeat: int, settings: tuple[KVType, str, AtRest], folder: Path
+) -> tuple[dict[str, Any], np.ndarray[Any, np.dtype[np.float64]]]:
+    """What one way takes, and the log probabilities of the token behind the prompt, as read from disk."""
+    kv_type, flash, at_rest = settings
+    given: dict[str, Any] = {"store": folder, "kv_type": kv_type, "flash": flash, "at_rest": at_rest}
+    given["n_ctx"] = tokens + 256
+    with Engine(model, **given) as engine:
+        schema = filler_schema(engine, tokens, _MODULES)
+        prompt = filler_prompt(engine, range(_MODULES), _QUESTION)
+        engine.add_schema(schema)
+        encoded = engine.encode("bench")
+        memory = []
+        for _ in range(repeat + 1):
+            engine.forget()
+            memory.append(engine.generate(prompt, max_tokens=1).metrics.ttft_ms)
+        engine.store.flush()
+        kept = engine.store.kept([slice_.key for slice_ in encoded.wanted])
+    disk: dict[str, list[float]] = {"disk": [], "cold": []}
+    for _ in range(repeat):
+        for where, times in disk.items():
+            if where == "cold":
+                _uncached(folder)
+            with Engine(model, **given) as engine:
+                engine.add_schema(schema)
+                engine.warm_up()
+                times.append(engine.generate(prompt, max_tokens=1).metrics.ttft_ms)
+                logits = engine.context.logits().astype(np.float64)
+                if len(times) == repeat:
+                    tpot = engine.generate(prompt, max_tokens=24).metrics.tpot_ms
+    row = {
+        "keys": kv_type,
+        "flash": flash,
+        "at_rest": at_rest,
+        "bytes_per_token": round(kept.bytes / encoded.tokens),
+        "ram_ms": round(median(memory[1:]), 1),
+        "disk_ms": round(median(disk["disk"]), 1),
+        "cold_disk_ms": round(median(disk["cold"]), 1),
+        "tpot_ms": round(tpot, 1),
+    }
+    return row, logits - np.logaddexp.reduce(logits)
 
 
 @click.command()
 @click.argument("model")
 @click.option("--tokens", default=1000, show_default=True, help="Tokens cached, in 4 modules.")
-@click.option("--repeat", default=7, show_default=True, help="Answers from RAM, of which the median counts.")
-def main(model: str, tokens: int, repeat: int) -> None:
+@click.option("--repeat", default=5, show_default=True, help="Answers of each kind, of which the median counts.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write everything here.")
+def main(model: str, tokens: int, repeat: int, file: Path | None) -> None:
     """Compare types of keys and values on MODEL (a name of the catalogue or a path)."""
-    reference: np.ndarray | None = None
-    for kv_type, flash in _SETTINGS:
-        with (
-            tempfile.TemporaryDirectory() as store,
-            Engine(model, store=store, kv_type=kv_type, flash=flash, n_ctx=tokens + 256) as engine,
-        ):
-            engine.add_schema(filler_schema(engine, tokens, 4))
-            prompt = filler_prompt(engine, 4, 12)
-            encoded = engine.encode("bench")
-            engine.generate(prompt, max_tokens=1)
-            logits = engine.context.logits().astype(np.float64)
-            logprobs = logits - np.logaddexp.reduce(logits)
-            reference = logprobs if reference is None else reference
-            times = []
-            for _ in range(repeat):
-                engine.forget()
-                times.append(engine.generate(prompt, max_tokens=1).metrics.ttft_ms)
-            answer = engine.generate(prompt, max_tokens=24).metrics
-            divergence = float((np.exp(reference) * (reference - logprobs)).sum())
-            click.echo(
-                f"keys {kv_type}, values {engine.context.value_type}, flash attention {flash}: "
-                f"{encoded.bytes / encoded.tokens:,.0f} bytes a token, first token {median(times):.0f} ms, "
-                f"{answer.tpot_ms:.1f} ms a token, KL {divergence:.4f} nats"
-            )
+    reference = None
+    rows = []
+    for settings in _SETTINGS:
+        with tempfile.TemporaryDirectory() as folder:
+            row, logprobs = measure(model, tokens, repeat, settings, Path(folder))
+        reference = logprobs if reference is None else reference
+        row["kl"] = round(float((np.exp(reference) * (reference - logprobs)).sum()), 6)
+        rows.append(row)
+        click.echo("  ".join(f"{name} {value}" for name, value in row.items()))
+    if file:
+        file.write_text(
+            json.dumps({"model": model, "tokens": tokens, "types": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from cpucache.reuse.splicer import Splicer
 from cpucache.reuse.work import drive
 from cpucache.runtime import Context, Model, Run
 from cpucache.runtime.context import Bytes
+from cpucache.runtime.layout import Layout, UnknownLayout
 from cpucache.runtime.model import Tokens
-from cpucache.runtime.rotation import _DELTAS, Floats, _fit, _Layout, _rotate, _Unknown, learn
+from cpucache.runtime.rotation import _DELTAS, Floats, _fit, _rotate, learn
 from tests.support.tiny import BYTES
 
 TinyModel = Callable[..., Path]
@@ -83,7 +84,7 @@ def test_a_state_moved_here_is_what_llama_cpp_makes_of_it(
         for delta in (1, -1, -START, 777, 3000):
             moved, expected = rotation.moved(state, delta), shifted(context, state, delta)
             assert moved is not None
-            layout = _Layout(expected)
+            layout = Layout(expected)
             kept = np.ones(len(state), bool)
             for keys in layout.keys:
                 kept[keys.start : keys.end] = False
@@ -107,7 +108,7 @@ def test_a_state_moved_here_is_what_is_evaluated_there(tiny: TinyModel, arch: st
             context.decode([Run(0, START + delta, some_tokens(100))])
             expected = context.save(0)
             context.clear()
-            for keys in _Layout(expected).keys:
+            for keys in Layout(expected).keys:
                 assert np.abs(keys.of(moved) - keys.of(expected)).max() <= 5e-4 * np.abs(keys.of(expected)).max()
 
 
@@ -178,13 +179,13 @@ def test_keys_that_turn_in_another_way_are_not_taken_for_known() -> None:
         turned(lambda delta: 0.9 * np.abs(delta)),
         turned(lambda delta: 0.9 * delta, lambda delta: 1 + delta / 100),
     ):
-        with pytest.raises(_Unknown):
+        with pytest.raises(UnknownLayout):
             _fit(*strange, None)
-        with pytest.raises(_Unknown):
+        with pytest.raises(UnknownLayout):
             _fit(*strange, fit)
     before, after = turned(lambda delta: 0.9 * delta)
     after[..., 3] = before[..., 3]
-    with pytest.raises(_Unknown):
+    with pytest.raises(UnknownLayout):
         _fit(before, after, None)
 
 
@@ -228,7 +229,7 @@ def test_a_slice_spliced_elsewhere_leaves_nothing_for_llama_cpp_to_move(
         context.remove(0, 70)
         if at_once:
             expected = context.save(0)
-            for keys in _Layout(expected).keys:
+            for keys in Layout(expected).keys:
                 ours, theirs = keys.of(spliced).astype(float), keys.of(expected).astype(float)
                 assert np.abs(ours - theirs).max() <= 1e-3 * np.abs(theirs).max()
         context.decode([Run(0, 70, some_tokens(3, seed=1))], logits="last")

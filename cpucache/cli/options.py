@@ -10,6 +10,7 @@ import click
 from cpucache.layout.cuts import LEAST, MOST
 from cpucache.models import default_model
 from cpucache.reuse import DEFAULT, LEVELS, REUSES
+from cpucache.runtime.packing import AT_REST
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -73,6 +74,14 @@ def engine_options(command: Command) -> Command:
             "--flash",
             type=click.Choice(["on", "off", "auto"]),
             help="Flash attention.  [default: off on a CPU, where it slows cached prompts down; auto on a GPU]",
+        ),
+        click.option(
+            "--at-rest",
+            type=click.Choice(AT_REST),
+            default="f16",
+            show_default=True,
+            help="How slices are kept on disk: as they are, or in half (q8_0) or a quarter (q4_0) of the room. What is "
+            "read from disk is then near to what was saved, not equal.",
         ),
         click.option(
             "--ram",

@@ -59,6 +59,7 @@ from cpucache.reuse.splicer import SLOTS, Slot
 from cpucache.reuse.work import Task
 from cpucache.runtime import Context, KVType, Model, Sampling
 from cpucache.runtime.hardware import on_mains
+from cpucache.runtime.packing import AT_REST, AtRest, Packing
 from cpucache.sessions import Transcripts
 from cpucache.store import Fingerprints, Store, default_home
 
@@ -84,6 +85,9 @@ class Engine:
         threads: Threads that evaluate (default: one for each core).
         gpu_layers: Layers on a GPU: a number, or ``"auto"``.
         kv_type: Type of the saved keys, ``"f16"`` or ``"q8_0"`` (values too with ``flash="on"``).
+        at_rest: How slices are kept on disk and in packs: as they are (``"f16"``), or in half or a quarter of the room
+            (``"q8_0"``, ``"q4_0"``). What is read from disk is then near to what was saved, not equal. The slices of
+            one way are not found by another.
         flash: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU).
         positions: How schemas are laid out.
         segment_tokens: Least and most tokens of the segments that plain text and messages are cut into.
@@ -112,6 +116,7 @@ class Engine:
         threads: int | None = None,
         gpu_layers: int | str = "auto",
         kv_type: KVType = "f16",
+        at_rest: AtRest = "f16",
         flash: str | None = None,
         positions: Positions = "auto",
         segment_tokens: tuple[int, int] = (LEAST, MOST),
@@ -123,7 +128,12 @@ class Engine:
     ) -> None:
         usual = None if fidelity is None else Fidelity.of(fidelity)
         ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
-        _check(positions=(positions, POSITIONS), refine=(refine, REFINES), reuse=(reuse, REUSES))
+        _check(
+            positions=(positions, POSITIONS),
+            refine=(refine, REFINES),
+            reuse=(reuse, REUSES),
+            at_rest=(at_rest, AT_REST),
+        )
         check_sizes(*segment_tokens)
         for setting, value in (("threads", threads), ("n_ctx", n_ctx)):
             if value is not None and value < 1:
@@ -141,10 +151,13 @@ class Engine:
             opened.callback(self.context.close)
             # What is free now that the weights and the context are there.
             free = psutil.virtual_memory().available
-            kept = Store(home, ram_budget=free // 4 if ram is None else ram, disk_budget=disk, paranoid=paranoid)
+            ram = free // 4 if ram is None else ram
+            packing = None if at_rest == "f16" else Packing(at_rest, self.context.n_threads)
+            kept = Store(home, ram_budget=ram, disk_budget=disk, paranoid=paranoid, packing=packing)
             opened.callback(lambda: self.store.close() if hasattr(self, "workspace") else kept.close())
             self.fingerprint = Fingerprints(home / "index.sqlite").of(path)
-            self.slices = Slices(self.fingerprint, self.context.state_format, Cuts(loaded, *segment_tokens))
+            form = self.context.state_format + ("" if packing is None else f"/at-rest-{packing.kind}")
+            self.slices = Slices(self.fingerprint, form, Cuts(loaded, *segment_tokens))
             self.workspace = Workspace(self.context, kept, self.slices, parallel)
             template = ChatTemplate(
                 loaded.chat_template, bos=loaded.special_text("bos"), eos=loaded.special_text("eos")

@@ -18,13 +18,10 @@ import numpy.typing as npt
 
 from cpucache.errors import ContextFull, CpucacheError
 from cpucache.runtime.context import Bytes, Context, Run
+from cpucache.runtime.layout import CELL, F32, HEAD, Layout, UnknownLayout
 
 log = logging.getLogger(__name__)
 
-_F32, _F16 = 0, 1  # GGML_TYPE_F32, GGML_TYPE_F16 (ggml.h)
-_FLOATS: dict[int, np.dtype[np.floating]] = {_F32: np.dtype("<f4"), _F16: np.dtype("<f2")}
-_CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
-_HEAD = 16  # bytes: what a state is and of which sequence, the number of streams, the number of cells
 _CELLS = 4  # that each shift is tried on
 _ROOM = 256  # cells of the least context that llama.cpp makes, which must be full
 _POWERS = [1 << power for power in range(13)]
@@ -39,78 +36,6 @@ _CHUNK = 1 << 16
 
 Floats = npt.NDArray[np.float32]
 Angles = npt.NDArray[np.float64]
-
-
-class _Unknown(Exception):
-    """Why the angles can't be learnt, or a state can't be read."""
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Where a state has the keys or values of a layer: ``shape`` floats of ``type`` from byte ``start`` on."""
-
-    start: int
-    type: int
-    shape: tuple[int, int]
-
-    @property
-    def end(self) -> int:
-        return self.start + self.shape[0] * self.shape[1] * _FLOATS[self.type].itemsize
-
-    def of(self, state: Bytes) -> npt.NDArray[np.floating]:
-        """The floats, as a view."""
-        return state[self.start : self.end].view(_FLOATS[self.type]).reshape(self.shape)
-
-
-class _Layout:
-    """Where a state has what, as ``llama_kv_cache::state_write`` lays it out. Raises ``_Unknown``."""
-
-    def __init__(self, state: Bytes) -> None:
-        self._state = state
-        self._at = 0
-        self._take(8)
-        streams, self.count = self._numbers(2)
-        if streams != 1 or not self.count:
-            raise _Unknown(f"a state of {streams} streams and {self.count} cells")
-        cells = self._take(self.count * _CELL.itemsize).view(_CELL)
-        if (cells["sequences"] != 1).any():
-            raise _Unknown("cells that say more than a position")
-        self.transposed, layers = self._numbers(2)
-        if self.transposed > 1 or layers > len(state):
-            raise _Unknown("no layers where they were expected")
-        self.keys = [self._by_cell() for _ in range(layers)]
-        self.values = [self._by_value() if self.transposed else self._by_cell() for _ in range(layers)]
-        if self._at != len(state):
-            raise _Unknown(f"{len(state) - self._at} bytes behind the values")
-
-    def _take(self, size: int) -> Bytes:
-        taken = self._state[self._at : self._at + size]
-        if len(taken) != size:
-            raise _Unknown("a state that ends early")
-        self._at += size
-        return taken
-
-    def _numbers(self, count: int) -> list[int]:
-        return [int(number) for number in self._take(4 * count).view("<u4")]
-
-    def _by_cell(self) -> _Block:
-        """A row of floats for each cell."""
-        type_, row, high = self._numbers(3)
-        if high or type_ not in _FLOATS or row % _FLOATS[type_].itemsize:
-            raise _Unknown(f"rows of {row} bytes of type {type_}")
-        return self._block(type_, (self.count, row // _FLOATS[type_].itemsize))
-
-    def _by_value(self) -> _Block:
-        """A row of cells for each float."""
-        type_, size, width = self._numbers(3)
-        if type_ not in _FLOATS or size != _FLOATS[type_].itemsize:
-            raise _Unknown(f"values of {size} bytes of type {type_}")
-        return self._block(type_, (width, self.count))
-
-    def _block(self, type_: int, shape: tuple[int, int]) -> _Block:
-        block = _Block(self._at, type_, shape)
-        self._take(block.end - block.start)
-        return block
 
 
 @dataclass(frozen=True)
@@ -155,8 +80,8 @@ class Rotation:
     def moved(self, state: Bytes, delta: int) -> Bytes | None:
         """A state with all its cells ``delta`` positions further on; ``None`` when it is not laid out as expected."""
         try:
-            layout = _Layout(state)
-        except _Unknown as why:
+            layout = Layout(state)
+        except UnknownLayout as why:
             log.debug("a state is shifted by llama.cpp: %s", why)
             return None
         if len(layout.keys) != len(self._turns):
@@ -164,7 +89,7 @@ class Rotation:
         out = np.empty_like(state)
         first = layout.keys[0].start
         out[:first] = state[:first]
-        out[_HEAD : _HEAD + layout.count * _CELL.itemsize].view(_CELL)["position"] += delta
+        out[HEAD : HEAD + layout.count * CELL.itemsize].view(CELL)["position"] += delta
 
         def move(layers: range) -> None:
             for layer in layers:
@@ -206,18 +131,18 @@ def learn(context: Context, state: Bytes) -> Rotation | None:
     trained = int(model.meta(f"{model.architecture}.rope.scaling.original_context_length") or model.n_ctx_train)
     try:
         if not context.can_shift or model.window or model.gpu_layers or context.n_ctx > trained:
-            raise _Unknown("a kind of model or context whose keys are left to llama.cpp")
-        layout = _Layout(state)
+            raise UnknownLayout("a kind of model or context whose keys are left to llama.cpp")
+        layout = Layout(state)
         turns = list(_learn(context, state, layout))
         if model.rotary and not any(turns):
-            raise _Unknown("no key turns")
-    except (_Unknown, CpucacheError) as why:
+            raise UnknownLayout("no key turns")
+    except (UnknownLayout, CpucacheError) as why:
         log.debug("states are shifted by llama.cpp: %s", why)
         return None
     return Rotation(turns, context.n_threads)
 
 
-def _learn(context: Context, state: Bytes, like: _Layout) -> Iterator[_Turn | None]:
+def _learn(context: Context, state: Bytes, like: Layout) -> Iterator[_Turn | None]:
     before, after = _shifted(context, like, state[:8])
     known: _Turn | None = None
     for keys, shifted in zip(before, after, strict=True):
@@ -225,7 +150,7 @@ def _learn(context: Context, state: Bytes, like: _Layout) -> Iterator[_Turn | No
         yield known
 
 
-def _shifted(context: Context, like: _Layout, head: Bytes) -> tuple[list[Floats], list[Floats]]:
+def _shifted(context: Context, like: Layout, head: Bytes) -> tuple[list[Floats], list[Floats]]:
     """Random keys of each layer before and after shifts by ``_DELTAS``, as done by llama.cpp: shifts, cells, floats."""
     random = np.random.default_rng(0)
     before = [random.standard_normal((len(_DELTAS), _CELLS, keys.shape[1]), np.float32) for keys in like.keys]
@@ -238,7 +163,7 @@ def _shifted(context: Context, like: _Layout, head: Bytes) -> tuple[list[Floats]
         crafted.append([np.zeros((spare, keys.shape[1]), np.float32) for keys in like.keys])
         for sequence, keys in enumerate(crafted):
             if not small.load(sequence, _craft(head, like, keys)):
-                raise _Unknown("llama.cpp refuses a state made here")
+                raise UnknownLayout("llama.cpp refuses a state made here")
         for sequence, delta in enumerate(_DELTAS):
             small.shift(sequence, delta)
         try:
@@ -246,24 +171,24 @@ def _shifted(context: Context, like: _Layout, head: Bytes) -> tuple[list[Floats]
         except ContextFull:
             pass
         else:
-            raise _Unknown("a full context takes more tokens")
+            raise UnknownLayout("a full context takes more tokens")
         saved = [small.save(sequence) for sequence in range(len(_DELTAS))]
     finally:
         small.close()
-    after = [np.stack([keys.of(state) for state in saved]) for keys in _Layout(saved[0]).keys]
+    after = [np.stack([keys.of(state) for state in saved]) for keys in Layout(saved[0]).keys]
     return before, after
 
 
-def _craft(head: Bytes, like: _Layout, keys: Sequence[Floats]) -> Bytes:
+def _craft(head: Bytes, like: Layout, keys: Sequence[Floats]) -> Bytes:
     """A state with these keys, and values of 0, as f32; of the shape of another."""
     count = len(keys[0])
-    cells = np.zeros(count, _CELL)
+    cells = np.zeros(count, CELL)
     cells["position"] = np.arange(count) - min(_DELTAS)
     cells["sequences"] = 1
     parts = [head, np.array([1, count], "<u4"), cells, np.array([0, len(keys)], "<u4")]
     widths = [values.shape[0 if like.transposed else 1] for values in like.values]
     for rows in (*keys, *(np.zeros((count, width), np.float32) for width in widths)):
-        parts += [np.array([_F32, rows.itemsize * rows.shape[1], 0], "<u4"), rows]
+        parts += [np.array([F32, rows.itemsize * rows.shape[1], 0], "<u4"), rows]
     return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
 
 
@@ -281,7 +206,7 @@ def _fit(before: Floats, after: Floats, guess: _Turn | None) -> _Turn | None:
     begin, size = int(starts[0]), int(sizes[0])
     regular = (sizes == size).all() and (starts == begin + period * np.arange(len(starts))).all()
     if not regular or width % period or begin + size > period or size % 2:
-        raise _Unknown("floats that turn here and there")
+        raise UnknownLayout("floats that turn here and there")
     # Heads of a size that goes into what turns; those of another layer first. Where neighbours turn together, one head
     # stands for all.
     shapes = [(True, size // parts) for parts in range(1, size // 2 + 1) if size % (2 * parts) == 0] + [(False, size)]
@@ -291,7 +216,7 @@ def _fit(before: Floats, after: Floats, guess: _Turn | None) -> _Turn | None:
         angles = None if size % head else _angles(halves, head, before[..., turning], after[..., turning])
         if angles is not None:
             return _Turn(period, begin, size, halves, angles)
-    raise _Unknown("keys that don't turn by an angle for each position")
+    raise UnknownLayout("keys that don't turn by an angle for each position")
 
 
 def _angles(halves: bool, head: int, before: Floats, after: Floats) -> Angles | None:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import platformdirs
 
@@ -31,6 +31,16 @@ WAITING = 256 << 20
 _PAGE = 4096  # bytes
 _NOTE_EVERY = 5.0  # seconds between entries of what was used
 _Job: TypeAlias = "tuple[Bytes, Ids, SliceInfo]"
+
+
+class Packing(Protocol):
+    """What makes states smaller, such as ``cpucache.runtime.packing.Packing``."""
+
+    def pack(self, state: Bytes) -> Bytes:
+        """A state in fewer bytes."""
+
+    def unpack(self, packed: Bytes) -> Bytes:
+        """The state again, or nearly. Raises ``ValueError`` for bytes that are no state."""
 
 
 def default_home() -> Path:
@@ -54,6 +64,7 @@ class Store:
     what can't be written is kept in RAM alone; from a folder that can't be written, slices are read. A damaged file is
     set aside and counts as missing. ``paranoid`` checks the hash of a file each time that it is mapped, not only the
     first. ``patience`` is how many seconds to wait for a slice that another process is making, before making it too.
+    ``packing`` makes what lies on disk smaller.
 
     ``writable`` tells whether slices still go to the disk. May be used from several threads.
     """
@@ -66,6 +77,7 @@ class Store:
         disk_budget: int | None = None,
         paranoid: bool = False,
         patience: float = 300.0,
+        packing: Packing | None = None,
     ) -> None:
         self.home = home
         self.paranoid = paranoid
@@ -73,6 +85,7 @@ class Store:
         self.files = SliceFiles(home / "slices") if home else None
         self.index: Index | None = None
         self.disk_budget = 0
+        self._packing = packing
         self._given = disk_budget is not None
         self._why: Exception | None = None  # why the folder can only be read
         self._claims = Claims(home / "claims" if home else None)
@@ -222,7 +235,12 @@ class Store:
         if found is None:
             return None
         state, self._checked[key] = found
-        return state
+        try:
+            return state if self._packing is None else self._packing.unpack(state)
+        except ValueError as error:
+            _log.warning("%s: %s; it is set aside and made again", self.files.path(key), error)
+            self.discard(key, aside=True)
+            return None
 
     def put(self, key: str, state: Bytes, tokens: Ids, info: SliceInfo) -> None:
         """Keep a slice: at once in RAM, soon in a file. Waits only when the disk is far behind."""
@@ -352,6 +370,8 @@ class Store:
             return
         with self._lock:
             keep = set(self._using)
+        if self._packing is not None:
+            state = self._packing.pack(state)
         size = state.nbytes
         if self.index.reserve(key, info, size, self.disk_budget, keep, self.files.drop, given=self._given):
             try:

@@ -1,0 +1,99 @@
+"""Where saved states have what: keys and values of each layer, as llama.cpp lays them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cpucache.runtime.context import Bytes
+
+F32, F16 = 0, 1  # GGML_TYPE_F32, GGML_TYPE_F16 (ggml.h)
+FLOATS: dict[int, np.dtype[np.floating]] = {F32: np.dtype("<f4"), F16: np.dtype("<f2")}
+CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
+HEAD = 16
+"""Bytes before the cells: what a state is and of which sequence, the number of streams, the number of cells."""
+
+
+class UnknownLayout(Exception):
+    """Why a state can't be read."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a state has the keys or values of a layer: ``shape`` floats of ``type`` from byte ``start`` on."""
+
+    start: int
+    type: int
+    shape: tuple[int, int]
+
+    @property
+    def end(self) -> int:
+        """The byte behind the last float."""
+        return self.start + self.shape[0] * self.shape[1] * FLOATS[self.type].itemsize
+
+    def of(self, state: Bytes) -> npt.NDArray[np.floating]:
+        """The floats, as a view."""
+        return state[self.start : self.end].view(FLOATS[self.type]).reshape(self.shape)
+
+
+class Layout:
+    """Where a state has what, as ``llama_kv_cache::state_write`` lays it out. Raises ``UnknownLayout``.
+
+    Models with sliding windows have two caches, one behind the other: ``count`` and ``transposed`` are of the first.
+    """
+
+    def __init__(self, state: Bytes) -> None:
+        self._state = state
+        self._at = 0
+        self.keys: list[Block] = []
+        self.values: list[Block] = []
+        self._take(8)
+        self.count, self.transposed = self._cache()
+        while self._at < len(state):
+            self._cache()
+
+    def _cache(self) -> tuple[int, int]:
+        """Read one cache; gives its number of cells, and whether its values are transposed."""
+        streams, self._cells = self._numbers(2)
+        if streams != 1 or not self._cells:
+            raise UnknownLayout(f"a state of {streams} streams and {self._cells} cells")
+        cells = self._take(self._cells * CELL.itemsize).view(CELL)
+        if (cells["sequences"] != 1).any():
+            raise UnknownLayout("cells that say more than a position")
+        transposed, layers = self._numbers(2)
+        if transposed > 1 or layers > len(self._state):
+            raise UnknownLayout("no layers where they were expected")
+        self.keys += [self._by_cell() for _ in range(layers)]
+        self.values += [self._by_value() if transposed else self._by_cell() for _ in range(layers)]
+        return self._cells, transposed
+
+    def _take(self, size: int) -> Bytes:
+        taken = self._state[self._at : self._at + size]
+        if len(taken) != size:
+            raise UnknownLayout("a state that ends early")
+        self._at += size
+        return taken
+
+    def _numbers(self, count: int) -> list[int]:
+        return [int(number) for number in self._take(4 * count).view("<u4")]
+
+    def _by_cell(self) -> Block:
+        """A row of floats for each cell."""
+        type_, row, high = self._numbers(3)
+        if high or type_ not in FLOATS or row % FLOATS[type_].itemsize:
+            raise UnknownLayout(f"rows of {row} bytes of type {type_}")
+        return self._block(type_, (self._cells, row // FLOATS[type_].itemsize))
+
+    def _by_value(self) -> Block:
+        """A row of cells for each float."""
+        type_, size, width = self._numbers(3)
+        if type_ not in FLOATS or size != FLOATS[type_].itemsize:
+            raise UnknownLayout(f"values of {size} bytes of type {type_}")
+        return self._block(type_, (width, self._cells))
+
+    def _block(self, type_: int, shape: tuple[int, int]) -> Block:
+        block = Block(self._at, type_, shape)
+        self._take(block.end - block.start)
+        return block

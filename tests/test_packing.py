@@ -1,0 +1,159 @@
+"""States packed for the disk: half or a quarter as large, near to what they were, and never taken for another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpucache.errors import InputError
+from cpucache.runtime import Run
+from cpucache.runtime.context import Bytes
+from cpucache.runtime.layout import Layout
+from cpucache.runtime.packing import AtRest, Packing
+from tests.support import sessions
+from tests.support.sessions import engine, message
+from tests.support.tiny import ARCHS
+from tests.support.workbench import distance, opened, some_tokens
+
+Tiny = Callable[..., Path]
+
+# What a float may be off, of the largest of its group: half a step, in 4 bits one of them, and roundings to f16.
+STEPS: dict[AtRest, float] = {"q8_0": 1 / 254 + 1e-3, "q4_0": 1 / 8 + 1e-3}
+kinds = pytest.mark.parametrize("kind", STEPS)
+
+
+def state_of(path: Path, tokens: int, kv_type: str = "f16") -> Bytes:
+    with opened(path, kv_type) as context:  # type: ignore[arg-type]
+        context.decode([Run(0, 0, some_tokens(tokens))])
+        return context.save(0)
+
+
+def floats(state: Bytes) -> list[np.ndarray]:
+    layout = Layout(state)
+    return [block.of(state) for block in (*layout.keys, *layout.values)]
+
+
+TEXT = message(1, 120)
+
+
+# ---- states ----------------------------------------------------------------------------------------------------------
+@kinds
+@pytest.mark.parametrize("tokens", [1, 31, 33, 200])
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+def test_a_state_is_near_to_what_it_was(kind: AtRest, tokens: int, kv_type: str, tiny: Tiny) -> None:
+    state = state_of(tiny("llama"), tokens, kv_type)
+    packing = Packing(kind, 2)
+    packed = packing.pack(state)
+    again = packing.unpack(packed)
+    assert len(again) == len(state)
+    for one, other in zip(floats(state), floats(again), strict=True):
+        largest = np.abs(one.astype(np.float32)).max()
+        assert 0 < np.abs(one.astype(np.float32) - other.astype(np.float32)).max() <= STEPS[kind] * largest
+    # What is no float is as it was: with zeros in the place of floats, both are equal.
+    for each in (*floats(state), *floats(again)):
+        each[:] = 0
+    assert again.tolist() == state.tolist()
+    if tokens == 200:
+        width = 4 if kv_type == "f32" else 2
+        assert len(packed) / len(state) < {"q8_0": 1.2, "q4_0": 0.7}[kind] / width
+
+
+@kinds
+@settings(deadline=None)
+@given(st.lists(st.floats(-1000, 1000, width=16), min_size=1, max_size=100))
+def test_any_floats_come_back_within_a_step(kind: AtRest, values: list[float]) -> None:
+    """Also those of a state that is crafted: one cell, one layer, as many values as drawn."""
+    numbers = np.array(values, "<f2")
+    parts = [
+        *(np.array(each, "<u4") for each in ([7, 7, 1, 1], [0, 1, 0], [1, 1], [1, 2 * len(numbers), 0])),
+        numbers,
+        *(np.array(each, "<u4") for each in ([1, 2, len(numbers)],)),
+        numbers,
+    ]
+    state = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts])
+    packing = Packing(kind)
+    again = packing.unpack(packing.pack(state))
+    for one, other in zip(floats(state), floats(again), strict=True):
+        flat, back = one.astype(np.float64).reshape(-1), other.astype(np.float64).reshape(-1)
+        for begin in range(0, len(flat), 32):
+            group, found = flat[begin : begin + 32], back[begin : begin + 32]
+            largest = np.abs(group).max()
+            # The scale is a float of 16 bits itself.
+            assert np.abs(group - found).max() <= STEPS[kind] * largest + 1e-6
+
+
+@kinds
+def test_what_is_no_such_state_is_left_alone(kind: AtRest, tiny: Tiny) -> None:
+    packing = Packing(kind)
+    for state in (np.arange(200, dtype=np.uint8), np.zeros(0, np.uint8), state_of(tiny("mamba"), 20, "f32")):
+        assert packing.pack(state) is state
+        assert packing.unpack(state) is state
+
+
+@kinds
+def test_a_packed_state_that_was_cut_is_an_error(kind: AtRest, tiny: Tiny) -> None:
+    packing = Packing(kind)
+    packed = packing.pack(state_of(tiny("llama"), 20))
+    for size in (len(packed) - 1, len(packed) // 2, 24, 30):
+        with pytest.raises(ValueError):
+            packing.unpack(packed[:size])
+
+
+# ---- in the store ----------------------------------------------------------------------------------------------------
+@kinds
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_answer_after_a_restart_is_near(kind: AtRest, arch: str, tiny: Tiny, tmp_path: Path) -> None:
+    sizes = {}
+    for at_rest in ("f16", kind):
+        folder = tmp_path / at_rest
+        with engine(tiny(arch), folder, kv_type="f16", at_rest=at_rest) as running:
+            first = sessions.said(running, running.stream(text=TEXT, max_tokens=3))
+            assert first.stream.metrics.cached_tokens == 0
+        with engine(tiny(arch), folder, kv_type="f16", at_rest=at_rest) as running:
+            again = sessions.said(running, running.stream(text=TEXT, max_tokens=3))
+            assert again.stream.metrics.cached_tokens > 0
+            totals = running.store.index.totals() if running.store.index else {}
+            sizes[at_rest] = totals["bytes"]
+        assert distance(again.rows[0], first.rows[0]) < (0.02 if at_rest == "f16" else 0.6)
+    assert sizes[kind] < 0.7 * sizes["f16"] or arch == "mamba"
+
+
+def test_slices_of_one_way_are_not_found_by_another(tiny: Tiny, tmp_path: Path) -> None:
+    for at_rest in ("f16", "q8_0", "q4_0"):
+        with engine(tiny("llama"), tmp_path, kv_type="f16", at_rest=at_rest) as running:
+            assert running.generate(text=TEXT, max_tokens=1).metrics.cached_tokens == 0
+
+
+def test_a_packed_file_that_says_nonsense_is_set_aside(tiny: Tiny, tmp_path: Path) -> None:
+    settings = {"kv_type": "f16", "at_rest": "q8_0"}
+    with engine(tiny("llama"), tmp_path, **settings) as running:
+        stream = running.stream(text=TEXT, max_tokens=1)
+        stream.reply()
+        key = stream.plan.slices[0].key
+        running.store.flush()
+        found = running.store.files.info(key) if running.store.files else None
+        state = running.store.files.get(key) if running.store.files else None
+        assert found is not None and state is not None
+        cut = state[0][:-1].copy()
+        running.store.files.drop(key)  # type: ignore[union-attr]
+        running.store.files.put(key, cut, stream.plan.slices[0].tokens, found[0])  # type: ignore[union-attr]
+    with engine(tiny("llama"), tmp_path, **settings) as running:
+        again = running.stream(text=TEXT, max_tokens=1)
+        assert again.reply().text == stream.text
+        assert again.metrics.fresh_tokens > 1
+    assert list(tmp_path.rglob("*.damaged"))
+
+
+def test_kinds_that_are_none(tiny: Tiny, tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match="at_rest='q2': must be one of f16, q8_0, q4_0"),
+        engine(tiny("llama"), tmp_path, at_rest="q2"),
+    ):
+        pass
+    with pytest.raises(InputError, match="at_rest='f16': must be one of"):
+        Packing("f16")
