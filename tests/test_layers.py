@@ -40,6 +40,7 @@ MAY_IMPORT = {
         *("models", "sessions", "engine", "bench"),
     },
     TOP: {"errors", "engine"},
+    "__main__": {"cli"},
 }
 
 # Packages that belong to certain rooms, which shield the others from them.

@@ -4,7 +4,7 @@ from cpucache.engine.engine import Engine
 from cpucache.engine.reply import Metrics, Reply
 from cpucache.engine.session import Session
 from cpucache.engine.stream import Stream
-from cpucache.reuse import Fidelity
+from cpucache.reuse import Fidelity, Reuse
 from cpucache.runtime import Sampling
 
-__all__ = ["Engine", "Fidelity", "Metrics", "Reply", "Sampling", "Session", "Stream"]
+__all__ = ["Engine", "Fidelity", "Metrics", "Reply", "Reuse", "Sampling", "Session", "Stream"]

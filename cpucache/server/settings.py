@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cpucache.reuse import Reuse
+from cpucache.engine import Reuse
 
 MAX_TOKENS = 1024
 """Tokens of an answer to a request that does not say how many."""
