@@ -490,7 +490,7 @@ class Engine:
         if question.bound is None:
             before, rest = self._unsaved(answer)
             tokens = joined([rest, np.array(answer.tokens[: answer.evaluated], np.int32)])
-            answer.capture(self._cut(before, tokens), PREFIX)
+            answer.capture(self.slices.cut(before, tokens), PREFIX)
         if not answer.plan.exact:
             parts = text_parts(answer.plan) if question.bound is None else asked(question.bound)
             self.store.asked.note(self.fingerprint, self.slices.state_format, question.label, parts)
@@ -501,23 +501,16 @@ class Engine:
         By itself, so that it is found whatever is answered the next time.
         """
         before, rest = self._unsaved(answer)
-        # A recurrent state has gone on by now.
-        if not self.model.recurrent and len(rest) > _LEAST:
-            answer.capture(self._cut(before, rest[:-1]), PREFIX)
+        if len(rest) > _LEAST:
+            answer.capture(self.slices.cut(before, rest[:-1]), PREFIX)
             answer.saved = len(rest) - 1
 
     def _unsaved(self, answer: Answer) -> tuple[list[Span], Tokens]:
         """The spans of a plain text that are slices, and the rest of its tokens."""
         *before, fresh = answer.plan.spans
         if answer.saved:
-            before += [slice_.span for slice_ in self._cut(before, fresh.tokens[: answer.saved])]
+            before += [slice_.span for slice_ in self.slices.cut(before, fresh.tokens[: answer.saved])]
         return before, fresh.tokens[answer.saved :]
-
-    def _cut(self, before: Sequence[Span], tokens: Tokens) -> list[Slice]:
-        # A recurrent state is that of all tokens up to now.
-        if self.model.recurrent:
-            return [self.slices.make(before, tokens)] if len(tokens) else []
-        return self.slices.cut(before, tokens)
 
 
 def _refining_when_idle(workspace: Workspace) -> Request[None] | None:

@@ -101,6 +101,12 @@ class Cuts:
             begin = end
         return found
 
+    def ends_message(self, tokens: Tokens) -> bool:
+        """Whether some tokens end where a message does, or its header."""
+        last = tokens[-_NEARBY - 2 :]
+        self._learn(last)
+        return bool((self._flags[last] & (_END | _CONTROL)).any())
+
     # -- ranks -------------------------------------------------------------------------------------------------------
     def _ranks(self, tokens: Tokens) -> _Numbers:
         """The rank of each place: that with index ``i`` is behind token ``i``, before another."""

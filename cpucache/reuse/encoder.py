@@ -12,7 +12,7 @@ import numpy as np
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
 from cpucache.reuse.progress import Step
-from cpucache.reuse.slices import Plan, Slice, Span
+from cpucache.reuse.slices import Plan, Slice, Slices, Span
 from cpucache.reuse.splicer import Slot, Splicer, State
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Run
@@ -23,6 +23,8 @@ from cpucache.runtime.context import Bytes
 _BATCH = 512
 # Tokens evaluated in place before what is finished is given away.
 _STEP = 256
+# Tokens of a long message between two recurrent states that are saved.
+_APART = 1024
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,16 @@ class _Run:
 
 
 class Encoder:
-    """Makes slices in the slots of a splicer."""
+    """Makes slices in the slots of a splicer.
 
-    def __init__(self, splicer: Splicer) -> None:
+    Args:
+        splicer: Evaluates them.
+        slices: Says where recurrent states are saved.
+    """
+
+    def __init__(self, splicer: Splicer, slices: Slices) -> None:
         self._splicer = splicer
+        self._slices = slices
         self._context = splicer.context
 
     def encode(
@@ -121,13 +129,22 @@ class Encoder:
                 captured = self._splicer.capture(slot, slice_)
                 assert captured is not None, "a slice just evaluated behind its context"
                 made(Made(slice_, captured, seconds * len(slice_.tokens)))
+            last = batch[-1]
+            if self._slices.recurrent and (last is run.slices[-1] or self._is_point(last)):
+                state_there = self._splicer.capture_point(slot)
+                made(Made(self._slices.point(last), state_there, seconds * len(tokens)))
+
+    def _is_point(self, slice_: Slice) -> bool:
+        """Whether the recurrent state behind a slice is saved: at a message's end, and now and then."""
+        return self._slices.cuts.ends_message(slice_.tokens) or slice_.start // _APART != slice_.end // _APART
 
     def _steps(self, slices: Sequence[Slice]) -> Iterator[list[Slice]]:
         step: list[Slice] = []
         for slice_ in slices:
             step.append(slice_)
             # A recurrent state must be saved before it goes on.
-            if self._context.model.recurrent or sum(len(each.tokens) for each in step) >= _STEP:
+            point = self._slices.recurrent and self._is_point(slice_)
+            if point or sum(len(each.tokens) for each in step) >= _STEP:
                 yield step
                 step = []
         if step:

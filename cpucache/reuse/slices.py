@@ -287,6 +287,9 @@ class Cutting(Protocol):
     def __call__(self, tokens: Tokens, *, part: bool = False) -> Sequence[int]:
         """The end of each segment. ``part``: of a part of a longer text."""
 
+    def ends_message(self, tokens: Tokens) -> bool:
+        """Whether some tokens end where a message does, or its header."""
+
 
 class Slices:
     """Makes slices of one model and one format of states, by the spans behind which they are evaluated.
@@ -301,6 +304,14 @@ class Slices:
         self.fingerprint = fingerprint
         self.state_format = state_format
         self.cuts = cuts
+        self.recurrent = False
+        """Whether the model has a recurrent state; the workspace says so."""
+
+    def point(self, slice_: Slice) -> Slice:
+        """The recurrent state behind a slice, as a slice of no tokens: one goes on from it, and only from it."""
+        none = slice_.tokens[:0]
+        key = self.key(slice_.key, none, slice_.end)
+        return Slice(key, none, slice_.end, slice_.key, slice_.sees, slice_.sees_tokens, slice_.module)
 
     def content(self, tokens: Tokens) -> str:
         """What all slices of these tokens are found by."""
@@ -349,9 +360,12 @@ class Slices:
     ) -> Plan:
         """``before``, the segments of ``tokens`` but for the last, and the last, to be evaluated.
 
-        ``ends``: of the segments of all tokens but the last, where they are known.
+        ``ends``: of the segments of all tokens but the last, where they are known. Of a recurrent model all are slices:
+        its state before the last token is not to be had once that has been evaluated.
         """
-        *whole, _ = [0, *(self.cuts(tokens[:-1], part=True) if ends is None else ends)]
+        whole = [0, *(self.cuts(tokens[:-1], part=True) if ends is None else ends)]
+        if not self.recurrent:
+            whole.pop()
         made = self.cut(before, tokens, module, ends=whole[1:])
         spans = [*before, *(slice_.span for slice_ in made)]
         done = whole[-1] if whole else 0

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -97,6 +97,15 @@ class Slot:
         return True
 
 
+class Points(NamedTuple):
+    """The recurrent states that there are, by the slices that they stand behind."""
+
+    of: Callable[[Slice], Slice]
+    """The recurrent state behind a slice, as a slice of no tokens."""
+    there: Callable[[Slice], bool]
+    """Whether there is one behind a slice."""
+
+
 class Splicer:
     """Owner of the slots of a context.
 
@@ -107,10 +116,12 @@ class Splicer:
     Args:
         context: Where slices are loaded, and tokens evaluated.
         slots: How many answers can be given at a time, ``SLOTS`` at most.
+        points: Of a recurrent model.
     """
 
-    def __init__(self, context: Context, slots: int = 1) -> None:
+    def __init__(self, context: Context, slots: int = 1, points: Points | None = None) -> None:
         self.context = context
+        self._points = points if context.model.recurrent else None
         self.slots = [Slot(sequence) for sequence in range(slots)]
         self.scratch = slots
         """The sequence that a single slice is loaded or saved in."""
@@ -159,6 +170,9 @@ class Splicer:
         """
         report = Spliced()
         started = time.perf_counter()
+        wanted = plan
+        if self._points and not fresh:
+            plan = self._resumed(slot, plan)
         try:
             if fresh:
                 self.reset(slot)
@@ -167,6 +181,9 @@ class Splicer:
             for group in _grouped(spans, len(self.free)):
                 yield from self._join(slot, group, state, report, progress)
             slot.held = list(plan.spans)
+            if plan is not wanted:
+                for slice_ in wanted.slices:
+                    slot.recognise(slice_)
         except GeneratorExit:
             # Ended while tokens were being evaluated: what has been done is there for the next plan.
             self._keep_evaluated(slot, plan)
@@ -219,17 +236,42 @@ class Splicer:
     def capture(self, slot: Slot, slice_: Slice) -> Bytes | None:
         """The state of a slice whose tokens a slot has evaluated: they count as the slice from then on.
 
-        ``None`` when the slot holds something else there, or before, or when the model's state has gone on since (a
-        recurrent state is never that of earlier tokens).
+        ``None`` when the slot holds something else there, or before.
         """
         if slice_.delta or not slot.recognise(slice_):
             return None
-        if self.context.model.recurrent:
-            return self.context.save(slot.sequence) if slice_.end == slot.end else None
         self.context.share(slot.sequence, self.scratch, slice_.start, slice_.end)
         state = self.context.save(self.scratch)
         self.context.remove(self.scratch)
         return state
+
+    def _resumed(self, slot: Slot, plan: Plan) -> Plan:
+        """The plan of a recurrent model, with tokens to evaluate in the place of slices that one can't go on from.
+
+        Slices can be loaded up to one with a recurrent state behind it.
+        """
+        assert self._points is not None
+        shared = slot.shared(plan)
+        # What the slot goes on from is there. A state that has gone on is not.
+        done = shared if shared == len(slot.held) else 0
+        spans: list[Span] = list(plan.spans[:done])
+        run: list[Span] = []
+        for span in [*plan.spans[done:], None]:
+            if span is not None and span.slice:
+                run.append(span)
+                continue
+            there = [index for index, each in enumerate(run) if each.slice and self._points.there(each.slice)]
+            count = there[-1] + 1 if there else 0
+            spans += run[:count]
+            if run[count:]:
+                spans.append(Span(run[count].start, joined([each.tokens for each in run[count:]])))
+            spans += [] if span is None else [span]
+            run = []
+        return Plan(tuple(spans))
+
+    def capture_point(self, slot: Slot) -> Bytes:
+        """The recurrent state of a slot."""
+        return self.context.save_point(slot.sequence)
 
     def _keep(self, slot: Slot, plan: Plan, report: Spliced) -> list[Span]:
         """Cut a slot back to what it shares with ``plan``; gives the spans that are still to come."""
@@ -314,9 +356,10 @@ class Splicer:
         """
         started = time.perf_counter()
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
-            # A recurrent state is that of all tokens up to its last.
-            for span in part.slices[-1:] if self.context.model.recurrent else part.slices:
+            for span in part.slices:
                 self._load(slot, span, park, state)
+            if self._points and part.slices:
+                self._load_point(park, part.slices[-1], state)
             report.loaded += sum(len(span.tokens) for span in part.slices)
         report.splice_ms += _since(started)
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
@@ -340,7 +383,9 @@ class Splicer:
             saved, start = moved, span.start
         # llama.cpp compares the shapes in the state's header with the model's, but takes whatever positions it finds.
         loaded = self.context.load(self.scratch, saved)
-        if not loaded or self.context.last_position(self.scratch) != start + len(span.slice.tokens) - 1:
+        end = start + len(span.slice.tokens)
+        # Of a recurrent model it tells the position of what is loaded later.
+        if not loaded or not (self._points or self.context.last_position(self.scratch) == end - 1):
             raise Refused(span.slice)
         if not span.whole:
             self.context.remove(self.scratch, start + len(span.tokens))
@@ -348,6 +393,13 @@ class Splicer:
             self.context.shift(self.scratch, span.delta)
         self.context.share(self.scratch, sequence)
         self.context.remove(self.scratch)
+
+    def _load_point(self, sequence: int, span: Span, state: State) -> None:
+        assert span.slice is not None
+        assert self._points is not None
+        point = self._points.of(span.slice)
+        if not self.context.load_point(sequence, state(point)) or self.context.last_position(sequence) != span.end - 1:
+            raise Refused(point)
 
     def _borrow(self, slot: Slot, span: Span, sequence: int) -> bool:
         """Share the cells of another slot that holds the same slice at the same position."""

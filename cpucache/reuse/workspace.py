@@ -16,7 +16,7 @@ from cpucache.layout import Tokens
 from cpucache.reuse.encoder import Encoder, Made, effort
 from cpucache.reuse.progress import OnProgress, Step, counting
 from cpucache.reuse.slices import Plan, Slice, Slices
-from cpucache.reuse.splicer import Refused, Slot, Spliced, Splicer
+from cpucache.reuse.splicer import Points, Refused, Slot, Spliced, Splicer
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context
 from cpucache.runtime.context import Bytes, Logits
@@ -84,8 +84,10 @@ class Workspace:
         self.context = context
         self.store = store
         self.slices = slices
-        self._splicer = Splicer(context, slots)
-        self._encoder = Encoder(self._splicer)
+        slices.recurrent = context.model.recurrent
+        points = Points(slices.point, lambda slice_: slices.point(slice_).key in self.store)
+        self._splicer = Splicer(context, slots, points)
+        self._encoder = Encoder(self._splicer, slices)
         self.prefill_rate: float | None = None
         """Tokens evaluated in a second, as last measured over 32 tokens or more, or a few at first."""
 
@@ -104,8 +106,9 @@ class Workspace:
         return [slice_.key for slice_ in self.loaded(plan.slices)]
 
     def loaded(self, slices: Sequence[Slice]) -> Sequence[Slice]:
-        """Those of consecutive slices that are loaded: a recurrent state is that of all tokens before."""
-        return slices[-1:] if self.context.model.recurrent else slices
+        """Consecutive slices, and what else is loaded with them: the recurrent state behind the last."""
+        point = self.slices.point(slices[-1]) if slices and self.slices.recurrent else None
+        return [*slices, point] if point and point.key in self.store else slices
 
     def missing(self, slices: Iterable[Slice], held: Collection[Slice] = ()) -> list[Slice]:
         """Those of ``slices`` that the store lacks, and what of their contexts is needed to make them, in order.
@@ -123,12 +126,15 @@ class Workspace:
                 return
             if slice_.context is None:
                 raise _Gone
-            for other in self.loaded(slice_.needs):
+            for other in slice_.needs:
                 add(other)
             needed[slice_] = None
 
-        for slice_ in slices:
-            add(slice_)
+        last: Slice | None = None
+        for last in slices:
+            add(last)
+        if last and self.slices.recurrent and last not in held and self.slices.point(last).key not in self.store:
+            needed[last] = None
         return list(needed)
 
     def encode(
@@ -191,7 +197,8 @@ class Workspace:
         started = waiting = time.monotonic()
         # Kept at hand besides the wanted: contexts of what comes later. A small store may drop any of them for what is
         # made now.
-        keep = {*wanted, *(other for slice_ in missing for other in self.loaded(slice_.needs))}
+        first = missing[:1] if self.slices.recurrent else missing
+        keep = {*wanted, *(other for slice_ in first for other in slice_.needs)}
         for slice_ in keep.difference(missing, held):
             self._held(states, slice_)
 
@@ -211,7 +218,7 @@ class Workspace:
             try:
                 yield from self._encoder.encode(slot, mine, partial(self._held, states), made, progress)
             finally:
-                self.store.release(slice_.key for slice_ in mine)
+                self.store.release(map(self._claim, mine))
             if not mine:
                 yield Work([])
             done = set(mine)
@@ -225,12 +232,17 @@ class Workspace:
         mine: dict[Slice, None] = {}
         elsewhere: set[Slice] = set()
         for slice_ in slices:
-            ready = elsewhere.isdisjoint(self.loaded(slice_.needs))
-            if ready and self.store.claim(slice_.key):
+            ready = elsewhere.isdisjoint(slice_.needs)
+            if ready and self.store.claim(self._claim(slice_)):
                 mine[slice_] = None
             elif slice_.key not in self.store:
                 elsewhere.add(slice_)
         return list(mine)
+
+    def _claim(self, slice_: Slice) -> str:
+        """The key that is claimed for making a slice, or the recurrent state behind one that is there."""
+        again = self.slices.recurrent and slice_.key in self.store
+        return self.slices.point(slice_).key if again else slice_.key
 
     def _keep(self, made: Made, schema: str) -> None:
         slice_ = made.slice
@@ -301,19 +313,28 @@ class Workspace:
         """
         encoded = Encoded()
         states: dict[Slice, Bytes] = {}
-        known = 0
+        known = counted = 0
 
         def splice() -> Task[tuple[Plan, Spliced]]:
-            nonlocal known
+            nonlocal known, counted
             planned = plan()
             known = 0 if fresh else self._splicer.known(planned)
             self._check_can_be_spliced(planned)
             with self.store.using(self.keys(planned)):
                 shared = 0 if fresh else slot.shared(planned)
+                if self.slices.recurrent and shared < len(slot.held):
+                    shared = 0  # its state has gone on
                 held = {span.slice for span in planned.spans[:shared] if span.slice}
-                wanted = [slice_ for slice_ in self.loaded(planned.slices) if slice_ not in held]
+                wanted = [slice_ for slice_ in planned.slices if slice_ not in held]
                 missing = self.missing([*wanted, *planned.besides], states.keys() | held)
-                step = counting(progress, effort(missing) + planned.n_tokens - planned.n_cached)
+                told = counting(progress, effort(missing) + planned.n_tokens - planned.n_cached)
+
+                def step(count: int) -> None:
+                    nonlocal counted
+                    counted += count
+                    if told:
+                        told(count)
+
                 yield from self._make(slot, missing, wanted, held, states, schema, encoded, step)
                 with self.store.quiet():
                     state = partial(self._held, states)
@@ -324,6 +345,9 @@ class Workspace:
         made = sum(len(span.tokens) for span in planned.spans if span.slice in encoded.made)
         # What stands before slices made on the way was evaluated with them.
         evaluated = made + max(spliced.evaluated, planned.n_tokens - planned.n_cached - known)
+        if self.slices.recurrent:
+            # So are tokens between the recurrent state that was gone on from and them.
+            evaluated = max(evaluated, min(counted, planned.n_tokens))
         clean, related, foreign = planned.count("clean"), planned.count("related"), planned.count("foreign")
         self._learn_rate(encoded.tokens + spliced.evaluated, encoded.seconds + spliced.prefill_ms / 1000)
         return planned, Prefill(
@@ -383,6 +407,10 @@ class Workspace:
                 seconds = len(slice_.tokens) / (self.prefill_rate or 100.0)
                 self._keep(Made(slice_, state, seconds), schema)
                 taken += state.nbytes
+                if self.slices.recurrent and slice_.end == slot.end:
+                    state = self._splicer.capture_point(slot)
+                    self._keep(Made(self.slices.point(slice_), state, seconds), schema)
+                    taken += state.nbytes
         return taken
 
     def append(self, slot: Slot, tokens: Tokens) -> Task[None]:

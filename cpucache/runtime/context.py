@@ -33,6 +33,9 @@ BATCH = 512
 # llama.cpp asks its abort callback at every node of the graph, and each question goes through Python. That is lost in a
 # long prefill and would cost several per cent of a single token, which ends within a fraction of a second anyway.
 _LONG = 32
+_WHOLE = 0
+"""Flags of a state that has all of a sequence (llama.h)."""
+_POINT_HEAD = 8  # bytes before a recurrent state: what a state is and of which sequence
 _GGML_TYPES = {"f32": api.GGML_TYPE_F32, "f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 _FLASH = {
     "auto": api.LLAMA_FLASH_ATTN_TYPE_AUTO,
@@ -152,6 +155,8 @@ class Context:
         self.can_shift = (
             bool(self._memory and api.llama_memory_can_shift(self._memory)) and model.relative and not model.recurrent
         )
+        # What stands for the recurrent state in a saved state that has none: no sequence has any yet.
+        self._no_point = self.save_point(0)[_POINT_HEAD:] if model.recurrent else np.empty(0, np.uint8)
         self._stop: Callable[[], bool] | None = None
         self._asked = api.ggml_abort_callback(lambda _data: self._stop is not None and self._stop())
         self._never = api.ggml_abort_callback()
@@ -285,21 +290,44 @@ class Context:
 
     # -- state -------------------------------------------------------------------------------------------------------
     def save(self, sequence: int) -> Bytes:
-        """The state of a sequence (``llama_state_seq_get_data``)."""
-        size = int(api.llama_state_seq_get_size(self._ctx, sequence))
+        """The cells of a sequence (``llama_state_seq_get_data``), without its recurrent state, if it has one."""
+        state = self._save(sequence, _WHOLE)
+        if not self.model.recurrent:
+            return state
+        # The recurrent state comes last (llama_memory_hybrid::state_write).
+        point = self.save_point(sequence)[_POINT_HEAD:]
+        if not np.array_equal(state[len(state) - len(point) :], point):
+            raise CpucacheError(f"{self.model.path.name}: llama.cpp lays out states of this model in an unknown way")
+        cells: Bytes = state[: len(state) - len(point)].copy()
+        return cells
+
+    def load(self, sequence: int, state: Bytes) -> bool:
+        """Replace a sequence by saved cells, read straight from their memory. False when llama.cpp refuses them.
+
+        It has no recurrent state then. Raises ``ContextFull`` when the cells do not suffice.
+        """
+        return self._load(sequence, np.concatenate([state, self._no_point]) if len(self._no_point) else state, _WHOLE)
+
+    def save_point(self, sequence: int) -> Bytes:
+        """The recurrent state of a sequence: that of all its tokens together."""
+        return self._save(sequence, api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+
+    def load_point(self, sequence: int, state: Bytes) -> bool:
+        """Give a sequence a recurrent state; its cells stay. False when llama.cpp refuses it."""
+        return self._load(sequence, state, api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+
+    def _save(self, sequence: int, flags: int) -> Bytes:
+        size = int(api.llama_state_seq_get_size_ext(self._ctx, sequence, flags))
         out = np.empty(size, np.uint8)
-        written = int(api.llama_state_seq_get_data(self._ctx, out.ctypes.data_as(_U8), size, sequence))
+        written = int(api.llama_state_seq_get_data_ext(self._ctx, out.ctypes.data_as(_U8), size, sequence, flags))
         if written != size:
             raise CpucacheError(f"llama.cpp saved {written} of {size} bytes of state: {llama.last_errors()}")
         return out
 
-    def load(self, sequence: int, state: Bytes) -> bool:
-        """Replace a sequence by a saved state, read straight from its memory. False when llama.cpp refuses it.
-
-        Raises ``ContextFull`` when the cells do not suffice.
-        """
+    def _load(self, sequence: int, state: Bytes, flags: int) -> bool:
         llama.last_errors(clear=True)
-        taken = int(api.llama_state_seq_set_data(self._ctx, state.ctypes.data_as(_U8), len(state), sequence))
+        data = state.ctypes.data_as(_U8)
+        taken = int(api.llama_state_seq_set_data_ext(self._ctx, data, len(state), sequence, flags))
         if taken == 0 and "cells in kv cache" in llama.last_errors():  # too few of them free, or altogether
             raise ContextFull(f"the context of {self.n_ctx} tokens is full; raise it with --ctx (n_ctx=…)")
         return 0 < taken == len(state)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from cpucache.layout import Tokens
-from cpucache.reuse.slices import Cutting
 
 
-def every(size: int = 256) -> Cutting:
+@dataclass(frozen=True)
+class every:  # noqa: N801 - said like a function
     """Segments of ``size`` tokens; the last may be shorter."""
 
-    def cuts(tokens: Tokens, *, part: bool = False) -> list[int]:
-        return [*range(size, len(tokens), size), len(tokens)] if len(tokens) else []
+    size: int = 256
 
-    return cuts
+    def __call__(self, tokens: Tokens, *, part: bool = False) -> list[int]:
+        return [*range(self.size, len(tokens), self.size), len(tokens)] if len(tokens) else []
+
+    def ends_message(self, tokens: Tokens) -> bool:
+        return False

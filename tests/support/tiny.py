@@ -18,11 +18,14 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-Arch = Literal["llama", "qwen2", "falcon", "mpt", "gemma3", "mamba"]
+Arch = Literal["llama", "qwen2", "falcon", "mpt", "gemma3", "mamba", "lfm2", "jamba"]
 Tokenizer = Literal["bpe", "spm"]
 
 ARCHS: tuple[Arch, ...] = get_args(Arch)
-ATTENTION_ARCHS: tuple[Arch, ...] = tuple(arch for arch in ARCHS if arch != "mamba")
+HYBRID_ARCHS: tuple[Arch, ...] = ("lfm2", "jamba")
+"""Attention in some layers, a recurrent state in the others."""
+RECURRENT_ARCHS: tuple[Arch, ...] = ("mamba", *HYBRID_ARCHS)
+ATTENTION_ARCHS: tuple[Arch, ...] = tuple(arch for arch in ARCHS if arch not in RECURRENT_ARCHS)
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
 UNK, BOS, EOS, PAD, IM_START, IM_END = range(len(SPECIAL_TOKENS))
@@ -118,7 +121,7 @@ def write_tiny(
     """
     add_arch = _ARCHS[arch]
     shape = _Shape(
-        n_layer=n_layer if n_layer is not None else (4 if arch == "gemma3" else 3),
+        n_layer=n_layer if n_layer is not None else (4 if arch in ("gemma3", *HYBRID_ARCHS) else 3),
         n_head=n_head,
         n_kv_head=n_kv_head if n_kv_head is not None else (n_head if arch == "mpt" else 2),
         head_dim=head_dim,
@@ -134,10 +137,11 @@ def write_tiny(
         if arch != "mamba":
             writer.add_feed_forward_length(n_ff)
             writer.add_head_count(n_head)
-            writer.add_head_count_kv(shape.n_kv_head)
+            kv_heads = [shape.n_kv_head * (i % 2) for i in range(shape.n_layer)]
+            writer.add_head_count_kv(kv_heads if arch in HYBRID_ARCHS else shape.n_kv_head)
             writer.add_key_length(head_dim)
             writer.add_value_length(head_dim)
-        if arch not in ("mpt", "mamba"):
+        if arch not in ("mpt", "mamba", "jamba"):
             writer.add_rope_freq_base(rope_base)
         if rope_scaling:
             writer.add_rope_scaling_type(rope_scaling)
@@ -163,7 +167,8 @@ def write_tiny(
         add_arch(writer, weights, shape)
         if rope_factors:
             weights.put("rope_freqs.weight", np.linspace(1.0, 8.0, head_dim // 2))
-        weights.norm("output_norm", shape.n_embd, bias=arch in ("falcon", "mpt"))
+        last_norm = "token_embd_norm" if arch == "lfm2" else "output_norm"
+        weights.norm(last_norm, shape.n_embd, bias=arch in ("falcon", "mpt"))
         weights.matrix("output", n_vocab, shape.n_embd, gain=_LOGIT_GAIN)
 
         writer.write_header_to_file()
@@ -244,26 +249,72 @@ def _add_gemma3(writer: gguf.GGUFWriter, weights: _Weights, shape: _Shape) -> No
         weights.norm(f"{block}.post_ffw_norm", shape.n_embd)
 
 
+_STATE, _KERNEL, _RANK = 16, 4, 8
+
+
 def _add_mamba(writer: gguf.GGUFWriter, weights: _Weights, shape: _Shape) -> None:
-    inner, state, kernel, rank = 2 * shape.n_embd, 16, 4, 8
+    _add_ssm_sizes(writer, shape)
+    for i in range(shape.n_layer):
+        _ssm(weights, f"blk.{i}", shape)
+
+
+def _add_ssm_sizes(writer: gguf.GGUFWriter, shape: _Shape) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_ssm_conv_kernel(kernel)
-    writer.add_ssm_inner_size(inner)
-    writer.add_ssm_state_size(state)
-    writer.add_ssm_time_step_rank(rank)
+    writer.add_ssm_conv_kernel(_KERNEL)
+    writer.add_ssm_inner_size(2 * shape.n_embd)
+    writer.add_ssm_state_size(_STATE)
+    writer.add_ssm_time_step_rank(_RANK)
+
+
+def _ssm(weights: _Weights, block: str, shape: _Shape) -> None:
+    inner = 2 * shape.n_embd
+    weights.norm(f"{block}.attn_norm", shape.n_embd)
+    weights.matrix(f"{block}.ssm_in", 2 * inner, shape.n_embd)
+    weights.matrix(f"{block}.ssm_conv1d", inner, _KERNEL)
+    weights.normal(f"{block}.ssm_conv1d.bias", inner, std=0.1)
+    weights.matrix(f"{block}.ssm_x", _RANK + 2 * _STATE, inner)
+    weights.matrix(f"{block}.ssm_dt", inner, _RANK)
+    # Time steps of about exp(-2): the state remembers some tens of tokens.
+    weights.normal(f"{block}.ssm_dt.bias", inner, std=0.5, mean=-2.0)
+    weights.put(f"{block}.ssm_a", np.tile(-np.linspace(0.2, 2.0, _STATE), (inner, 1)))
+    weights.normal(f"{block}.ssm_d", inner, std=0.1, mean=1.0)
+    weights.matrix(f"{block}.ssm_out", shape.n_embd, inner)
+
+
+def _add_jamba(writer: gguf.GGUFWriter, weights: _Weights, shape: _Shape) -> None:
+    """Mamba and attention in turn."""
+    _add_ssm_sizes(writer, shape)
+    for i in range(shape.n_layer):
+        block = f"blk.{i}"
+        if i % 2:
+            weights.norm(f"{block}.attn_norm", shape.n_embd)
+            _separate_qkv(weights, block, shape, qk_gain=_QK_GAIN)
+        else:
+            _ssm(weights, block, shape)
+            for name, size in (("dt", _RANK), ("b", _STATE), ("c", _STATE)):
+                weights.norm(f"{block}.ssm_{name}_norm", size)
+        weights.norm(f"{block}.ffn_norm", shape.n_embd)
+        _feed_forward(weights, block, shape, gate=True)
+
+
+def _add_lfm2(writer: gguf.GGUFWriter, weights: _Weights, shape: _Shape) -> None:
+    """Short convolutions and attention in turn."""
+    kernel = 3
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_shortconv_l_cache(kernel)
     for i in range(shape.n_layer):
         block = f"blk.{i}"
         weights.norm(f"{block}.attn_norm", shape.n_embd)
-        weights.matrix(f"{block}.ssm_in", 2 * inner, shape.n_embd)
-        weights.matrix(f"{block}.ssm_conv1d", inner, kernel)
-        weights.normal(f"{block}.ssm_conv1d.bias", inner, std=0.1)
-        weights.matrix(f"{block}.ssm_x", rank + 2 * state, inner)
-        weights.matrix(f"{block}.ssm_dt", inner, rank)
-        # Time steps of about exp(-2): the state remembers some tens of tokens.
-        weights.normal(f"{block}.ssm_dt.bias", inner, std=0.5, mean=-2.0)
-        weights.put(f"{block}.ssm_a", np.tile(-np.linspace(0.2, 2.0, state), (inner, 1)))
-        weights.normal(f"{block}.ssm_d", inner, std=0.1, mean=1.0)
-        weights.matrix(f"{block}.ssm_out", shape.n_embd, inner)
+        if i % 2:
+            _separate_qkv(weights, block, shape, qk_gain=1.0)
+            for name in ("attn_q_norm", "attn_k_norm"):
+                weights.norm(f"{block}.{name}", shape.head_dim, gain=_QK_GAIN)
+        else:
+            weights.matrix(f"{block}.shortconv.in_proj", 3 * shape.n_embd, shape.n_embd)
+            weights.matrix(f"{block}.shortconv.conv", shape.n_embd, kernel)
+            weights.matrix(f"{block}.shortconv.out_proj", shape.n_embd, shape.n_embd)
+        weights.norm(f"{block}.ffn_norm", shape.n_embd)
+        _feed_forward(weights, block, shape, gate=True)
 
 
 _ARCHS: dict[Arch, Callable[[gguf.GGUFWriter, _Weights, _Shape], None]] = {
@@ -273,6 +324,8 @@ _ARCHS: dict[Arch, Callable[[gguf.GGUFWriter, _Weights, _Shape], None]] = {
     "mpt": _add_mpt,
     "gemma3": _add_gemma3,
     "mamba": _add_mamba,
+    "lfm2": _add_lfm2,
+    "jamba": _add_jamba,
 }
 
 _SPECIAL_TYPES = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * (len(SPECIAL_TOKENS) - 1)
