@@ -13,7 +13,7 @@ from cpucache.engine import Engine
 from cpucache.errors import ContextFull, InputError
 from tests.support import sessions
 from tests.support.sessions import Said, Truth, chatml, engine, message, plain_spoken, rendered, said, truth
-from tests.support.tiny import ARCHS, ATTENTION_ARCHS
+from tests.support.tiny import ARCHS, ATTENTION_ARCHS, RECURRENT_ARCHS
 from tests.support.workbench import distance, tolerance
 
 Tiny = Callable[..., Path]
@@ -42,12 +42,14 @@ class Known:
     """What is known of texts that were asked, as slices: each behind all before it, by its tokens and theirs."""
 
     def __init__(self, arch: str) -> None:
-        self.recurrent = arch == "mamba"
+        self.recurrent = arch in RECURRENT_ARCHS
         self.slices: set[tuple[int, tuple[int, ...]]] = set()
+        self.points: set[tuple[int, tuple[int, ...]]] = set()
+        """Slices with a recurrent state behind them: one can go on from these alone."""
 
     def of(self, prompt: Sequence[int]) -> int:
         """Tokens of a prompt that are known, its last token aside."""
-        at = 0
+        at = known = 0
         while True:
             ends = [
                 len(tokens)
@@ -55,29 +57,40 @@ class Known:
                 if start == at < len(tokens) < len(prompt) and tuple(prompt[: len(tokens)]) == tokens
             ]
             if not ends:
-                return at
+                return known if self.recurrent else at
+            slice_ = (at, tuple(prompt[: max(ends)]))
             at = max(ends)
+            known = at if slice_ in self.points else known
 
     def ask(self, running: Engine, answer: Said) -> int:
         """How many tokens of an answer's prompt are evaluated; from then on they are known."""
         prompt, tokens = answer.stream.plan.tokens.tolist(), answer.tokens.tolist()
-        known = at = self.of(prompt)
-        cuts = [end for end in running.slices.cuts(np.array(prompt[:-1], np.int32)) if end > at][:-1]
-        for end in cuts:
+        known, at = self.of(prompt), self._chain(prompt)
+        cuts = [end for end in running.slices.cuts(np.array(prompt[:-1], np.int32)) if end > at]
+        for end in cuts if self.recurrent else cuts[:-1]:
             self.slices.add((at, tuple(prompt[:end])))
+            if end == cuts[-1] or running.slices.cuts.ends_message(np.array(prompt[at:end], np.int32)):
+                self.points.add((at, tuple(prompt[:end])))
             at = end
         if not self.recurrent and len(prompt) - at > 8:
             at = self._cut(running, prompt, at, len(prompt) - 1)
-        if self.recurrent:
-            self.slices.add((at, tuple(tokens)))
-        else:
-            self._cut(running, tokens, at, len(tokens))
+        self._cut(running, tokens, at, len(tokens))
         return len(prompt) - known
+
+    def _chain(self, prompt: Sequence[int]) -> int:
+        """Tokens of a prompt that there are slices of, its last token aside."""
+        self.recurrent, was = False, self.recurrent
+        try:
+            return self.of(prompt)
+        finally:
+            self.recurrent = was
 
     def _cut(self, running: Engine, tokens: list[int], begin: int, end: int) -> int:
         at = begin
-        for cut in running.slices.cuts(np.array(tokens[begin:end], np.int32)):
+        for cut in running.slices.cuts(np.array(tokens[begin:end], np.int32), part=True):
             self.slices.add((at, tuple(tokens[: begin + cut])))
+            if begin + cut == end:
+                self.points.add((at, tuple(tokens[:end])))
             at = begin + cut
         return end
 
@@ -109,7 +122,7 @@ def test_a_prompt_is_what_full_prefill_is(arch: str, kind: str, tiny: Tiny, tmp_
             first = asked(running, **request)
             assert (first.fresh, first.stream.metrics.encoded_tokens) == (
                 count,
-                whole(running, full.stream.plan.tokens),
+                count - 1 if arch in RECURRENT_ARCHS else whole(running, full.stream.plan.tokens),
             )
             same(first, full, arch)
             again = asked(running, **request)
@@ -117,7 +130,7 @@ def test_a_prompt_is_what_full_prefill_is(arch: str, kind: str, tiny: Tiny, tmp_
             assert known.ask(running, first) == count
             left = known.ask(running, again)
             # All of it is in the context, which a recurrent model's state has left behind, and a window may have.
-            assert again.fresh == (left if arch in ("mamba", "gemma3") else 1)
+            assert again.fresh == (left if arch in (*RECURRENT_ARCHS, "gemma3") else 1)
             same(again, full, arch)
             asked(running, text="Something else.")
             third = asked(running, **request)
@@ -191,7 +204,8 @@ def test_a_changed_token_is_known_up_to_its_segment(arch: str, place: float, tin
         known.ask(running, first)
         answer = asked(running, tokens=changed)
         assert answer.fresh == known.ask(running, answer)
-        assert answer.fresh < len(tokens) or place == 0
+        # A recurrent model goes on from a message's end.
+        assert answer.fresh < len(tokens) or place == 0 or arch in RECURRENT_ARCHS
         true.check(arch, answer)
 
 
@@ -206,7 +220,7 @@ def test_the_size_of_segments(arch: str, least: int, tiny: Tiny, tmp_path: Path)
             answer = asked(running, text=text)
             count = answer.stream.plan.n_tokens
             assert answer.fresh == known.ask(running, answer)
-            assert (answer.fresh < count) == (begun and (least < count or arch == "llama"))
+            assert (answer.fresh < count) == begun
             true.check(arch, answer)
     # However it is cut, it is found.
     with engine(model, tmp_path, segment_tokens=(least + 1, 3 * least)) as running, truth(model) as true:

@@ -23,6 +23,7 @@ from tests.support.tiny import (
     BYTES,
     CHATML,
     EOS,
+    HYBRID_ARCHS,
     IM_END,
     IM_START,
     PAD,
@@ -128,7 +129,8 @@ def test_every_architecture_loads_and_spreads_its_logits(arch: str, tiny: TinyMo
         assert logits.std(axis=1).max() < 4.0
         # True of recurrent memories, too (nothing but a number would change), so this is what tells them apart:
         assert llama_cpp.llama_memory_can_shift(llama.memory)
-        assert llama_cpp.llama_model_is_recurrent(llama.model) == (arch not in ATTENTION_ARCHS)
+        assert llama_cpp.llama_model_is_recurrent(llama.model) == (arch == "mamba")
+        assert llama_cpp.llama_model_is_hybrid(llama.model) == (arch in HYBRID_ARCHS)
         assert llama_cpp.llama_model_n_ctx_train(llama.model) == 4096
 
 

@@ -118,21 +118,30 @@ class Encoder:
 
         What is finished is given away before more is evaluated, so that it is saved meanwhile, and Ctrl-C loses little.
         """
-        for batch in self._steps(run.slices):
-            started = time.perf_counter()
-            tokens = _Run(batch).tokens
-            # The slot may hold the first of these tokens already.
-            plan = Plan((*(batch[0].context or ()), Span(batch[0].start, tokens)))
-            yield from self._splicer.splice(slot, plan, state, progress)
-            seconds = (time.perf_counter() - started) / len(tokens)
-            for slice_ in batch:
-                captured = self._splicer.capture(slot, slice_)
-                assert captured is not None, "a slice just evaluated behind its context"
-                made(Made(slice_, captured, seconds * len(slice_.tokens)))
-            last = batch[-1]
-            if self._slices.recurrent and (last is run.slices[-1] or self._is_point(last)):
-                state_there = self._splicer.capture_point(slot)
-                made(Made(self._slices.point(last), state_there, seconds * len(tokens)))
+        point: Made | None = None
+        try:
+            for batch in self._steps(run.slices):
+                started = time.perf_counter()
+                tokens = _Run(batch).tokens
+                # The slot may hold the first of these tokens already.
+                plan = Plan((*(batch[0].context or ()), Span(batch[0].start, tokens)))
+                yield from self._splicer.splice(slot, plan, state, progress)
+                seconds = (time.perf_counter() - started) / len(tokens)
+                for slice_ in batch:
+                    captured = self._splicer.capture(slot, slice_)
+                    assert captured is not None, "a slice just evaluated behind its context"
+                    made(Made(slice_, captured, seconds * len(slice_.tokens)))
+                last = batch[-1]
+                if self._slices.recurrent:
+                    point = Made(self._slices.point(last), self._splicer.capture_point(slot), seconds * len(tokens))
+                    if last is run.slices[-1] or self._is_point(last):
+                        made(point)
+                        point = None
+        except BaseException:
+            # What was evaluated before an interruption can be gone on from.
+            if point:
+                made(point)
+            raise
 
     def _is_point(self, slice_: Slice) -> bool:
         """Whether the recurrent state behind a slice is saved: at a message's end, and now and then."""

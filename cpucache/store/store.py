@@ -8,12 +8,12 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import platformdirs
 
@@ -29,7 +29,10 @@ _log = logging.getLogger("cpucache.store")
 # States that may wait for the disk. More would only grow while the disk is slower than evaluation.
 WAITING = 256 << 20
 _PAGE = 4096  # bytes
+_FORGET_EVERY = 1000  # slices that are put between two looks at what may be forgotten
+_CHECKED = 20_000  # files whose hashes are known to be right
 _NOTE_EVERY = 5.0  # seconds between entries of what was used
+_Known = TypeVar("_Known")
 _Job: TypeAlias = "tuple[Bytes, Ids, SliceInfo]"
 
 
@@ -94,7 +97,8 @@ class Store:
         self.ram = RAM(ram_budget, needed=self._using)
         self._reader: ThreadPoolExecutor | None = None
         self._here: dict[str, dict[str, SliceInfo]] = {}  # by content: what was put, in the index or not
-        self._behind: dict[str, set[int]] = {}  # by context: the sizes of what was put
+        self._behind: dict[str, dict[str, int]] = {}  # by context: what was put, with its size
+        self._since = 0  # slices that were put since what is known otherwise was forgotten here
         self._uses: Counter[str] = Counter()
         self._misses = 0
         self._noted = time.monotonic()
@@ -203,7 +207,7 @@ class Store:
             except sqlite3.Error as error:
                 self._trouble(error)
         with self._lock:
-            return sizes | self._behind.get(context, set())
+            return sizes | set(self._behind.get(context, {}).values())
 
     def speed(self, fingerprint: str) -> float | None:
         """Tokens a second at which the slices of a model were evaluated; ``None`` when that is not known."""
@@ -247,11 +251,27 @@ class Store:
         self.ram.put(key, state)
         with self._lock:
             self._here.setdefault(info.content, {})[key] = info
-            self._behind.setdefault(info.context, set()).add(info.tokens)
+            self._behind.setdefault(info.context, {})[key] = info.tokens
+            self._since += 1
+            due = self._since >= _FORGET_EVERY
+        if due:
+            self._forget()
         if self.writable:
             self._writer.put(key, (state, tokens, info), state.nbytes)
         elif self._why is not None:
             self._trouble(self._why)
+
+    def _forget(self) -> None:
+        """Forget what is in neither memory nor on its way to the disk: the index knows it, or nobody."""
+        with self._lock:
+            self._since = 0
+            _sweep(self._here, self._kept_here)
+            _sweep(self._behind, self._kept_here)
+            if len(self._checked) > _CHECKED:
+                self._checked.clear()
+
+    def _kept_here(self, key: str) -> bool:
+        return key in self.ram or key in self._writer
 
     def discard(self, key: str, *, aside: bool = False) -> None:
         """Forget a slice; ``aside`` keeps its file under another name for inspection."""
@@ -402,3 +422,12 @@ class Store:
         if not self._warned:
             _log.warning("can't keep slices in %s (%s); going on from memory", self.home, error)
             self._warned = True
+
+
+def _sweep(known: dict[str, dict[str, _Known]], keep: Callable[[str], bool]) -> None:
+    """Take out of groups of slices those that are not kept, and groups without any."""
+    for name, slices in list(known.items()):
+        for key in [key for key in slices if not keep(key)]:
+            del slices[key]
+        if not slices:
+            del known[name]
