@@ -67,10 +67,18 @@ class Known:
         prompt, tokens = answer.stream.plan.tokens.tolist(), answer.tokens.tolist()
         known, at = self.of(prompt), self._chain(prompt)
         cuts = [end for end in running.slices.cuts(np.array(prompt[:-1], np.int32)) if end > at]
+        since = 0
         for end in cuts if self.recurrent else cuts[:-1]:
             self.slices.add((at, tuple(prompt[:end])))
-            if end == cuts[-1] or running.slices.cuts.ends_message(np.array(prompt[at:end], np.int32)):
+            since += end - at
+            ends = (
+                since >= 64
+                and end < cuts[-1] - 8
+                and running.slices.cuts.ends_message(np.array(prompt[at:end], np.int32))
+            )
+            if ends or end == cuts[-1]:
                 self.points.add((at, tuple(prompt[:end])))
+                since = 0
             at = end
         if not self.recurrent and len(prompt) - at > 8:
             at = self._cut(running, prompt, at, len(prompt) - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -25,6 +25,8 @@ _BATCH = 512
 _STEP = 256
 # Tokens of a long message between two recurrent states that are saved.
 _APART = 1024
+_HEADER = 16  # tokens of what opens an answer
+_SHORT = 64  # tokens behind a recurrent state that is saved, which are evaluated again rather than followed by another
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,9 @@ class Encoder:
         What is finished is given away before more is evaluated, so that it is saved meanwhile, and Ctrl-C loses little.
         """
         point: Made | None = None
+        points = self._points(run.slices)
         try:
-            for batch in self._steps(run.slices):
+            for batch in self._steps(run.slices, points):
                 started = time.perf_counter()
                 tokens = _Run(batch).tokens
                 # The slot may hold the first of these tokens already.
@@ -134,7 +137,7 @@ class Encoder:
                 last = batch[-1]
                 if self._slices.recurrent:
                     point = Made(self._slices.point(last), self._splicer.capture_point(slot), seconds * len(tokens))
-                    if last is run.slices[-1] or self._is_point(last):
+                    if last in points:
                         made(point)
                         point = None
         except BaseException:
@@ -143,17 +146,32 @@ class Encoder:
                 made(point)
             raise
 
-    def _is_point(self, slice_: Slice) -> bool:
-        """Whether the recurrent state behind a slice is saved: at a message's end, and now and then."""
-        return self._slices.cuts.ends_message(slice_.tokens) or slice_.start // _APART != slice_.end // _APART
+    def _points(self, slices: Sequence[Slice]) -> set[Slice]:
+        """The slices behind which the recurrent state is saved.
 
-    def _steps(self, slices: Sequence[Slice]) -> Iterator[list[Slice]]:
+        The last, those at the ends of messages (but of very short ones), and one now and then in between.
+        """
+        if not self._slices.recurrent:
+            return set()
+        points = {slices[-1]}
+        since = 0
+        for slice_ in slices:
+            since += len(slice_.tokens)
+            # Behind the last message stands what opens the answer, and the last of the points.
+            ends = since >= _SHORT and slice_.end < slices[-1].end - _HEADER
+            if (
+                ends and self._slices.cuts.ends_message(slice_.tokens)
+            ) or slice_.start // _APART != slice_.end // _APART:
+                points.add(slice_)
+                since = 0
+        return points
+
+    def _steps(self, slices: Sequence[Slice], points: Collection[Slice]) -> Iterator[list[Slice]]:
         step: list[Slice] = []
         for slice_ in slices:
             step.append(slice_)
             # A recurrent state must be saved before it goes on.
-            point = self._slices.recurrent and self._is_point(slice_)
-            if point or sum(len(each.tokens) for each in step) >= _STEP:
+            if slice_ in points or sum(len(each.tokens) for each in step) >= _STEP:
                 yield step
                 step = []
         if step:
