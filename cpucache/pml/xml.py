@@ -144,7 +144,7 @@ def read_xml(data: str | bytes, *, file: str, root: str, limits: Limits) -> Elem
     try:
         node = etree.fromstring(text.encode(), parser)
     except etree.XMLSyntaxError as error:
-        problems.stop(*explain(parser, error, text))
+        problems.stop(*explain(parser, error, text, file))
     reader = _Reader(problems, line, limits)
     element = reader.element(node, preserve=False, depth=1)
     for after in node.itersiblings():
