@@ -13,8 +13,8 @@ from rich.text import Text
 from cpucache.cli.console import check_prompt, listing, out, read_prompt, read_schema, seconds
 from cpucache.cli.options import engine_options, fidelity_options, split_fidelity
 from cpucache.engine import Engine
-from cpucache.layout import SchemaLayout
 from cpucache.reuse import Plan, Span
+from cpucache.reuse.inventory import module_names
 from cpucache.store import Store
 
 _RELATION = 10
@@ -48,7 +48,7 @@ def plan(prompt: str, schema_file: str, model: str, as_json: bool, **options: An
     with Engine(model, **options) as engine:
         layout = engine.add_schema(schema)
         found = engine.plan(asked, **wanted)
-        texts = _texts(layout)
+        texts = module_names(layout)
         rows = [_row(span, engine.store, texts) for span in found.spans]
         rate = engine.store.speed(engine.fingerprint)
     cost = _cost(found, rate)
@@ -57,13 +57,6 @@ def plan(prompt: str, schema_file: str, model: str, as_json: bool, **options: An
         return
     out.print(_table(rows))
     out.print(Text(_summary(cost)), soft_wrap=True)
-
-
-def _texts(layout: SchemaLayout) -> dict[bytes, str]:
-    """The module of each text of a schema."""
-    names = dict.fromkeys(layout.texts, "(argument)")
-    names.update((segment.id, segment.module or "(schema)") for segment in reversed(layout.segments))
-    return names
 
 
 def _row(span: Span, store: Store, texts: dict[bytes, str]) -> dict[str, Any]:
