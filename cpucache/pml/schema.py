@@ -39,8 +39,9 @@ def parse_schema(
     root.check_attributes(shape)
     name = _name(root, {})
     anchor = _anchor(root)
-    children = _Parser(folder, limits).content(root, shape, _Names(is_root=True), role=None)
-    schema = Schema(name, children, file, root.line, anchor=anchor)
+    parser = _Parser(folder, limits)
+    children = parser.content(root, shape, _Names(is_root=True), role=None)
+    schema = Schema(name, children, file, root.line, anchor=anchor, sources=tuple(parser.sources))
     if _is_empty(root):
         root.report(f"the schema {quote(name)} is empty: give it text, a module or a parameter")
     schema = replace(schema, scaffolds=read_scaffolds(root, schema))
@@ -68,8 +69,10 @@ class _Parser:
     def __init__(self, folder: Path | None, limits: Limits) -> None:
         self._folder = folder
         self._limits = limits
-        self._sources = 0
+        self._bytes = 0
         """Bytes of the ``src`` files so far."""
+        self.sources: dict[Path, None] = {}
+        """The ``src`` files so far."""
 
     def content(self, parent: Element, shape: Shape, names: _Names, role: Element | None) -> tuple[SchemaNode, ...]:
         """The nodes inside ``parent``, whose own scope (or, for a role tag, the scope around it) is ``names``."""
@@ -175,8 +178,9 @@ class _Parser:
         if not path.is_file():
             return "", "is not a regular file"
         data = read_regular(path, self._limits.source)
-        self._sources += len(data)
-        if self._sources > self._limits.sources:
+        self.sources[path] = None
+        self._bytes += len(data)
+        if self._bytes > self._limits.sources:
             return "", f"makes more than {self._limits.sources:,} bytes of all src files: leave some out"
         return data.decode(), None
 
