@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import suppress
 from functools import cached_property
 
 from cpucache.layout import ChatTemplate, Positions, SchemaLayout
@@ -35,7 +33,7 @@ class Looked:
         home = default_home()
         if (home / "index.sqlite").is_file():
             fingerprint = Fingerprints(home / "index.sqlite").of(self.model.path)
-            with Store(home, ram_budget=0) as store, suppress(sqlite3.Error):
+            with Store(home, ram_budget=0) as store:
                 if store.index is not None:
                     rows = [row for row in store.index.rows() if row.info.fingerprint == fingerprint]
                     return rows, store.speed(fingerprint)

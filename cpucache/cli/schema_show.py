@@ -46,6 +46,11 @@ class _Row:
     """Its own text, with the slices that are in the store."""
 
     @property
+    def saved(self) -> bool:
+        """Whether it has text of its own of which slices are saved."""
+        return bool(self.segments) and self.extent.cache
+
+    @property
     def cached(self) -> int:
         """Tokens of which there is a slice."""
         return sum(len(segment.tokens) for segment, slices in self.segments if slices)
@@ -149,7 +154,7 @@ def _label(extent: Extent) -> Text:
 
 def _cached(row: _Row) -> str:
     """How much of a module's own text is cached, and in how many contexts."""
-    if not row.segments or not row.extent.cache:
+    if not row.saved:
         return ""
     total = sum(len(segment.tokens) for segment, _ in row.segments)
     share = "yes" if row.cached == total else f"{100 * row.cached // total}%" if row.cached else "no"
@@ -163,7 +168,7 @@ def _table(rows: list[_Row], layout: SchemaLayout, looked: Looked) -> Table:
         ["positions", *(f"{row.extent.start:,}-{row.extent.end:,}" for row in rows)],
         ["cached", *map(_cached, rows)],
         ["unused", *(f"{row.unused:,}" if row.unused else "" for row in rows)],
-        ["bytes", *(decimal(row.extent.own * each) if row.segments else "" for row in rows)] if each else [""],
+        ["bytes", *(decimal(row.extent.own * each) if row.saved and each else "" for row in rows)],
     ]
     scale = f"0 to {layout.length:,}"
     # The names get what they need; of what stands behind them a narrow terminal shows as much as it has room for.
@@ -173,13 +178,16 @@ def _table(rows: list[_Row], layout: SchemaLayout, looked: Looked) -> Table:
     table.add_column(overflow="fold")
     cells: list[list[Text]] = [[Text(), *labels]]
     for heading, *values in columns:
+        if not any(values):
+            continue
         needed = _GAP + max(map(len, [heading, *values]))
-        # Where the first two find no room, nothing does.
-        if any(values) and (needed <= room or len(cells) < 3):
-            room -= needed
-            if room >= 0:
-                table.add_column(justify="right", no_wrap=True)
-                cells.append([Text(heading, "dim"), *map(Text, values)])
+        # Where there is no room for one, there is none for those behind it; the drawing is worth more than the last.
+        least = 0 if heading in ("tokens", "positions") else _GAP + max(_LEAST_BAR, len(scale))
+        if room - needed < least:
+            break
+        room -= needed
+        table.add_column(justify="right", no_wrap=True)
+        cells.append([Text(heading, "dim"), *map(Text, values)])
     width = min(_BAR, room - _GAP)
     if width >= max(_LEAST_BAR, len(scale)):
         table.add_column(no_wrap=True)
@@ -244,7 +252,7 @@ def _as_dict(layout: SchemaLayout, looked: Looked, rows: list[_Row]) -> dict[str
                 "start": row.extent.start,
                 "end": row.extent.end,
                 "tokens": row.extent.own,
-                "bytes": row.extent.own * each if each else None,
+                "bytes": row.extent.own * each if each and row.saved else None,
                 "unused": row.unused,
                 "cached_tokens": row.cached,
                 "contexts": [{"behind": list(behind), "tokens": count} for behind, count in row.contexts.items()],

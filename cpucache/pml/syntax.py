@@ -12,7 +12,7 @@ from cpucache.pml.mend import mend
 from cpucache.pml.names import clip
 
 _BEFORE, _AFTER = 20, 30  # characters that are shown around what is wrong
-_TRIED = 1 << 20  # characters of a document that is mended on trial, to say whether that helps
+_TRIED = 1 << 18  # characters of a document that is mended on trial, to say whether that helps
 _BACK = 500  # characters between the place where libxml2 gives up and what is wrong
 
 
@@ -67,6 +67,11 @@ _SAYINGS = (
     _Saying(
         re.compile(r"Unescaped '<' not allowed in attributes values"),
         "a '<' inside an attribute is written &lt;",
+        stray=True,
+    ),
+    _Saying(
+        re.compile(r"Sequence '\]\]>' not allowed in content"),
+        "not well-formed XML: a ']]>' in text is written ]]&gt;",
         stray=True,
     ),
     _Saying(re.compile(r"Attribute (\S+) redefined"), "the attribute '{}' is given twice"),
