@@ -414,7 +414,7 @@ def test_check_under_a_model_finds_what_only_its_tokenizer_can_tell(model: Path,
     assert re.fullmatch(r"cpucache: long\.xml:2: .*'p'.*\n", done.err)
 
 
-ROW = re.compile(r"(?P<label>.{18}) +(?P<own>[\d,]+)? +(?P<start>[\d,]+)-(?P<end>[\d,]+) +[·█]+ *")
+ROW = re.compile(r"(?P<label>.{18}) +(?P<own>[\d,]+)? +(?P<start>[\d,]+)-(?P<end>[\d,]+) +[^·█]*[·█]+ *")
 
 
 @pytest.mark.parametrize("columns", [60, 120])

@@ -11,8 +11,9 @@ from rich.filesize import decimal
 
 from cpucache.cli.console import as_option, check_prompt, err, out, read_prompt, read_schema, token_bar
 from cpucache.cli.options import engine_options
+from cpucache.cli.watch import watch_for_edits
 from cpucache.engine import Engine
-from cpucache.errors import CpucacheError
+from cpucache.errors import CpucacheError, InputError
 from cpucache.pml.tree import Prompt, Schema
 from cpucache.reuse import Encoded
 from cpucache.store import Kept
@@ -29,9 +30,16 @@ from cpucache.store import Kept
 )
 @click.option("--quick", is_flag=True, help="Only the first pass: leave out scaffold sets.")
 @click.option("--refine", is_flag=True, help="Then make exact what was asked lately, the most used first.")
+@click.option("--watch", is_flag=True, help="Then wait for edits, and encode what they made stale, until Ctrl-C.")
 @engine_options
 def encode(
-    schemas: tuple[str, ...], prompts: tuple[str, ...], quick: bool, refine: bool, model: str, **options: Any
+    schemas: tuple[str, ...],
+    prompts: tuple[str, ...],
+    quick: bool,
+    refine: bool,
+    watch: bool,
+    model: str,
+    **options: Any,
 ) -> None:
     """Evaluate each SCHEMA once and save its state, so that no prompt on it has to wait for a module.
 
@@ -46,25 +54,42 @@ def encode(
     cpucache encode schemas/trip/schema.xml
     cpucache encode schemas/trip/schema.xml -p schemas/trip/kyoto-first-visit.xml
     cpucache encode schemas/trip/schema.xml --refine
+    cpucache encode schemas/trip/schema.xml --watch
     """
+    if watch and "-" in (*schemas, *prompts):
+        raise InputError("standard input (-) can't be watched for edits: name a file")
+    asked = _read(schemas, prompts)
+    with Engine(model, **options) as engine:
+        for schema, likely in asked.items():
+            _encode(engine, schema, likely, quick=quick, refine=refine)
+        if watch:
+            again = partial(_encode, engine, quick=quick, refine=refine)
+            watch_for_edits(partial(_read, schemas, prompts), asked, (*schemas, *prompts), again)
+
+
+def _read(schemas: tuple[str, ...], prompts: tuple[str, ...]) -> dict[Schema, list[Prompt]]:
+    """The schemas, with the prompts that are written for them. Raises ``PMLError``."""
     parsed = [read_schema(name) for name in schemas]
     asked: dict[Schema, list[Prompt]] = {schema: [] for schema in parsed}
     for name in prompts:
         prompt = read_prompt(name)
         asked[check_prompt(prompt, parsed)].append(prompt)
-    with Engine(model, **options) as engine:
-        for schema in parsed:
-            engine.add_schema(schema)
-            _pass(engine, schema.name, f"encoding {schema.name}", partial(engine.encode, schema.name))
-            if asked[schema] or (schema.scaffolds and not quick):
-                _pass(
-                    engine,
-                    f"{schema.name}, likely prompts",
-                    f"likely prompts on {schema.name}",
-                    partial(engine.encode_likely, schema.name, asked[schema]),
-                )
-            if refine:
-                _pass(engine, f"{schema.name}, refined", f"refining {schema.name}", partial(engine.refine, schema.name))
+    return asked
+
+
+def _encode(engine: Engine, schema: Schema, likely: list[Prompt], *, quick: bool, refine: bool) -> None:
+    """Make what the store lacks of a schema and of likely prompts on it."""
+    engine.add_schema(schema)
+    _pass(engine, schema.name, f"encoding {schema.name}", partial(engine.encode, schema.name))
+    if likely or (schema.scaffolds and not quick):
+        _pass(
+            engine,
+            f"{schema.name}, likely prompts",
+            f"likely prompts on {schema.name}",
+            partial(engine.encode_likely, schema.name, likely),
+        )
+    if refine:
+        _pass(engine, f"{schema.name}, refined", f"refining {schema.name}", partial(engine.refine, schema.name))
 
 
 def _pass(engine: Engine, name: str, label: str, work: Callable[..., Encoded]) -> None:

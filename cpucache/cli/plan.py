@@ -14,8 +14,8 @@ from cpucache.cli.console import listing, out, seconds
 from cpucache.cli.options import engine_options, fidelity_options, split_fidelity
 from cpucache.cli.text import read_asked
 from cpucache.engine import Engine
-from cpucache.layout import SchemaLayout
 from cpucache.reuse import Plan, Span
+from cpucache.reuse.inventory import module_names
 from cpucache.store import Store
 
 _RELATION = 10
@@ -47,7 +47,7 @@ def plan(prompt: str, schema_file: str | None, model: str, as_json: bool, **opti
     wanted = split_fidelity(options)
     asked, schema = read_asked(prompt, schema_file, wanted)
     with Engine(model, **options) as engine:
-        texts = {} if schema is None else _texts(engine.add_schema(schema))
+        texts = {} if schema is None else module_names(engine.add_schema(schema))
         found = engine.plan(**asked, **wanted)
         rows = [_row(span, engine.store, texts) for span in found.spans]
         if schema is None:
@@ -59,13 +59,6 @@ def plan(prompt: str, schema_file: str | None, model: str, as_json: bool, **opti
         return
     out.print(_table(rows))
     out.print(Text(_summary(cost)), soft_wrap=True)
-
-
-def _texts(layout: SchemaLayout) -> dict[bytes, str]:
-    """The module of each text of a schema."""
-    names = dict.fromkeys(layout.texts, "(argument)")
-    names.update((segment.id, segment.module or "(schema)") for segment in reversed(layout.segments))
-    return names
 
 
 def _row(span: Span, store: Store, texts: dict[bytes, str]) -> dict[str, Any]:

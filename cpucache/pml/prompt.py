@@ -6,13 +6,13 @@ Nothing is known of a schema here: ``resolve`` checks a prompt against one.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from cpucache.pml.limits import Limits
-from cpucache.pml.names import PML_TAGS, flaw, quote, tag
-from cpucache.pml.tree import ROLES, Prompt, Reference, Text, Turn
+from cpucache.pml.names import flaw, quote, tag
+from cpucache.pml.structure import Part, Shape, structure
+from cpucache.pml.tree import ROLES, Prompt, Reference, RoleName, Text, Turn
 from cpucache.pml.xml import Element, is_blank, read_file, read_xml
-
-_SCHEMA_TAGS = frozenset(PML_TAGS) - frozenset(ROLES)
 
 
 def load_prompt(path: Path, limits: Limits | None = None) -> Prompt:
@@ -28,15 +28,18 @@ def parse_prompt(data: str | bytes, *, file: str = "<prompt>", limits: Limits | 
     mistakes. Only what is not well-formed XML ends the search for more.
     """
     root = read_xml(data, file=file, root="prompt", limits=limits or Limits())
-    root.check_attributes(required=("schema",), optional=None)
+    shape = structure("prompt")
+    root.check_attributes(shape)
     arguments = dict(root.attributes)
     schema = arguments.pop("schema", "")
     if "schema" in root.attributes and (problem := flaw(schema)):
         root.report(f"illegal schema name {quote(schema)}: {problem}")
+    before, behind = shape.parts
     children: list[Reference | Text | Turn] = []
     turn: Turn | None = None
     for child in root.children:
-        node = child if isinstance(child, Text) else _turn(child) or _reference(child)
+        known = None if isinstance(child, Text) else behind.find(child.tag)
+        node = child if isinstance(child, Text) else _turn(child, known) if known else _reference(child, before)
         if isinstance(node, Turn):
             turn = node
         elif turn is not None:
@@ -49,26 +52,25 @@ def parse_prompt(data: str | bytes, *, file: str = "<prompt>", limits: Limits | 
     return Prompt(schema, arguments, tuple(children), file, root.line)
 
 
-def _turn(element: Element) -> Turn | None:
-    for role in ROLES:
-        if element.tag == role:
-            element.check_attributes()
-            text = ""
-            for child in element.children:
-                if isinstance(child, Text):
-                    text = child.text  # comments do not split text, so there is only one
-                else:
-                    child.report(f"{tag(child.tag)} inside the turn <{role}>: references stand outside turns")
-            return Turn(role, text, element.line)
-    return None
+def _turn(element: Element, shape: Shape) -> Turn:
+    element.check_attributes(shape)
+    text = ""
+    for child in element.children:
+        if isinstance(child, Text):
+            text = child.text  # comments do not split text, so there is only one
+        elif shape.part.find(child.tag) is None:
+            child.report(f"{tag(child.tag)} inside the turn <{element.tag}>: references stand outside turns")
+    return Turn(cast("RoleName", element.tag), text, element.line)
 
 
-def _reference(element: Element) -> Reference:
-    if element.tag in ROLES:
+def _reference(element: Element, around: Part) -> Reference:
+    shape = around.find(element.tag)
+    if shape is None and element.tag in ROLES:
         element.report(f"the turn <{element.tag}> can stand only directly under <prompt>")
-    elif element.tag in _SCHEMA_TAGS:
+    elif shape is None:
         element.report(
             f"<{element.tag}> can't be used inside a prompt: a module is included by its name, as in <name/>"
         )
-    children = tuple(child if isinstance(child, Text) else _reference(child) for child in element.children)
+    inside = shape.part if shape else around
+    children = tuple(child if isinstance(child, Text) else _reference(child, inside) for child in element.children)
     return Reference(element.tag, dict(element.attributes), children, element.line)

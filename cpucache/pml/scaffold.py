@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from cpucache.pml.names import LONGEST, hint, quote
+from cpucache.pml.structure import structure
 from cpucache.pml.tree import Module, Scaffold, Schema, Scope, Text, Union, modules_of, parts
-from cpucache.pml.xml import Element, has_content
+from cpucache.pml.xml import Element
 
 
 def read_scaffolds(root: Element, schema: Schema) -> tuple[Scaffold, ...]:
@@ -71,13 +72,15 @@ class _Named:
 
     def modules(self, element: Element) -> tuple[Module, ...]:
         """The modules that a scaffold names, in the order of the schema; none if something is wrong with it."""
-        if not element.check_attributes(required=("modules",)):
+        shape = structure("schema").part.find("scaffold")
+        assert shape is not None
+        if not element.check_attributes(shape):
             return ()
-        if has_content(element):
+        if element.has_too_much(shape):
             element.report('<scaffold> can\'t have content: it names modules, as in <scaffold modules="a b"/>')
         chosen: dict[Module, None] = {}
         unknown = False
-        for name in element.attributes["modules"].split():
+        for name in re.findall(r"[^ \t\r\n]+", element.attributes["modules"]):
             module = self._find(name)
             if module is None:
                 paths = (self._path(known) for known in self._order)

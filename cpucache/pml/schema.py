@@ -10,10 +10,10 @@ from pathlib import Path
 from cpucache.pml.limits import Limits, TooLarge, read_regular
 from cpucache.pml.names import PML_TAGS, flaw, hint, quote, tag
 from cpucache.pml.scaffold import read_scaffolds
+from cpucache.pml.structure import Shape, structure
 from cpucache.pml.tree import ANCHORS, ROLES, Anchor, Module, Parameter, Role, Schema, SchemaNode, Text, Union
 from cpucache.pml.xml import Element, has_content, is_blank, read_file, read_xml
 
-_CONTENT = ("module", "union", "parameter", *ROLES)
 _LENGTH = re.compile("[1-9][0-9]{0,8}")
 _BESIDE = 2_000  # files of a folder among which the one that was meant is sought
 
@@ -35,11 +35,13 @@ def parse_schema(
     """
     limits = limits or Limits()
     root = read_xml(data, file=file, root="schema", limits=limits)
-    root.check_attributes(required=("name",), optional=("anchor",))
+    shape = structure("schema")
+    root.check_attributes(shape)
     name = _name(root, {})
     anchor = _anchor(root)
-    children = _Parser(folder, limits).content(root, _Names(is_root=True), role=None)
-    schema = Schema(name, children, file, root.line, anchor=anchor)
+    parser = _Parser(folder, limits)
+    children = parser.content(root, shape, _Names(is_root=True), role=None)
+    schema = Schema(name, children, file, root.line, anchor=anchor, sources=tuple(parser.sources))
     if _is_empty(root):
         root.report(f"the schema {quote(name)} is empty: give it text, a module or a parameter")
     schema = replace(schema, scaffolds=read_scaffolds(root, schema))
@@ -59,81 +61,92 @@ class _Names:
 class _Parser:
     """Turns elements into nodes. ``role`` is the role tag that is open around an element, if any.
 
+    The shape of an element is what the grammar says of such a tag in its place.
+
     A mistake is reported and passed over: what becomes of the tree is not seen by anyone then.
     """
 
     def __init__(self, folder: Path | None, limits: Limits) -> None:
         self._folder = folder
         self._limits = limits
-        self._sources = 0
+        self._bytes = 0
         """Bytes of the ``src`` files so far."""
+        self.sources: dict[Path, None] = {}
+        """The ``src`` files so far."""
 
-    def content(self, parent: Element, names: _Names, role: Element | None) -> tuple[SchemaNode, ...]:
+    def content(self, parent: Element, shape: Shape, names: _Names, role: Element | None) -> tuple[SchemaNode, ...]:
         """The nodes inside ``parent``, whose own scope (or, for a role tag, the scope around it) is ``names``."""
-        nodes = (
-            child if isinstance(child, Text) else self._node(child, parent, names, role)
-            for child in parent.children
-            if isinstance(child, Text) or not _is_scaffold(child, parent)
-        )
+        nodes: list[SchemaNode | None] = []
+        for child in parent.children:
+            if not isinstance(child, Text):
+                nodes.append(self._node(child, parent, shape, names, role))
+            elif shape.part.text:
+                nodes.append(child)
+            elif not is_blank(child.text):
+                wrong = f"text inside {tag(parent.tag)}, which holds modules only: put it in a module"
+                parent.report(wrong, child.line)
         return tuple(node for node in nodes if node is not None)
 
-    def _node(self, element: Element, parent: Element, names: _Names, role: Element | None) -> SchemaNode | None:
-        if element.tag == "module":
-            return self._module(element, names, role)
-        if element.tag == "union":
-            return self._union(element, names, role)
-        if element.tag == "parameter":
-            return _parameter(element, names)
-        for known in ROLES:
-            if element.tag == known:
-                if role is not None:
-                    element.report(f"{tag(known)} stands inside <{role.tag}> (line {role.line}): roles can't be nested")
-                element.check_attributes()
-                return Role(known, self.content(element, names, element), element.line)
-        if element.tag == "scaffold":
-            element.report(f"<scaffold> inside <{parent.tag}>: it can stand only directly under <schema>")
-            return None
-        known_here = (*_CONTENT, "scaffold") if parent.tag == "schema" else _CONTENT
-        self._unexpected(element, f" inside <{parent.tag}>{hint(element.tag, known_here, tag)}", role)
-        return None
+    def _node(
+        self, element: Element, parent: Element, around: Shape, names: _Names, role: Element | None
+    ) -> SchemaNode | None:
+        shape = around.part.find(element.tag)
+        if shape is None:
+            self._misplaced(element, parent, around, names, role)
+        elif element.tag == "module":
+            return self._module(element, shape, names, role)
+        elif element.tag == "union":
+            return self._union(element, shape, names, role)
+        elif element.tag == "parameter":
+            return _parameter(element, shape, names)
+        else:
+            for known in ROLES:
+                if element.tag == known:
+                    element.check_attributes(shape)
+                    return Role(known, self.content(element, shape, names, element), element.line)
+        return None  # a scaffold, which is read when all modules are known
 
-    def _unexpected(self, element: Element, where: str, role: Element | None) -> None:
+    def _misplaced(self, element: Element, parent: Element, around: Shape, names: _Names, role: Element | None) -> None:
         """Report an element that can't stand where it does, and what is wrong inside it."""
-        element.report(f"unexpected {tag(element.tag)}{where}")
-        if element.tag not in PML_TAGS:
-            self.content(element, _Names(), role)
+        if not around.part.text:
+            element.report(f"unexpected {tag(element.tag)} inside {tag(parent.tag)}, which holds modules only")
+        elif element.tag in ROLES and role is not None:
+            element.report(f"<{element.tag}> stands inside <{role.tag}> (line {role.line}): roles can't be nested")
+            self.content(element, around, names, element)
+        elif element.tag == "scaffold":
+            element.report(f"<scaffold> inside {tag(parent.tag)}: it can stand only directly under <schema>")
+        else:
+            wrong = f"unexpected {tag(element.tag)} inside {tag(parent.tag)}"
+            element.report(wrong + hint(element.tag, around.inside, tag))
+        if element.tag not in PML_TAGS and (usual := around.part.find("module")):
+            self.content(element, usual, _Names(), role)
 
-    def _module(self, element: Element, names: _Names, role: Element | None) -> Module:
-        element.check_attributes(required=("name",), optional=("cache", "src", "isolate"))
+    def _module(self, element: Element, shape: Shape, names: _Names, role: Element | None) -> Module:
+        element.check_attributes(shape)
         name = _name(element, names.modules, as_tag=True)
-        cache, isolate = _flag(element, "cache", default=True), _flag(element, "isolate", default=False)
-        children = self._source(element) if "src" in element.attributes else self.content(element, _Names(), role)
+        children = (
+            self._source(element, shape)
+            if "src" in element.attributes
+            else self.content(element, shape, _Names(), role)
+        )
+        cache, isolate = element.attributes.get("cache") != "false", element.attributes.get("isolate") == "true"
         return Module(name, children, cache, element.line, isolate)
 
-    def _union(self, element: Element, names: _Names, role: Element | None) -> Union:
-        element.check_attributes(optional=("scaffold", "isolate"))
-        isolate = _flag(element, "isolate", default=False)
-        members = []
-        for child in element.children:
-            if isinstance(child, Text):
-                if not is_blank(child.text):
-                    element.report("text inside <union>, which holds modules only: put it in a module", child.line)
-            elif child.tag != "module":
-                self._unexpected(child, " inside <union>, which holds modules only", role)
-            else:
-                members.append(self._module(child, names, role))
+    def _union(self, element: Element, shape: Shape, names: _Names, role: Element | None) -> Union:
+        element.check_attributes(shape)
+        members = [node for node in self.content(element, shape, names, role) if isinstance(node, Module)]
         member_names = [member.name for member in members]
         scaffold = element.attributes.get("scaffold")
         if not has_content(element):
             element.report("<union> is empty: give it at least one module")
         elif scaffold is not None and scaffold not in member_names:
             element.report(f"the scaffold {quote(scaffold)} is not a member of its union{hint(scaffold, member_names)}")
-        return Union(tuple(members), scaffold, element.line, isolate)
+        return Union(tuple(members), scaffold, element.line, element.attributes.get("isolate") == "true")
 
-    def _source(self, element: Element) -> tuple[Text, ...]:
+    def _source(self, element: Element, shape: Shape) -> tuple[Text, ...]:
         """The verbatim text of a module's ``src`` file, or nothing where that is reported as a mistake."""
         src = element.attributes["src"]
-        if has_content(element):
+        if element.has_too_much(shape):
             element.report(f"a module with src={quote(src)} can't have content of its own")
         problem: str | None = None
         text = ""
@@ -165,8 +178,9 @@ class _Parser:
         if not path.is_file():
             return "", "is not a regular file"
         data = read_regular(path, self._limits.source)
-        self._sources += len(data)
-        if self._sources > self._limits.sources:
+        self.sources[path] = None
+        self._bytes += len(data)
+        if self._bytes > self._limits.sources:
             return "", f"makes more than {self._limits.sources:,} bytes of all src files: leave some out"
         return data.decode(), None
 
@@ -191,14 +205,14 @@ def _name(
     return name
 
 
-def _parameter(element: Element, names: _Names) -> Parameter:
-    element.check_attributes(required=("name", "length"), optional=("scaffold",))
+def _parameter(element: Element, shape: Shape, names: _Names) -> Parameter:
+    element.check_attributes(shape)
     name = _name(element, names.parameters, as_attribute=True, reserved="schema" if names.is_root else "")
     length = element.attributes.get("length", "1")
     if not _LENGTH.fullmatch(length):
         element.report(f"illegal length {quote(length)}: write a number of tokens from 1 to 999999999")
         length = "1"
-    if has_content(element):
+    if element.has_too_much(shape):
         element.report('<parameter> can\'t have content: its text comes from the prompt (or from scaffold="...")')
     return Parameter(name, int(length), element.attributes.get("scaffold"), element.line)
 
@@ -209,21 +223,6 @@ def _is_empty(element: Element) -> bool:
     return all(not isinstance(child, Text) and child.tag in ROLES and _is_empty(child) for child in inside)
 
 
-def _is_scaffold(element: Element, parent: Element) -> bool:
-    return element.tag == "scaffold" and parent.tag == "schema"
-
-
 def _anchor(element: Element) -> Anchor:
-    given = element.attributes.get("anchor", "ancestors")
-    for anchor in ANCHORS:
-        if given == anchor:
-            return anchor
-    element.report(f"unknown value {quote(given)} for 'anchor'{hint(given, ANCHORS)}")
-    return "ancestors"
-
-
-def _flag(element: Element, name: str, *, default: bool) -> bool:
-    given = element.attributes.get(name, str(default).lower())
-    if given not in ("true", "false"):
-        element.report(f"unknown value {quote(given)} for {quote(name)}{hint(given, ('true', 'false'))}")
-    return given == "true"
+    given = element.attributes.get("anchor")
+    return next((anchor for anchor in ANCHORS if anchor == given), "ancestors")

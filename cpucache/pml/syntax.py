@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 
 from lxml import etree
 
+from cpucache.pml.mend import mend
 from cpucache.pml.names import clip
 
 _BEFORE, _AFTER = 20, 30  # characters that are shown around what is wrong
+_TRIED = 1 << 18  # characters of a document that is mended on trial, to say whether that helps
 _BACK = 500  # characters between the place where libxml2 gives up and what is wrong
 
 
 @dataclass(frozen=True)
 class _Saying:
-    """How something that libxml2 says is said here. ``mark``: the character in the text that it is about."""
+    """How something that libxml2 says is said here. ``mark``: the character in the text that it is about.
+
+    ``stray``: it comes of a character that ``mend`` writes as XML has it.
+    """
 
     pattern: re.Pattern[str]
     said: str
     mark: str = ""
+    stray: bool = False
 
 
 _LESS = "a '<' in text is written &lt;"
@@ -34,23 +41,39 @@ _SAYINGS = (
         re.compile(r"Premature end of data in tag (\S+) line (\d+)"),
         "<{0}>, opened on line {1}, is never closed: add </{0}>",
     ),
-    _Saying(re.compile(r"StartTag: invalid element name"), f"no tag begins like this: {_LESS}", "<"),
+    _Saying(re.compile(r"StartTag: invalid element name"), f"no tag begins like this: {_LESS}", "<", stray=True),
     _Saying(
         re.compile(r"Specification mandates value for attribute (\S+)"),
         f"the attribute '{{0}}' lacks its value, as in {{0}}=\"...\" ({_LESS})",
         "<",
+        stray=True,
     ),
-    _Saying(re.compile(r"error parsing attribute name"), f"an attribute can't have such a name ({_LESS})", "<"),
+    _Saying(
+        re.compile(r"error parsing attribute name"), f"an attribute can't have such a name ({_LESS})", "<", stray=True
+    ),
     _Saying(re.compile(r"AttValue: \" or ' expected"), "the value of an attribute is written in quotes", "="),
     _Saying(re.compile(r"Couldn't find end of Start Tag (\S+)(?: line (\d+))?"), "the tag <{}> lacks its closing '>'"),
     _Saying(
         re.compile(r"Entity '(.+)' not defined"),
         "unknown entity &{};: only &amp; &lt; &gt; &quot; &apos; and character references such as &#233; can be used",
+        stray=True,
     ),
     _Saying(
-        re.compile(r"xmlParseEntityRef: no name|EntityRef: expecting ';'"), "a bare '&' in text is written &amp;", "&"
+        re.compile(r"xmlParseEntityRef: no name|EntityRef: expecting ';'"),
+        "a bare '&' in text is written &amp;",
+        "&",
+        stray=True,
     ),
-    _Saying(re.compile(r"Unescaped '<' not allowed in attributes values"), "a '<' inside an attribute is written &lt;"),
+    _Saying(
+        re.compile(r"Unescaped '<' not allowed in attributes values"),
+        "a '<' inside an attribute is written &lt;",
+        stray=True,
+    ),
+    _Saying(
+        re.compile(r"Sequence '\]\]>' not allowed in content"),
+        "not well-formed XML: a ']]>' in text is written ]]&gt;",
+        stray=True,
+    ),
     _Saying(re.compile(r"Attribute (\S+) redefined"), "the attribute '{}' is given twice"),
     _Saying(
         re.compile(r"Namespace prefix (\S+) |Failed to parse QName '(.+)'"),
@@ -62,20 +85,26 @@ _SAYINGS = (
 )
 
 
-def explain(parser: etree.XMLParser, error: etree.XMLSyntaxError, text: str) -> tuple[str, int, int | None]:
-    """What is wrong with ``text``, on which line and in which column."""
+def explain(parser: etree.XMLParser, error: etree.XMLSyntaxError, text: str, file: str) -> tuple[str, int, int | None]:
+    """What is wrong with the ``text`` of a ``file``, on which line and in which column."""
     # Later entries only follow from the first. The log of the error itself holds those of earlier documents, too.
     first = parser.error_log[0] if len(parser.error_log) else None
     message, line, column = (first.message, first.line, first.column) if first else (error.msg, error.lineno, 0)
     for saying in _SAYINGS:
         if found := saying.pattern.search(message):
             said = saying.said.format(*(clip(group or "") for group in found.groups()))
-            found_at = _find(text, line, column, saying.mark) if saying.mark else None
-            if found_at is None:
-                return said, line, column or None
-            excerpt, line, column = found_at
-            return f"{said}, here in '{excerpt}'", line, column
+            if found_at := _find(text, line, column, saying.mark) if saying.mark else None:
+                excerpt, line, column = found_at
+                said = f"{said}, here in '{excerpt}'"
+            if saying.stray or (not saying.mark and len(text) <= _TRIED and mend(text) != text):
+                said = f"{said}; `cpucache schema fmt --fix {_named(file)}` mends it"
+            return said, line, column or None
     return f"not well-formed XML: {clip(message.strip())}", line, column or None
+
+
+def _named(file: str) -> str:
+    """A file as a shell takes it, if it is one."""
+    return "FILE" if file.startswith("<") or clip(file) != file else shlex.quote(file)
 
 
 def _find(text: str, line: int, column: int, mark: str) -> tuple[str, int, int] | None:

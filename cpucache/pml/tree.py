@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 RoleName: TypeAlias = Literal["system", "user", "assistant"]
@@ -101,6 +102,8 @@ class Schema:
     line: int
     scaffolds: tuple[Scaffold, ...] = ()
     anchor: Anchor = "ancestors"
+    sources: tuple[Path, ...] = ()
+    """The ``src`` files that were read."""
 
 
 Scope: TypeAlias = Schema | Module

@@ -18,6 +18,7 @@ from cpucache.errors import PMLError
 from cpucache.pml.limits import Limits, TooLarge, read_regular
 from cpucache.pml.names import clip, hint, quote, tag
 from cpucache.pml.problems import Problems
+from cpucache.pml.structure import Shape
 from cpucache.pml.syntax import explain
 from cpucache.pml.tree import Text
 
@@ -27,6 +28,7 @@ SILENT = frozenset({"scaffold"})
 
 _LINES_KEPT = 65_535  # from this line on, libxml2 only guesses the line of a tag from the nodes around it
 _SPACE = " \t\r\n"
+_SPACE_NAME = "xml:space"
 _XML_SPACE = "{http://www.w3.org/XML/1998/namespace}space"
 _DECLARATION = re.compile(r"<\?xml[ \t\r\n][^>]*?\?>")
 _ENCODING = re.compile(r"encoding[ \t\r\n]*=[ \t\r\n]*[\"']([^\"']*)")
@@ -51,20 +53,26 @@ class Element:
         """Report a mistake in this element, or in something on ``line`` inside it."""
         self.problems.report(message, self.line if line is None else line)
 
-    def check_attributes(self, required: tuple[str, ...] = (), optional: tuple[str, ...] | None = ()) -> bool:
-        """Report the attributes that this tag can't have, and those that are missing: false if any is.
-
-        ``optional=None``: beyond the required ones, it can have any.
-        """
-        known = (*required, *(optional or ()))
+    def check_attributes(self, shape: Shape) -> bool:
+        """Report the attributes that this tag can't have, their values, and what is missing: false if any is."""
+        known = [name for name in shape.attributes if name != _SPACE_NAME]
         for name in self.attributes:
-            if optional is not None and name not in known:
+            if name not in known and not shape.takes_any:
                 where = f"unknown attribute {quote(name)} on {tag(self.tag)}"
                 self.report(where + (hint(name, known) if known else ", which takes none"))
-        missing = [name for name in required if name not in self.attributes]
+        missing = [name for name in known if shape.attributes[name].required and name not in self.attributes]
         for name in missing:
             self.report(f'{tag(self.tag)} lacks its attribute {quote(name)}: write <{self.tag} {name}="...">')
+        for name, attribute in shape.attributes.items():
+            given = self.attributes.get(name)
+            if given is not None and attribute.values and given not in attribute.values:
+                self.report(f"unknown value {quote(given)} for {quote(name)}{hint(given, attribute.values)}")
         return not missing
+
+    def has_too_much(self, shape: Shape) -> bool:
+        """Whether it has content, where the tag can have none, with these attributes or at all."""
+        bare = not shape.alone.isdisjoint(self.attributes) or not any(part.text or part.shapes for part in shape.parts)
+        return bare and has_content(self)
 
 
 def is_blank(text: str) -> bool:
@@ -136,7 +144,7 @@ def read_xml(data: str | bytes, *, file: str, root: str, limits: Limits) -> Elem
     try:
         node = etree.fromstring(text.encode(), parser)
     except etree.XMLSyntaxError as error:
-        problems.stop(*explain(parser, error, text))
+        problems.stop(*explain(parser, error, text, file))
     reader = _Reader(problems, line, limits)
     element = reader.element(node, preserve=False, depth=1)
     for after in node.itersiblings():

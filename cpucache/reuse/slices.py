@@ -291,19 +291,31 @@ class Cutting(Protocol):
         """Whether some tokens end where a message does, or its header."""
 
 
+class Whole:
+    """Cuts nothing."""
+
+    def __call__(self, tokens: Tokens, *, part: bool = False) -> Sequence[int]:
+        """The end of the text."""
+        return [len(tokens)] if len(tokens) else []
+
+    def ends_message(self, tokens: Tokens) -> bool:
+        """Never: nobody asks for what was not cut."""
+        return False
+
+
 class Slices:
     """Makes slices of one model and one format of states, by the spans behind which they are evaluated.
 
     Args:
         fingerprint: Names the model's weights.
         state_format: What the bytes of a state depend on besides.
-        cuts: Finds the segments of texts.
+        cuts: Finds the segments of texts; without it they are one each.
     """
 
-    def __init__(self, fingerprint: str, state_format: str, cuts: Cutting) -> None:
+    def __init__(self, fingerprint: str, state_format: str, cuts: Cutting | None = None) -> None:
         self.fingerprint = fingerprint
         self.state_format = state_format
-        self.cuts = cuts
+        self.cuts: Cutting = cuts or Whole()
         self.recurrent = False
         """Whether the model has a recurrent state; the workspace says so."""
 

@@ -1,0 +1,224 @@
+"""``cpucache schema check``: every mistake of schemas and prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cpucache.cli.console import check_prompt, err, out, read_prompt, read_schema
+from cpucache.cli.options import positions_option
+from cpucache.cli.pml_files import Named, named_files
+from cpucache.errors import InputError, PMLError
+from cpucache.pml import Limits, parse_prompt, parse_schema
+from cpucache.pml.canonical import root_of
+from cpucache.pml.problems import MOST_PROBLEMS
+from cpucache.pml.tree import Prompt, Schema
+from cpucache.pml.xml import read_file
+
+if TYPE_CHECKING:
+    from cpucache.layout import Positions
+    from cpucache.runtime import Model
+
+_STDIN = "untitled:stdin"
+"""What standard input is called where a URI is asked for."""
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "-p",
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="PROMPT",
+    help="Check this prompt against them, too. Repeatable.",
+)
+@click.option("-m", "--model", "models", multiple=True, help="Lay them out under this model, too. Repeatable.")
+@positions_option
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array: the diagnostics of each file, as in LSP.")
+def check(
+    files: tuple[str, ...], prompts: tuple[str, ...], models: tuple[str, ...], positions: Positions, as_json: bool
+) -> None:
+    """Check each schema FILE (- for standard input), and each PROMPT against the one that it is written for.
+
+    FILE may be a pattern, as 'schemas/**/*.xml', or a folder, for all .xml files in it. What is found like this may be
+    prompts as well: they are checked against the schemas that are found.
+
+    Every mistake is told, with its line; only what is not well-formed XML hides what comes after. With -m the schemas
+    are also laid out, which finds what only a tokenizer can tell: scaffolds longer than their parameter, schemas longer
+    than the model can hold.
+
+    --json prints what a language server would publish: an array with, of each file, its "uri" and its "diagnostics",
+    whose positions count lines and UTF-16 units from 0.
+
+    \b
+    cpucache schema check schemas/trip/schema.xml -p schemas/trip/kyoto-first-visit.xml
+    cpucache schema check schemas --json
+    """
+    if (*files, *prompts).count("-") > 1:
+        raise InputError("only one schema or prompt can be standard input (-)")
+    checking = _Checking(named_files(files), [_model(name) for name in models], positions, quiet=as_json)
+    checking.run(prompts)
+    if as_json:
+        click.echo(json.dumps(checking.diagnostics(), indent=2))
+    sys.exit(2 if checking.wrong else 0)
+
+
+def _model(name: str) -> Model:
+    from cpucache.models import resolve_model
+    from cpucache.runtime import Model
+
+    return Model(resolve_model(name), vocab_only=True)
+
+
+class _Checking:
+    """What is found in files. ``quiet``: nothing is printed."""
+
+    def __init__(self, files: list[Named], models: list[Model], positions: Positions, *, quiet: bool) -> None:
+        self._files = files
+        self._models = models
+        self._positions = positions
+        self._quiet = quiet
+        self._mistakes: dict[str, list[InputError]] = {}
+        self._schemas: list[Schema] = []
+        self._unread = 0
+
+    @property
+    def wrong(self) -> bool:
+        """Whether anything is wrong."""
+        return any(self._mistakes.values())
+
+    def run(self, prompts: Sequence[str]) -> None:
+        """Check the files, and prompts besides."""
+        found: list[Prompt] = []
+        for file in self._files:
+            self._mistakes[file.name] = []
+            try:
+                parsed = _read(file)
+            except InputError as error:
+                self._unread += 1
+                self._tell(file.name, error)
+                continue
+            if isinstance(parsed, Prompt):
+                found.append(parsed)
+                continue
+            try:
+                self._schema(file.name, parsed)
+            except InputError as error:
+                self._tell(file.name, error)
+        for prompt in found:
+            self._prompt(prompt.file, prompt)
+        for name in prompts:
+            self._mistakes.setdefault(name, [])
+            try:
+                self._prompt(name, read_prompt(name), named=True)
+            except InputError as error:
+                self._tell(name, error)
+
+    def _schema(self, name: str, schema: Schema) -> None:
+        self._schemas.append(schema)
+        if not self._models:
+            self._say(f"{name}: schema '{schema.name}' is fine")
+            return
+        from cpucache.layout import ChatTemplate, SchemaLayout
+
+        for model in self._models:
+            template = ChatTemplate(model.chat_template, bos=model.special_text("bos"), eos=model.special_text("eos"))
+            layout = SchemaLayout(schema, model, template, self._positions)
+            total = sum(len(segment.tokens) for segment in layout.segments)
+            self._say(
+                f"{name}: schema '{schema.name}' is fine under {model.path.stem}: "
+                f"{layout.length:,} {layout.positions} positions, {total:,} tokens"
+            )
+
+    def _prompt(self, name: str, prompt: Prompt, *, named: bool = False) -> None:
+        """Check a prompt against its schema. ``named``: it must have one."""
+        known = {schema.name for schema in self._schemas}
+        try:
+            if self._unread and prompt.schema not in known:
+                raise InputError(f"{name}: not checked against its schema '{prompt.schema}', which can't be used")
+            if not named and prompt.schema not in known:
+                self._say(f"{name}: the prompt is fine, but not checked against '{prompt.schema}', which is not here")
+                return
+            # Where schemas of a name lie in several folders, a prompt is for the one beside it.
+            folder = Path(prompt.file).parent
+            schemas = sorted(self._schemas, key=lambda schema: Path(schema.file).parent != folder)
+            fitting = check_prompt(prompt, schemas)
+            self._say(f"{name}: the prompt fits schema '{fitting.name}'")
+        except InputError as error:
+            self._tell(name, error)
+
+    def _say(self, line: str) -> None:
+        if not self._quiet:
+            out.print(line, markup=False, soft_wrap=True)
+
+    def _tell(self, name: str, error: InputError) -> None:
+        """Keep every mistake, and print each on a line."""
+        mistakes = (error, *error.others) if isinstance(error, PMLError) else (error,)
+        self._mistakes[name] += mistakes
+        if self._quiet:
+            return
+        for mistake in mistakes:
+            err.print(f"cpucache: {mistake}", markup=False, soft_wrap=True)
+        if len(mistakes) == MOST_PROBLEMS:
+            err.print("cpucache: after so many mistakes the rest is not looked at", markup=False, soft_wrap=True)
+
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """What a language server would publish of each file."""
+        return [
+            {
+                "uri": _STDIN if name == "-" else Path(name).absolute().as_uri(),
+                "diagnostics": [_diagnostic(mistake, lines) for mistake in mistakes],
+            }
+            for name, mistakes in self._mistakes.items()
+            for lines in [_lines(name) if mistakes else []]
+        ]
+
+
+def _read(file: Named) -> Schema | Prompt:
+    """A schema, or a prompt among the files that were found."""
+    if not file.found:
+        return read_schema(file.name)
+    path = Path(file.name)
+    data = read_file(path, Limits())
+    if root_of(data.decode(errors="replace")) == "prompt":
+        return parse_prompt(data, file=file.name)
+    return parse_schema(data, file=file.name, folder=path.parent)
+
+
+def _lines(name: str) -> list[str]:
+    try:
+        data = b"" if name == "-" else read_file(Path(name), Limits())
+    except PMLError:
+        return []
+    # As the parser counts them.
+    return data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").split("\n")
+
+
+def _diagnostic(mistake: InputError, lines: list[str]) -> dict[str, Any]:
+    line = column = None
+    if isinstance(mistake, PMLError):
+        line, column = mistake.line, mistake.column
+    at = max(0, (line or 1) - 1)
+    text = lines[at] if line and at < len(lines) else ""
+    begin = min(column - 1, len(text)) if column else len(text) - len(text.lstrip())
+    end = max(begin, len(text.rstrip()))
+    return {
+        "range": {
+            "start": {"line": at, "character": _units(text[:begin])},
+            "end": {"line": at, "character": _units(text[:end])},
+        },
+        "severity": 1,
+        "source": "cpucache",
+        "message": mistake.reason if isinstance(mistake, PMLError) else str(mistake),
+    }
+
+
+def _units(text: str) -> int:
+    """How many UTF-16 units a text takes."""
+    return len(text.encode("utf-16-le", errors="replace")) // 2

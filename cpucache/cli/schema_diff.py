@@ -1,0 +1,103 @@
+"""``cpucache schema diff``: what an edit leaves of the slices of a schema."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import groupby
+
+import click
+from rich.table import Column
+from rich.text import Text
+
+from cpucache.cli.console import listing, out, read_schema, seconds
+from cpucache.cli.options import model_option, positions_option
+from cpucache.cli.schema_layout import Looked
+from cpucache.engine.engine import DEFAULT_CTX
+from cpucache.errors import InputError
+from cpucache.layout import Positions
+from cpucache.reuse.inventory import Edit, compare
+
+_SAID = {
+    "kept": ("as it was", "green"),
+    "usable": ("encoded anew, usable as it was", "cyan"),
+    "stale": ("evaluated anew", "yellow"),
+    "new": ("evaluated", "yellow"),
+}
+
+
+@click.command(short_help="Say which slices stay valid after an edit, and what the rest costs.")
+@click.argument("old")
+@click.argument("new")
+@model_option
+@positions_option
+@click.option(
+    "--ctx", "n_ctx", type=click.IntRange(2), help="As for `cpucache encode`.  [default: as trained, at most 8192]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def diff(old: str, new: str, model: str, positions: Positions, n_ctx: int | None, as_json: bool) -> None:
+    """Say which slices of the schema OLD stay valid for the schema NEW, and what it costs to encode the rest.
+
+    Slices are found by what they contain: what has not changed, and stands behind nothing that has, stays as it was. Of
+    the rest, some text is the same: prompts take its slices as they are, unless these attended to text that is gone,
+    and `cpucache encode` makes them anew.
+
+    Nothing is evaluated, and it does not matter what is in the store. One of the two may be - for standard input.
+
+    \b
+    git show HEAD:schemas/trip/schema.xml | cpucache schema diff - schemas/trip/schema.xml
+    """
+    if old == new == "-":
+        raise InputError("only one of the two can be standard input (-)")
+    parsed = [read_schema(name) for name in (old, new)]
+    looked = Looked(model, positions)
+    before, after = (looked.lay(schema) for schema in parsed)
+    # As the engine has it: one cell stays free for the token that applies a shift.
+    room = (n_ctx or min(looked.model.n_ctx_train, DEFAULT_CTX)) - 1
+    edit = compare(before, after, room)
+    rate = looked.stored[1]
+    if as_json:
+        click.echo(json.dumps(_as_dict(edit, rate), indent=2))
+        return
+    if edit.slices("kept") < len(edit.changes):
+        columns = [Column("module", overflow="fold"), Column("tokens", justify="right"), Column("slice"), Column("why")]
+        rows: list[list[str | Text]] = []
+        for (module, verdict, why), group in groupby(edit.changes, lambda each: (each.module, each.verdict, each.why)):
+            said, style = _SAID[verdict]
+            tokens = sum(change.tokens for change in group)
+            rows.append([Text(module or "(schema)"), f"{tokens:,}", Text(said, style), Text(why, "dim")])
+        out.print(listing(columns, rows, expendable=("why", "tokens"), close=True))
+    out.print(Text(_summary(edit, rate)), soft_wrap=True)
+
+
+def _summary(edit: Edit, rate: float | None) -> str:
+    kept, total = edit.slices("kept"), len(edit.changes)
+    if kept == total:
+        return f"all {total:,} slices stay valid: nothing is to be evaluated{_dropped(edit)}"
+    time = f", about {seconds(1000 * edit.evaluated / rate)} as fast as slices were made" if rate else ""
+    tokens = edit.tokens("kept", "usable", "stale", "new")
+    usable = edit.tokens("usable")
+    until = f"; until then prompts can take {usable:,} tokens of the others as they were" if usable else ""
+    return (
+        f"{kept:,} of {total:,} slices stay valid ({edit.tokens('kept'):,} of {tokens:,} tokens); "
+        f"{edit.evaluated:,} tokens are to be evaluated{time}{until}{_dropped(edit)}"
+    )
+
+
+def _dropped(edit: Edit) -> str:
+    return f"; {edit.dropped:,} slices that there were ({edit.dropped_tokens:,} tokens) are of no more use" * (
+        edit.dropped > 0
+    )
+
+
+def _as_dict(edit: Edit, rate: float | None) -> dict[str, object]:
+    return {
+        "slices": len(edit.changes),
+        "kept": edit.slices("kept"),
+        "kept_tokens": edit.tokens("kept"),
+        "evaluate": edit.evaluated,
+        "evaluate_ms": round(1000 * edit.evaluated / rate, 1) if rate else None,
+        "dropped": edit.dropped,
+        "dropped_tokens": edit.dropped_tokens,
+        "changes": [asdict(change) for change in edit.changes],
+    }

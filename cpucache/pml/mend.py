@@ -1,0 +1,111 @@
+"""Documents that other tools accept: ``<`` and ``&`` in text that XML would have written otherwise."""
+
+from __future__ import annotations
+
+import difflib
+import html.entities
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cpucache.pml.names import PML_TAGS
+from cpucache.pml.tree import ROLES
+
+_NAME = r"[A-Za-z_:\u0080-\U0010ffff][\w:.-]*"
+_VALUE = r"(?:\"[^\"]{0,10000}\"|'[^']{0,10000}')"
+_PIECE = re.compile(
+    # What is never closed ends with the document, so that each character is looked at once.
+    rf"""(?P<kept><!--.*?(?:-->|\Z) | <!\[CDATA\[.*?(?:\]\]>|\Z) | <!DOCTYPE[^<>]*>? | <\?{_NAME}[^<]*\?>)
+    | </(?P<end>{_NAME})\s*>
+    | <(?P<start>{_NAME})(?:\s+{_NAME}\s*=\s*{_VALUE})*\s*(?P<empty>/?)>
+    | <
+    | [^<]+""",
+    re.DOTALL | re.VERBOSE,
+)
+_REFERENCE = r"(?:amp|lt|gt|quot|apos|\#[0-9]+|\#x[0-9A-Fa-f]+);"
+_BARE = re.compile(rf"&(?!{_REFERENCE})(?:([A-Za-z][A-Za-z0-9]*);)?")
+_LIKE = 0.7  # how much a tag is like one of PML's to be one that is misspelt
+
+
+@dataclass
+class _Tag:
+    """A tag that is open. ``place``: of its piece."""
+
+    name: str
+    place: int
+    is_pml: bool
+
+
+def mend(text: str) -> str:
+    """A document with ``<`` and ``&`` written as XML has them, where they can only be meant as characters.
+
+    Those are: a ``<`` that begins no tag; a tag that PML does not know and that is never closed, or closes what was
+    never opened, such as ``<stdio.h>``; and any tag inside a turn of a prompt. Entities of HTML become characters. All
+    else stays as it is: what is wrong with it, the parser tells.
+    """
+    pieces = list(_PIECE.finditer(text))
+    stray = _stray(pieces)
+    return "".join(_mended(piece, index in stray) for index, piece in enumerate(pieces))
+
+
+def _mended(piece: re.Match[str], stray: bool) -> str:
+    written = piece.group()
+    if piece["kept"]:
+        return written
+    if piece["start"] and not stray:
+        tag, space, rest = written.partition(piece["start"])
+        return tag + space + _BARE.sub(_character, rest.replace("<", "&lt;"))
+    written = _BARE.sub(_character, written)
+    if stray:
+        written = "&lt;" + written[1:].replace("<", "&lt;")
+    return written if piece["start"] or piece["end"] else written.replace("]]>", "]]&gt;")
+
+
+def _character(bare: re.Match[str]) -> str:
+    """A ``&`` as it is to be written, with the entity that it may begin."""
+    known = html.entities.html5.get(f"{bare[1]};") if bare[1] else None
+    return "".join(f"&#{ord(char)};" for char in known) if known else f"&amp;{bare.group()[1:]}"
+
+
+def _stray(pieces: list[re.Match[str]]) -> set[int]:
+    """The pieces that begin with a ``<`` that is a character."""
+    stray: set[int] = set()
+    open_: list[_Tag] = []
+    turn = ""
+    for index, piece in enumerate(pieces):
+        start, end = piece["start"], piece["end"]
+        is_prompt = bool(open_) and open_[0].name == "prompt"
+        if turn:
+            if end == turn:
+                turn = ""
+            elif piece.group().startswith("<") and not piece["kept"]:
+                stray.add(index)
+        elif start and is_prompt and len(open_) == 1 and start in ROLES:
+            turn = "" if piece["empty"] else start
+        elif start and not piece["empty"]:
+            open_.append(_Tag(start, index, is_prompt or _is_pml(start)))
+        elif end:
+            _close(open_, end, index, stray)
+        elif piece.group() == "<":
+            stray.add(index)
+    stray.update(tag.place for tag in open_ if not tag.is_pml)
+    return stray
+
+
+@lru_cache(256)
+def _is_pml(name: str) -> bool:
+    """Whether a tag of a schema is one of PML, or one that is misspelt."""
+    return bool(difflib.get_close_matches(name.casefold(), PML_TAGS, n=1, cutoff=_LIKE))
+
+
+def _close(open_: list[_Tag], name: str, place: int, stray: set[int]) -> None:
+    """Close a tag, and find what was not closed inside it."""
+    for at in range(len(open_) - 1, -1, -1):
+        if open_[at].name == name:
+            stray.update(tag.place for tag in open_[at + 1 :] if not tag.is_pml)
+            del open_[at:]
+            return
+        if open_[at].is_pml and not _is_pml(name):
+            break
+    if not _is_pml(name) and open_ and open_[0].name != "prompt":
+        stray.add(place)

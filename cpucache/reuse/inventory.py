@@ -1,0 +1,156 @@
+"""What the store has of a schema, and what an edit of a schema leaves of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from cpucache.layout import SchemaLayout, Segment
+from cpucache.reuse.encoder import effort
+from cpucache.reuse.reading import reading, scaffolded
+from cpucache.reuse.slices import Slice, Slices
+from cpucache.store import TEXT_ID, Row, content_key
+
+Verdict: TypeAlias = Literal["kept", "usable", "stale", "new"]
+"""What becomes of a slice in an edit.
+
+``kept``: it is the one that there was. ``usable``: it is to be made anew, behind what now stands before it; until then
+prompts take the one that there was, which attended to nothing that is gone. ``stale``: like this, but prompts can't
+take the old one. ``new``: its text is new.
+"""
+
+_OTHER = "(other text)"
+
+
+@dataclass(frozen=True)
+class CachedSlice:
+    """A slice of a segment that is in the store. ``behind``: the modules whose text it attended to, in order."""
+
+    row: Row
+    behind: tuple[str, ...]
+
+
+def inventory(layout: SchemaLayout, rows: Iterable[Row]) -> dict[Segment, list[CachedSlice]]:
+    """The slices of each segment of a schema, whatever they were evaluated behind.
+
+    Args:
+        layout: The schema.
+        rows: The slices of the model, see ``Store``.
+    """
+    names = module_names(layout)
+    by_content: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        by_content.setdefault((row.info.fingerprint, row.info.state_format, row.info.content), []).append(row)
+    kinds = {(fingerprint, state_format) for fingerprint, state_format, _ in by_content}
+    found: dict[Segment, list[CachedSlice]] = {}
+    for segment in layout.segments:
+        found[segment] = [
+            CachedSlice(row, _behind(row, names))
+            for fingerprint, state_format in sorted(kinds)
+            for row in by_content.get(
+                (fingerprint, state_format, content_key(fingerprint, state_format, segment.tokens)), []
+            )
+        ]
+    return found
+
+
+def module_names(layout: SchemaLayout) -> dict[bytes, str]:
+    """The module of each text of a schema, by the ``text_id``."""
+    names = dict.fromkeys(layout.texts, "(argument)")
+    names.update((segment.id, segment.module or "(schema)") for segment in reversed(layout.segments))
+    return names
+
+
+def _behind(row: Row, names: dict[bytes, str]) -> tuple[str, ...]:
+    data = bytes.fromhex(row.info.sees)
+    texts = (data[begin : begin + TEXT_ID] for begin in range(0, len(data), TEXT_ID))
+    return tuple(dict.fromkeys(names.get(text, _OTHER) for text in texts))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a slice, and why."""
+
+    module: str
+    tokens: int
+    verdict: Verdict
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What an edit leaves of the slices of a schema."""
+
+    changes: tuple[Change, ...]
+    """One for each slice of the new schema, in the order in which they are made."""
+    evaluated: int
+    """Tokens that are evaluated to make what is missing."""
+    dropped: int
+    """Slices that the new schema has no use for."""
+    dropped_tokens: int
+
+    def slices(self, *verdicts: Verdict) -> int:
+        """How many slices fare like this."""
+        return sum(change.verdict in verdicts for change in self.changes)
+
+    def tokens(self, *verdicts: Verdict) -> int:
+        """Their tokens."""
+        return sum(change.tokens for change in self.changes if change.verdict in verdicts)
+
+
+def compare(old: SchemaLayout, new: SchemaLayout, room: int) -> Edit:
+    """What an edit leaves of the slices that ``Engine.encode`` made of a schema.
+
+    Args:
+        old: The schema as it was encoded.
+        new: The schema as it is now, under the same model.
+        room: Cells that a slice and its context may take.
+    """
+    # Keys are only compared with one another: the model and the format are the same in all of them.
+    slices = Slices("", "")
+    before = {slice_.key: slice_ for slice_ in _encoded(old, slices, room)}
+    after = _encoded(new, slices, room)
+    by_content: dict[str, list[Slice]] = {}
+    for slice_ in before.values():
+        by_content.setdefault(slices.content(slice_.tokens), []).append(slice_)
+    names = {**module_names(old), **module_names(new)}
+    segments = {slices.content(segment.tokens): segment for segment in new.segments}
+    changes: list[Change] = []
+    missing: list[Slice] = []
+    for slice_ in after:
+        size = len(slice_.tokens)
+        if slice_.key in before:
+            changes.append(Change(slice_.module, size, "kept"))
+            continue
+        missing.append(slice_)
+        content = slices.content(slice_.tokens)
+        alike = by_content.get(content)
+        if not alike:
+            changes.append(Change(slice_.module, size, "new", "its text is new"))
+            continue
+        limit = new.may_attend_to(segments[content])
+        allowed = new.texts if limit is None else limit
+        usable = any(allowed.issuperset(other.sees) for other in alike)
+        changes.append(Change(slice_.module, size, "usable" if usable else "stale", _why(alike[0], slice_, names)))
+    kept = {slice_.key for slice_ in after}
+    dropped = [slice_ for key, slice_ in before.items() if key not in kept]
+    return Edit(tuple(changes), effort(missing), len(dropped), sum(len(slice_.tokens) for slice_ in dropped))
+
+
+def _encoded(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
+    """The slices that encoding a schema makes, contexts before what needs them."""
+    made = dict.fromkeys(reading(layout, slices, room))
+    for scaffold in layout.schema.scaffolds:
+        made.update(dict.fromkeys(scaffolded(layout, slices, scaffold.modules, room)))
+    return list(made)
+
+
+def _why(old: Slice, new: Slice, names: dict[bytes, str]) -> str:
+    if old.sees == new.sees:
+        return "it has moved" if old.context_key == new.context_key else "what stands before it has moved"
+    for was, now in zip((*old.sees, None), (*new.sees, None), strict=False):
+        if was != now:
+            changed = now if now is not None and now not in old.sees else was if was is not None else now
+            return f"{names.get(changed or b'', _OTHER)} before it has changed"
+    return "what stands before it has changed"
