@@ -294,11 +294,11 @@ class Cutting(Protocol):
 class Whole:
     """Cuts nothing."""
 
-    def __call__(self, tokens: Tokens, *, part: bool = False) -> Sequence[int]:
+    def __call__(self, tokens: Tokens, *, part: bool = False) -> Sequence[int]:  # noqa: ARG002
         """The end of the text."""
         return [len(tokens)] if len(tokens) else []
 
-    def ends_message(self, tokens: Tokens) -> bool:
+    def ends_message(self, tokens: Tokens) -> bool:  # noqa: ARG002
         """Never: nobody asks for what was not cut."""
         return False
 
