@@ -55,6 +55,8 @@ class Slot:
         self.held: list[Span] = []
         self.busy = False
         """Whether a task uses it."""
+        self.owner = ""
+        """Whose text it holds: what others hold is not reused."""
         self.index = -1
         """Index in the last batch of the logits of its last token."""
 
@@ -111,13 +113,17 @@ class Splicer:
         self._learnt = False
         self._rotation: Rotation | None = None
 
-    def take(self, plan: Plan) -> Slot:
-        """The idle slot that holds most of ``plan``, busy from now on. Other idle slots are emptied.
+    def take(self, plan: Plan, owner: str = "") -> Slot:
+        """The idle slot of ``owner`` that holds most of ``plan``, busy from now on. Other idle slots are emptied.
 
+        If all idle slots have other owners, one of these changes hands, empty.
         Cells that a plan does not attend to are masked, not skipped: they would cost every evaluation time.
         """
         idle = [slot for slot in self.slots if not slot.busy]
-        taken = max(idle, key=lambda slot: slot.shared(plan))
+        taken = max(idle, key=lambda slot: slot.shared(plan) if slot.owner == owner else -1)
+        if taken.owner != owner:
+            self.reset(taken)
+            taken.owner = owner
         taken.busy = True
         for slot in idle:
             if slot is not taken and slot.held:
@@ -246,7 +252,7 @@ class Splicer:
         """Where another slot holds more of the head of ``plan``, share its cells."""
         if not self.context.can_shift or self.context.model.window:
             return
-        other = max(self.slots, key=lambda each: each.shared(plan))
+        other = max((each for each in self.slots if each.owner == slot.owner), key=lambda each: each.shared(plan))
         shared = other.shared(plan)
         if shared > slot.shared(plan):
             self.reset(slot)

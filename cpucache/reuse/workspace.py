@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -89,10 +90,16 @@ class Workspace:
         self.prefill_rate: float | None = None
         """Tokens evaluated in a second, as last measured over 32 tokens or more, or a few at first."""
 
+    def within(self, slices: Slices) -> Workspace:
+        """The same context and store, for the slices of a namespace."""
+        other = copy.copy(self)
+        other.slices = slices
+        return other
+
     @contextmanager
     def slot(self, plan: Plan | None = None) -> Iterator[Slot]:
         """A slot of one's own: of those that are idle, the one that holds most of ``plan``."""
-        slot = self._splicer.take(plan or Plan(()))
+        slot = self._splicer.take(plan or Plan(()), self.slices.state_format)
         try:
             yield slot
         finally:
@@ -120,6 +127,8 @@ class Workspace:
                 return
             if slice_.key in self.store:
                 had.add(slice_)
+                if self.slices.shared:
+                    self.store.know(slice_.key, self._info(slice_))
                 return
             if slice_.context is None:
                 raise _Gone
@@ -234,7 +243,11 @@ class Workspace:
 
     def _keep(self, made: Made, schema: str) -> None:
         slice_ = made.slice
-        info = SliceInfo(
+        self.store.put(slice_.key, made.state, slice_.tokens, self._info(slice_, schema, made.seconds))
+
+    def _info(self, slice_: Slice, schema: str = "", seconds: float = 0.0) -> SliceInfo:
+        """The account of a slice."""
+        return SliceInfo(
             fingerprint=self.slices.fingerprint,
             model=self.context.model.path.stem,
             schema=schema,
@@ -243,12 +256,11 @@ class Workspace:
             start=slice_.start,
             state_format=self.slices.state_format,
             context=slice_.context_key,
-            seconds=made.seconds,
+            seconds=seconds,
             content=self.slices.content(slice_.tokens),
             sees=b"".join(slice_.sees).hex(),
             sees_tokens=slice_.sees_tokens,
         )
-        self.store.put(slice_.key, made.state, slice_.tokens, info)
 
     def _held(self, states: dict[Slice, Bytes], slice_: Slice) -> Bytes:
         """The state of a slice, kept at hand in ``states`` from then on. Raises ``_Gone``."""
