@@ -69,6 +69,14 @@ class Text:
     edges: tuple[int, ...] = ()
     """Places, as indices into the tokens, where one segment ends and the next begins, besides those of the parts."""
 
+    def first(self, count: int) -> Text:
+        """The first tokens, with the parts that lie among them."""
+        return Text(
+            self.tokens[:count],
+            tuple(part for part in self.parts if part[1] <= count),
+            tuple(edge for edge in self.edges if edge <= count),
+        )
+
     def within(self, begin: int, end: int) -> bool:
         """Whether some tokens are within one of the parts."""
         return any(first <= begin and end <= last for first, last in self.parts)
