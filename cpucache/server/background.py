@@ -62,7 +62,7 @@ class Job:
         if self._at_end:
             self._at_end()
 
-    def _progress(self, done: int, total: int) -> None:
+    def _progress(self, _done: int, _total: int) -> None:
         if self.state == "cancelled":
             raise _Cancelled
 

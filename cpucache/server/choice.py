@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cpucache.engine import Sampling
 from cpucache.errors import InputError
+from cpucache.layout import Tokens
 from cpucache.layout.conversation import ChatMessage, Conversations, Tool, ToolCall
-from cpucache.runtime import Model
 from cpucache.runtime.grammar import CallForm, calls_grammar
 
 TAGS = CallForm(begin="<tool_call>\n", end="\n</tool_call>", between="\n")
@@ -23,12 +23,12 @@ _PROBE = "probeQx"
 _log = logging.getLogger("cpucache.server")
 
 
-def form_of(model: Model, conversations: Conversations) -> CallForm:
-    """How a model writes calls: as its own template has them in a conversation."""
+def form_of(conversations: Conversations, read: Callable[[Tokens], str]) -> CallForm:
+    """How a model writes calls: as its own template has them in a conversation. ``read`` gives the text of tokens."""
     asked = ChatMessage("user", "x")
     calling = ChatMessage("assistant", "", [ToolCall(_PROBE, {"x": "y"}, "abcdefghi")])
     try:
-        text = model.text(conversations.text([asked, calling], [Tool(_PROBE)]).tokens, special=True)
+        text = read(conversations.text([asked, calling], [Tool(_PROBE)]).tokens)
     except InputError:
         return TAGS
     # The last time that it is named is in the call; before, where tools are described.
@@ -58,7 +58,7 @@ class Forced:
             return replace(sampling, grammar=calls_grammar(functions, form, several=self.several))
         except InputError as error:
             _log.info("arguments of calls may be any JSON, for their schemas are no grammar: %s", error)
-            loose = dict.fromkeys(functions, {"type": "object"})
+            loose: dict[str, Mapping[str, Any]] = {name: {"type": "object"} for name in functions}
             return replace(sampling, grammar=calls_grammar(loose, form, several=self.several))
 
 

@@ -6,7 +6,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class Tenant:
     @cached_property
     def _call_form(self) -> CallForm:
         """How the model writes calls."""
-        return form_of(self.engine.model, self.conversations)
+        return form_of(self.conversations, partial(self.engine.model.text, special=True))
 
     # -- answers -----------------------------------------------------------------------------------------------------
     def _as_said(self, message: ChatMessage) -> ChatMessage:
