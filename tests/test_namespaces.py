@@ -128,8 +128,11 @@ def test_a_prompt_prepared_ahead_is_found(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, **SIZES) as running:
         prepared = running.prepare(text=FIRST)
         size = len(running.model.tokenize(FIRST))
-        assert (prepared.prompt_tokens, prepared.cached_tokens, prepared.evaluated_tokens) == (size, 0, size)
-        assert running.prepare(text=FIRST).evaluated_tokens == 0
-        assert running.prepare(text=FIRST).cached_tokens == size
+        # All but the last, which every answer begins with.
+        assert (prepared.prompt_tokens, prepared.cached_tokens, prepared.evaluated_tokens) == (size, 0, size - 1)
+        again = running.prepare(text=FIRST)
+        assert (again.cached_tokens, again.evaluated_tokens) == (size - 1, 0)
         running.forget()
-        assert running.generate(text=FIRST + " And?", max_tokens=1).metrics.cached_tokens == size
+        assert running.generate(text=FIRST, max_tokens=1).metrics.cached_tokens == size - 1
+        running.forget()
+        assert running.generate(text=FIRST + " And?", max_tokens=1).metrics.cached_tokens >= size - 1

@@ -353,8 +353,9 @@ class Engine:
     ) -> Prepared:
         """Evaluate a prompt ahead, without an answer: what begins with it is answered at once then.
 
-        Answers come first, and interrupt it. Of a PML prompt, the modules are evaluated, not the new text. The prompt
-        and its fidelity are given as for ``plan``. ``progress(done, total)`` is told about tokens.
+        Answers come first, and interrupt it. The last token is not evaluated, which every answer begins with, nor is
+        what a PML prompt brings besides its modules. The prompt and its fidelity are given as for ``plan``.
+        ``progress(done, total)`` is told about tokens.
 
         Raises ``PMLError``, ``InputError`` or ``ContextFull``.
         """
@@ -364,11 +365,10 @@ class Engine:
         wanted = list(plan.wanted)
         if question.bound is None:
             *before, last = plan.spans
-            wanted += self._cut(before, last.tokens)
-        missing = sum(len(slice_.tokens) for slice_ in dict.fromkeys(wanted) if slice_.key not in self.store)
+            wanted += self._cut(before, last.tokens[:-1])
+        there = sum(len(slice_.tokens) for slice_ in dict.fromkeys(wanted) if slice_.key in self.store)
         made = self._encode(wanted, question.label, progress)
-        new = 0 if question.bound is None else plan.n_tokens - plan.n_cached
-        return Prepared(plan.n_tokens, max(0, plan.n_tokens - missing - new), made.tokens)
+        return Prepared(plan.n_tokens, there, made.tokens)
 
     def prefetch(
         self,

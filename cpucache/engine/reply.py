@@ -14,9 +14,9 @@ class Prepared:
 
     prompt_tokens: int
     cached_tokens: int
-    """Those that were there."""
+    """Those that were there: of a PML prompt, all tokens of the slices that it takes."""
     evaluated_tokens: int
-    """Those that were evaluated. What a PML prompt brings besides its modules is not."""
+    """Those that were evaluated."""
 
 
 @dataclass

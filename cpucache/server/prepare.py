@@ -85,7 +85,7 @@ class Prepare:
         made: Prepared = job.result
         return {
             "object": "cache.prepared",
-            "prompt_tokens": made.prompt_tokens,
+            "prompt_tokens": asked.size,
             "cached_tokens": made.cached_tokens,
             "evaluated_tokens": made.evaluated_tokens,
         }
@@ -110,4 +110,5 @@ def _asked(tenant: Tenant, body: PrepareRequest) -> Asked:
     # What the user says next is not known: as much is evaluated as does not depend on it.
     one, other = (tenant.text([*messages, ChatMessage("user", text)], tools, modules) for text in "1A")
     size = position(one.tokens, other.tokens)
-    return Asked(one.first(size), size, {} if body.cpucache is None else body.cpucache.settings)
+    # The last token is not evaluated.
+    return Asked(one.first(size + 1), size, {} if body.cpucache is None else body.cpucache.settings)
