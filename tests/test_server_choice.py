@@ -31,14 +31,16 @@ OPENAI: list[Any] = [
 ]
 ANTHROPIC: list[Any] = [{"name": name, "input_schema": schema} for name, schema in FUNCTIONS.items()]
 MISTRAL = (
-    "{% if tools %}[TOOLS]{{ tools | tojson }}{% endif %}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% if tools %}[TOOLS]{{ tools | tojson }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
     "{% elif m.tool_calls %}[TOOL_CALLS][{% for c in m.tool_calls %}{% if c.id | length != 9 %}"
     "{{ raise_exception('ids have nine letters') }}{% endif %}"
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}'
     "{% endfor %}]{{ eos_token }}{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 LLAMA = (
-    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.tool_calls %}"
     '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": '
     "{{ m.tool_calls[0].function.arguments | tojson }}}"
     "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"

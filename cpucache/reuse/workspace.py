@@ -127,8 +127,6 @@ class Workspace:
                 return
             if slice_.key in self.store:
                 had.add(slice_)
-                if self.slices.shared:
-                    self.store.know(slice_.key, self._info(slice_))
                 return
             if slice_.context is None:
                 raise _Gone
@@ -173,6 +171,7 @@ class Workspace:
         # Slices of one schema do not push one another out.
         with self.store.using(slice_.key for slice_ in slices):
             yield from self._mending(make, states)
+        self._know(slices)
         return report
 
     def _make(
@@ -244,6 +243,12 @@ class Workspace:
     def _keep(self, made: Made, schema: str) -> None:
         slice_ = made.slice
         self.store.put(slice_.key, made.state, slice_.tokens, self._info(slice_, schema, made.seconds))
+
+    def _know(self, slices: Iterable[Slice]) -> None:
+        """Let slices be found by their content that may have been made in another namespace."""
+        for slice_ in slices if self.slices.shared else ():
+            if slice_.key in self.store:
+                self.store.know(slice_.key, self._info(slice_))
 
     def _info(self, slice_: Slice, schema: str = "", seconds: float = 0.0) -> SliceInfo:
         """The account of a slice."""
@@ -330,6 +335,7 @@ class Workspace:
                 return planned, spliced
 
         planned, spliced = yield from self._mending(splice, states)
+        self._know(planned.slices)
         made = sum(len(span.tokens) for span in planned.spans if span.slice in encoded.made)
         evaluated = spliced.evaluated + made
         clean, related, foreign = planned.count("clean"), planned.count("related"), planned.count("foreign")

@@ -31,7 +31,8 @@ class Keys:
         if not self._keys:
             return ""
         headers = request.headers
-        shown = (headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")).encode()
+        given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+        shown = given.encode("latin-1")  # the bytes that were sent
         found = ""
         # All are compared, each in the same time, whatever is shown.
         for key, namespace in self._keys:
