@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "sessions": {"errors", "private", "database"},
     "engine": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "sessions"},
     "bench": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "engine"},
-    "server": {"errors", "runtime", "layout", "engine"},
+    "server": {"errors", "pml", "runtime", "store", "layout", "reuse", "engine"},
     "cli": {
         TOP,
         "server",

@@ -85,6 +85,25 @@ def test_what_can_t_be_is_said_at_once(tiny: Tiny) -> None:
     assert done.status == 2
     assert "--api-key" in done.err
     assert cpucache("serve", "-m", model, "--parallel", "40").status == 2
+    done = cpucache("serve", "-m", model, "--isolate")
+    assert (done.status, "--api-key" in done.err) == (2, True)
+    assert cpucache("serve", "-m", model, "--api-key", "a", "--api-key", "").status == 2
+
+
+def test_several_keys(tiny: Tiny, store_home: Path) -> None:
+    with serving(plain_spoken(tiny("llama")), "--api-key", "one", "--api-key", "two", "--isolate") as (client, process):
+        cached = {}
+        for key in ("one", "two", "one", "three"):
+            reply = client.post("/v1/chat/completions", json=ASKED, headers={"Authorization": f"Bearer {key}"})
+            if reply.status_code == 200:
+                cached[key] = reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            if key == "two":
+                assert cached[key] == 0
+        assert cached.keys() == {"one", "two"}
+        assert cached["one"] > 0
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
 
 
 def test_verbose_tells_a_line_for_each_request(tiny: Tiny, store_home: Path) -> None:

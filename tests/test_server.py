@@ -15,6 +15,7 @@ import pytest
 
 from cpucache import Sampling
 from cpucache.engine import Stream
+from cpucache.layout.conversation import Conversations
 from cpucache.server.openai import messages_of, tools_of
 from tests.support.serving import Served, serving, until
 from tests.support.sessions import message, plain_spoken
@@ -188,7 +189,11 @@ def test_the_order_of_tools_changes_nothing(served: Served) -> None:
     assert one == other
     assert one.index('"a"') < one.index('"b"') < one.index('"c"')
     # A tool's description can't end a turn.
-    ids = served.service.tokens(messages_of(ASKED), tools_of(tools, None)).tolist()
+    ids = (
+        Conversations(served.engine.model, served.engine.host.template)
+        .text(messages_of(ASKED), tools_of(tools, None))
+        .tokens.tolist()
+    )
     (end,) = served.engine.model.tokenize("<|im_end|>", special=True).tolist()
     assert ids.count(end) == 2
     assert one.count("<|im_end|>") == 5
@@ -200,7 +205,7 @@ def test_what_is_no_text_is_refused_with_a_reason(served: Served) -> None:
         ({"messages": [{"role": "user", "content": image}]}, "takes text only, not a part of type 'image_url'"),
         ({"messages": []}, "there is none"),
         ({"messages": [{"role": "clown", "content": "x"}]}, "not 'clown'"),
-        ({"messages": ASKED, "tool_choice": "required"}, "can't force a call"),
+        ({"messages": ASKED, "tool_choice": "required"}, "no tools to call"),
         ({"messages": ASKED, "grammar": "root ::= ("}, "grammar"),
         ({"messages": ASKED, "temperature": -1}, "temperature"),
         ({"messages": ASKED, "n": 2, "stream": True}, "a stream has one answer"),

@@ -39,7 +39,7 @@ def served(tiny: Tiny, tmp_path: Path) -> Iterator[Served]:
 
 # ---- at the door -----------------------------------------------------------------------------------------------------
 def test_a_key_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
-    with serving(plain_spoken(tiny("llama")), tmp_path, settings=ServerSettings(api_key="sesame")) as served:
+    with serving(plain_spoken(tiny("llama")), tmp_path, settings=ServerSettings(api_keys=("sesame",))) as served:
         for headers in ({}, {"Authorization": "Bearer no"}, {"x-api-key": "Sesame"}, {"Authorization": "sesame!"}):
             for path in (CHAT, "/v1/messages", "/metrics", "/tokenize"):
                 reply = httpx.post(served.url + path, json=asking(), headers=headers)

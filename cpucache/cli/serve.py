@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import socket
 from contextlib import suppress
 from typing import Any
@@ -38,8 +39,16 @@ def _is_loopback(host: str) -> bool:
 )
 @click.option(
     "--api-key",
-    envvar="CPUCACHE_API_KEY",
-    help="What clients must show. Required where other machines can connect.  [env: CPUCACHE_API_KEY]",
+    multiple=True,
+    metavar="KEY",
+    help="What clients must show; give it several times for several keys, each with schemas of its own. Required where "
+    "other machines can connect.  [env: CPUCACHE_API_KEY, one]",
+)
+@click.option(
+    "--isolate",
+    is_flag=True,
+    help="Keys share no cached state. Without it a text that one has sent is answered faster to others, too, who can "
+    "tell by the time.",
 )
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Another name that clients may call the server by.")
 @click.option(
@@ -80,7 +89,8 @@ def serve(
     host: str,
     port: int,
     parallel: int,
-    api_key: str | None,
+    api_key: tuple[str, ...],
+    isolate: bool,
     allow_host: tuple[str, ...],
     queue: int,
     timeout: float,
@@ -103,6 +113,7 @@ def serve(
     \b
     POST /v1/chat/completions  /v1/completions  /v1/responses       OpenAI's
     POST /v1/messages  /v1/messages/count_tokens                    Anthropic's
+    POST /v1/schemas  /v1/schemas/NAME/encode  /v1/cache/prepare    cpucache's own
     GET  /v1/models  /health  /metrics                              POST /tokenize  /detokenize  /apply-template
 
     Ctrl-C ends it: answers under way get five seconds, and what was evaluated is kept.
@@ -119,11 +130,17 @@ def serve(
     from cpucache.engine import Engine
 
     local = _is_loopback(host)
-    if not local and not api_key:
+    keys = api_key or tuple(filter(None, [os.environ.get("CPUCACHE_API_KEY")]))
+    if not all(keys):
+        raise InputError("--api-key: a key is empty")
+    if isolate and not keys:
+        raise InputError("--isolate: there are no keys to tell clients apart by; give each an --api-key")
+    if not local and not keys:
         raise InputError(f"--host {host}: other machines can connect; say what clients must show with --api-key")
     hosts = (*ServerSettings.hosts, host, *allow_host) if local else ()
     settings = ServerSettings(
-        api_key=api_key,
+        api_keys=keys,
+        isolate=isolate,
         hosts=tuple(name.lower() for name in hosts),
         queue=queue,
         timeout=timeout,
@@ -146,6 +163,7 @@ def serve(
         # uvicorn has ended in good order then, and says so by raising what ended it.
         with suppress(KeyboardInterrupt):
             server.run([listener])
+        app.state.service.close()
     err.print("the server has ended; what was evaluated is kept")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +24,7 @@ from cpucache.engine.answer import Answer
 from cpucache.engine.core import Core
 from cpucache.engine.host import Host
 from cpucache.engine.planner import PREFIX, Message, Planner, Question, parsed_prompt
-from cpucache.engine.reply import Reply
+from cpucache.engine.reply import Prepared, Reply
 from cpucache.engine.request import Priority, Request
 from cpucache.engine.sampling import sampling_of
 from cpucache.engine.session import Session, WhenFull
@@ -60,7 +63,7 @@ from cpucache.reuse.work import Task
 from cpucache.runtime import Context, KVType, Model, Sampling
 from cpucache.runtime.hardware import on_mains
 from cpucache.runtime.packing import AT_REST, AtRest, Packing
-from cpucache.sessions import Transcripts
+from cpucache.sessions import Transcripts, default_sessions
 from cpucache.store import Fingerprints, Store, default_home
 
 Refine: TypeAlias = Literal["off", "idle"]
@@ -159,14 +162,15 @@ class Engine:
             form = self.context.state_format + ("" if packing is None else f"/at-rest-{packing.kind}")
             self.slices = Slices(self.fingerprint, form, Cuts(loaded, *segment_tokens))
             self.workspace = Workspace(self.context, kept, self.slices, parallel)
+            self._spaces = {"": self.workspace}
             template = ChatTemplate(
                 loaded.chat_template, bos=loaded.special_text("bos"), eos=loaded.special_text("eos")
             )
-            lookup = Lookup(self.workspace, Repair(loaded.text))
             # Gaps between positions come from moving, which not every model's state allows.
             positions = positions if self.context.can_shift else "packed"
-            self.planner = Planner(loaded, template, lookup, positions, cells, fidelity=usual, reuse=reuse)
-            idle = partial(_refining_when_idle, self.workspace) if refine == "idle" else None
+            self._planner_of = partial(_planner, loaded, template, positions, cells, usual, reuse)
+            self.planner = self._planner_of(self.workspace)
+            idle = partial(_refining_when_idle, self._spaces) if refine == "idle" else None
             self.host = Host(loaded, template, self.workspace, self.planner, Core(self.context, parallel, idle))
             # Where nobody closes the engine, its thread ends with it.
             opened.callback(weakref.finalize(self, self.host.core.close))
@@ -175,11 +179,41 @@ class Engine:
         self._folder = Path(sessions) if sessions else None
         self._transcripts: Transcripts | None = None
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._origin: Engine | None = None  # which lives as long as this one
 
     @property
     def store(self) -> Store:
         """Where slices are kept."""
         return self.workspace.store
+
+    def within(self, namespace: str, *, isolate: bool = False) -> Engine:
+        """This engine for one of several who share it, and are not to learn of one another.
+
+        It has schemas and conversations of its own, and finds slices that are not exact only where the same namespace
+        asked for them. Exact slices are shared, so that the time an answer takes tells whether its text was evaluated
+        before; with ``isolate`` nothing is shared. Model, context and store are those of this engine, and closing
+        either closes both.
+
+        Args:
+            namespace: A name that others can't choose. Letters, digits, ``-`` and ``_``.
+            isolate: Share no slices at all.
+
+        Raises ``InputError`` for another name.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", namespace):
+            raise InputError(f"namespace={namespace!r:.80}: letters, digits, - and _, 64 at most")
+        other = copy.copy(self)
+        other.slices = self.slices.within(namespace, isolate=isolate)
+        other.workspace = self.workspace.within(other.slices)
+        other.planner = self._planner_of(other.workspace)
+        other.host = replace(self.host, workspace=other.workspace, planner=other.planner)
+        other._folder = (self._folder or default_sessions()) / "namespaces" / namespace
+        other._transcripts = None
+        other._origin = self
+        with self._opening:
+            self._spaces[other.slices.scope] = other.workspace
+            self._opened.callback(other._close_transcripts)
+        return other
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
@@ -190,10 +224,13 @@ class Engine:
         self.host.core.close()
         for session in list(self._sessions):
             session.close()
+        self._close_transcripts()
+        self._opened.close()
+
+    def _close_transcripts(self) -> None:
         if self._transcripts is not None:
             self._transcripts.close()
             self._transcripts = None
-        self._opened.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -217,8 +254,11 @@ class Engine:
         That is one evaluation of the schema, in reading order. Slices that are in the store are not made again.
         ``progress(done, total)`` is told about tokens.
         """
-        layout = self.planner.layout(schema)
-        return self._encode(reading(layout, self.slices, self._room), schema, progress)
+        return self._encode(self.reading(schema), schema, progress)
+
+    def reading(self, schema: str) -> list[Slice]:
+        """The slices that ``encode`` makes of a schema, whether they are there or not. Raises ``InputError``."""
+        return reading(self.planner.layout(schema), self.slices, self._room)
 
     def encode_likely(
         self, schema: str, prompts: Sequence[str | Path | Prompt] = (), progress: OnProgress | None = None
@@ -310,6 +350,37 @@ class Engine:
         """Make the slices that one prompt needs and the store does not have. Fidelity is given as for ``plan``."""
         question = self._question(prompt, fidelity=fidelity, recompute=recompute, reuse=reuse)
         return self._encode(question.plan().wanted, question.label, progress)
+
+    def prepare(
+        self,
+        prompt: str | Path | Prompt | None = None,
+        progress: OnProgress | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        text: str | None = None,
+        tokens: Sequence[int] | Tokens | Text | None = None,
+        fidelity: Level | Fidelity | None = None,
+        recompute: float | None = None,
+        reuse: Reuse | None = None,
+    ) -> Prepared:
+        """Evaluate a prompt ahead, without an answer: what begins with it is answered at once then.
+
+        Answers come first, and interrupt it. The last token is not evaluated, which every answer begins with, nor is
+        what a PML prompt brings besides its modules. The prompt and its fidelity are given as for ``plan``.
+        ``progress(done, total)`` is told about tokens.
+
+        Raises ``PMLError``, ``InputError`` or ``ContextFull``.
+        """
+        question = self._question(prompt, messages, text, tokens, fidelity, recompute, reuse)
+        question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
+        plan = question.plan()
+        wanted = list(plan.wanted)
+        if question.bound is None:
+            *before, last = plan.spans
+            wanted += self.slices.cut(before, last.tokens[:-1])
+        there = sum(len(slice_.tokens) for slice_ in dict.fromkeys(wanted) if slice_.key in self.store)
+        made = self._encode(wanted, question.label, progress)
+        return Prepared(plan.n_tokens, there, made.tokens)
 
     def prefetch(
         self,
@@ -476,7 +547,9 @@ class Engine:
 
     def use_store(self, store: Store) -> Store:
         """Keep slices elsewhere from now on; gives the store that was used so far. ``close`` closes the last one."""
-        before, self.workspace.store = self.workspace.store, store
+        before = self.workspace.store
+        for space in self._spaces.values():
+            space.store = store
         self.forget()
         return before
 
@@ -493,7 +566,7 @@ class Engine:
             answer.capture(self.slices.cut(before, tokens), PREFIX)
         if not answer.plan.exact:
             parts = text_parts(answer.plan) if question.bound is None else asked(question.bound)
-            self.store.asked.note(self.fingerprint, self.slices.state_format, question.label, parts)
+            self.store.asked.note(self.fingerprint, self.slices.scope, question.label, parts)
 
     def keep_prompt(self, answer: Answer) -> None:
         """Keep what is in no slice yet of a plain text, but for its last token. Called behind the first of the answer.
@@ -513,13 +586,28 @@ class Engine:
         return before, fresh.tokens[answer.saved :]
 
 
-def _refining_when_idle(workspace: Workspace) -> Request[None] | None:
+def _planner(
+    model: Model,
+    template: ChatTemplate,
+    positions: Positions,
+    cells: int,
+    fidelity: Fidelity | None,
+    reuse: Reuse,
+    workspace: Workspace,
+) -> Planner:
+    """The planner of a namespace."""
+    lookup = Lookup(workspace, Repair(model.text))
+    return Planner(model, template, lookup, positions, cells, fidelity=fidelity, reuse=reuse)
+
+
+def _refining_when_idle(spaces: Mapping[str, Workspace]) -> Request[None] | None:
     if not on_mains():
         return None
 
     def task(_: Request[None]) -> Task[None]:
-        with workspace.slot() as slot:
-            yield from refine(workspace, slot, None, Encoded())
+        for workspace in list(spaces.values()):
+            with workspace.slot() as slot:
+                yield from refine(workspace, slot, None, Encoded())
 
     return Request(task, priority=Priority.REFINE)
 

@@ -8,6 +8,17 @@ from typing import Any, Literal, TypeAlias
 Finish: TypeAlias = Literal["stop", "length", "interrupted"]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What it took to evaluate a prompt ahead."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Those that were there: of a PML prompt, all tokens of the slices that it takes."""
+    evaluated_tokens: int
+    """Those that were evaluated."""
+
+
 @dataclass
 class Metrics:
     """Counts of tokens, and times in milliseconds from the call on."""

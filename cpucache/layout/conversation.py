@@ -12,7 +12,7 @@ import secrets
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -110,10 +110,19 @@ class Conversations:
         self._template = self._environment.from_string(source) if source and not template.plain else None
         self._lock = threading.Lock()  # around the environment's budget
 
-    def text(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), modules: Collection[str] = ()) -> Text:
+    def text(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Tool] = (),
+        modules: Collection[str] = (),
+        *,
+        written: Sequence[ChatMessage] | None = None,
+    ) -> Text:
         """A conversation and what opens the model's answer. Raises ``InputError``.
 
-        Its parts are the tools' definitions, and ``modules`` wherever these occur in the messages.
+        Its parts are the tools' definitions, and ``modules`` wherever these occur in the messages. ``written`` are the
+        same messages with calls as the model wrote them, in the text: they are taken where the template takes them in
+        the form that it takes the messages in.
 
         A template that refuses the conversation gets it in a form that says the same: system messages joined to one at
         the head, or told by the user; tools described in the system message.
@@ -122,11 +131,12 @@ class Conversations:
             raise InputError("messages: there is none")
         bos = self._vocabulary.bos
         if self._template is None:
-            parts = self._plain(_told(messages, tools))
+            parts = self._plain(_told(messages if written is None else written, tools))
             return Text(joined(([] if bos is None else [np.array([bos], np.int32)]) + parts))
         problem: Exception | None = None
         within = _splitting(modules)
-        for attempt, described in _forms(messages, tools):
+        forms = [_forms(messages, tools)] if written is None else [_forms(written, tools), _forms(messages, tools)]
+        for attempt, described in (form for pair in zip_longest(*forms) for form in pair if form is not None):
             try:
                 text, texts = self._render(attempt, described, within)
             except Exception as error:  # a template is a program, and may fail in any way

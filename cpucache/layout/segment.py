@@ -66,15 +66,29 @@ class Text:
     parts: tuple[tuple[int, int], ...] = ()
     """Runs of tokens that may be reused wherever they stand, each by its beginning and end: they do not overlap, and
     come in order."""
+    edges: tuple[int, ...] = ()
+    """Places, as indices into the tokens, where one segment ends and the next begins, besides those of the parts."""
+
+    def first(self, count: int) -> Text:
+        """The first tokens, with the parts that lie among them."""
+        return Text(
+            self.tokens[:count],
+            tuple(part for part in self.parts if part[1] <= count),
+            tuple(edge for edge in self.edges if edge <= count),
+        )
 
     def within(self, begin: int, end: int) -> bool:
         """Whether some tokens are within one of the parts."""
         return any(first <= begin and end <= last for first, last in self.parts)
 
+    @property
+    def _edges(self) -> list[int]:
+        return [*(edge for part in self.parts for edge in part), *self.edges]
+
     def ends(self, cuts: Callable[[Tokens], Sequence[int]]) -> list[int]:
         """The ends of the segments of all tokens but the last. Cuts within a part depend on that part alone."""
         size = len(self.tokens) - 1
-        edges = sorted({min(edge, size) for part in self.parts for edge in part} | {0, size})
+        edges = sorted({min(edge, size) for edge in self._edges} | {0, size})
         found: list[int] = []
         for begin, end in pairwise(edges):
             found += [begin + cut for cut in cuts(self.tokens[begin:end])]

@@ -84,7 +84,7 @@ class Lookup:
         return plan_text(
             self._workspace,
             self._repair,
-            Text(text.tokens) if exact else text,
+            replace(text, parts=()) if exact else text,
             anywhere=reuse == "anywhere" and not exact,
             recompute=fidelity.recompute,
         )

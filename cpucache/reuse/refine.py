@@ -49,7 +49,7 @@ def exact_slices(parts: Sequence[Part], slices: Slices) -> list[Slice]:
 def to_refine(slices: Slices, store: Store, schema: str | None = None) -> int:
     """Tokens of the exact slices that ``refine`` would make."""
     wanted: dict[Slice, None] = {}
-    for combination in store.asked.combinations(slices.fingerprint, slices.state_format, schema):
+    for combination in store.asked.combinations(slices.fingerprint, slices.scope, schema):
         wanted.update(dict.fromkeys(exact_slices(combination.parts, slices)))
     return sum(len(slice_.tokens) for slice_ in wanted if slice_.key not in store)
 
@@ -70,7 +70,7 @@ def refine(
     """
     slices, store = workspace.slices, workspace.store
     total = report.tokens + to_refine(slices, store, schema)
-    for combination in store.asked.combinations(slices.fingerprint, slices.state_format, schema):
+    for combination in store.asked.combinations(slices.fingerprint, slices.scope, schema):
         fits = sum(len(part.tokens) for part in combination.parts) < workspace.context.n_ctx
         wanted = exact_slices(combination.parts, slices) if fits else []
         for slice_ in wanted:

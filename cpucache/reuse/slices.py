@@ -315,6 +315,9 @@ class Slices:
     def __init__(self, fingerprint: str, state_format: str, cuts: Cutting | None = None) -> None:
         self.fingerprint = fingerprint
         self.state_format = state_format
+        """Part of every key."""
+        self.scope = state_format
+        """Part of what slices are found by whose contexts may be others than what stands before them in a prompt."""
         self.cuts: Cutting = cuts or Whole()
         self.recurrent = False
         """Whether the model has a recurrent state; the workspace says so."""
@@ -325,9 +328,25 @@ class Slices:
         key = self.key(slice_.key, none, slice_.end)
         return Slice(key, none, slice_.end, slice_.key, slice_.sees, slice_.sees_tokens, slice_.module)
 
+    def within(self, namespace: str, *, isolate: bool = False) -> Slices:
+        """The same for a namespace.
+
+        A slice that is not exact is found in the namespace that asked for it alone. An exact one has the same key in
+        all of them; with ``isolate`` it has not, and nothing is shared.
+        """
+        own = f"{self.state_format}/in-{namespace}"
+        other = Slices(self.fingerprint, own if isolate else self.state_format, self.cuts)
+        other.scope = own
+        return other
+
+    @property
+    def shared(self) -> bool:
+        """Whether slices may be there that another namespace has made, and that are not found by their content."""
+        return self.scope != self.state_format
+
     def content(self, tokens: Tokens) -> str:
         """What all slices of these tokens are found by."""
-        return content_key(self.fingerprint, self.state_format, tokens)
+        return content_key(self.fingerprint, self.scope, tokens)
 
     def key(self, context_key: str, tokens: Tokens, start: int) -> str:
         """The key of the slice of these tokens in that context."""

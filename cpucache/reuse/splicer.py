@@ -55,6 +55,10 @@ class Slot:
         self.held: list[Span] = []
         self.busy = False
         """Whether a task uses it."""
+        self.points: Points | None = None
+        """The recurrent states that there are for it."""
+        self.owner = ""
+        """Whose text it holds: what others hold is not reused."""
         self.index = -1
         """Index in the last batch of the logits of its last token."""
 
@@ -116,12 +120,10 @@ class Splicer:
     Args:
         context: Where slices are loaded, and tokens evaluated.
         slots: How many answers can be given at a time, ``SLOTS`` at most.
-        points: Of a recurrent model.
     """
 
-    def __init__(self, context: Context, slots: int = 1, points: Points | None = None) -> None:
+    def __init__(self, context: Context, slots: int = 1) -> None:
         self.context = context
-        self._points = points if context.model.recurrent else None
         self.slots = [Slot(sequence) for sequence in range(slots)]
         self.scratch = slots
         """The sequence that a single slice is loaded or saved in."""
@@ -130,14 +132,19 @@ class Splicer:
         self._learnt = False
         self._rotation: Rotation | None = None
 
-    def take(self, plan: Plan) -> Slot:
-        """The idle slot that holds most of ``plan``, busy from now on. Other idle slots are emptied.
+    def take(self, plan: Plan, owner: str = "", points: Points | None = None) -> Slot:
+        """The idle slot of ``owner`` that holds most of ``plan``, busy from now on. Other idle slots are emptied.
 
+        If all idle slots have other owners, one of these changes hands, empty.
         Cells that a plan does not attend to are masked, not skipped: they would cost every evaluation time.
         """
         idle = [slot for slot in self.slots if not slot.busy]
-        taken = max(idle, key=lambda slot: slot.shared(plan))
+        taken = max(idle, key=lambda slot: slot.shared(plan) if slot.owner == owner else -1)
+        if taken.owner != owner:
+            self.reset(taken)
+            taken.owner = owner
         taken.busy = True
+        taken.points = points if self.context.model.recurrent else None
         for slot in idle:
             if slot is not taken and slot.held:
                 self.reset(slot)
@@ -171,7 +178,7 @@ class Splicer:
         report = Spliced()
         started = time.perf_counter()
         wanted = plan
-        if self._points and not fresh:
+        if slot.points and not fresh:
             plan = self._resumed(slot, plan)
         try:
             if fresh:
@@ -250,7 +257,7 @@ class Splicer:
 
         Slices can be loaded up to one with a recurrent state behind it.
         """
-        assert self._points is not None
+        assert slot.points is not None
         shared = slot.shared(plan)
         # What the slot goes on from is there. A state that has gone on is not.
         done = shared if shared == len(slot.held) else 0
@@ -260,7 +267,7 @@ class Splicer:
             if span is not None and span.slice:
                 run.append(span)
                 continue
-            there = [index for index, each in enumerate(run) if each.slice and self._points.there(each.slice)]
+            there = [index for index, each in enumerate(run) if each.slice and slot.points.there(each.slice)]
             count = there[-1] + 1 if there else 0
             spans += run[:count]
             if run[count:]:
@@ -300,7 +307,7 @@ class Splicer:
         """Where another slot holds more of the head of ``plan``, share its cells."""
         if not self.context.can_shift or self.context.model.window:
             return
-        other = max(self.slots, key=lambda each: each.shared(plan))
+        other = max((each for each in self.slots if each.owner == slot.owner), key=lambda each: each.shared(plan))
         shared = other.shared(plan)
         if shared > slot.shared(plan):
             self.reset(slot)
@@ -358,8 +365,8 @@ class Splicer:
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
             for span in part.slices:
                 self._load(slot, span, park, state)
-            if self._points and part.slices:
-                self._load_point(park, part.slices[-1], state)
+            if slot.points and part.slices:
+                self._load_point(slot.points, park, part.slices[-1], state)
             report.loaded += sum(len(span.tokens) for span in part.slices)
         report.splice_ms += _since(started)
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
@@ -385,7 +392,7 @@ class Splicer:
         loaded = self.context.load(self.scratch, saved)
         end = start + len(span.slice.tokens)
         # Of a recurrent model it tells the position of what is loaded later.
-        if not loaded or not (self._points or self.context.last_position(self.scratch) == end - 1):
+        if not loaded or not (self.context.model.recurrent or self.context.last_position(self.scratch) == end - 1):
             raise Refused(span.slice)
         if not span.whole:
             self.context.remove(self.scratch, start + len(span.tokens))
@@ -394,10 +401,9 @@ class Splicer:
         self.context.share(self.scratch, sequence)
         self.context.remove(self.scratch)
 
-    def _load_point(self, sequence: int, span: Span, state: State) -> None:
+    def _load_point(self, points: Points, sequence: int, span: Span, state: State) -> None:
         assert span.slice is not None
-        assert self._points is not None
-        point = self._points.of(span.slice)
+        point = points.of(span.slice)
         if not self.context.load_point(sequence, state(point)) or self.context.last_position(sequence) != span.end - 1:
             raise Refused(point)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,20 +86,32 @@ class Workspace:
         self.store = store
         self.slices = slices
         slices.recurrent = context.model.recurrent
-        points = Points(slices.point, lambda slice_: slices.point(slice_).key in self.store)
-        self._splicer = Splicer(context, slots, points)
+        self._splicer = Splicer(context, slots)
         self._encoder = Encoder(self._splicer, slices)
         self.prefill_rate: float | None = None
         """Tokens evaluated in a second, as last measured over 32 tokens or more, or a few at first."""
 
+    def within(self, slices: Slices) -> Workspace:
+        """The same context and store, for the slices of a namespace."""
+        other = copy.copy(self)
+        other.slices = slices
+        slices.recurrent = self.slices.recurrent
+        other._encoder = Encoder(self._splicer, slices)
+        return other
+
     @contextmanager
     def slot(self, plan: Plan | None = None) -> Iterator[Slot]:
         """A slot of one's own: of those that are idle, the one that holds most of ``plan``."""
-        slot = self._splicer.take(plan or Plan(()))
+        slot = self._splicer.take(plan or Plan(()), self.slices.state_format, self.points)
         try:
             yield slot
         finally:
             slot.busy = False
+
+    @property
+    def points(self) -> Points:
+        """The recurrent states that there are."""
+        return Points(self.slices.point, lambda slice_: self.slices.point(slice_).key in self.store)
 
     # -- slices ------------------------------------------------------------------------------------------------------
     def keys(self, plan: Plan) -> list[str]:
@@ -170,6 +183,7 @@ class Workspace:
         # Slices of one schema do not push one another out.
         with self.store.using(slice_.key for slice_ in slices):
             yield from self._mending(make, states)
+        self._know(slices)
         return report
 
     def _make(
@@ -246,7 +260,17 @@ class Workspace:
 
     def _keep(self, made: Made, schema: str) -> None:
         slice_ = made.slice
-        info = SliceInfo(
+        self.store.put(slice_.key, made.state, slice_.tokens, self._info(slice_, schema, made.seconds))
+
+    def _know(self, slices: Iterable[Slice]) -> None:
+        """Let slices be found by their content that may have been made in another namespace."""
+        for slice_ in slices if self.slices.shared else ():
+            if slice_.key in self.store:
+                self.store.know(slice_.key, self._info(slice_))
+
+    def _info(self, slice_: Slice, schema: str = "", seconds: float = 0.0) -> SliceInfo:
+        """The account of a slice."""
+        return SliceInfo(
             fingerprint=self.slices.fingerprint,
             model=self.context.model.path.stem,
             schema=schema,
@@ -255,12 +279,11 @@ class Workspace:
             start=slice_.start,
             state_format=self.slices.state_format,
             context=slice_.context_key,
-            seconds=made.seconds,
+            seconds=seconds,
             content=self.slices.content(slice_.tokens),
             sees=b"".join(slice_.sees).hex(),
             sees_tokens=slice_.sees_tokens,
         )
-        self.store.put(slice_.key, made.state, slice_.tokens, info)
 
     def _held(self, states: dict[Slice, Bytes], slice_: Slice) -> Bytes:
         """The state of a slice, kept at hand in ``states`` from then on. Raises ``_Gone``."""
@@ -342,6 +365,7 @@ class Workspace:
                 return planned, spliced
 
         planned, spliced = yield from self._mending(splice, states)
+        self._know(planned.slices)
         made = sum(len(span.tokens) for span in planned.spans if span.slice in encoded.made)
         # What stands before slices made on the way was evaluated with them.
         evaluated = made + max(spliced.evaluated, planned.n_tokens - planned.n_cached - known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
@@ -44,3 +45,69 @@ def _bounded(value: Any) -> Any:
                 kept[name] = _bounded(each)
         return kept
     return [_bounded(each) for each in value] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a model writes calls of functions: JSON objects, and texts around them."""
+
+    head: str = ""
+    begin: str = ""
+    """Before each call."""
+    end: str = ""
+    """Behind each call."""
+    between: str | None = None
+    """Between two calls; ``None``: there is one."""
+    tail: str = ""
+    arguments: str = "arguments"
+    """What the arguments are called, besides ``name``."""
+
+
+def calls_grammar(functions: Mapping[str, Mapping[str, Any]], form: CallForm, *, several: bool) -> str:
+    """The GBNF grammar of an answer that calls one of some functions; ``several``: one or more times.
+
+    Args:
+        functions: The JSON schema of each one's arguments, by its name.
+        form: How calls are written.
+        several: Whether there may be more than one call, where the form allows it.
+
+    Raises ``InputError`` for what is no such schema.
+    """
+    shared: dict[str, Any] = {}
+    calls = []
+    for number, (name, parameters) in enumerate(functions.items()):
+        arguments = _without_refs(parameters, parameters, f"f{number}", shared, {})
+        properties = {"name": {"const": name}, form.arguments: {"type": "object", **arguments}}
+        calls.append({"type": "object", "properties": properties, "required": list(properties)})
+    rules = grammar_of({"anyOf": calls, "$shared": shared})
+    rules = re.sub(r"^root ::=", "call ::=", rules, flags=re.MULTILINE)
+    call = f"{_literal(form.begin)} call {_literal(form.end)}"
+    more = f"({_literal(form.between)} {call})*" if several and form.between is not None else ""
+    return f"root ::= {_literal(form.head)} {call} {more} {_literal(form.tail)}\n{rules}"
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text)
+
+
+def _without_refs(value: Any, root: Any, prefix: str, shared: dict[str, Any], named: dict[str, str]) -> Any:
+    """A schema whose references point into ``shared``, so that those of several schemas do not mix.
+
+    Raises ``InputError`` for a reference that leads nowhere.
+    """
+    if isinstance(value, list):
+        return [_without_refs(each, root, prefix, shared, named) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    reference = value.get("$ref")
+    if not isinstance(reference, str):
+        return {name: _without_refs(each, root, prefix, shared, named) for name, each in value.items()}
+    if reference not in named:
+        named[reference] = f"{prefix}x{len(named)}"
+        target = root
+        for step in reference.removeprefix("#").split("/")[1:]:
+            target = target.get(step) if isinstance(target, Mapping) else None
+        if not reference.startswith("#") or not isinstance(target, Mapping):
+            raise InputError(f"the JSON schema: nothing is at {reference!r:.100}")
+        shared[named[reference]] = _without_refs(target, root, prefix, shared, named)
+    return {"$ref": f"#/$shared/{named[reference]}"}

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,10 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from cpucache.engine import Metrics, Sampling
 from cpucache.engine.sampling import sampling_of
 from cpucache.errors import InputError
-from cpucache.layout import Text
+from cpucache.layout import Text, Tokens
 from cpucache.layout.conversation import ChatMessage, Tool, ToolCall
+from cpucache.server.asked import Asked, Extension, Mark
+from cpucache.server.choice import anthropic_choice
+from cpucache.server.marks import SECONDS, marked, position
 from cpucache.server.openai import modules_of, streamed
 from cpucache.server.service import Service, new_id, while_connected
+from cpucache.server.tenant import Tenant
 from cpucache.server.toolcalls import ToolParser
 
 _BILLING = "x-anthropic-billing-header:"
@@ -36,6 +41,7 @@ class CountRequest(BaseModel):
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
+    cpucache: Extension | None = None
 
 
 class MessagesRequest(CountRequest):
@@ -124,11 +130,8 @@ def _call(block: dict[str, Any], where: str) -> ToolCall:
 
 def tools_of(body: CountRequest) -> list[Tool]:
     """The tools of a request. Raises ``InputError``."""
-    choice = (body.tool_choice or {}).get("type", "auto")
-    if choice == "none":
+    if (body.tool_choice or {}).get("type") == "none":
         return []
-    if choice != "auto":
-        raise InputError("tool_choice.type: auto or none; this server can't force a call")
     tools = []
     for number, each in enumerate(body.tools or ()):
         name, parameters, description = each.get("name"), each.get("input_schema"), each.get("description")
@@ -144,12 +147,42 @@ def tools_of(body: CountRequest) -> list[Tool]:
     return tools
 
 
-def usage(metrics: Metrics) -> dict[str, int]:
-    """What an answer took. What was evaluated counts as written to the cache as far as it was saved."""
+def asked_of(tenant: Tenant, body: CountRequest) -> Asked:
+    """What a request asks for, and up to where it is kept. Raises ``PMLError`` or ``InputError``."""
+    messages, tools = messages_of(body), tools_of(body)
+    modules = modules_of([body.system, *(each.get("content") for each in body.messages)])
+    asked = tenant.asked(messages, tools, modules, body.cpucache)
+    if not isinstance(asked.prompt, Text):
+        return asked
+    tokens = asked.prompt.tokens
+
+    def begun(other: CountRequest) -> Tokens:
+        head = messages_of(other)
+        # Templates want something of the user.
+        rest = [] if any(message.role == "user" for message in head) else [ChatMessage("user", "?")]
+        return tenant.text([*head, *rest], tools, modules).tokens
+
+    marks = tuple(
+        Mark(len(tokens) if other.messages == body.messages else position(tokens, begun(other)), seconds)
+        for other, seconds in marked(body)
+    )
+    text = replace(asked.prompt, edges=tuple(sorted({mark.position for mark in marks})))
+    return replace(asked, prompt=text, marks=marks)
+
+
+def usage(metrics: Metrics, prompt: Asked) -> dict[str, Any]:
+    """What an answer took. What was evaluated counts as written to the cache as far as it was saved.
+
+    What is kept for an hour is told apart; all else counts as kept for less.
+    """
+    read, made = metrics.cached_tokens, metrics.encoded_tokens
+    hour = max((mark.position for mark in prompt.marks if mark.seconds > SECONDS["5m"]), default=0)
+    longer = min(made, max(0, hour - read))
     return {
-        "input_tokens": metrics.fresh_tokens - metrics.encoded_tokens,
-        "cache_read_input_tokens": metrics.cached_tokens,
-        "cache_creation_input_tokens": metrics.encoded_tokens,
+        "input_tokens": metrics.fresh_tokens - made,
+        "cache_read_input_tokens": read,
+        "cache_creation_input_tokens": made,
+        "cache_creation": {"ephemeral_5m_input_tokens": made - longer, "ephemeral_1h_input_tokens": longer},
         "output_tokens": metrics.completion_tokens,
     }
 
@@ -171,43 +204,52 @@ class Anthropic:
         self.router.post("/v1/messages", response_model=None)(self.messages)
         self.router.post("/v1/messages/count_tokens", response_model=None)(self.count)
 
-    async def count(self, body: CountRequest) -> dict[str, int]:
+    async def count(self, body: CountRequest, request: Request) -> dict[str, int]:
         """Count the tokens of a conversation, without evaluating any."""
-        tokens = await asyncio.to_thread(self._service.tokens, messages_of(body), tools_of(body))
-        return {"input_tokens": len(tokens)}
+        tenant = self._service.tenant(request)
+        asked = await asyncio.to_thread(tenant.asked, messages_of(body), tools_of(body), extension=body.cpucache)
+        return {"input_tokens": asked.size}
 
     async def messages(self, body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation."""
         service = self._service
         tools = tools_of(body)
-        modules = modules_of([body.system, *(each.get("content") for each in body.messages)])
-        prompt = await asyncio.to_thread(service.text, messages_of(body), tools, modules)
+        tenant = service.tenant(request)
+        prompt = await asyncio.to_thread(asked_of, tenant, body)
+        forced = anthropic_choice(body.tool_choice, tools)
+        sampling = await asyncio.to_thread(tenant.sampling, body.sampling(), forced)
         names = [tool.name for tool in tools]
         if body.stream:
-            return await streamed(request, self._events(request, prompt, body, names))
-        return await while_connected(request, self._whole(request, prompt, body, names))
+            return await streamed(request, self._events(request, prompt, sampling, body.max_tokens, names))
+        return await while_connected(request, self._whole(request, prompt, sampling, body.max_tokens, names))
 
-    async def _whole(self, request: Request, prompt: Text, body: MessagesRequest, names: Sequence[str]) -> JSONResponse:
+    async def _whole(
+        self, request: Request, prompt: Asked, sampling: Sampling, most: int, names: Sequence[str]
+    ) -> JSONResponse:
         service = self._service
-        async with service.answer(request, prompt, body.sampling(), body.max_tokens) as reader:
+        async with service.answer(request, prompt, sampling, most) as reader:
             parser = ToolParser(names)
             text = "".join([parser.feed(piece) async for piece in reader.pieces()]) + parser.finish()
-        service.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+        service.tenant(request).remember(ChatMessage("assistant", text, parser.calls), reader.stream)
         metrics = reader.stream.metrics
         content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not parser.calls else []
         content += [_used(call, dict(call.arguments)) for call in parser.calls]
         reason, sequence = _stopped(metrics, parser.calls)
-        told = {"stop_reason": reason, "stop_sequence": sequence, "usage": usage(metrics)}
+        told = {"stop_reason": reason, "stop_sequence": sequence, "usage": usage(metrics, prompt)}
         return JSONResponse({**self._head(), "content": content, **told}, headers=service.facts(metrics))
 
     async def _events(
-        self, request: Request, prompt: Text, body: MessagesRequest, names: Sequence[str]
+        self, request: Request, prompt: Asked, sampling: Sampling, most: int, names: Sequence[str]
     ) -> AsyncIterator[str | dict[str, str]]:
         service = self._service
-        async with service.answer(request, prompt, body.sampling(), body.max_tokens) as reader:
+        async with service.answer(request, prompt, sampling, most) as reader:
             metrics = reader.stream.metrics
             yield service.facts(metrics)
-            begun = {"stop_reason": None, "stop_sequence": None, "usage": {**usage(metrics), "output_tokens": 0}}
+            begun = {
+                "stop_reason": None,
+                "stop_sequence": None,
+                "usage": {**usage(metrics, prompt), "output_tokens": 0},
+            }
             yield _event("message_start", message={**self._head(), "content": [], **begun})
             yield _event("ping")
             parser = ToolParser(names)
@@ -230,9 +272,10 @@ class Anthropic:
             delta = {"type": "input_json_delta", "partial_json": written}
             yield _event("content_block_delta", index=number, delta=delta)
             yield _event("content_block_stop", index=number)
-        service.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+        service.tenant(request).remember(ChatMessage("assistant", text, parser.calls), reader.stream)
         reason, sequence = _stopped(metrics, parser.calls)
-        yield _event("message_delta", delta={"stop_reason": reason, "stop_sequence": sequence}, usage=usage(metrics))
+        ended = {"stop_reason": reason, "stop_sequence": sequence}
+        yield _event("message_delta", delta=ended, usage=usage(metrics, prompt))
         yield _event("message_stop")
 
     def _head(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,10 +15,13 @@ from starlette.exceptions import HTTPException
 
 from cpucache.engine import Engine
 from cpucache.errors import CpucacheError, InputError
+from cpucache.server.access import Keys
 from cpucache.server.anthropic import Anthropic
 from cpucache.server.failures import Refusal, response_of
 from cpucache.server.openai import OpenAI, messages_of, tools_of
+from cpucache.server.prepare import Prepare
 from cpucache.server.responses import Responses
+from cpucache.server.schemas import Schemas
 from cpucache.server.service import Service, new_id
 from cpucache.server.settings import ServerSettings
 
@@ -59,6 +61,8 @@ def create_app(engine: Engine, settings: ServerSettings, *, parallel: int = 1) -
     app.include_router(OpenAI(service).router)
     app.include_router(Responses(service).router)
     app.include_router(Anthropic(service).router)
+    app.include_router(Schemas(service).router)
+    app.include_router(Prepare(service).router)
     _add_plain_endpoints(app, service)
     for kind in (CpucacheError, Refusal, RequestValidationError, HTTPException, TimeoutError):
         app.add_exception_handler(kind, _failed)
@@ -115,11 +119,11 @@ def _add_plain_endpoints(app: FastAPI, service: Service) -> None:
         return {"content": await asyncio.to_thread(model.text, body.tokens, special=True)}
 
     @app.post("/apply-template")
-    async def apply_template(body: TemplateRequest) -> dict[str, str]:
+    async def apply_template(body: TemplateRequest, request: Request) -> dict[str, str]:
         """A conversation as the model's chat template renders it."""
         messages, tools = messages_of(body.messages), tools_of(body.tools, None)
-        tokens = await asyncio.to_thread(service.tokens, messages, tools)
-        return {"prompt": await asyncio.to_thread(model.text, tokens, special=True)}
+        text = await asyncio.to_thread(service.tenant(request).text, messages, tools)
+        return {"prompt": await asyncio.to_thread(model.text, text.tokens, special=True)}
 
     @app.post("/v1/embeddings", response_model=None)
     async def embeddings() -> None:
@@ -134,6 +138,7 @@ class _Gate:
         self._app = app
         self._service = service
         self._settings = service.settings
+        self._keys = Keys(service.settings.api_keys)
 
     async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
         if scope["type"] != "http":
@@ -195,9 +200,5 @@ class _Gate:
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._settings.max_body:
             raise self._too_large()
-        key = self._settings.api_key
-        if key is None or request.scope["path"] in _OPEN:
-            return
-        shown = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(shown.encode(), key.encode()):
-            raise Refusal(401, "the API key is missing, or not the server's", code="invalid_api_key")
+        if request.scope["path"] not in _OPEN:
+            request.state.namespace = self._keys.check(request)

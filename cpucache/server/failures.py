@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from cpucache.errors import ContextFull, CpucacheError, InputError
+from cpucache.errors import ContextFull, CpucacheError, InputError, PMLError
 
 _OPENAI = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 501: "not_supported_error"}
 _ANTHROPIC = {
@@ -38,6 +38,8 @@ def refusal_of(error: BaseException) -> Refusal:
         return error
     if isinstance(error, ContextFull):
         return Refusal(400, str(error), code="context_length_exceeded")
+    if isinstance(error, PMLError):
+        return Refusal(400, "\n".join(map(str, (error, *error.others))))
     if isinstance(error, InputError):
         return Refusal(400, str(error))
     if isinstance(error, TimeoutError):

@@ -20,6 +20,8 @@ from cpucache.errors import InputError
 from cpucache.layout import Text
 from cpucache.layout.conversation import ChatMessage, Role, Tool, ToolCall
 from cpucache.runtime.grammar import ANY_JSON, grammar_of
+from cpucache.server.asked import Asked, Extension
+from cpucache.server.choice import openai_choice
 from cpucache.server.failures import body_of, refusal_of
 from cpucache.server.service import Reader, Service, new_id, while_connected
 from cpucache.server.toolcalls import ToolParser
@@ -100,8 +102,10 @@ class ChatRequest(_Common):
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 30)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    cpucache: Extension | None = None
 
 
 class CompletionRequest(_Common):
@@ -201,8 +205,6 @@ def tools_of(given: Sequence[dict[str, Any]] | None, choice: str | dict[str, Any
     """Tools as OpenAI's clients send them. Raises ``InputError``."""
     if choice == "none":
         return []
-    if choice not in (None, "auto"):
-        raise InputError("tool_choice: auto or none; this server can't force a call")
     tools = []
     for number, each in enumerate(given or ()):
         function = each.get("function") if each.get("type", "function") == "function" else None
@@ -279,7 +281,10 @@ class OpenAI:
         modules = modules_of(each.get("content") for each in body.messages)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         sampling = await asyncio.to_thread(body.sampling, logprobs)
-        prompt = await asyncio.to_thread(service.text, messages, tools, modules)
+        tenant = service.tenant(request)
+        forced = openai_choice(body.tool_choice, tools, several=body.parallel_tool_calls is not False)
+        sampling = await asyncio.to_thread(tenant.sampling, sampling, forced)
+        prompt = await asyncio.to_thread(tenant.asked, messages, tools, modules, body.cpucache)
         most = body.max_completion_tokens or body.max_tokens
         names = [tool.name for tool in tools]
         identity = new_id("chatcmpl-")
@@ -300,7 +305,7 @@ class OpenAI:
             message: dict[str, Any] = {"role": "assistant", "content": text or None if parser.calls else text}
             if parser.calls:
                 message["tool_calls"] = _told_calls(parser.calls)
-            service.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+            tenant.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
             choice = {"index": number, "message": message, "logprobs": self._chat_logprobs(reader)}
             return reader, {**choice, "finish_reason": _finish(reader.stream.metrics, parser.calls)}
 
@@ -314,7 +319,7 @@ class OpenAI:
     async def _chat_events(
         self,
         request: Request,
-        prompt: Text,
+        prompt: Asked,
         sampling: Sampling,
         most: int | None,
         names: Sequence[str],
@@ -348,7 +353,7 @@ class OpenAI:
                 yield chunk({"content": rest}, logprobs=self._chat_logprobs(reader, told))
             if parser.calls:
                 yield chunk({"tool_calls": _told_calls(parser.calls, numbered=True)})
-        service.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+        service.tenant(request).remember(ChatMessage("assistant", text, parser.calls), reader.stream)
         yield chunk({}, _finish(reader.stream.metrics, parser.calls))
         if shown:
             totals = usage(reader.stream.metrics)
@@ -385,11 +390,12 @@ class OpenAI:
             return await streamed(request, self._text_events(request, prompts[0], sampling, body, head))
 
         async def whole(number: int) -> tuple[Reader, dict[str, Any]]:
-            asked, chosen = prompts[number // count], varied(sampling, number % count)
+            text_asked, chosen = prompts[number // count], varied(sampling, number % count)
+            asked = Asked(text_asked, len(text_asked.tokens))
             async with service.answer(request, asked, chosen, body.max_tokens, use_cache=body.cache_prompt) as reader:
                 text = "".join([piece async for piece in reader.pieces()])
             if body.echo:
-                text = service.engine.model.text(asked.tokens) + text
+                text = service.engine.model.text(text_asked.tokens) + text
             choice = {"index": number, "text": text, "logprobs": self._text_logprobs(reader)}
             return reader, {**choice, "finish_reason": _finish(reader.stream.metrics)}
 
@@ -412,7 +418,8 @@ class OpenAI:
         def chunk(text: str, finish: str | None = None) -> str:
             return event({**head, "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish}]})
 
-        async with service.answer(request, prompt, sampling, body.max_tokens, use_cache=body.cache_prompt) as reader:
+        asked = Asked(prompt, len(prompt.tokens))
+        async with service.answer(request, asked, sampling, body.max_tokens, use_cache=body.cache_prompt) as reader:
             yield service.facts(reader.stream.metrics)
             if body.echo:
                 yield chunk(service.engine.model.text(prompt.tokens))
@@ -484,8 +491,6 @@ async def streamed(request: Request, pieces: AsyncIterator[str | dict[str, str]]
             if refusal.status == 500:
                 _log.exception("a stream failed")
             told = body_of(refusal, request.scope["path"])
-            if request.scope["path"] == "/v1/responses":
-                told = {"type": "error", "code": refusal.code, "message": refusal.message, "param": None}
             kind = "event: error\n" if "type" in told else ""
             yield kind + event(told)
         finally:

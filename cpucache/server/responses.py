@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,12 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from cpucache.engine import Metrics, Sampling
 from cpucache.engine.sampling import sampling_of
 from cpucache.errors import InputError
-from cpucache.layout import Text
 from cpucache.layout.conversation import ChatMessage, Tool, ToolCall
 from cpucache.runtime.grammar import ANY_JSON, grammar_of
+from cpucache.server.asked import Asked, Extension
+from cpucache.server.choice import openai_choice
+from cpucache.server.failures import refusal_of
 from cpucache.server.openai import messages_of, modules_of, streamed, text_of, tools_of
 from cpucache.server.service import Service, new_id, while_connected
 from cpucache.server.toolcalls import ToolParser
+
+_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
+_log = logging.getLogger("cpucache.server")
 
 
 class ResponsesRequest(BaseModel):
@@ -37,10 +44,12 @@ class ResponsesRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
     previous_response_id: str | None = None
     conversation: Any = None
     background: bool | None = None
+    cpucache: Extension | None = None
 
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
@@ -135,21 +144,25 @@ class Responses:
         tools = functions_of(body)
         items = body.input if isinstance(body.input, list) else []
         modules = modules_of(item.get("content") for item in items)
-        prompt = await asyncio.to_thread(self._service.text, conversation_of(body), tools, modules)
+        tenant = self._service.tenant(request)
+        forced = openai_choice(body.tool_choice, tools, several=body.parallel_tool_calls is not False)
+        prompt = await asyncio.to_thread(tenant.asked, conversation_of(body), tools, modules, body.cpucache)
         sampling = await asyncio.to_thread(body.sampling)
+        sampling = await asyncio.to_thread(tenant.sampling, sampling, forced)
         events = self._events(request, prompt, body, sampling, [tool.name for tool in tools])
         if body.stream:
             return await streamed(request, _written(events))
         return await while_connected(request, self._whole(events))
 
-    async def _whole(self, events: AsyncIterator[dict[str, Any]]) -> JSONResponse:
-        headers = await events.__anext__()
-        told = [each async for each in events]
+    async def _whole(self, events: AsyncGenerator[dict[str, Any]]) -> JSONResponse:
+        async with aclosing(events):
+            headers = await anext(events)
+            told = [each async for each in events]
         return JSONResponse(told[-1]["response"], headers=headers)
 
     async def _events(
-        self, request: Request, prompt: Text, body: ResponsesRequest, sampling: Sampling, names: Sequence[str]
-    ) -> AsyncIterator[dict[str, Any]]:
+        self, request: Request, prompt: Asked, body: ResponsesRequest, sampling: Sampling, names: Sequence[str]
+    ) -> AsyncGenerator[dict[str, Any]]:
         """Headers, then the events of a response; the last has all of it."""
         service = self._service
         number = 0
@@ -166,7 +179,7 @@ class Responses:
             "status": "in_progress",
             "model": service.model,
             "output": [],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
             "instructions": body.instructions,
@@ -217,7 +230,7 @@ class Responses:
             done = {**asked, "arguments": arguments, "status": "completed"}
             yield event("response.output_item.done", output_index=index, item=done)
             output.append(done)
-        service.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+        service.tenant(request).remember(ChatMessage("assistant", text, parser.calls), reader.stream)
         cut = metrics.finish != "stop" and not parser.calls
         made |= {
             "status": "incomplete" if cut else "completed",
@@ -232,7 +245,24 @@ def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-async def _written(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str | dict[str, str]]:
-    yield await events.__anext__()
-    async for each in events:
-        yield f"event: {each['type']}\ndata: {json.dumps(each, ensure_ascii=False)}\n\n"
+async def _written(events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[str | dict[str, str]]:
+    """Headers, then the events as they are sent. What fails once there are some ends with an event of its own."""
+    response: dict[str, Any] = {}
+    number = 0
+    async with aclosing(events):
+        yield await anext(events)
+        try:
+            async for each in events:
+                response, number = each.get("response", response), number + 1
+                yield _sent(each)
+        except Exception as error:
+            refusal = refusal_of(error)
+            if refusal.status == 500:
+                _log.exception("a response failed")
+            told = {"code": refusal.code or _CODES.get(refusal.status, "server_error"), "message": refusal.message}
+            failed = {**response, "status": "failed", "error": told}
+            yield _sent({"type": "response.failed", "sequence_number": number, "response": failed})
+
+
+def _sent(event: dict[str, Any]) -> str:
+    return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from secrets import token_hex
 from typing import TypeVar
 
-import numpy as np
 from fastapi import Request
 
 from cpucache.engine import Engine, Metrics, Sampling, Stream
 from cpucache.engine.request import Event
-from cpucache.layout import Text, Tokens
-from cpucache.layout.conversation import ChatMessage, Conversations, Tool
+from cpucache.layout import Text
 from cpucache.server.admission import Admission
+from cpucache.server.asked import Asked
+from cpucache.server.background import Background
 from cpucache.server.failures import Refusal
+from cpucache.server.keeping import Keeper
 from cpucache.server.metrics import ServerMetrics
 from cpucache.server.settings import ServerSettings
+from cpucache.server.tenant import Tenant
 
 T = TypeVar("T")
-_REMEMBERED = 4096
-"""Answers whose tokens are remembered."""
 _log = logging.getLogger("cpucache.server")
 
 
@@ -89,60 +86,44 @@ class Service:
         self.settings = settings
         self.model = engine.model.path.stem
         self.metrics = ServerMetrics(engine)
-        self.conversations = Conversations(engine.model, engine.host.template, self._ids_of)
+        self.background = Background(settings.queue)
+        self.keeper = Keeper(engine.store)
+        self._tenants: dict[str, Tenant] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         # One more than the engine answers at a time, so that the next is read ahead.
         self._admission = Admission(parallel + 1, settings.queue)
-        self._said: OrderedDict[str, tuple[str, Tokens]] = OrderedDict()
 
-    # -- prompts -----------------------------------------------------------------------------------------------------
-    def text(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), modules: Collection[str] = ()) -> Text:
-        """A conversation, ready to be answered. What this server has said itself is taken as it was said.
+    def tenant(self, request: Request) -> Tenant:
+        """Who asks. Called in the event loop."""
+        namespace = getattr(request.state, "namespace", "")
+        found = self._tenants.get(namespace)
+        if found is None:
+            engine = self.engine.within(namespace, isolate=self.settings.isolate) if namespace else self.engine
+            found = self._tenants[namespace] = Tenant(engine, self.settings, self.background)
+        return found
 
-        Tool definitions, and ``modules`` in messages, may be reused wherever they stand.
-        """
-        if self.settings.sorted_tools:
-            tools = sorted(tools, key=lambda tool: tool.name)
-        return self.conversations.text([self._as_said(message) for message in messages], tools, modules)
-
-    def tokens(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> Tokens:
-        """The tokens of a conversation."""
-        return self.text(messages, tools).tokens
-
-    def _as_said(self, message: ChatMessage) -> ChatMessage:
-        known = self._said.get(_identity(message)) if message.role == "assistant" else None
-        return message if known is None else replace(message, text=known[0], calls=())
-
-    def _ids_of(self, text: str) -> Tokens | None:
-        known = self._said.get(_identity(ChatMessage("assistant", text)))
-        return None if known is None or known[0].strip() != text else known[1]
-
-    def remember(self, message: ChatMessage, stream: Stream) -> None:
-        """Note how an answer was written, to find it again when the client sends it back."""
-        text = stream.text
-        ids = np.array(stream.tokens, np.int32)
-        # Where a text to stop at was cut off, the tokens say more than the text.
-        if text != text.strip() or not text or self.engine.model.text(ids) != text:
-            return
-        for key in (_identity(message), _identity(ChatMessage("assistant", text))):
-            self._said[key] = (text, ids)
-            self._said.move_to_end(key)
-        while len(self._said) > _REMEMBERED:
-            self._said.popitem(last=False)
+    def close(self) -> None:
+        """End what is done in the background, and let go of what is kept for a time."""
+        self.background.close()
+        self.keeper.close()
 
     # -- answers -----------------------------------------------------------------------------------------------------
     @asynccontextmanager
     async def answer(
-        self, request: Request, prompt: Text, sampling: Sampling, max_tokens: int | None, *, use_cache: bool = True
+        self, request: Request, prompt: Asked, sampling: Sampling, max_tokens: int | None, *, use_cache: bool = True
     ) -> AsyncIterator[Reader]:
         """An answer whose first piece is there. When the block ends, or its client goes, so does the answer."""
+        engine = self.tenant(request).engine
         known = min(self.engine.context.n_ctx, self.engine.model.n_ctx_train)
-        room = max(1, min(max_tokens or self.settings.max_tokens, known - len(prompt.tokens)))
+        room = max(1, min(max_tokens or self.settings.max_tokens, known - prompt.size))
         # Keys share a machine: whoever has many requests waits behind those who have few.
         key = request.headers.get("authorization") or request.headers.get("x-api-key") or ""
         async with self._admission.place(key, self.settings.timeout):
             self.metrics.waiting.set(self._admission.waiting)
-            stream = self.engine.stream(
-                tokens=prompt, max_tokens=room, sampling=sampling, use_cache=use_cache, reuse=self.settings.reuse
+            given = {"reuse": self.settings.reuse, **prompt.given}
+            # A prompt may be a long text to be laid out, and looked up.
+            stream = await asyncio.to_thread(
+                engine.stream, max_tokens=room, sampling=sampling, use_cache=use_cache, **given
             )
             reader = Reader(stream, asyncio.get_running_loop())
             self.metrics.running.inc()
@@ -153,8 +134,27 @@ class Service:
             finally:
                 timer.cancel()
                 stream.stop()
+                if prompt.marks:
+                    task = asyncio.create_task(self._keep(engine, prompt, stream))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
                 self.metrics.running.dec()
                 self.metrics.note(stream.metrics)
+
+    async def _keep(self, engine: Engine, prompt: Asked, stream: Stream) -> None:
+        """Keep a prompt, as far as it was evaluated, up to each of its marks."""
+        await asyncio.to_thread(stream.request.wait)
+        for mark in prompt.marks:
+            keys = await asyncio.to_thread(self._keys, engine, prompt, mark.position)
+            self.keeper.keep(keys, mark.seconds)
+
+    def _keys(self, engine: Engine, prompt: Asked, position: int) -> list[str]:
+        """The slices that the first tokens of a prompt are answered from."""
+        assert isinstance(prompt.prompt, Text)
+        # The last token is evaluated in any case: one more than are kept.
+        head = prompt.prompt.first(position + 1)
+        plan = engine.plan(tokens=head, reuse=prompt.settings.get("reuse", self.settings.reuse))
+        return [key for key in engine.workspace.keys(plan) if key in engine.store]
 
     def facts(self, metrics: Metrics) -> dict[str, str]:
         """Headers that tell what an answer was made of."""
@@ -185,9 +185,3 @@ async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
 def new_id(prefix: str) -> str:
     """An id for a request or a part of its answer."""
     return f"{prefix}{token_hex(12)}"
-
-
-def _identity(message: ChatMessage) -> str:
-    """What an answer is known by, however its JSON is written."""
-    calls = [[call.name, call.arguments] for call in message.calls]
-    return json.dumps([message.text.strip(), calls], sort_keys=True, ensure_ascii=False)

@@ -11,9 +11,10 @@ from typing import Any
 
 from cpucache.layout.conversation import ToolCall
 
-# Qwen, Hermes and many others; Mistral. The whole answer as JSON is Llama's way, with a fence that of small models.
+# Qwen, Hermes and many others; Mistral, whose tag is a control token and has no text. The whole answer as JSON is
+# Llama's way, with a fence that of small models.
 _OPEN = ("<tool_call>", "[TOOL_CALLS]")
-_WHOLE = ("{", "```json", "<|python_tag|>")
+_WHOLE = ("{", "[{", "```json", "<|python_tag|>")
 _TAG = "<tool_call>"
 _FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*(?:```\s*)?$", re.DOTALL)
 

@@ -273,6 +273,22 @@ class Store:
     def _kept_here(self, key: str) -> bool:
         return key in self.ram or key in self._writer
 
+    def know(self, key: str, info: SliceInfo) -> None:
+        """Let a slice that is there be found by the content key in ``info`` as well, as long as this process runs."""
+        with self._lock:
+            self._here.setdefault(info.content, {}).setdefault(key, info)
+
+    def size(self, key: str) -> int:
+        """Bytes of a slice; 0 for one that is not there."""
+        state = self.ram.get(key)
+        if state is None and (waiting := self._writer.get(key)):
+            state = waiting[0]
+        try:
+            found = None if state is not None or self.files is None else self.files.info(key)
+        except (OSError, Damaged):
+            found = None
+        return found[1] if found else 0 if state is None else state.nbytes
+
     def discard(self, key: str, *, aside: bool = False) -> None:
         """Forget a slice; ``aside`` keeps its file under another name for inspection."""
         self.ram.drop(key)

@@ -73,7 +73,7 @@ def serving(
             assert time.monotonic() < end
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        served = Served(f"http://127.0.0.1:{port}", running, app.state.service, settings.api_key or "none")
+        served = Served(f"http://127.0.0.1:{port}", running, app.state.service, next(iter(settings.api_keys), "none"))
         try:
             yield served
         finally:

@@ -71,7 +71,9 @@ class Desk(Workspace):
 
     @property
     def only(self) -> Slot:
-        return self._splicer.slots[0]
+        slot = self._splicer.slots[0]
+        slot.points = self.points if self.context.model.recurrent else None
+        return slot
 
     def encode(self, slices: Iterable[Slice], *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]
         return drive(self.context, super().encode(self.only, slices, *arguments, **settings))

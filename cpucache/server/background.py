@@ -1,0 +1,109 @@
+"""Background work: what is evaluated ahead, one job after the other, whenever no answer is on its way."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+from cpucache.errors import CpucacheError
+from cpucache.reuse import OnProgress
+from cpucache.server.failures import Refusal
+
+State: TypeAlias = Literal["waiting", "running", "done", "failed", "cancelled"]
+_log = logging.getLogger("cpucache.server")
+
+
+class _Cancelled(Exception):
+    pass
+
+
+class Job:
+    """Work that is waiting, under way, or has ended.
+
+    Args:
+        work: Is given what to call with its progress. Returns the result.
+        at_end: Called when it has ended, in whatever way, in the thread where it was.
+    """
+
+    def __init__(self, work: Callable[[OnProgress], Any], at_end: Callable[[], None] | None = None) -> None:
+        self.state: State = "waiting"
+        self.result: Any = None
+        self.error: Exception | None = None
+        self._work = work
+        self._at_end = at_end
+
+    @property
+    def active(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in ("waiting", "running")
+
+    def cancel(self) -> None:
+        """End it: at once if it waits, else within a step of the core."""
+        if self.active:
+            self.state = "cancelled"
+
+    def run(self) -> None:
+        """Do the work, in this thread."""
+        if self.state == "waiting":
+            self.state = "running"
+            try:
+                self.result = self._work(self._progress)
+                self.state = "done" if self.state == "running" else self.state
+            except _Cancelled:
+                pass
+            except Exception as error:
+                self.error = error
+                self.state = "failed" if self.state == "running" else self.state
+                if not isinstance(error, CpucacheError):
+                    _log.exception("work in the background failed")
+        if self._at_end:
+            self._at_end()
+
+    def _progress(self, _done: int, _total: int) -> None:
+        if self.state == "cancelled":
+            raise _Cancelled
+
+
+class Background:
+    """Does jobs in a thread of its own, in order. The thread ends when there is nothing to do.
+
+    Args:
+        limit: Jobs that may wait.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._jobs: deque[Job] = deque()
+        self._lock = threading.Lock()
+        self._running: Job | None = None
+        self._thread: threading.Thread | None = None
+
+    def add(self, job: Job) -> Job:
+        """Have a job done. Raises ``Refusal`` (429) when too many wait."""
+        with self._lock:
+            if len(self._jobs) >= self._limit:
+                raise Refusal(429, f"{self._limit} jobs are waiting already; try again later", retry_after=5)
+            self._jobs.append(job)
+            if self._thread is None:
+                # It ends with the process: what it waits for is the engine's, which may be closed first.
+                self._thread = threading.Thread(target=self._run, name="cpucache-background", daemon=True)
+                self._thread.start()
+        return job
+
+    def close(self) -> None:
+        """Cancel everything."""
+        with self._lock:
+            for job in [*self._jobs, *([self._running] if self._running else [])]:
+                job.cancel()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._running = self._thread = None
+                    return
+                self._running = job = self._jobs.popleft()
+            job.run()

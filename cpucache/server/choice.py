@@ -1,0 +1,99 @@
+"""Choices of tools: which calls an answer must make, and how the model writes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cpucache.engine import Sampling
+from cpucache.errors import InputError
+from cpucache.layout import Tokens
+from cpucache.layout.conversation import ChatMessage, Conversations, Tool, ToolCall
+from cpucache.runtime.grammar import CallForm, calls_grammar
+
+TAGS = CallForm(begin="<tool_call>\n", end="\n</tool_call>", between="\n")
+"""Qwen's, Hermes' and many others'; and that of templates that know no tools, which are told in words."""
+LIST = CallForm(head="[TOOL_CALLS][", between=", ", tail="]")
+"""Mistral's."""
+BARE = CallForm(arguments="parameters")
+"""Llama's: nothing but the call, and one of them."""
+_PROBE = "probeQx"
+_log = logging.getLogger("cpucache.server")
+
+
+def form_of(conversations: Conversations, read: Callable[[Tokens], str]) -> CallForm:
+    """How a model writes calls: as its own template has them in a conversation. ``read`` gives the text of tokens."""
+    asked = ChatMessage("user", "x")
+    calling = ChatMessage("assistant", "", [ToolCall(_PROBE, {"x": "y"}, "abcdefghi")])
+    try:
+        text = read(conversations.text([asked, calling], [Tool(_PROBE)]).tokens)
+    except InputError:
+        return TAGS
+    # The last time that it is named is in the call; before, where tools are described.
+    before, _, behind = text.rpartition(_PROBE)
+    if "<tool_call>" in before:
+        return TAGS
+    if "[TOOL_CALLS]" in before:
+        return LIST
+    return BARE if '"parameters"' in behind else TAGS
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Calls that an answer must make."""
+
+    tools: tuple[Tool, ...]
+    """Of which one is called."""
+    several: bool = False
+    """Whether there may be more calls than one."""
+
+    def of(self, sampling: Sampling, form: CallForm) -> Sampling:
+        """The sampling that makes them. Raises ``InputError`` where an answer must have another form already."""
+        if sampling.grammar:
+            raise InputError("tool_choice: an answer can't be a call and follow a grammar or a JSON schema")
+        functions = {tool.name: tool.parameters for tool in self.tools}
+        try:
+            return replace(sampling, grammar=calls_grammar(functions, form, several=self.several))
+        except InputError as error:
+            _log.info("arguments of calls may be any JSON, for their schemas are no grammar: %s", error)
+            loose: dict[str, Mapping[str, Any]] = {name: {"type": "object"} for name in functions}
+            return replace(sampling, grammar=calls_grammar(loose, form, several=self.several))
+
+
+def openai_choice(choice: str | dict[str, Any] | None, tools: Sequence[Tool], *, several: bool) -> Forced | None:
+    """What OpenAI's ``tool_choice`` forces, in chat completions or responses. Raises ``InputError``."""
+    if choice in (None, "auto", "none"):
+        return None
+    if choice == "required":
+        return _any_of(tools, several=several)
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        function = choice.get("function")
+        return _named((function if isinstance(function, dict) else choice).get("name"), tools)
+    raise InputError("tool_choice: one of auto, none, required, and a function with its name")
+
+
+def anthropic_choice(choice: dict[str, Any] | None, tools: Sequence[Tool]) -> Forced | None:
+    """What Anthropic's ``tool_choice`` forces. Raises ``InputError``."""
+    kind = (choice or {}).get("type", "auto")
+    if choice is None or kind in ("auto", "none"):
+        return None
+    if kind == "any":
+        return _any_of(tools, several=not choice.get("disable_parallel_tool_use"))
+    if kind == "tool":
+        return _named(choice.get("name"), tools)
+    raise InputError("tool_choice.type: one of auto, any, tool and none")
+
+
+def _any_of(tools: Sequence[Tool], *, several: bool) -> Forced:
+    if not tools:
+        raise InputError("tool_choice: there are no tools to call")
+    return Forced(tuple(tools), several)
+
+
+def _named(name: Any, tools: Sequence[Tool]) -> Forced:
+    found = [tool for tool in tools if tool.name == name]
+    if not found:
+        raise InputError(f"tool_choice: no tool is named {name!r:.100}")
+    return Forced(tuple(found[:1]))

@@ -1,0 +1,65 @@
+"""Marks in Anthropic's requests: ``cache_control`` says up to where a prompt is to be kept, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import BaseModel
+
+from cpucache.errors import InputError
+from cpucache.layout import Tokens
+
+Body = TypeVar("Body", bound=BaseModel)
+SECONDS = {"5m": 300, "1h": 3600}
+_MOST = 4  # as in Anthropic's API
+
+
+def marked(body: Body) -> list[tuple[Body, int]]:
+    """For each mark, the request as it is up to there, and seconds. Raises ``InputError``.
+
+    Tools and system text are one: which of them the model reads first is for its template to say. A mark in a tool
+    counts as one behind the system text.
+    """
+    given: Any = body
+    nothing: dict[str, Any] = {"messages": []}
+    found: list[tuple[Body, int]] = []
+    tools = [seconds for tool in given.tools or () if (seconds := _seconds(tool, "tools"))]
+    if tools:
+        found.append((body.model_copy(update=nothing), max(tools)))
+    for number, seconds in _blocks(given.system, "system"):
+        found.append((body.model_copy(update={**nothing, "system": given.system[: number + 1]}), seconds))
+    for index, message in enumerate(given.messages):
+        for number, seconds in _blocks(message.get("content"), f"messages.{index}"):
+            content = message["content"][: number + 1]
+            cut = [*given.messages[:index], {**message, "content": content}]
+            found.append((body.model_copy(update={"messages": cut}), seconds))
+    if len(found) > _MOST + bool(tools):
+        raise InputError(f"cache_control: a request has {_MOST} marks at most, not {len(found)}")
+    return found
+
+
+def _blocks(content: Any, where: str) -> Iterator[tuple[int, int]]:
+    for number, block in enumerate(content if isinstance(content, list) else ()):
+        seconds = _seconds(block, where)
+        if seconds:
+            yield number, seconds
+
+
+def _seconds(block: Any, where: str) -> int:
+    control = block.get("cache_control") if isinstance(block, dict) else None
+    # Modules are marked, too, and reused wherever they stand.
+    if not isinstance(control, dict) or control.get("type") == "module":
+        return 0
+    ttl = control.get("ttl") or "5m"
+    if control.get("type") != "ephemeral" or ttl not in SECONDS:
+        raise InputError(f'{where}: cache_control is {{"type": "ephemeral", "ttl": "5m" or "1h"}}, or of type "module"')
+    return SECONDS[ttl]
+
+
+def position(whole: Tokens, other: Tokens) -> int:
+    """How many tokens a prompt has in common with another that is the same up to a mark."""
+    count = min(len(whole), len(other))
+    differing = np.flatnonzero(whole[:count] != other[:count])
+    return int(differing[0]) if len(differing) else count

@@ -1,0 +1,114 @@
+"""Preparing: prompts evaluated ahead, without an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict
+
+from cpucache.engine.reply import Prepared
+from cpucache.errors import InputError
+from cpucache.layout import Text
+from cpucache.layout.conversation import ChatMessage
+from cpucache.reuse import OnProgress
+from cpucache.server import anthropic, openai
+from cpucache.server.asked import Asked, Extension
+from cpucache.server.background import Job
+from cpucache.server.marks import position
+from cpucache.server.service import Service, while_connected
+from cpucache.server.tenant import Tenant
+
+
+class PrepareRequest(BaseModel):
+    """A conversation, as OpenAI's chat completions or Anthropic's messages take it; or a PML prompt."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = ""
+    messages: list[dict[str, Any]] = []
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    cpucache: Extension | None = None
+
+    @property
+    def anthropic(self) -> bool:
+        """Whether it is in Anthropic's words: with a system text of its own, or blocks or tools as only they are."""
+        blocks = [block for message in self.messages for block in _list(message.get("content"))]
+        kinds = ("tool_use", "tool_result", "thinking")
+        return (
+            self.system is not None
+            or any("input_schema" in tool for tool in self.tools or ())
+            or any(isinstance(block, dict) and block.get("type") in kinds for block in blocks)
+        )
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+class Prepare:
+    """The endpoint that evaluates ahead.
+
+    Args:
+        service: Does it.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.router = APIRouter(tags=["Cache"])
+        self.router.post("/v1/cache/prepare")(self.prepare)
+
+    async def prepare(self, body: PrepareRequest, request: Request) -> dict[str, Any]:
+        """Evaluate messages ahead, whenever no answer is on its way, and tell how many tokens that took."""
+        service = self._service
+        tenant = service.tenant(request)
+        asked = await asyncio.to_thread(_asked, tenant, body)
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def work(progress: OnProgress) -> Prepared:
+            return tenant.engine.prepare(progress=progress, **asked.given)
+
+        def at_end() -> None:
+            with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+                loop.call_soon_threadsafe(ended.set)
+
+        job = service.background.add(Job(work, at_end))
+        try:
+            await while_connected(request, asyncio.wait_for(ended.wait(), service.settings.timeout))
+        finally:
+            job.cancel()
+        if job.error is not None:
+            raise job.error
+        made: Prepared = job.result
+        return {
+            "object": "cache.prepared",
+            "prompt_tokens": asked.size,
+            "cached_tokens": made.cached_tokens,
+            "evaluated_tokens": made.evaluated_tokens,
+        }
+
+
+def _asked(tenant: Tenant, body: PrepareRequest) -> Asked:
+    """What is evaluated: a conversation up to where the next message begins."""
+    if body.anthropic:
+        given = anthropic.CountRequest(messages=body.messages, system=body.system, tools=body.tools)
+        messages, tools = anthropic.messages_of(given), anthropic.tools_of(given)
+    else:
+        messages, tools = openai.messages_of(body.messages), openai.tools_of(body.tools, None)
+    modules = openai.modules_of([body.system, *(each.get("content") for each in body.messages)])
+    asked = tenant.asked(messages, tools, modules, body.cpucache) if messages or body.cpucache else None
+    if asked is not None and not isinstance(asked.prompt, Text):
+        return asked
+    if not messages and not tools:
+        raise InputError("messages, system, tools: there is nothing to evaluate")
+    if messages and messages[-1].role in ("user", "tool"):
+        assert asked is not None
+        return asked  # with what opens the answer
+    # What the user says next is not known: as much is evaluated as does not depend on it.
+    one, other = (tenant.text([*messages, ChatMessage("user", text)], tools, modules) for text in "1A")
+    size = position(one.tokens, other.tokens)
+    # The last token is not evaluated.
+    return Asked(one.first(size + 1), size, {} if body.cpucache is None else body.cpucache.settings)
