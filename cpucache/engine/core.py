@@ -96,7 +96,11 @@ class Core:
         return None if self._idle is None or self._idle_at is None else self._idle_at - time.monotonic()
 
     def _refine(self) -> None:
-        request = self._idle() if self._idle else None
+        try:
+            request = self._idle() if self._idle else None
+        except Exception:  # this thread lives on
+            _log.exception("what to do when idle can't be told")
+            request = None
         if request is None:
             self._idle_at = time.monotonic() + PAUSE
         elif request.begin():
@@ -108,17 +112,22 @@ class Core:
         for queue in self._scheduler.waiting.values():
             for request in [each for each in queue if each.cancelled]:
                 queue.remove(request)
-                request.end()
+                self._end(request)
         job = self._scheduler.prefill
         if job and job.request.cancelled:
             self._close(job)
-            job.request.end()
+            self._end(job.request)
         elif job := self._scheduler.overtaken():
             self._close(job)
             if job.request is self._idling:
-                job.request.end()
+                self._end(job.request)
             else:
                 self._scheduler.add(job.request, first=True)
+
+    def _end(self, request: Request[Any]) -> None:
+        """End a request that did not run to its end."""
+        request.end()
+        self._idle_at = time.monotonic() + PAUSE
 
     def _begin(self) -> None:
         """Begin the next request, if one may."""

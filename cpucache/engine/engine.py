@@ -566,7 +566,7 @@ class Engine:
             answer.capture(self.slices.cut(before, tokens), PREFIX)
         if not answer.plan.exact:
             parts = text_parts(answer.plan) if question.bound is None else asked(question.bound)
-            self.store.asked.note(self.fingerprint, self.slices.scope, question.label, parts)
+            self.store.note_asked(self.fingerprint, self.slices.scope, question.label, parts)
 
     def keep_prompt(self, answer: Answer) -> None:
         """Keep what is in no slice yet of a plain text, but for its last token. Called behind the first of the answer.

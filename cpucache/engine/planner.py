@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -149,7 +149,8 @@ class Planner:
             plan = self._planning(bound, wanted, reuse)
             return Question(plan, bound.n_tokens, parsed.schema, parsed.file, wanted, bound)
         if tokens is not None:
-            given = tokens if isinstance(tokens, Text) else Text(self.checked_tokens(tokens))
+            ids = self.checked_tokens(tokens.tokens if isinstance(tokens, Text) else tokens)
+            given = replace(tokens, tokens=ids) if isinstance(tokens, Text) else Text(ids)
             return self._of_text(given, wanted, reuse, "tokens")
         name = "messages" if text is None else "text"
         if text is not None and not isinstance(text, str):

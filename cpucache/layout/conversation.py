@@ -30,6 +30,8 @@ Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 _NONCE = "".join(secrets.choice("ABCDEFGHIJKLMNOP") for _ in range(12))
 _MARK = re.compile(rf"{_NONCE}x(\d+|[BE])Qx")
 _BEGIN, _END = f"{_NONCE}xBQx", f"{_NONCE}xEQx"
+_MODULES = 256
+"""Modules that a conversation may have."""
 _SHORTEST = 128
 """Characters of a module at least. Fewer are evaluated as fast as looked up."""
 _PER_MESSAGE = 1 << 12
@@ -134,7 +136,11 @@ class Conversations:
             parts = self._plain(_told(messages if written is None else written, tools))
             return Text(joined(([] if bos is None else [np.array([bos], np.int32)]) + parts))
         problem: Exception | None = None
-        within = _splitting(modules)
+        within = sorted({text for each in modules if len(text := each.strip()) >= _SHORTEST}, key=len, reverse=True)
+        if len(within) > _MODULES:
+            raise InputError(
+                f"messages: {_MODULES} parts of a conversation may be marked as modules, not {len(within)}"
+            )
         forms = [_forms(messages, tools)] if written is None else [_forms(written, tools), _forms(messages, tools)]
         for attempt, described in (form for pair in zip_longest(*forms) for form in pair if form is not None):
             try:
@@ -149,22 +155,22 @@ class Conversations:
         raise InputError(f"the model's chat template does not take this conversation{reason}")
 
     def _render(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], modules: re.Pattern[str] | None
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], modules: Sequence[str]
     ) -> tuple[str, list[tuple[_Text, bool]]]:
         """The conversation with marks in it; what they stand for, and whether each must be there."""
         assert self._template is not None
         texts: list[tuple[_Text, bool]] = []
 
-        def mark(text: str, *, needed: bool = True, quoted: bool = False, said: bool = False) -> str:
+        def mark(
+            text: str, *, needed: bool = True, quoted: bool = False, said: bool = False, named: bool = True
+        ) -> str:
             bare = text.strip()
             if not bare:
                 return text
             marks = ""
-            # What stands between modules has even numbers.
-            for number, part in enumerate(modules.split(bare) if modules and not quoted else [bare]):
-                if part:
-                    marks += f"{_NONCE}x{len(texts)}Qx"
-                    texts.append((_Text(part, quoted=quoted, said=said, module=number % 2 == 1), needed))
+            for part, module in _split(bare, modules if not quoted and named else ()):
+                marks += f"{_NONCE}x{len(texts)}Qx"
+                texts.append((_Text(part, quoted=quoted, said=said, module=module), needed))
             begin = text.index(bare)
             return f"{text[:begin]}{marks}{text[begin + len(bare) :]}"
 
@@ -201,7 +207,7 @@ class Conversations:
                 type="function",
                 function=_Described(
                     # That the template shows tools at all is seen by their names.
-                    name=mark(tool.name),
+                    name=mark(tool.name, named=False),
                     description=guarded(tool.description),
                     parameters=guarded(dict(tool.parameters)),
                 ),
@@ -254,10 +260,21 @@ class _Described(dict[str, Any]):
     """A tool as templates get it."""
 
 
-def _splitting(modules: Collection[str]) -> re.Pattern[str] | None:
-    """What splits a text into modules and what stands between them; the longest module first."""
-    found = sorted({text for each in modules if len(text := each.strip()) >= _SHORTEST}, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, found))})") if found else None
+def _split(text: str, modules: Sequence[str]) -> list[tuple[str, bool]]:
+    """A text in parts, each with whether it is one of the modules. Of those that overlap, the longest counts."""
+    parts = [(text, False)]
+    for module in modules:
+        found: list[tuple[str, bool]] = []
+        for part, is_module in parts:
+            if is_module or len(part) < len(module):
+                found.append((part, is_module))
+                continue
+            first, *rest = part.split(module)
+            found.append((first, False))
+            for each in rest:
+                found += [(module, True), (each, False)]
+        parts = [(part, is_module) for part, is_module in found if part]
+    return parts
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,9 @@ class Cuts:
             flags |= _OPENS if _OPENING.match(text) else 0
             flags |= _STOP if bare.endswith(_SENTENCE_END) else 0
             flags |= _SPACE if text[:1].isspace() else 0
-            self._flags[token] = flags
+            # The flags tell other threads that the token is known.
             self._breaks[token] = min(tail.count("\n"), 8)
+            self._flags[token] = flags
 
     # -- the highest of their neighbourhoods -------------------------------------------------------------------------
     def _kept(self, ranks: _Numbers, tokens: Tokens, *, part: bool) -> _Flags:

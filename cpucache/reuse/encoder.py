@@ -101,7 +101,7 @@ class Encoder:
             room = min(_BATCH, self._context.n_ctx - context.n_tokens - 1)
             short = [run for run in runs if len(run.tokens) <= room and self._context.can_shift]
             beside = len(short) > 1 or any(run.first.delta for run in short)
-            batches = list(_batches(short, room, len(self._splicer.free))) if beside else []
+            batches = list(_batches(short, room, len(self._splicer.free) - 1)) if beside else []
             placed = {run for batch in batches for run in batch}
             batches += [[run] for run in runs if run.first.delta and run not in placed]
             for batch in batches:
@@ -187,7 +187,9 @@ class Encoder:
 
     def _beside(self, slot: Slot, batch: Sequence[_Run], made: OnMade, progress: Step | None) -> Task[None]:
         context, scratch = self._context, self._splicer.scratch
-        placed = list(zip(self._splicer.free, batch, strict=False))
+        # Answers may be saved through the scratch sequence while this waits for an evaluation.
+        spare, *free = self._splicer.free
+        placed = list(zip(free, batch, strict=False))
         for sequence, _ in placed:
             context.share(slot.sequence, sequence)
         runs = [Run(sequence, run.first.start - run.first.delta, run.tokens) for sequence, run in placed]
@@ -201,8 +203,8 @@ class Encoder:
                 context.shift(sequence, run.first.delta)
         if any(run.first.delta for run in batch):
             # Shifts are applied by the next evaluation, whatever it is of.
-            yield Work([Run(scratch, 0, np.array([context.model.filler], np.int32))])
-            context.remove(scratch)
+            yield Work([Run(spare, 0, np.array([context.model.filler], np.int32))])
+            context.remove(spare)
         for sequence, run in placed:
             for slice_ in run.slices:
                 context.share(sequence, scratch, slice_.start, slice_.end)

@@ -247,6 +247,7 @@ class Splicer:
         """
         if slice_.delta or not slot.recognise(slice_):
             return None
+        self.context.remove(self.scratch)
         self.context.share(slot.sequence, self.scratch, slice_.start, slice_.end)
         state = self.context.save(self.scratch)
         self.context.remove(self.scratch)

@@ -373,13 +373,23 @@ class Workspace:
             # So are tokens between the recurrent state that was gone on from and them.
             evaluated = max(evaluated, min(counted, planned.n_tokens))
         clean, related, foreign = planned.count("clean"), planned.count("related"), planned.count("foreign")
+        exact = planned.n_tokens - evaluated - clean - related - foreign
+        first = next((index for index, span in enumerate(planned.spans) if span.relation != "exact"), None)
+        if first is not None:
+            # What was evaluated behind such a slice, and was kept, is no nearer to full prefill than the slice.
+            kept = max(0, exact - sum(len(span.tokens) for span in planned.spans[:first]))
+            exact -= kept
+            relation = planned.spans[first].relation
+            clean += kept if relation == "clean" else 0
+            related += kept if relation == "related" else 0
+            foreign += kept if relation == "foreign" else 0
         self._learn_rate(encoded.tokens + spliced.evaluated, encoded.seconds + spliced.prefill_ms / 1000)
         return planned, Prefill(
             prompt_tokens=planned.n_tokens,
             cached_tokens=planned.n_tokens - evaluated,
             fresh_tokens=evaluated,
             encoded_tokens=encoded.tokens,
-            exact_tokens=planned.n_tokens - evaluated - clean - related - foreign,
+            exact_tokens=exact,
             clean_tokens=clean,
             related_tokens=related,
             foreign_tokens=foreign,

@@ -190,9 +190,11 @@ class Context:
         """Evaluate a batch. The logits that it keeps can be read until the next.
 
         A run must start right behind its sequence's last position, or anywhere in an empty sequence. ``stop`` is asked
-        now and then, from this thread, whether to stop a batch of 32 tokens or more: then ``Stopped`` is raised.
+        now and then, from this thread, whether to stop a batch of 32 tokens or more: then ``Stopped`` is raised. A
+        batch of a recurrent model is evaluated to its end.
         """
-        if stop is None or batch.size < _LONG:
+        # A recurrent state would be left half-way through a batch that is stopped.
+        if stop is None or batch.size < _LONG or self.model.recurrent:
             self._decode(*batch.arrays())
             return
         self._stop = stop

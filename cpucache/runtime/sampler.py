@@ -75,7 +75,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, model: Model) -> None:
         self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         if sampling.grammar:
-            grammar = api.llama_sampler_init_grammar(model.vocab, sampling.grammar.encode(), b"root")
+            grammar = api.llama_sampler_init_grammar(model.vocab, sampling.grammar.encode("utf-8", "replace"), b"root")
             if not grammar:
                 self.close()
                 raise InputError(f"grammar: llama.cpp can't read it: {llama.last_errors() or 'no reason given'}")

@@ -188,7 +188,7 @@ def usage(metrics: Metrics, prompt: Asked) -> dict[str, Any]:
 
 
 def _event(kind: str, **data: Any) -> str:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data}, ensure_ascii=False)}\n\n"
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n"
 
 
 class Anthropic:

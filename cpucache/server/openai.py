@@ -242,7 +242,7 @@ def _total(readers: Sequence[Reader]) -> dict[str, Any]:
 
 def event(data: Any) -> str:
     """A server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(data)}\n\n"
 
 
 def _finish(metrics: Metrics, calls: Sequence[ToolCall] = ()) -> str:
@@ -434,6 +434,8 @@ class OpenAI:
         planner = self._service.engine.planner
         single = isinstance(prompt, str) or all(isinstance(each, int) for each in prompt)
         given: list[Any] = [prompt] if single else list(prompt)
+        if len(given) > _CHOICES:
+            raise InputError(f"prompt: {_CHOICES} prompts to a request at most, not {len(given):,}")
         return [
             Text(planner.tokens_of(each) if isinstance(each, str) else planner.checked_tokens(each)) for each in given
         ]

@@ -265,4 +265,4 @@ async def _written(events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[str
 
 
 def _sent(event: dict[str, Any]) -> str:
-    return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
+    return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from secrets import token_hex
@@ -16,7 +15,6 @@ from cpucache.layout.conversation import ToolCall
 _OPEN = ("<tool_call>", "[TOOL_CALLS]")
 _WHOLE = ("{", "[{", "```json", "<|python_tag|>")
 _TAG = "<tool_call>"
-_FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*(?:```\s*)?$", re.DOTALL)
 
 
 def _refused(constant: str) -> Any:
@@ -88,8 +86,9 @@ class ToolParser:
             # The next call begins behind this one: its arguments may hold the tags themselves.
             at = begin + len(_TAG) + _length(sources[-1])
         stripped = text.strip().removeprefix("<|python_tag|>").removeprefix("[TOOL_CALLS]").strip()
-        fenced = _FENCE.match(stripped)
-        for source in sources or [fenced.group(1) if fenced else stripped]:
+        if stripped.startswith("```"):
+            stripped = stripped.removeprefix("```json").removeprefix("```").removesuffix("```").strip()
+        for source in sources or [stripped]:
             try:
                 value, _ = _DECODER.raw_decode(source)
             except (ValueError, RecursionError):

@@ -55,6 +55,8 @@ class Asked:
     def __init__(self, path: Path | None) -> None:
         self._lock = threading.Lock()
         self._database = open_database(path or Path(":memory:"), _SCHEMA, synchronous="NORMAL")
+        # Whoever is locked out gives up soon: an answer waits for it.
+        self._database.execute("PRAGMA busy_timeout = 250")
 
     def close(self) -> None:
         """Close the file."""

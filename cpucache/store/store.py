@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 import platformdirs
 
-from cpucache.store.asked import Asked
+from cpucache.store.asked import Asked, Part
 from cpucache.store.claims import Claims
 from cpucache.store.index import Index, Kept
 from cpucache.store.opening import default_budget, open_index
@@ -272,6 +272,13 @@ class Store:
 
     def _kept_here(self, key: str) -> bool:
         return key in self.ram or key in self._writer
+
+    def note_asked(self, fingerprint: str, state_format: str, schema: str, parts: list[Part]) -> None:
+        """Note what was asked and is not exact yet; trouble with the disk is reported once."""
+        try:
+            self.asked.note(fingerprint, state_format, schema, parts)
+        except sqlite3.Error as error:
+            self._trouble(error)
 
     def know(self, key: str, info: SliceInfo) -> None:
         """Let a slice that is there be found by the content key in ``info`` as well, as long as this process runs."""
