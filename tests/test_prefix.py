@@ -67,7 +67,7 @@ class Known:
         prompt, tokens = answer.stream.plan.tokens.tolist(), answer.tokens.tolist()
         known, at = self.of(prompt), self._chain(prompt)
         cuts = [end for end in running.slices.cuts(np.array(prompt[:-1], np.int32)) if end > at]
-        since = 0
+        since = 0 if at else 64
         for end in cuts if self.recurrent else cuts[:-1]:
             self.slices.add((at, tuple(prompt[:end])))
             since += end - at

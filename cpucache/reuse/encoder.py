@@ -154,7 +154,8 @@ class Encoder:
         if not self._slices.recurrent:
             return set()
         points = {slices[-1]}
-        since = 0
+        # The end of the first message, which is what others have in common, counts however short it is.
+        since = _SHORT if slices[0].start == 0 else 0
         for slice_ in slices:
             since += len(slice_.tokens)
             # Behind the last message stands what opens the answer, and the last of the points.
