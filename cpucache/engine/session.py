@@ -291,7 +291,7 @@ class Session:
         self._history, self._turns, self._pending, self._asks = history.copy(), turn.turns, turn.opening, True
 
     def _prefilled(self, turn: Turn, answer: Answer) -> None:
-        """Save the state of the message, as far as it was not evaluated in whole blocks."""
+        """Save the state of the message, as far as it is in no slice yet."""
         history, rate = turn.history, self._workspace.prefill_rate
         self._begin(turn)
         answer.capture(turn.message[len(answer.plan.slices) - turn.known :], self._label)
