@@ -83,8 +83,8 @@ def test_any_floats_come_back_within_a_step(kind: AtRest, values: list[float]) -
         for begin in range(0, len(flat), 32):
             group, found = flat[begin : begin + 32], back[begin : begin + 32]
             largest = np.abs(group).max()
-            # The scale is a float of 16 bits itself.
-            assert np.abs(group - found).max() <= STEPS[kind] * largest + 1e-6
+            # The scale is a float of 16 bits itself, off by half of 2**-24 where it is as small as they get.
+            assert np.abs(group - found).max() <= STEPS[kind] * largest + 127 * 2.0**-25
 
 
 @kinds
