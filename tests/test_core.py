@@ -473,3 +473,36 @@ def test_sessions_side_by_side(parallel: Engine) -> None:
     with ThreadPoolExecutor(6) as pool:
         together = dict(zip("abcdef", pool.map(talk, [f"with {name}" for name in "abcdef"]), strict=True))
     assert together == alone
+
+
+def test_a_stream_is_begun_once_by_many_threads(parallel: Engine) -> None:
+    """What it needs is held while it waits, and let go when it has ended."""
+    text = "the sea " * 40
+    parallel.generate(text=text, max_tokens=1)
+    slow(parallel)
+    let_go = parallel.store.let_go
+    held: dict[str, int] = defaultdict(int)
+    hold = parallel.store.hold
+
+    def holding(keys: list[str]) -> None:
+        time.sleep(0.02)
+        for key in keys:
+            held[key] += 1
+        hold(keys)
+
+    def letting_go(keys: list[str]) -> None:
+        for key in keys:
+            held[key] -= 1
+        let_go(keys)
+
+    parallel.store.hold = holding  # type: ignore[method-assign, assignment]
+    parallel.store.let_go = letting_go  # type: ignore[method-assign, assignment]
+    other = parallel.stream(text="a mill", max_tokens=30)
+    other.begin()
+    stream = parallel.stream(text=text, max_tokens=2)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: stream.begin(), range(4)))
+    assert stream.reply().metrics.completion_tokens == 2
+    other.close()
+    until(lambda: not any(held.values()))
+    assert held and not any(held.values())

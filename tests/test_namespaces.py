@@ -95,13 +95,19 @@ def test_a_schema_belongs_to_one_namespace(isolate: bool, tiny: Tiny, tmp_path: 
         assert metrics.encoded_tokens == 0
 
 
-def test_an_isolated_answer_is_right(tiny: Tiny, tmp_path: Path) -> None:
-    with engine(tiny("llama"), tmp_path, **SIZES) as running:
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "mamba"])
+def test_an_isolated_answer_is_right(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+    with engine(tiny(arch), tmp_path, **SIZES) as running:
         isolated = running.within("ann", isolate=True)
         for text in (FIRST, FIRST + SECOND, FIRST):
             plan = isolated.plan(text=text)
             wanted = logits(running, running.plan(text=text).without_reuse(), fresh=True)
             assert np.abs(logits(isolated, plan) - wanted).max() < 1e-3
+        # What was saved is named by what it is made from.
+        running.store.flush()
+        assert running.store.files is not None and running.store.index is not None
+        rows = running.store.index.rows()
+        assert rows and all(running.store.files.check(row.key) for row in rows)
 
 
 def test_each_namespace_is_refined(tiny: Tiny, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -45,15 +46,10 @@ def noisy(draw: st.DrawFn, source: str) -> str:
     return source
 
 
-def same(source: str) -> str:
-    """The canonical form of a document, checked."""
-    written = canonical(source, file="d.xml")
-    assert meaning(parse_pml(written, file="d.xml")) == meaning(parse_pml(source, file="d.xml"))
-    assert canonical(written, file="d.xml") == written
-    assert re.findall("<!--.*?-->", written, re.DOTALL) == re.findall(
-        "<!--.*?-->", source.replace("\r\n", "\n"), re.DOTALL
-    )
-    return written
+def kept(source: str) -> tuple[Any, list[str]]:
+    """What of a document stays the same in its canonical form: what it means, and its comments."""
+    comments = re.findall("<!--.*?-->", source.replace("\r\n", "\n"), re.DOTALL)
+    return meaning(parse_pml(source, file="d.xml")), comments
 
 
 @tries(250)
@@ -64,7 +60,9 @@ def test_a_schema_stays_the_same(nodes: list, data: st.DataObject) -> None:
         parse_schema(source)
     except PMLError:  # a comment that was put into a union's text, say
         return
-    same(source)
+    written = canonical(source, file="d.xml")
+    assert kept(written) == kept(source)
+    assert canonical(written, file="d.xml") == written
 
 
 @tries(100)
@@ -73,7 +71,10 @@ def test_a_prompt_stays_the_same(nodes: list, data: st.DataObject, turns: str) -
     schema = parse_schema(source_of(nodes))
     picked = data.draw(st.composite(lambda draw: choose(draw, schema))())
     written = f"<prompt schema='s'{picked.attributes}>{picked.content}{turns}</prompt>"
-    same(data.draw(st.composite(lambda draw: noisy(draw, written))()))
+    source = data.draw(st.composite(lambda draw: noisy(draw, written))())
+    written = canonical(source, file="d.xml")
+    assert kept(written) == kept(source)
+    assert canonical(written, file="d.xml") == written
 
 
 def keys(source: str) -> list[str]:
@@ -120,7 +121,7 @@ You answer.   Always.
    </module></union></system><module name="e"> </module><module name="k" xml:space="preserve">  a
  <parameter length="1" name="q"/></module></schema>"""
     assert (
-        same(source)
+        canonical(source, file="d.xml")
         == """<!-- a shop -->
 
 <schema name="shop" anchor="none">

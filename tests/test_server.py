@@ -16,7 +16,7 @@ import pytest
 from cpucache import Sampling
 from cpucache.engine import Stream
 from cpucache.layout.conversation import Conversations
-from cpucache.server.openai import messages_of, tools_of
+from cpucache.server.openai_requests import messages_of, tools_of
 from tests.support.serving import Served, serving, until
 from tests.support.sessions import message, plain_spoken
 

@@ -17,7 +17,7 @@ from cpucache.models import known_models, resolve_model
 from cpucache.pml import load_prompt, load_schema, parse_schema, resolve
 from cpucache.resources import resource
 from cpucache.reuse import OnProgress, Plan
-from cpucache.reuse.splicer import Slot
+from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
 from cpucache.runtime import Model
 

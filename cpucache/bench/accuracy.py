@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from cpucache.bench.ttft import floor
 from cpucache.engine import Engine, Stream
 from cpucache.engine.fidelity import Truth, distance, truth
 from cpucache.engine.planner import Question
+from cpucache.engine.saving import Saving
 from cpucache.errors import ContextFull, InputError, PMLError
 from cpucache.layout.vocabulary import Tokens, joined
 from cpucache.pml import parse_schema
@@ -358,7 +358,7 @@ def _ask(engine: Engine, question: Question, task: Task, variant: Variant, *, ma
         started=time.perf_counter(),
         label=question.label,
         use_cache=variant.cached,
-        at_end=partial(engine.keep, question) if variant.refined else None,
+        at_end=Saving(engine.workspace, question).save_answer if variant.refined else None,
     )
     stream.reply()
     return stream

@@ -17,7 +17,7 @@ from cpucache.bench.series import Series
 from cpucache.bench.text import filler_prompt, filler_schema
 from cpucache.engine import Engine
 from cpucache.reuse import OnProgress
-from cpucache.reuse.splicer import Slot
+from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
 from cpucache.store import SliceInfo, Store, slice_key
 from cpucache.store.ram import Bytes

@@ -14,7 +14,7 @@ from cpucache.bench.series import Series
 from cpucache.bench.text import filler_prompt, filler_schema
 from cpucache.engine import Engine, Metrics
 from cpucache.reuse import Level, OnProgress, Plan
-from cpucache.reuse.splicer import Slot
+from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context, Run, Sampler, Sampling
 from cpucache.store import Store

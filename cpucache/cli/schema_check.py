@@ -21,8 +21,8 @@ from cpucache.pml.tree import Prompt, Schema
 from cpucache.pml.xml import read_file
 
 if TYPE_CHECKING:
+    from cpucache.cli.schema_layout import Looked
     from cpucache.layout import Positions
-    from cpucache.runtime import Model
 
 _STDIN = "untitled:stdin"
 """What standard input is called where a URI is asked for."""
@@ -62,27 +62,25 @@ def check(
     """
     if (*files, *prompts).count("-") > 1:
         raise InputError("only one schema or prompt can be standard input (-)")
-    checking = _Checking(named_files(files), [_model(name) for name in models], positions, quiet=as_json)
+    checking = _Checking(named_files(files), [_looked(name, positions) for name in models], quiet=as_json)
     checking.run(prompts)
     if as_json:
         click.echo(json.dumps(checking.diagnostics(), indent=2))
     sys.exit(2 if checking.wrong else 0)
 
 
-def _model(name: str) -> Model:
-    from cpucache.models import resolve_model
-    from cpucache.runtime import Model
+def _looked(name: str, positions: Positions) -> Looked:
+    from cpucache.cli.schema_layout import Looked
 
-    return Model(resolve_model(name), vocab_only=True)
+    return Looked(name, positions)
 
 
 class _Checking:
     """What is found in files. ``quiet``: nothing is printed."""
 
-    def __init__(self, files: list[Named], models: list[Model], positions: Positions, *, quiet: bool) -> None:
+    def __init__(self, files: list[Named], models: list[Looked], *, quiet: bool) -> None:
         self._files = files
         self._models = models
-        self._positions = positions
         self._quiet = quiet
         self._mistakes: dict[str, list[InputError]] = {}
         self._schemas: list[Schema] = []
@@ -125,14 +123,11 @@ class _Checking:
         if not self._models:
             self._say(f"{name}: schema '{schema.name}' is fine")
             return
-        from cpucache.layout import ChatTemplate, SchemaLayout
-
-        for model in self._models:
-            template = ChatTemplate(model.chat_template, bos=model.special_text("bos"), eos=model.special_text("eos"))
-            layout = SchemaLayout(schema, model, template, self._positions)
+        for looked in self._models:
+            layout = looked.lay(schema)
             total = sum(len(segment.tokens) for segment in layout.segments)
             self._say(
-                f"{name}: schema '{schema.name}' is fine under {model.path.stem}: "
+                f"{name}: schema '{schema.name}' is fine under {looked.model.path.stem}: "
                 f"{layout.length:,} {layout.positions} positions, {total:,} tokens"
             )
 

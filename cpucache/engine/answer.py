@@ -14,7 +14,7 @@ from cpucache.engine.request import Request
 from cpucache.engine.text import TextStream
 from cpucache.errors import InputError
 from cpucache.reuse import Plan, Slice, Workspace
-from cpucache.reuse.splicer import Slot
+from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
 from cpucache.runtime import Sampler, Sampling
 from cpucache.runtime.context import Logits

@@ -16,17 +16,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import psutil
 
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
-from cpucache.engine.answer import Answer
 from cpucache.engine.core import Core
 from cpucache.engine.host import Host
-from cpucache.engine.planner import PREFIX, Message, Planner, Question, parsed_prompt
+from cpucache.engine.planner import Message, Planner, Question, parsed_prompt
 from cpucache.engine.reply import Prepared, Reply
 from cpucache.engine.request import Priority, Request
 from cpucache.engine.sampling import sampling_of
+from cpucache.engine.saving import Saving
 from cpucache.engine.session import Session, WhenFull
 from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
@@ -34,7 +33,6 @@ from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate, Positions, SchemaLayout, Text, Tokens
 from cpucache.layout.cuts import LEAST, MOST, Cuts, check_sizes
 from cpucache.layout.schema import POSITIONS
-from cpucache.layout.vocabulary import joined
 from cpucache.models import default_model, resolve_model
 from cpucache.pml.tree import Prompt, Schema
 from cpucache.reuse import (
@@ -49,16 +47,15 @@ from cpucache.reuse import (
     Reuse,
     Slice,
     Slices,
-    Span,
     Workspace,
     asked,
     reading,
     refine,
     scaffolded,
-    text_parts,
 )
 from cpucache.reuse.refine import exact_slices
-from cpucache.reuse.splicer import SLOTS, Slot
+from cpucache.reuse.slot import Slot
+from cpucache.reuse.splicer import SLOTS
 from cpucache.reuse.work import Task
 from cpucache.runtime import Context, KVType, Model, Sampling
 from cpucache.runtime.hardware import on_mains
@@ -68,7 +65,6 @@ from cpucache.store import Fingerprints, Store, default_home
 
 Refine: TypeAlias = Literal["off", "idle"]
 REFINES: tuple[Refine, ...] = ("off", "idle")
-_LEAST = 8  # tokens of a slice that is saved by itself
 DEFAULT_CTX = 8192
 """Cells of a context, unless the model was trained on fewer or the caller asks for more."""
 
@@ -336,7 +332,7 @@ class Engine:
 
         Raises ``PMLError`` or ``InputError``.
         """
-        return self._question(prompt, messages, text, tokens, fidelity, recompute, reuse).plan()
+        return self.planner.question(prompt, messages, text, tokens, fidelity, recompute, reuse).plan()
 
     def encode_for(
         self,
@@ -348,7 +344,7 @@ class Engine:
         reuse: Reuse | None = None,
     ) -> Encoded:
         """Make the slices that one prompt needs and the store does not have. Fidelity is given as for ``plan``."""
-        question = self._question(prompt, fidelity=fidelity, recompute=recompute, reuse=reuse)
+        question = self.planner.question(prompt, fidelity=fidelity, recompute=recompute, reuse=reuse)
         return self._encode(question.plan().wanted, question.label, progress)
 
     def prepare(
@@ -371,7 +367,7 @@ class Engine:
 
         Raises ``PMLError``, ``InputError`` or ``ContextFull``.
         """
-        question = self._question(prompt, messages, text, tokens, fidelity, recompute, reuse)
+        question = self.planner.question(prompt, messages, text, tokens, fidelity, recompute, reuse)
         question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
         plan = question.plan()
         wanted = list(plan.wanted)
@@ -399,7 +395,7 @@ class Engine:
         """
         if isinstance(prompt, Session):
             return prompt.prefetch()
-        plan = self._question(prompt, messages, text, tokens, fidelity, recompute, reuse).plan()
+        plan = self.planner.question(prompt, messages, text, tokens, fidelity, recompute, reuse).plan()
         return self.store.prefetch(self.workspace.keys(plan))
 
     def stream(
@@ -448,8 +444,9 @@ class Engine:
             seed=seed,
             stop=stop,
         )
-        question = self._question(prompt, messages, text, tokens, fidelity, recompute, reuse)
+        question = self.planner.question(prompt, messages, text, tokens, fidelity, recompute, reuse)
         question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
+        saving = Saving(self.workspace, question) if use_cache else None
         return self.host.answer(
             question.plan,
             chosen,
@@ -459,22 +456,8 @@ class Engine:
             n_tokens=question.n_tokens,
             use_cache=use_cache,
             progress=progress,
-            at_first=self.keep_prompt if use_cache and question.bound is None else None,
-            at_end=partial(self.keep, question) if use_cache else None,
-        )
-
-    def _question(
-        self,
-        prompt: str | Path | Prompt | None,
-        messages: Sequence[Message] | None = None,
-        text: str | None = None,
-        tokens: Sequence[int] | Tokens | Text | None = None,
-        fidelity: Level | Fidelity | None = None,
-        recompute: float | None = None,
-        reuse: Reuse | None = None,
-    ) -> Question:
-        return self.planner.question(
-            prompt, messages, text, tokens, fidelity=fidelity, recompute=recompute, reuse=reuse
+            at_first=saving.save_prompt if saving else None,
+            at_end=saving.save_answer if saving else None,
         )
 
     def fidelity(
@@ -499,8 +482,8 @@ class Engine:
 
         def question(other: Fidelity | None) -> Question:
             if other is None:
-                return self._question(parsed, messages, text, None, fidelity, recompute, reuse)
-            return self._question(parsed, messages, text, None, other, None, reuse)
+                return self.planner.question(parsed, messages, text, None, fidelity, recompute, reuse)
+            return self.planner.question(parsed, messages, text, None, other, None, reuse)
 
         return examine(self.host, question, max_tokens=max_tokens, advise=advise, progress=progress)
 
@@ -556,34 +539,6 @@ class Engine:
     def forget(self) -> None:
         """Empty the llama.cpp context, as it is after a restart. The store keeps its slices."""
         self.host.forget()
-
-    # -- inside ------------------------------------------------------------------------------------------------------
-    def keep(self, question: Question, answer: Answer) -> None:
-        """Keep what later prompts can use: of plain text, the answer; and what to refine. Called when it ends."""
-        if question.bound is None:
-            before, rest = self._unsaved(answer)
-            tokens = joined([rest, np.array(answer.tokens[: answer.evaluated], np.int32)])
-            answer.capture(self.slices.cut(before, tokens), PREFIX)
-        if not answer.plan.exact:
-            parts = text_parts(answer.plan) if question.bound is None else asked(question.bound)
-            self.store.note_asked(self.fingerprint, self.slices.scope, question.label, parts)
-
-    def keep_prompt(self, answer: Answer) -> None:
-        """Keep what is in no slice yet of a plain text, but for its last token. Called behind the first of the answer.
-
-        By itself, so that it is found whatever is answered the next time.
-        """
-        before, rest = self._unsaved(answer)
-        if len(rest) > _LEAST:
-            answer.capture(self.slices.cut(before, rest[:-1]), PREFIX)
-            answer.saved = len(rest) - 1
-
-    def _unsaved(self, answer: Answer) -> tuple[list[Span], Tokens]:
-        """The spans of a plain text that are slices, and the rest of its tokens."""
-        *before, fresh = answer.plan.spans
-        if answer.saved:
-            before += [slice_.span for slice_ in self.slices.cut(before, fresh.tokens[: answer.saved])]
-        return before, fresh.tokens[answer.saved :]
 
 
 def _planner(

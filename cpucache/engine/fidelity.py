@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cpucache.layout import Tokens
 from cpucache.reuse import Plan, Span, Workspace
-from cpucache.reuse.splicer import Slot
+from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
 
 Floats = npt.NDArray[np.float32]

@@ -15,7 +15,7 @@ from cpucache.engine.request import Priority, Request
 from cpucache.engine.stream import Stream
 from cpucache.layout import ChatTemplate
 from cpucache.reuse import OnProgress, Plan, Slices, Workspace
-from cpucache.reuse.splicer import Slot
+from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
 from cpucache.runtime import Context, Model, Sampling
 from cpucache.store import Store

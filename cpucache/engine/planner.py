@@ -128,7 +128,6 @@ class Planner:
         messages: Sequence[Message] | None = None,
         text: str | None = None,
         tokens: Sequence[int] | Tokens | Text | None = None,
-        *,
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
         reuse: Reuse | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 from cpucache.engine.answer import Answer, TokenLogprobs
@@ -26,6 +27,7 @@ class Stream:
         self.request = request
         """What the core was given, or will be."""
         self._begin = begin
+        self._beginning = threading.Lock()
         self._progress = progress
         self._closed = False
 
@@ -50,8 +52,9 @@ class Stream:
 
     def begin(self) -> None:
         """Have the prompt evaluated, without waiting for a piece. Nothing happens the second time."""
-        if not self.request.begun:
-            self._begin()
+        with self._beginning:
+            if not self.request.begun:
+                self._begin()
 
     # -- the answer so far -------------------------------------------------------------------------------------------
     @property

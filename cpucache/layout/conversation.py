@@ -194,13 +194,13 @@ class Conversations:
                 entry["tool_calls"] = [
                     {
                         "type": "function",
-                        "id": call.id,
-                        "function": {"name": call.name, "arguments": guarded(call.arguments)},
+                        "id": guarded(call.id),
+                        "function": {"name": guarded(call.name), "arguments": guarded(call.arguments)},
                     }
                     for call in message.calls
                 ]
             if message.role == "tool":
-                entry |= {"tool_call_id": message.call, "name": message.name}
+                entry |= {"tool_call_id": guarded(message.call), "name": guarded(message.name)}
             given.append(entry)
         described = Given(
             _Described(

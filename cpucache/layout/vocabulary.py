@@ -44,3 +44,10 @@ def empty() -> Tokens:
 def joined(parts: list[Tokens]) -> Tokens:
     """Token arrays one behind the other."""
     return np.concatenate(parts).astype(np.int32, copy=False) if parts else empty()
+
+
+def common(one: Tokens, other: Tokens) -> int:
+    """Number of tokens that both begin with."""
+    count = min(len(one), len(other))
+    differing = np.flatnonzero(one[:count] != other[:count])
+    return int(differing[0]) if len(differing) else count

@@ -7,8 +7,9 @@ from cpucache.reuse.progress import OnProgress
 from cpucache.reuse.reading import reading, scaffolded
 from cpucache.reuse.refine import asked, refine, text_parts
 from cpucache.reuse.repair import Repair
+from cpucache.reuse.reports import Encoded, Prefill
 from cpucache.reuse.slices import Plan, Slice, Slices, Span
-from cpucache.reuse.workspace import Encoded, Prefill, Workspace
+from cpucache.reuse.workspace import Workspace
 
 __all__ = [
     "DEFAULT",

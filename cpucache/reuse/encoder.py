@@ -12,11 +12,12 @@ import numpy as np
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
 from cpucache.reuse.progress import Step
+from cpucache.reuse.reports import Made
 from cpucache.reuse.slices import Plan, Slice, Slices, Span
-from cpucache.reuse.splicer import Slot, Splicer, State
+from cpucache.reuse.slot import Slot
+from cpucache.reuse.splicer import Splicer, State
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Run
-from cpucache.runtime.context import Bytes
 
 # Tokens evaluated side by side before their slices are saved and their cells freed. Runs of one batch are only masked
 # from one another, not skipped, so larger batches cost more than the rotation of keys that they save.
@@ -27,15 +28,6 @@ _STEP = 256
 _APART = 1024
 _HEADER = 16  # tokens of what opens an answer
 _SHORT = 64  # tokens behind a recurrent state that is saved, which are evaluated again rather than followed by another
-
-
-@dataclass(frozen=True)
-class Made:
-    """A slice with its state, and the seconds that evaluating it took: its share of the batch."""
-
-    slice: Slice
-    state: Bytes
-    seconds: float
 
 
 OnMade: TypeAlias = Callable[[Made], None]
@@ -159,10 +151,9 @@ class Encoder:
         for slice_ in slices:
             since += len(slice_.tokens)
             # Behind the last message stands what opens the answer, and the last of the points.
-            ends = since >= _SHORT and slice_.end < slices[-1].end - _HEADER
-            if (
-                ends and self._slices.cuts.ends_message(slice_.tokens)
-            ) or slice_.start // _APART != slice_.end // _APART:
+            inside = slice_.end < slices[-1].end - _HEADER
+            message = since >= _SHORT and inside and self._slices.cuts.ends_message(slice_.tokens)
+            if message or slice_.start // _APART != slice_.end // _APART:
                 points.add(slice_)
                 since = 0
         return points

@@ -10,7 +10,7 @@ from cpucache.layout import SchemaLayout, Segment
 from cpucache.reuse.encoder import effort
 from cpucache.reuse.reading import reading, scaffolded
 from cpucache.reuse.slices import Slice, Slices
-from cpucache.store import TEXT_ID, Row, content_key
+from cpucache.store import Row, content_key
 
 Verdict: TypeAlias = Literal["kept", "usable", "stale", "new"]
 """What becomes of a slice in an edit.
@@ -63,9 +63,7 @@ def module_names(layout: SchemaLayout) -> dict[bytes, str]:
 
 
 def _behind(row: Row, names: dict[bytes, str]) -> tuple[str, ...]:
-    data = bytes.fromhex(row.info.sees)
-    texts = (data[begin : begin + TEXT_ID] for begin in range(0, len(data), TEXT_ID))
-    return tuple(dict.fromkeys(names.get(text, _OTHER) for text in texts))
+    return tuple(dict.fromkeys(names.get(text, _OTHER) for text in row.info.texts))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from cpucache.layout import Bound, Segment
 from cpucache.reuse.chain import Chain
 from cpucache.reuse.progress import OnProgress
+from cpucache.reuse.reports import Encoded
 from cpucache.reuse.slices import Plan, Slice, Slices
-from cpucache.reuse.splicer import Slot
+from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
-from cpucache.reuse.workspace import Encoded, Workspace
+from cpucache.reuse.workspace import Workspace
 from cpucache.store import Part, Store
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
-from cpucache.store import TEXT_ID, SliceInfo, content_key, slice_key, text_id
+from cpucache.store import SliceInfo, content_key, slice_key, text_id
 
 Relation: TypeAlias = Literal["exact", "clean", "related", "foreign"]
 """How the context of a slice relates to what stands before it in a prompt.
@@ -75,9 +75,7 @@ class Slice:
     @classmethod
     def described(cls, key: str, info: SliceInfo, tokens: Tokens, module: str = "") -> Slice:
         """A slice as the store describes it."""
-        data = bytes.fromhex(info.sees)
-        sees = tuple(data[begin : begin + TEXT_ID] for begin in range(0, len(data), TEXT_ID))
-        return cls(key, tokens, info.start, info.context, sees, info.sees_tokens, module)
+        return cls(key, tokens, info.start, info.context, info.texts, info.sees_tokens, module)
 
     @cached_property
     def span(self) -> Span:

@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from cpucache.layout import Tokens
-from cpucache.layout.vocabulary import joined
 from cpucache.reuse.progress import Step
-from cpucache.reuse.slices import Plan, Slice, Span, Trail
+from cpucache.reuse.reports import Spliced
+from cpucache.reuse.slices import Plan, Slice, Span
+from cpucache.reuse.slot import Points, Slot
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context, Run
 from cpucache.runtime.context import SEQUENCES, Bytes, Logits
@@ -32,82 +33,6 @@ class Refused(Exception):
     def __init__(self, slice_: Slice) -> None:
         self.slice = slice_
         super().__init__(f"a slice of '{slice_.module or 'the schema'}' can't be loaded")
-
-
-@dataclass
-class Spliced:
-    """What building a sequence took. Times in milliseconds."""
-
-    loaded: int = 0
-    """Tokens whose state was loaded."""
-    kept: int = 0
-    """Tokens that the context held already."""
-    evaluated: int = 0
-    splice_ms: float = 0.0
-    prefill_ms: float = 0.0
-
-
-class Slot:
-    """A sequence of the llama.cpp context that an answer is given in, and the spans that the sequence holds."""
-
-    def __init__(self, sequence: int) -> None:
-        self.sequence = sequence
-        self.held: list[Span] = []
-        self.busy = False
-        """Whether a task uses it."""
-        self.points: Points | None = None
-        """The recurrent states that there are for it."""
-        self.owner = ""
-        """Whose text it holds: what others hold is not reused."""
-        self.index = -1
-        """Index in the last batch of the logits of its last token."""
-
-    @property
-    def end(self) -> int:
-        """The position behind its last token."""
-        return self.held[-1].end if self.held else 0
-
-    def shared(self, plan: Plan) -> int:
-        """Number of leading spans of ``plan`` that the slot holds and can extend."""
-        pairs = zip(self.held, plan.spans, strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0].same(pair[1]), pairs))
-
-    def known(self, plan: Plan) -> int:
-        """Leading tokens of ``plan`` without a slice that the slot holds; never the last of all, evaluated anyway."""
-        shared = self.shared(plan)
-        count = sum(len(span.tokens) for span in plan.spans[:shared] if span.slice is None)
-        if shared < min(len(plan.spans), len(self.held)):
-            count += _common(self.held, shared, plan.spans[shared])
-        return min(count, max(0, plan.n_tokens - plan.n_cached - 1))
-
-    def recognise(self, slice_: Slice) -> bool:
-        """Whether the slot has evaluated the tokens of a slice behind its context: they count as the slice then."""
-        index = next((i for i, held in enumerate(self.held) if held.start <= slice_.start < held.end), None)
-        if index is None:
-            return False
-        trail, held = Trail(self.held[:index]), self.held[index]
-        begin = slice_.start - held.start
-        if begin and held.slice is None:
-            trail.add(Span(held.start, held.tokens[:begin]))
-        if trail.key != slice_.context_key:
-            return False
-        if held.slice is not None:
-            return held.same(slice_.span)
-        end = begin + len(slice_.tokens)
-        if not np.array_equal(held.tokens[begin:end], slice_.tokens):
-            return False
-        parts = Span(held.start, held.tokens[:begin]), slice_.span, Span(slice_.end, held.tokens[end:])
-        self.held[index : index + 1] = [part for part in parts if len(part.tokens)]
-        return True
-
-
-class Points(NamedTuple):
-    """The recurrent states that there are, by the slices that they stand behind."""
-
-    of: Callable[[Slice], Slice]
-    """The recurrent state behind a slice, as a slice of no tokens."""
-    there: Callable[[Slice], bool]
-    """Whether there is one behind a slice."""
 
 
 class Splicer:
@@ -150,9 +75,9 @@ class Splicer:
                 self.reset(slot)
         return taken
 
-    def known(self, plan: Plan) -> int:
-        """Leading tokens of ``plan`` without a slice that some slot holds already."""
-        return max(slot.known(plan) for slot in self.slots)
+    def known(self, plan: Plan, owner: str) -> int:
+        """Leading tokens of ``plan`` without a slice that some slot of ``owner`` holds already."""
+        return max((slot.known(plan) for slot in self.slots if slot.owner == owner), default=0)
 
     def reset(self, slot: Slot) -> None:
         """Empty a slot, and the sequences that are none."""
@@ -179,7 +104,7 @@ class Splicer:
         started = time.perf_counter()
         wanted = plan
         if slot.points and not fresh:
-            plan = self._resumed(slot, plan)
+            plan = slot.resumable(plan)
         try:
             if fresh:
                 self.reset(slot)
@@ -217,7 +142,7 @@ class Splicer:
         except BaseException:
             self.reset(slot)
             raise
-        self._appended(slot, tokens)
+        slot.add(tokens)
 
     def rows(self, slot: Slot, tokens: Tokens) -> Task[list[Logits]]:
         """Evaluate tokens behind a slot's last; gives the logits of each."""
@@ -229,16 +154,9 @@ class Splicer:
             except BaseException:
                 self.reset(slot)
                 raise
-            self._appended(slot, part)
+            slot.add(part)
             found += [self.context.logits(first + index) for index in range(len(part))]
         return found
-
-    def _appended(self, slot: Slot, tokens: Tokens) -> None:
-        start = slot.end
-        if slot.held and slot.held[-1].slice is None:
-            last = slot.held.pop()
-            start, tokens = last.start, np.concatenate([last.tokens, tokens])
-        slot.held.append(Span(start, tokens))
 
     def capture(self, slot: Slot, slice_: Slice) -> Bytes | None:
         """The state of a slice whose tokens a slot has evaluated: they count as the slice from then on.
@@ -253,30 +171,6 @@ class Splicer:
         self.context.remove(self.scratch)
         return state
 
-    def _resumed(self, slot: Slot, plan: Plan) -> Plan:
-        """The plan of a recurrent model, with tokens to evaluate in the place of slices that one can't go on from.
-
-        Slices can be loaded up to one with a recurrent state behind it.
-        """
-        assert slot.points is not None
-        shared = slot.shared(plan)
-        # What the slot goes on from is there. A state that has gone on is not.
-        done = shared if shared == len(slot.held) else 0
-        spans: list[Span] = list(plan.spans[:done])
-        run: list[Span] = []
-        for span in [*plan.spans[done:], None]:
-            if span is not None and span.slice:
-                run.append(span)
-                continue
-            there = [index for index, each in enumerate(run) if each.slice and slot.points.there(each.slice)]
-            count = there[-1] + 1 if there else 0
-            spans += run[:count]
-            if run[count:]:
-                spans.append(Span(run[count].start, joined([each.tokens for each in run[count:]])))
-            spans += [] if span is None else [span]
-            run = []
-        return Plan(tuple(spans))
-
     def capture_point(self, slot: Slot) -> Bytes:
         """The recurrent state of a slot."""
         return self.context.save_point(slot.sequence)
@@ -289,7 +183,7 @@ class Splicer:
         rest = list(plan.spans[shared:])
         end = plan.spans[shared - 1].end if shared else 0
         if rest and shared < len(slot.held):
-            common = _common(slot.held, shared, rest[0])
+            common = slot.evaluated(shared, rest[0])
             # The last token of all is evaluated in any case, for its logits.
             common = min(common, len(rest[0].tokens) - (len(rest) == 1))
             if common:
@@ -456,27 +350,6 @@ def _grouped(spans: Sequence[Span], free: int) -> list[list[_Part]]:
         parts.append(_Part(tuple(slices), None))
     size = 1 + free
     return [parts[begin : begin + size] for begin in range(0, len(parts), size)]
-
-
-def _common(held: Sequence[Span], index: int, fresh: Span) -> int:
-    """Number of leading tokens of a fresh span that the spans held from ``index`` on have evaluated at its position.
-
-    A slice counts where it is what its tokens would be, evaluated there.
-    """
-    if fresh.slice:
-        return 0
-    trail, end = Trail(held[:index]), fresh.start
-    parts: list[Tokens] = []
-    for span in held[index:]:
-        if span.start != end or not trail.in_place(span):
-            break
-        parts.append(span.tokens)
-        trail.add(span)
-        end = span.end
-    there = joined(parts)
-    count = min(len(there), len(fresh.tokens))
-    differing = np.flatnonzero(there[:count] != fresh.tokens[:count])
-    return int(differing[0]) if len(differing) else count
 
 
 def _since(started: float) -> float:

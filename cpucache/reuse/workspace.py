@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -14,10 +13,12 @@ import numpy as np
 
 from cpucache.errors import CpucacheError, ModelError
 from cpucache.layout import Tokens
-from cpucache.reuse.encoder import Encoder, Made, effort
+from cpucache.reuse.encoder import Encoder, effort
 from cpucache.reuse.progress import OnProgress, Step, counting
+from cpucache.reuse.reports import Encoded, Made, Prefill, Spliced
 from cpucache.reuse.slices import Plan, Slice, Slices
-from cpucache.reuse.splicer import Points, Refused, Slot, Spliced, Splicer
+from cpucache.reuse.slot import Points, Slot
+from cpucache.reuse.splicer import Refused, Splicer
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context
 from cpucache.runtime.context import Bytes, Logits
@@ -25,49 +26,6 @@ from cpucache.store import SliceInfo, Store
 
 T = TypeVar("T")
 _FUTILE = 20  # attempts to get at slices none of which got any further than the one before
-
-
-@dataclass
-class Prefill:
-    """What it took to get a prompt into the llama.cpp context. Times in milliseconds."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    """Tokens that were not evaluated: spliced, or in the context already."""
-    fresh_tokens: int = 0
-    """Tokens that were evaluated: new text, missing slices, and what was recomputed."""
-    encoded_tokens: int = 0
-    """Tokens evaluated to make slices that were missing."""
-    exact_tokens: int = 0
-    """Cached tokens whose state is that of full prefill."""
-    clean_tokens: int = 0
-    related_tokens: int = 0
-    foreign_tokens: int = 0
-    recomputed_tokens: int = 0
-    """Tokens of slices that were evaluated afresh."""
-    encode_ms: float = 0.0
-    splice_ms: float = 0.0
-    prefill_ms: float = 0.0
-
-
-@dataclass
-class Encoded:
-    """What was encoded, and how long it took."""
-
-    slices: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    made: set[Slice] = field(default_factory=set, repr=False)
-    wanted: list[Slice] = field(default_factory=list, repr=False)
-    """The slices that were asked for, made now or there before."""
-
-    def add(self, made: Made) -> None:
-        """Count a slice that was made."""
-        self.slices += 1
-        self.tokens += len(made.slice.tokens)
-        self.bytes += made.state.nbytes
-        self.made.add(made.slice)
 
 
 class _Gone(Exception):
@@ -341,7 +299,7 @@ class Workspace:
         def splice() -> Task[tuple[Plan, Spliced]]:
             nonlocal known, counted
             planned = plan()
-            known = 0 if fresh else self._splicer.known(planned)
+            known = 0 if fresh else self._splicer.known(planned, slot.owner)
             self._check_can_be_spliced(planned)
             with self.store.using(self.keys(planned)):
                 shared = 0 if fresh else slot.shared(planned)
@@ -372,32 +330,8 @@ class Workspace:
         if self.slices.recurrent:
             # So are tokens between the recurrent state that was gone on from and them.
             evaluated = max(evaluated, min(counted, planned.n_tokens))
-        clean, related, foreign = planned.count("clean"), planned.count("related"), planned.count("foreign")
-        exact = planned.n_tokens - evaluated - clean - related - foreign
-        first = next((index for index, span in enumerate(planned.spans) if span.relation != "exact"), None)
-        if first is not None:
-            # What was evaluated behind such a slice, and was kept, is no nearer to full prefill than the slice.
-            kept = max(0, exact - sum(len(span.tokens) for span in planned.spans[:first]))
-            exact -= kept
-            relation = planned.spans[first].relation
-            clean += kept if relation == "clean" else 0
-            related += kept if relation == "related" else 0
-            foreign += kept if relation == "foreign" else 0
         self._learn_rate(encoded.tokens + spliced.evaluated, encoded.seconds + spliced.prefill_ms / 1000)
-        return planned, Prefill(
-            prompt_tokens=planned.n_tokens,
-            cached_tokens=planned.n_tokens - evaluated,
-            fresh_tokens=evaluated,
-            encoded_tokens=encoded.tokens,
-            exact_tokens=exact,
-            clean_tokens=clean,
-            related_tokens=related,
-            foreign_tokens=foreign,
-            recomputed_tokens=planned.n_recomputed,
-            encode_ms=encoded.seconds * 1000,
-            splice_ms=spliced.splice_ms,
-            prefill_ms=spliced.prefill_ms,
-        )
+        return planned, Prefill.of(planned, evaluated, encoded, spliced)
 
     def _mending(self, action: Callable[[], Task[T]], states: dict[Slice, Bytes]) -> Task[T]:
         """Do ``action``; slices that turn out to be unusable are made again, each of them once.

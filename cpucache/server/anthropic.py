@@ -18,10 +18,12 @@ from cpucache.engine.sampling import sampling_of
 from cpucache.errors import InputError
 from cpucache.layout import Text, Tokens
 from cpucache.layout.conversation import ChatMessage, Tool, ToolCall
+from cpucache.layout.vocabulary import common
 from cpucache.server.asked import Asked, Extension, Mark
 from cpucache.server.choice import anthropic_choice
-from cpucache.server.marks import SECONDS, marked, position
-from cpucache.server.openai import modules_of, streamed
+from cpucache.server.events import event, streamed
+from cpucache.server.marks import SECONDS, marked
+from cpucache.server.openai_requests import modules_of
 from cpucache.server.service import Service, new_id, while_connected
 from cpucache.server.tenant import Tenant
 from cpucache.server.toolcalls import ToolParser
@@ -163,7 +165,7 @@ def asked_of(tenant: Tenant, body: CountRequest) -> Asked:
         return tenant.text([*head, *rest], tools, modules).tokens
 
     marks = tuple(
-        Mark(len(tokens) if other.messages == body.messages else position(tokens, begun(other)), seconds)
+        Mark(len(tokens) if other.messages == body.messages else common(tokens, begun(other)), seconds)
         for other, seconds in marked(body)
     )
     text = replace(asked.prompt, edges=tuple(sorted({mark.position for mark in marks})))
@@ -188,7 +190,7 @@ def usage(metrics: Metrics, prompt: Asked) -> dict[str, Any]:
 
 
 def _event(kind: str, **data: Any) -> str:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n"
+    return event({"type": kind, **data})
 
 
 class Anthropic:

@@ -18,7 +18,8 @@ from cpucache.errors import CpucacheError, InputError
 from cpucache.server.access import Keys
 from cpucache.server.anthropic import Anthropic
 from cpucache.server.failures import Refusal, response_of
-from cpucache.server.openai import OpenAI, messages_of, tools_of
+from cpucache.server.openai import OpenAI
+from cpucache.server.openai_requests import messages_of, tools_of
 from cpucache.server.prepare import Prepare
 from cpucache.server.responses import Responses
 from cpucache.server.schemas import Schemas

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-import numpy as np
 from pydantic import BaseModel
 
 from cpucache.errors import InputError
-from cpucache.layout import Tokens
 
 Body = TypeVar("Body", bound=BaseModel)
 SECONDS = {"5m": 300, "1h": 3600}
@@ -56,10 +54,3 @@ def _seconds(block: Any, where: str) -> int:
     if control.get("type") != "ephemeral" or ttl not in SECONDS:
         raise InputError(f'{where}: cache_control is {{"type": "ephemeral", "ttl": "5m" or "1h"}}, or of type "module"')
     return SECONDS[ttl]
-
-
-def position(whole: Tokens, other: Tokens) -> int:
-    """How many tokens a prompt has in common with another that is the same up to a mark."""
-    count = min(len(whole), len(other))
-    differing = np.flatnonzero(whole[:count] != other[:count])
-    return int(differing[0]) if len(differing) else count

@@ -1,225 +1,28 @@
-"""OpenAI's dialect: chat completions and completions."""
+"""OpenAI's dialect: chat completions and completions, answered."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, Literal, cast, get_args
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import JSONResponse
 
 from cpucache.engine import Metrics, Sampling
 from cpucache.engine.answer import TokenLogprobs
 from cpucache.engine.sampling import sampling_of
 from cpucache.errors import InputError
 from cpucache.layout import Text
-from cpucache.layout.conversation import ChatMessage, Role, Tool, ToolCall
-from cpucache.runtime.grammar import ANY_JSON, grammar_of
-from cpucache.server.asked import Asked, Extension
+from cpucache.layout.conversation import ChatMessage, ToolCall
+from cpucache.server.asked import Asked
 from cpucache.server.choice import openai_choice
-from cpucache.server.failures import body_of, refusal_of
+from cpucache.server.events import event, streamed
+from cpucache.server.openai_requests import CHOICES, ChatRequest, CompletionRequest, messages_of, modules_of, tools_of
 from cpucache.server.service import Reader, Service, new_id, while_connected
 from cpucache.server.toolcalls import ToolParser
-
-_log = logging.getLogger("cpucache.server")
-_CHOICES = 16  # answers to one request at most
-
-
-class _Given(BaseModel):
-    """What clients send besides what is known here is passed over."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class ResponseFormat(_Given):
-    """What an answer looks like."""
-
-    type: Literal["text", "json_object", "json_schema"] = "text"
-    json_schema: dict[str, Any] | None = None
-
-
-class StreamOptions(_Given):
-    """How an answer is streamed."""
-
-    include_usage: bool = False
-
-
-class _Common(_Given):
-    model: str = ""
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, le=1 << 30)
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=1 << 20)
-    min_p: float | None = Field(None, ge=0, lt=1)
-    repeat_penalty: float | None = Field(None, gt=0, le=100)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: str | list[str] | None = None
-    n: int | None = Field(None, ge=1, le=_CHOICES)
-    response_format: ResponseFormat | None = None
-    grammar: str | None = None
-    """A GBNF grammar, as llama.cpp's own server takes it."""
-    cache_prompt: bool = True
-    """``false``: everything is evaluated, and nothing reused."""
-
-    def sampling(self, logprobs: int | None) -> Sampling:
-        """How tokens are chosen. Unlike ``Engine``, OpenAI's dialect has a temperature of 1 unless told."""
-        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return sampling_of(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repeat_penalty=self.repeat_penalty,
-            seed=None if self.seed is None else self.seed % 2**32,
-            stop=[text for text in texts if text],
-            grammar=self._grammar(),
-            logprobs=logprobs,
-        )
-
-    def _grammar(self) -> str:
-        asked = self.response_format
-        if self.grammar or asked is None or asked.type == "text":
-            return self.grammar or ""
-        if asked.type == "json_object":
-            return ANY_JSON
-        schema = (asked.json_schema or {}).get("schema")
-        if not isinstance(schema, dict):
-            raise InputError("response_format.json_schema.schema: an object is expected")
-        return grammar_of(schema)
-
-
-class ChatRequest(_Common):
-    """A request for chat completions."""
-
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 30)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    cpucache: Extension | None = None
-
-
-class CompletionRequest(_Common):
-    """A request for completions."""
-
-    prompt: str | list[int] | list[str] | list[list[int]]
-    logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool = False
-
-
-def messages_of(given: Sequence[dict[str, Any]]) -> list[ChatMessage]:
-    """Messages as OpenAI's clients send them. Raises ``InputError``."""
-    names: dict[str, str] = {}
-    messages = []
-    for number, each in enumerate(given):
-        where = f"messages[{number}]"
-        role = each.get("role")
-        role = "system" if role == "developer" else role
-        if role not in get_args(Role):
-            raise InputError(f"{where}.role: one of system, developer, user, assistant and tool, not {role!r}")
-        calls = [_call(call, f"{where}.tool_calls") for call in _list(each.get("tool_calls"), f"{where}.tool_calls")]
-        names |= {call.id: call.name for call in calls}
-        identity = str(each.get("tool_call_id") or "")
-        reasoning = each.get("reasoning_content")
-        messages.append(
-            ChatMessage(
-                cast(Role, role),
-                text_of(each.get("content"), where),
-                calls,
-                identity,
-                names.get(identity, str(each.get("name") or "")) if role == "tool" else "",
-                reasoning if isinstance(reasoning, str) else "",
-            )
-        )
-    return messages
-
-
-def text_of(content: Any, where: str) -> str:
-    """The text of a message's content. Raises ``InputError``."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise InputError(f"{where}.content: text, or a list of parts")
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-            raise InputError(f"{where}.content: this model takes text only, not a part of type {kind!r}")
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def modules_of(contents: Iterable[Any]) -> list[str]:
-    """The texts of content parts that a client marks as modules: they are reused wherever they stand."""
-    return [
-        part["text"]
-        for content in contents
-        if isinstance(content, list)
-        for part in content
-        if isinstance(part, dict) and isinstance(part.get("text"), str) and _marked(part.get("cache_control"))
-    ]
-
-
-def _marked(control: Any) -> bool:
-    return isinstance(control, dict) and control.get("type") == "module"
-
-
-def _list(value: Any, where: str) -> list[dict[str, Any]]:
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise InputError(f"{where}: a list of objects is expected")
-    return value
-
-
-def _call(value: dict[str, Any], where: str) -> ToolCall:
-    function = value.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InputError(f"{where}: a function with a name is expected")
-    return ToolCall(function["name"], _arguments(function.get("arguments"), where), str(value.get("id") or ""))
-
-
-def _arguments(value: Any, where: str) -> dict[str, Any]:
-    """A call's arguments, which clients send as JSON text, some of them as JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value or "{}")
-        except ValueError as error:
-            raise InputError(f"{where}: arguments are no JSON: {error}") from error
-    if value is not None and not isinstance(value, dict):
-        raise InputError(f"{where}: arguments are an object")
-    return value or {}
-
-
-def tools_of(given: Sequence[dict[str, Any]] | None, choice: str | dict[str, Any] | None) -> list[Tool]:
-    """Tools as OpenAI's clients send them. Raises ``InputError``."""
-    if choice == "none":
-        return []
-    tools = []
-    for number, each in enumerate(given or ()):
-        function = each.get("function") if each.get("type", "function") == "function" else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise InputError(f"tools[{number}]: a function with a name is expected")
-        parameters = function.get("parameters")
-        description = function.get("description")
-        tools.append(
-            Tool(
-                function["name"],
-                description if isinstance(description, str) else "",
-                parameters if isinstance(parameters, dict) else {},
-            )
-        )
-    return tools
 
 
 def usage(metrics: Metrics) -> dict[str, Any]:
@@ -238,11 +41,6 @@ def _total(readers: Sequence[Reader]) -> dict[str, Any]:
     first["completion_tokens"] = sum(reader.stream.metrics.completion_tokens for reader in readers)
     first["total_tokens"] = first["prompt_tokens"] + first["completion_tokens"]
     return first
-
-
-def event(data: Any) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(data)}\n\n"
 
 
 def _finish(metrics: Metrics, calls: Sequence[ToolCall] = ()) -> str:
@@ -381,8 +179,8 @@ class OpenAI:
         prompts = await asyncio.to_thread(self._prompts, body.prompt)
         sampling = await asyncio.to_thread(body.sampling, body.logprobs)
         count = body.n or 1
-        if len(prompts) * count > _CHOICES:
-            raise InputError(f"prompt, n: {_CHOICES} answers to a request at most")
+        if len(prompts) * count > CHOICES:
+            raise InputError(f"prompt, n: {CHOICES} answers to a request at most")
         head = {"id": new_id("cmpl-"), "created": int(time.time()), "model": service.model, "object": "text_completion"}
         if body.stream:
             if len(prompts) * count > 1:
@@ -434,8 +232,8 @@ class OpenAI:
         planner = self._service.engine.planner
         single = isinstance(prompt, str) or all(isinstance(each, int) for each in prompt)
         given: list[Any] = [prompt] if single else list(prompt)
-        if len(given) > _CHOICES:
-            raise InputError(f"prompt: {_CHOICES} prompts to a request at most, not {len(given):,}")
+        if len(given) > CHOICES:
+            raise InputError(f"prompt: {CHOICES} prompts to a request at most, not {len(given):,}")
         return [
             Text(planner.tokens_of(each) if isinstance(each, str) else planner.checked_tokens(each)) for each in given
         ]
@@ -473,29 +271,3 @@ async def _together(answers: Sequence[Any]) -> list[tuple[Reader, dict[str, Any]
     finally:
         for task in tasks:
             task.cancel()
-
-
-async def streamed(request: Request, pieces: AsyncIterator[str | dict[str, str]]) -> StreamingResponse:
-    """A stream of events, which begins when the first token is there: the first item are its headers.
-
-    What fails before is an ordinary error, what fails later an event.
-    """
-    headers = await while_connected(request, pieces.__anext__())
-    assert isinstance(headers, dict)
-
-    async def body() -> AsyncIterator[str]:
-        try:
-            async for piece in pieces:
-                assert isinstance(piece, str)
-                yield piece
-        except Exception as error:
-            refusal = refusal_of(error)
-            if refusal.status == 500:
-                _log.exception("a stream failed")
-            told = body_of(refusal, request.scope["path"])
-            kind = "event: error\n" if "type" in told else ""
-            yield kind + event(told)
-        finally:
-            await pieces.aclose()  # type: ignore[attr-defined]
-
-    return StreamingResponse(body(), media_type="text/event-stream", headers={**headers, "Cache-Control": "no-store"})

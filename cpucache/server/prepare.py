@@ -13,11 +13,12 @@ from cpucache.engine.reply import Prepared
 from cpucache.errors import InputError
 from cpucache.layout import Text
 from cpucache.layout.conversation import ChatMessage
+from cpucache.layout.vocabulary import common
 from cpucache.reuse import OnProgress
-from cpucache.server import anthropic, openai
+from cpucache.server import anthropic
 from cpucache.server.asked import Asked, Extension
 from cpucache.server.background import Job
-from cpucache.server.marks import position
+from cpucache.server.openai_requests import messages_of, modules_of, tools_of
 from cpucache.server.service import Service, while_connected
 from cpucache.server.tenant import Tenant
 
@@ -97,8 +98,8 @@ def _asked(tenant: Tenant, body: PrepareRequest) -> Asked:
         given = anthropic.CountRequest(messages=body.messages, system=body.system, tools=body.tools)
         messages, tools = anthropic.messages_of(given), anthropic.tools_of(given)
     else:
-        messages, tools = openai.messages_of(body.messages), openai.tools_of(body.tools, None)
-    modules = openai.modules_of([body.system, *(each.get("content") for each in body.messages)])
+        messages, tools = messages_of(body.messages), tools_of(body.tools, None)
+    modules = modules_of([body.system, *(each.get("content") for each in body.messages)])
     asked = tenant.asked(messages, tools, modules, body.cpucache) if messages or body.cpucache else None
     if asked is not None and not isinstance(asked.prompt, Text):
         return asked
@@ -109,6 +110,6 @@ def _asked(tenant: Tenant, body: PrepareRequest) -> Asked:
         return asked  # with what opens the answer
     # What the user says next is not known: as much is evaluated as does not depend on it.
     one, other = (tenant.text([*messages, ChatMessage("user", text)], tools, modules) for text in "1A")
-    size = position(one.tokens, other.tokens)
+    size = common(one.tokens, other.tokens)
     # The last token is not evaluated.
     return Asked(one.first(size + 1), size, {} if body.cpucache is None else body.cpucache.settings)

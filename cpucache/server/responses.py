@@ -21,8 +21,9 @@ from cpucache.layout.conversation import ChatMessage, Tool, ToolCall
 from cpucache.runtime.grammar import ANY_JSON, grammar_of
 from cpucache.server.asked import Asked, Extension
 from cpucache.server.choice import openai_choice
+from cpucache.server.events import event, streamed
 from cpucache.server.failures import refusal_of
-from cpucache.server.openai import messages_of, modules_of, streamed, text_of, tools_of
+from cpucache.server.openai_requests import messages_of, modules_of, text_of, tools_of
 from cpucache.server.service import Service, new_id, while_connected
 from cpucache.server.toolcalls import ToolParser
 
@@ -167,7 +168,7 @@ class Responses:
         service = self._service
         number = 0
 
-        def event(kind: str, **data: Any) -> dict[str, Any]:
+        def numbered(kind: str, **data: Any) -> dict[str, Any]:
             nonlocal number
             number += 1
             return {"type": kind, "sequence_number": number - 1, **data}
@@ -193,42 +194,42 @@ class Responses:
         place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
         async with service.answer(request, prompt, sampling, body.max_output_tokens) as reader:
             yield service.facts(reader.stream.metrics)
-            yield event("response.created", response=made)
-            yield event("response.in_progress", response=made)
+            yield numbered("response.created", response=made)
+            yield numbered("response.in_progress", response=made)
             parser, text = ToolParser(names), ""
             async for piece in reader.pieces():
                 said = parser.feed(piece)
                 if said and not text:
-                    yield event("response.output_item.added", output_index=0, item=item)
-                    yield event("response.content_part.added", **place, part=_part(""))
+                    yield numbered("response.output_item.added", output_index=0, item=item)
+                    yield numbered("response.content_part.added", **place, part=_part(""))
                 if said:
                     text += said
-                    yield event("response.output_text.delta", **place, delta=said, logprobs=[])
+                    yield numbered("response.output_text.delta", **place, delta=said, logprobs=[])
             rest = parser.finish()
         metrics = reader.stream.metrics
         output: list[dict[str, Any]] = []
         if rest and not text:
-            yield event("response.output_item.added", output_index=0, item=item)
-            yield event("response.content_part.added", **place, part=_part(""))
+            yield numbered("response.output_item.added", output_index=0, item=item)
+            yield numbered("response.content_part.added", **place, part=_part(""))
         if rest:
             text += rest
-            yield event("response.output_text.delta", **place, delta=rest, logprobs=[])
+            yield numbered("response.output_text.delta", **place, delta=rest, logprobs=[])
         if text:
             whole = {**item, "status": "completed", "content": [_part(text)]}
-            yield event("response.output_text.done", **place, text=text, logprobs=[])
-            yield event("response.content_part.done", **place, part=_part(text))
-            yield event("response.output_item.done", output_index=0, item=whole)
+            yield numbered("response.output_text.done", **place, text=text, logprobs=[])
+            yield numbered("response.content_part.done", **place, part=_part(text))
+            yield numbered("response.output_item.done", output_index=0, item=whole)
             output.append(whole)
         for index, call in enumerate(parser.calls, len(output)):
             arguments = json.dumps(dict(call.arguments))
             asked = {"id": new_id("fc_"), "type": "function_call", "call_id": call.id, "name": call.name}
             begun = {**asked, "arguments": "", "status": "in_progress"}
-            yield event("response.output_item.added", output_index=index, item=begun)
+            yield numbered("response.output_item.added", output_index=index, item=begun)
             told = {"item_id": asked["id"], "output_index": index}
-            yield event("response.function_call_arguments.delta", **told, delta=arguments)
-            yield event("response.function_call_arguments.done", **told, arguments=arguments, name=call.name)
+            yield numbered("response.function_call_arguments.delta", **told, delta=arguments)
+            yield numbered("response.function_call_arguments.done", **told, arguments=arguments, name=call.name)
             done = {**asked, "arguments": arguments, "status": "completed"}
-            yield event("response.output_item.done", output_index=index, item=done)
+            yield numbered("response.output_item.done", output_index=index, item=done)
             output.append(done)
         service.tenant(request).remember(ChatMessage("assistant", text, parser.calls), reader.stream)
         cut = metrics.finish != "stop" and not parser.calls
@@ -238,7 +239,7 @@ class Responses:
             "output": output,
             "usage": usage(metrics),
         }
-        yield event("response.incomplete" if cut else "response.completed", response=made)
+        yield numbered("response.incomplete" if cut else "response.completed", response=made)
 
 
 def _part(text: str) -> dict[str, Any]:
@@ -254,15 +255,11 @@ async def _written(events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[str
         try:
             async for each in events:
                 response, number = each.get("response", response), number + 1
-                yield _sent(each)
+                yield event(each)
         except Exception as error:
             refusal = refusal_of(error)
             if refusal.status == 500:
                 _log.exception("a response failed")
             told = {"code": refusal.code or _CODES.get(refusal.status, "server_error"), "message": refusal.message}
             failed = {**response, "status": "failed", "error": told}
-            yield _sent({"type": "response.failed", "sequence_number": number, "response": failed})
-
-
-def _sent(event: dict[str, Any]) -> str:
-    return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+            yield event({"type": "response.failed", "sequence_number": number, "response": failed})

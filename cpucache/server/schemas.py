@@ -44,26 +44,26 @@ class Schemas:
 
     async def all(self, request: Request) -> dict[str, Any]:
         """Every schema that was uploaded: its tokens, and what of it is encoded."""
-        library = self._service.tenant(request).library
+        library = self._service.tenant(request).schemas
         told = await asyncio.to_thread(lambda: [library.told(each) for each in library.all()])
         return {"object": "list", "data": told}
 
     async def add(self, body: SchemaRequest, request: Request) -> dict[str, Any]:
         """Upload a schema, in place of one of the same name."""
-        library = self._service.tenant(request).library
+        library = self._service.tenant(request).schemas
         return await asyncio.to_thread(lambda: library.told(library.add(body.text)))
 
     async def one(self, name: str, request: Request) -> dict[str, Any]:
         """A schema with its text and its modules, and how far it is encoded."""
-        library = self._service.tenant(request).library
+        library = self._service.tenant(request).schemas
         return await asyncio.to_thread(library.told, library.get(name), whole=True)
 
     async def delete(self, name: str, request: Request) -> dict[str, Any]:
         """Forget a schema. What was encoded of it leaves the store by eviction."""
-        self._service.tenant(request).library.delete(name)
+        self._service.tenant(request).schemas.delete(name)
         return {"object": "schema", "name": name, "deleted": True}
 
     async def encode(self, name: str, body: Nothing, request: Request) -> dict[str, Any]:  # noqa: ARG002 - see Nothing
         """Encode a schema in the background; ask for the schema to see how far it is."""
-        library = self._service.tenant(request).library
+        library = self._service.tenant(request).schemas
         return await asyncio.to_thread(library.told, library.encode(name))

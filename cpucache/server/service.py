@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from secrets import token_hex
@@ -24,7 +23,6 @@ from cpucache.server.settings import ServerSettings
 from cpucache.server.tenant import Tenant
 
 T = TypeVar("T")
-_log = logging.getLogger("cpucache.server")
 
 
 class Reader:

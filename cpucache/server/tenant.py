@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from hashlib import blake2b
 
 import numpy as np
 
@@ -35,10 +36,10 @@ class Tenant:
 
     def __init__(self, engine: Engine, settings: ServerSettings, background: Background) -> None:
         self.engine = engine
-        self.library = Library(engine, background, settings.max_schemas, settings.max_schema_bytes)
+        self.schemas = Library(engine, background, settings.max_schemas, settings.max_schema_bytes)
         self.conversations = Conversations(engine.model, engine.host.template, self._ids_of)
         self._settings = settings
-        self._said: OrderedDict[str, tuple[str, Tokens]] = OrderedDict()
+        self._said: OrderedDict[bytes, tuple[str, Tokens]] = OrderedDict()
 
     # -- prompts -----------------------------------------------------------------------------------------------------
     def asked(
@@ -98,7 +99,7 @@ class Tenant:
             self._said.popitem(last=False)
 
 
-def _identity(message: ChatMessage) -> str:
+def _identity(message: ChatMessage) -> bytes:
     """What an answer is known by, however its JSON is written."""
     calls = [[call.name, call.arguments] for call in message.calls]
-    return json.dumps([message.text.strip(), calls], sort_keys=True, ensure_ascii=False)
+    return blake2b(json.dumps([message.text.strip(), calls], sort_keys=True).encode(), digest_size=16).digest()

@@ -3,12 +3,11 @@
 from cpucache.store.asked import Asked, Combination, Part
 from cpucache.store.fingerprint import Fingerprints
 from cpucache.store.index import Kept, Row
-from cpucache.store.keys import TEXT_ID, content_key, slice_key, text_id
+from cpucache.store.keys import content_key, slice_key, text_id
 from cpucache.store.slicefile import SliceInfo
 from cpucache.store.store import Store, default_home
 
 __all__ = [
-    "TEXT_ID",
     "Asked",
     "Combination",
     "Fingerprints",

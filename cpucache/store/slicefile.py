@@ -28,7 +28,7 @@ import numpy.typing as npt
 import xxhash
 
 from cpucache.private import private_folder
-from cpucache.store.keys import slice_key
+from cpucache.store.keys import TEXT_ID, slice_key
 from cpucache.store.ram import Bytes
 
 _FORMAT = "cpucache-slice-2"
@@ -64,6 +64,12 @@ class SliceInfo:
     """The ``text_id`` of each run of tokens that it attended to, in order, as hexadecimal digits."""
     sees_tokens: int = 0
     """How many tokens these are."""
+
+    @property
+    def texts(self) -> tuple[bytes, ...]:
+        """The ``text_id`` of each run of tokens that it attended to, in order."""
+        data = bytes.fromhex(self.sees)
+        return tuple(data[begin : begin + TEXT_ID] for begin in range(0, len(data), TEXT_ID))
 
 
 class Damaged(Exception):

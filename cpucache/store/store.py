@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias
 
 import platformdirs
 
@@ -22,6 +23,7 @@ from cpucache.store.claims import Claims
 from cpucache.store.index import Index, Kept
 from cpucache.store.opening import default_budget, open_index
 from cpucache.store.ram import RAM, Bytes
+from cpucache.store.recent import Recent
 from cpucache.store.slicefile import Damaged, Identity, Ids, SliceFiles, SliceInfo
 from cpucache.store.writer import Writer
 
@@ -29,10 +31,8 @@ _log = logging.getLogger("cpucache.store")
 # States that may wait for the disk. More would only grow while the disk is slower than evaluation.
 WAITING = 256 << 20
 _PAGE = 4096  # bytes
-_FORGET_EVERY = 1000  # slices that are put between two looks at what may be forgotten
 _CHECKED = 20_000  # files whose hashes are known to be right
 _NOTE_EVERY = 5.0  # seconds between entries of what was used
-_Known = TypeVar("_Known")
 _Job: TypeAlias = "tuple[Bytes, Ids, SliceInfo]"
 
 
@@ -96,15 +96,14 @@ class Store:
         self._using: Counter[str] = Counter()
         self.ram = RAM(ram_budget, needed=self._using)
         self._reader: ThreadPoolExecutor | None = None
-        self._here: dict[str, dict[str, SliceInfo]] = {}  # by content: what was put, in the index or not
-        self._behind: dict[str, dict[str, int]] = {}  # by context: what was put, with its size
-        self._since = 0  # slices that were put since what is known otherwise was forgotten here
         self._uses: Counter[str] = Counter()
         self._misses = 0
         self._noted = time.monotonic()
         self._checked: dict[str, Identity] = {}
         self._useless: set[str] = set()  # slices whose files can neither be used nor be taken away
         self._writer: Writer[_Job] = Writer(self._write, self._note, limit=WAITING)
+        # What is in neither memory nor on its way to the disk the index knows, or nobody.
+        self._recent = Recent(lambda key: key in self.ram or key in self._writer)
         self.writable = home is not None
         self._warned = False
         self._closing = False
@@ -190,12 +189,8 @@ class Store:
                         found[info.content][key] = info
             except sqlite3.Error as error:
                 self._trouble(error)
-        with self._lock:
-            for content in wanted & self._here.keys():
-                there = self._here[content]
-                for key in [key for key in there if key not in self]:
-                    del there[key]
-                found[content].update(there)
+        for content in wanted:
+            found[content].update(self._recent.of(content, self.__contains__))
         return {content: list(slices.items()) for content, slices in found.items()}
 
     def sizes_behind(self, context: str) -> set[int]:
@@ -206,8 +201,7 @@ class Store:
                 sizes = self.index.sizes_behind(context)
             except sqlite3.Error as error:
                 self._trouble(error)
-        with self._lock:
-            return sizes | set(self._behind.get(context, {}).values())
+        return sizes | self._recent.sizes_behind(context)
 
     def speed(self, fingerprint: str) -> float | None:
         """Tokens a second at which the slices of a model were evaluated; ``None`` when that is not known."""
@@ -238,6 +232,8 @@ class Store:
             return None
         if found is None:
             return None
+        if len(self._checked) >= _CHECKED:
+            self._checked.clear()
         state, self._checked[key] = found
         try:
             return state if self._packing is None else self._packing.unpack(state)
@@ -249,29 +245,11 @@ class Store:
     def put(self, key: str, state: Bytes, tokens: Ids, info: SliceInfo) -> None:
         """Keep a slice: at once in RAM, soon in a file. Waits only when the disk is far behind."""
         self.ram.put(key, state)
-        with self._lock:
-            self._here.setdefault(info.content, {})[key] = info
-            self._behind.setdefault(info.context, {})[key] = info.tokens
-            self._since += 1
-            due = self._since >= _FORGET_EVERY
-        if due:
-            self._forget()
+        self._recent.add(key, info)
         if self.writable:
             self._writer.put(key, (state, tokens, info), state.nbytes)
         elif self._why is not None:
             self._trouble(self._why)
-
-    def _forget(self) -> None:
-        """Forget what is in neither memory nor on its way to the disk: the index knows it, or nobody."""
-        with self._lock:
-            self._since = 0
-            _sweep(self._here, self._kept_here)
-            _sweep(self._behind, self._kept_here)
-            if len(self._checked) > _CHECKED:
-                self._checked.clear()
-
-    def _kept_here(self, key: str) -> bool:
-        return key in self.ram or key in self._writer
 
     def note_asked(self, fingerprint: str, state_format: str, schema: str, parts: list[Part]) -> None:
         """Note what was asked and is not exact yet; trouble with the disk is reported once."""
@@ -282,8 +260,7 @@ class Store:
 
     def know(self, key: str, info: SliceInfo) -> None:
         """Let a slice that is there be found by the content key in ``info`` as well, as long as this process runs."""
-        with self._lock:
-            self._here.setdefault(info.content, {}).setdefault(key, info)
+        self._recent.know(key, info)
 
     def size(self, key: str) -> int:
         """Bytes of a slice; 0 for one that is not there."""
@@ -318,17 +295,8 @@ class Store:
         found = staged.info(key)
         if self.files is None or self.index is None or found is None or key in self.files:
             return False
-        with self._lock:
-            keep = set(self._using)
-        if not self.index.reserve(key, *found, self.disk_budget, keep, self.files.drop, given=self._given):
-            return False
-        try:
-            staged.path(key).replace(self.files.prepared(key))
-        except BaseException:
-            self.index.remove([key])
-            raise
-        self.index.commit(key)
-        return True
+        files = self.files
+        return self._enter(key, *found, lambda: staged.path(key).replace(files.prepared(key)))
 
     def kept(self, keys: Iterable[str]) -> Kept:
         """How many of some slices are on disk, once all that was put is (``flush``)."""
@@ -411,18 +379,24 @@ class Store:
     def _write_file(self, key: str, state: Bytes, tokens: Ids, info: SliceInfo) -> None:
         if self.files is None or self.index is None or not self.writable or key in self.files:
             return
+        packed = state if self._packing is None else self._packing.pack(state)
+        put = partial(self.files.put, key, packed, tokens, info, self._writer.give_way)
+        self._enter(key, info, packed.nbytes, put)
+
+    def _enter(self, key: str, info: SliceInfo, size: int, bring: Callable[[], object]) -> bool:
+        """Have the file of a slice brought to its place, and enter it into the index. False: there is no room."""
+        assert self.files is not None and self.index is not None
         with self._lock:
             keep = set(self._using)
-        if self._packing is not None:
-            state = self._packing.pack(state)
-        size = state.nbytes
-        if self.index.reserve(key, info, size, self.disk_budget, keep, self.files.drop, given=self._given):
-            try:
-                self.files.put(key, state, tokens, info, self._writer.give_way)
-            except BaseException:
-                self.index.remove([key])
-                raise
-            self.index.commit(key)
+        if not self.index.reserve(key, info, size, self.disk_budget, keep, self.files.drop, given=self._given):
+            return False
+        try:
+            bring()
+        except BaseException:
+            self.index.remove([key])
+            raise
+        self.index.commit(key)
+        return True
 
     def _note(self) -> None:
         """Enter into the index what was used since the last time."""
@@ -445,12 +419,3 @@ class Store:
         if not self._warned:
             _log.warning("can't keep slices in %s (%s); going on from memory", self.home, error)
             self._warned = True
-
-
-def _sweep(known: dict[str, dict[str, _Known]], keep: Callable[[str], bool]) -> None:
-    """Take out of groups of slices those that are not kept, and groups without any."""
-    for name, slices in list(known.items()):
-        for key in [key for key in slices if not keep(key)]:
-            del slices[key]
-        if not slices:
-            del known[name]

@@ -26,7 +26,7 @@ from cpucache.engine import Engine
 from cpucache.engine.session import Session
 from cpucache.engine.stream import Stream
 from cpucache.reuse import OnProgress, Plan
-from cpucache.reuse.splicer import Slot
+from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
 from cpucache.runtime import Context, Run, Sampling
 from tests.support.tiny import BYTES

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cpucache.layout.vocabulary import joined
 from cpucache.reuse import OnProgress, Plan, Prefill, Slice, Slices, Span, Workspace
-from cpucache.reuse.splicer import Slot
+from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import drive
 from cpucache.runtime import Context, KVType, Model, Run
 from cpucache.store import Store

@@ -1,0 +1,57 @@
+"""Saving: what an answer leaves for later prompts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpucache.engine.answer import Answer
+from cpucache.engine.planner import PREFIX, Question
+from cpucache.layout import Tokens
+from cpucache.layout.vocabulary import joined
+from cpucache.reuse import Span, Workspace, asked, text_parts
+
+_LEAST = 8  # tokens of a slice that is saved by itself
+
+
+class Saving:
+    """Hooks of an answer, which save slices of its text, and note what is to be refined.
+
+    Args:
+        workspace: Where the answer is given.
+        question: What it answers.
+    """
+
+    def __init__(self, workspace: Workspace, question: Question) -> None:
+        self._workspace = workspace
+        self._question = question
+
+    def save_prompt(self, answer: Answer) -> None:
+        """Save what is in no slice yet of a plain text, but for its last token. Called behind the answer's first token.
+
+        By itself, so that it is found whatever is answered the next time.
+        """
+        if self._question.bound is not None:
+            return
+        before, rest = self._unsaved(answer)
+        if len(rest) > _LEAST:
+            answer.capture(self._workspace.slices.cut(before, rest[:-1]), PREFIX)
+            answer.saved = len(rest) - 1
+
+    def save_answer(self, answer: Answer) -> None:
+        """Save the answer to a plain text, and note what of a prompt is not exact. Called when the answer ends."""
+        slices, bound = self._workspace.slices, self._question.bound
+        if bound is None:
+            before, rest = self._unsaved(answer)
+            tokens = joined([rest, np.array(answer.tokens[: answer.evaluated], np.int32)])
+            answer.capture(slices.cut(before, tokens), PREFIX)
+        if not answer.plan.exact:
+            parts = text_parts(answer.plan) if bound is None else asked(bound)
+            self._workspace.store.note_asked(slices.fingerprint, slices.scope, self._question.label, parts)
+
+    def _unsaved(self, answer: Answer) -> tuple[list[Span], Tokens]:
+        """The spans of a plain text that are slices, and the rest of its tokens."""
+        *before, fresh = answer.plan.spans
+        if answer.saved:
+            saved = fresh.tokens[: answer.saved]
+            before += [slice_.span for slice_ in self._workspace.slices.cut(before, saved)]
+        return before, fresh.tokens[answer.saved :]

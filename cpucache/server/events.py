@@ -1,0 +1,46 @@
+"""Server-sent events."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+from cpucache.server.failures import body_of, refusal_of
+from cpucache.server.service import while_connected
+
+_log = logging.getLogger("cpucache.server")
+
+
+def event(data: Mapping[str, Any]) -> str:
+    """A server-sent event, named by the ``type`` in its data, if there is one."""
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {json.dumps(data)}\n\n"
+
+
+async def streamed(request: Request, pieces: AsyncIterator[str | dict[str, str]]) -> StreamingResponse:
+    """A stream of events, which begins when the first token is there: the first item are its headers.
+
+    What fails before is an ordinary error, what fails later an event.
+    """
+    headers = await while_connected(request, pieces.__anext__())
+    assert isinstance(headers, dict)
+
+    async def body() -> AsyncIterator[str]:
+        try:
+            async for piece in pieces:
+                assert isinstance(piece, str)
+                yield piece
+        except Exception as error:
+            refusal = refusal_of(error)
+            if refusal.status == 500:
+                _log.exception("a stream failed")
+            yield event(body_of(refusal, request.scope["path"]))
+        finally:
+            await pieces.aclose()  # type: ignore[attr-defined]
+
+    return StreamingResponse(body(), media_type="text/event-stream", headers={**headers, "Cache-Control": "no-store"})
