@@ -6,9 +6,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TOOLS  := $(VENV)/.installed-test
-FUZZ   := tests/test_pml_fuzz.py tests/test_transcripts_fuzz.py tests/test_template_fuzz.py \
-	tests/test_pack.py::test_a_pack_brings_what_was_packed_or_nothing \
-	tests/test_store.py::test_a_file_gives_what_was_written_or_nothing
+FUZZ   := tests/unit/pml/test_pml_fuzz.py tests/unit/sessions/test_transcripts_fuzz.py tests/unit/layout/test_template_fuzz.py \
+	tests/integration/test_pack.py::test_a_pack_brings_what_was_packed_or_nothing \
+	tests/unit/store/test_store.py::test_a_file_gives_what_was_written_or_nothing
 MODEL  := smollm2-135m-instruct
 
 .PHONY: demo test stress lint format model setup tools clean

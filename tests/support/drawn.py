@@ -12,7 +12,7 @@ from cpucache.pml.tree import Module, Schema, Scope, Union
 from tests.support.letters import Letters
 from tests.support.prompting import written
 from tests.support.tiny import CHATML
-from tests.test_pml_properties import choose
+from tests.unit.pml.test_pml_properties import choose
 
 TEXTS = (
     "red",
