@@ -6,12 +6,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TOOLS  := $(VENV)/.installed-test
+PAGES  := $(VENV)/.installed-docs
 FUZZ   := tests/unit/pml/test_pml_fuzz.py tests/unit/sessions/test_transcripts_fuzz.py tests/unit/layout/test_template_fuzz.py \
 	tests/integration/test_pack.py::test_a_pack_brings_what_was_packed_or_nothing \
 	tests/unit/store/test_store.py::test_a_file_gives_what_was_written_or_nothing
 MODEL  := smollm2-135m-instruct
 
-.PHONY: demo test stress lint format model setup tools clean
+.PHONY: demo test stress lint format docs model setup tools clean
 
 demo: setup model
 	@$(BIN)/cpucache demo
@@ -34,6 +35,11 @@ format: tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation, into build/site. A broken link or anchor ends it; no network is used once the tools are there.
+docs: $(PAGES)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 setup: $(STAMP)
 
 # What tests and linters need besides.
@@ -52,6 +58,11 @@ $(TOOLS): $(STAMP)
 	@echo "==> installing what the tests need"
 	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
 	@touch $(TOOLS)
+
+$(PAGES): $(STAMP)
+	@echo "==> installing what the documentation needs"
+	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]'
+	@touch $(PAGES)
 
 # The model that the demo and the tests run on: 98 MB, fetched once and verified.
 model: setup

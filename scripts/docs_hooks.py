@@ -1,7 +1,7 @@
 """What the documentation takes from elsewhere in the repository, for MkDocs (``hooks`` in mkdocs.yml).
 
-Pages that people look for at the root of a repository stay there and are pages of the site besides. Plots are drawn from
-bench/results/ for each build, by docs_plots.py.
+Pages that people look for at the root of a repository stay there and are pages of the site besides. Plots are drawn
+from bench/results/ for each build, by docs_plots.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The plots of the documentation, drawn from the raw results in bench/results/.
 
-    python scripts/docs_plots.py FOLDER       write them as SVG, to look at
+python scripts/docs_plots.py FOLDER       write them as SVG, to look at
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ def plots() -> dict[str, str]:
     """Every plot as the text of an SVG, by name."""
     drawn: dict[str, Callable[[], Figure]] = {
         "ttft": lambda: _ttft(_read("ttft")),
-        "fidelity-time": lambda: _quality_and_time([("5 of 12 passages", _read("nq-5-of-12")), ("10 of 16", _read("nq-10-of-16"))]),
-        "fidelity-kl": lambda: _divergence([("5 of 12 passages", _read("nq-5-of-12")), ("10 of 16", _read("nq-10-of-16"))]),
+        "fidelity-time": lambda: _quality_and_time(
+            [("5 of 12 passages", _read("nq-5-of-12")), ("10 of 16", _read("nq-10-of-16"))]
+        ),
+        "fidelity-kl": lambda: _divergence(
+            [("5 of 12 passages", _read("nq-5-of-12")), ("10 of 16", _read("nq-10-of-16"))]
+        ),
     }
     with mpl.rc_context(_STYLE):
         return {name: _svg(draw()) for name, draw in drawn.items()}

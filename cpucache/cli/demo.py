@@ -44,7 +44,7 @@ def demo(model: str, max_tokens: int, **options: Any) -> None:
     out.print(comparison_table(result))
     out.print(
         f"What the prompt is made of: [bold]cpucache schema show {_shown(folder / 'schema.xml')}[/bold]\n"
-        "A prompt of your own:       [bold]cpucache run PROMPT -s SCHEMA[/bold] (see the README)",
+        "A prompt of your own:       [bold]cpucache run PROMPT -s SCHEMA[/bold] (see docs/tutorial.md)",
         soft_wrap=True,
     )
 
