@@ -11,8 +11,8 @@ import pytest
 import cpucache
 from tests.support.pages import DOCS, PAGES, ROOT, anchors, links
 
-GENERATED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "results.md": "bench/RESULTS.md"}
-"""Pages of the site that stand elsewhere in the repository."""
+ELSEWHERE = ("contributing.md", "changelog.md", "results.md")
+"""Pages of the site that stand elsewhere in the repository, see scripts/docs_hooks.py."""
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "bench" / "RESULTS.md"], ids=lambda page: page.name)
@@ -23,9 +23,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = target.partition("#")
         if page.parent == DOCS and name.startswith("plots/"):
             continue  # drawn when the site is built
-        path = page if not name else page.parent / name
-        if page.parent == DOCS and name in GENERATED:
-            path = ROOT / GENERATED[name]
+        path = page.parent / name if name else page
         assert path.exists(), f"{page.name}: {target}"
         if anchor:
             assert anchor in anchors(path), f"{page.name}: {target}"
@@ -33,7 +31,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     listed = re.findall(r"(\w[\w-]*\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(listed) == sorted([*(page.name for page in DOCS.glob("*.md")), *GENERATED])
+    assert sorted(listed) == sorted([*(page.name for page in DOCS.glob("*.md")), *ELSEWHERE])
 
 
 def test_the_version_stands_in_one_place() -> None:
@@ -52,6 +50,14 @@ def test_tables_say_what_was_measured() -> None:
         text = page.read_text(encoding="utf-8")
         assert "<!-- table " in text, page
         assert report["filled"](text) == text, f"{page}: run `python bench/report.py`"
+
+
+def test_the_page_of_all_commands_has_each_of_them() -> None:
+    page = runpy.run_path(str(ROOT / "scripts" / "docs_commands.py"))["helps"]()
+    headings = re.findall(r"^#+ (cpucache.*)$", page, re.MULTILINE)
+    assert {"cpucache", "cpucache run", "cpucache cache export", "cpucache schema check"} <= set(headings)
+    assert len(headings) == len(set(headings)) == page.count("Usage: ") > 30
+    assert "--max-tokens" in page
 
 
 def test_the_readme_is_one_screen() -> None:
