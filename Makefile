@@ -37,7 +37,7 @@ format: tools
 
 # The documentation, into build/site. A broken link or anchor ends it; no network is used once the tools are there.
 docs: $(PAGES)
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
 setup: $(STAMP)
