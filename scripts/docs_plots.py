@@ -28,7 +28,7 @@ _NAMES = {
     "balanced": "balanced",
     "refined": "refined",
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "cpucache",  # the same results give the same bytes
     "text.color": _INK,
     "axes.labelcolor": _INK,
