@@ -24,6 +24,7 @@ from cpucache.pml import parse_schema
 from cpucache.reuse.work import Execution, Task, Work
 from cpucache.runtime import Batch, Run, Sampler, Stopped
 from tests.support.command import SCHEMA
+from tests.support.pace import slow
 from tests.support.serving import until
 from tests.support.sessions import engine, greedy, message, said, truth
 from tests.support.tiny import ARCHS
@@ -53,17 +54,6 @@ def parallel(tiny: Tiny, tmp_path: Path) -> Iterator[Engine]:
     """An engine that answers four prompts at a time."""
     with engine(tiny("llama"), tmp_path, n_ctx=4096, parallel=4) as running:
         yield running
-
-
-def slow(running: Engine, seconds: float = 0.01) -> None:
-    """Let every evaluation take longer, so that others come meanwhile."""
-    evaluate = running.context.evaluate
-
-    def slowly(*arguments: Any) -> None:
-        time.sleep(seconds)
-        evaluate(*arguments)
-
-    running.context.evaluate = slowly  # type: ignore[method-assign]
 
 
 def begin(*streams: Stream) -> None:

@@ -17,7 +17,7 @@ from cpucache.server.choice import BARE, LIST, TAGS, Forced, form_of
 from cpucache.server.toolcalls import ToolParser
 from tests.support.letters import Letters
 from tests.support.serving import Served, serving
-from tests.unit.layout.test_conversation import CHATML, TOOLS
+from tests.support.toolchat import CHATML, TOOLS
 
 Tiny = Callable[..., Path]
 

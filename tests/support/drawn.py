@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from cpucache.layout import ChatTemplate, Placeholder, SchemaLayout, Segment
 from cpucache.pml.tree import Module, Schema, Scope, Union
+from tests.support.documents import choose
 from tests.support.letters import Letters
 from tests.support.prompting import written
 from tests.support.tiny import CHATML
-from tests.unit.pml.test_pml_properties import choose
 
 TEXTS = (
     "red",

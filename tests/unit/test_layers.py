@@ -14,6 +14,7 @@ import cpucache
 
 PACKAGE = Path(cpucache.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = Path(__file__).parents[1]
 TOP = ""
 """The room of ``cpucache/__init__.py``."""
 
@@ -134,6 +135,17 @@ def test_the_language_needs_nothing_but_lxml() -> None:
         if not is_ours(module)
     }
     assert packages - sys.stdlib_module_names == {"lxml"}
+
+
+def test_no_test_imports_from_another() -> None:
+    """What several tests need is in ``tests/support``."""
+    wrong = [
+        f"{path.relative_to(TESTS.parent)}:{line}: {module}"
+        for path in sorted(TESTS.rglob("*.py"))
+        for line, module in imports_of(path)
+        if module.partition(".")[0] == "tests" and module.split(".")[1:2] != ["support"]
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from cpucache.layout.segment import LONGEST
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.reuse import LEVELS, Lookup, Plan, Repair, Span
 from tests.support.letters import FILLER, Letters
+from tests.support.templates import WITH_DEFAULT
 from tests.support.tiny import CHATML
 from tests.support.workbench import planning, slice_of, some_tokens
-from tests.unit.layout.test_layout import WITH_DEFAULT
 
 BEGIN, END = "<|im_start|>", "<|im_end|>\n"
 ANSWER = f"{BEGIN}assistant\n"

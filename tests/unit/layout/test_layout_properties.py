@@ -15,10 +15,10 @@ from cpucache.layout.segment import LONGEST
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import ANCHORS, Argument, Included, NewText, RoleEnd, RoleStart, Text, Turn
 from cpucache.reuse import Fidelity, Lookup, Plan, Repair
+from tests.support.documents import choose, scopes, write
 from tests.support.letters import Letters
 from tests.support.tiny import CHATML
 from tests.support.workbench import planning
-from tests.unit.pml.test_pml_properties import choose, scopes, write
 
 quick = settings(max_examples=150, deadline=None)
 

@@ -16,10 +16,9 @@ from cpucache.pml import canonical, parse_schema
 from cpucache.pml.canonical import meaning, parse_pml
 from cpucache.reuse import Slices, reading
 from tests.support.changes import tries
+from tests.support.documents import changed, choose, scopes, source_of
 from tests.support.drawn import letters
 from tests.support.tiny import CHATML
-from tests.unit.pml.test_pml_fuzz import changed
-from tests.unit.pml.test_pml_properties import choose, scopes, source_of
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "schemas").rglob("*.xml"))

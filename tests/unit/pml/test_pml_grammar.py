@@ -16,7 +16,7 @@ from cpucache.pml import parse_prompt, parse_schema
 from cpucache.pml.names import PML_TAGS
 from cpucache.pml.structure import GRAMMARS, structure
 from tests.support.changes import tries
-from tests.unit.pml.test_pml_properties import PROMPT, TEXTS, choose, scopes, source_of
+from tests.support.documents import PROMPT, TEXTS, choose, scopes, source_of
 
 ROOT = Path(__file__).parents[3]
 RELAX = {name: etree.RelaxNG(file=str(GRAMMARS / f"{name}.rng")) for name in ("schema", "prompt")}

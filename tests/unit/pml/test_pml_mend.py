@@ -12,8 +12,7 @@ from cpucache.pml.canonical import parse_pml
 from cpucache.pml.mend import mend
 from cpucache.pml.tree import Module, Text, Turn
 from tests.support.changes import tries
-from tests.unit.pml.test_pml_fuzz import changed
-from tests.unit.pml.test_pml_properties import scopes, source_of
+from tests.support.documents import changed, scopes, source_of
 
 CODE = [
     "if 0 <= position[0] < self.grid_size and 0 <= position[1] < self.grid_size:",

@@ -22,32 +22,7 @@ from cpucache.pml.tree import (
     Turn,
     modules_of,
 )
-
-SCHEMA = """<schema name="kitchen">
-<parameter name="guest" length="3"/>
-<module name="pantry">
-  Shelf of <parameter name="owner" length="2"/>.
-  <module name="flour">Flour.</module>
-  <module name="sugar">Sugar.</module>
-  <system>
-    Rules.
-    <union scaffold="gas">
-      <module name="gas">Gas.</module>
-      <module name="coal">Coal.</module>
-    </union>
-    <module name="clock">Clock.</module>
-  </system>
-  <module name="salt">Salt.</module>
-</module>
-<union>
-  <module name="soup">Soup for <parameter name="many" length="2"/></module>
-  <module name="cake">Cake.<module name="icing">Icing.</module></module>
-</union>
-<module name="wine">Wine.</module>
-Now cook.
-<module name="late">Late.</module>
-</schema>
-"""
+from tests.support.kitchen import SCHEMA
 
 
 @pytest.fixture(scope="module")
