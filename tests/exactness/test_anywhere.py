@@ -47,6 +47,7 @@ class Asking:
 
     def ask(self, text: Text, reuse: Reuse, recompute: float = 0.0) -> Plan:
         """Get a text into the context; its logits are those that the contexts of its slices give."""
+        plan: Plan
         plan, spent = self.desk.prefill(lambda: self._lookup.plan_text(text, Fidelity(recompute), reuse))
         assert plan.tokens.tolist() == text.tokens.tolist()
         assert spent.cached_tokens + spent.fresh_tokens == plan.n_tokens

@@ -74,6 +74,7 @@ def test_the_disk_grows_with_the_text_and_no_faster(arch: str, tiny: Tiny, tmp_p
             assert running.store.index is not None
             sizes.append(running.store.index.totals()["bytes"])
             tokens.append(reply.metrics.prompt_tokens)
+        assert running.store.index is not None
         point = max(row.bytes for row in running.store.index.rows() if row.info.tokens == 0)
         context = running.context
         cells = running.host.do(lambda slot, _: _cells_of(context, tokens[-1]))

@@ -14,7 +14,7 @@ from cpucache.errors import ContextFull, InputError
 from tests.support import sessions
 from tests.support.sessions import Said, Truth, chatml, engine, message, plain_spoken, rendered, said, truth
 from tests.support.tiny import ARCHS, ATTENTION_ARCHS, RECURRENT_ARCHS
-from tests.support.workbench import distance, tolerance
+from tests.support.workbench import Tokens, distance, tolerance
 
 Tiny = Callable[..., Path]
 
@@ -32,7 +32,7 @@ REQUESTS: dict[str, dict[str, Any]] = {"text": {"text": TEXT}, "messages": {"mes
 requests = pytest.mark.parametrize("kind", REQUESTS)
 
 
-def whole(running: Engine, prompt: Sequence[int]) -> int:
+def whole(running: Engine, prompt: Sequence[int] | Tokens) -> int:
     """Tokens of a prompt that stand before its last segment."""
     ends = running.slices.cuts(np.array(prompt[:-1], np.int32))
     return ends[-2] if len(ends) > 1 else 0
@@ -47,7 +47,7 @@ class Known:
         self.points: set[tuple[int, tuple[int, ...]]] = set()
         """Slices with a recurrent state behind them: one can go on from these alone."""
 
-    def of(self, prompt: Sequence[int]) -> int:
+    def of(self, prompt: Sequence[int] | Tokens) -> int:
         """Tokens of a prompt that are known, its last token aside."""
         at = known = 0
         while True:
@@ -85,7 +85,7 @@ class Known:
         self._cut(running, tokens, at, len(tokens))
         return len(prompt) - known
 
-    def _chain(self, prompt: Sequence[int]) -> int:
+    def _chain(self, prompt: Sequence[int] | Tokens) -> int:
         """Tokens of a prompt that there are slices of, its last token aside."""
         self.recurrent, was = False, self.recurrent
         try:
@@ -305,6 +305,7 @@ def test_any_sequence_of_prompts_gives_what_each_gives_alone(arch: str, tiny: Ti
 # ---- what can't be ---------------------------------------------------------------------------------------------------
 def test_prompts_that_are_none(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, n_ctx=256) as running:
+        request: dict[str, Any]
         for request in ({}, {"text": "a", "messages": MESSAGES}, {"prompt": "<prompt/>", "text": "a"}):
             with pytest.raises(InputError, match="give one of prompt, messages, text and tokens"):
                 running.generate(**request)

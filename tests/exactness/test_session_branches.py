@@ -15,6 +15,7 @@ from cpucache.engine import Engine
 from cpucache.errors import CpucacheError, InputError
 from cpucache.pml import parse_schema
 from cpucache.reuse import Plan, Slice, Span, reading
+from cpucache.runtime import Run
 from tests.support import sessions
 from tests.support.command import PROMPT, SCHEMA
 from tests.support.sessions import SYSTEM, engine, message, rendered, said, shared, sizes, truth
@@ -214,7 +215,7 @@ def test_a_session_that_begins_with_a_prompt(arch: str, tiny: Tiny, tmp_path: Pa
             running.encode("shop")
             modules = reading(layout, running.slices, running.context.n_ctx - 1)
             alone = said(running, running.stream(PROMPT, max_tokens=4))
-            bench = Bench(running.workspace, context)
+            bench = Bench(running.workspace, context)  # type: ignore[arg-type]
             with running.session("s", prompt=PROMPT) as session:
                 assert session.unanswered
                 answer = said(running, session.stream(max_tokens=4))
@@ -287,7 +288,8 @@ def test_a_session_that_begins_with_a_prompt_is_truncated(
         session = running.session("s", prompt=PROMPT)
         answer = said(running, session.stream(max_tokens=4))
         held, plan = answer.tokens, answer.stream.plan
-        defined(Bench(running.workspace, context), plan, alone.slices, held[plan.n_tokens :])
+        truth = Bench(running.workspace, context)  # type: ignore[arg-type]
+        defined(truth, plan, alone.slices, held[plan.n_tokens :])
         end = context.last_position(0) + 1
         # The position behind the prompt, wherever it begins here.
         opening = end - len(held) + sizes(session)[0]
@@ -312,7 +314,7 @@ def test_a_session_that_begins_with_a_prompt_is_truncated(
             assert prompt[: len(held)].tolist() == held.tolist()
             assert answer.fresh == len(prompt) - len(held)
             new = answer.tokens[len(held) :]
-            rows = context.decode([sessions.Run(0, end, new)], logits="all")
+            rows = context.decode([Run(0, end, new)], logits="all")
             assert rows is not None
             for row, expected in zip(answer.rows, rows[-len(answer.rows) :], strict=True):
                 assert distance(row, expected) < tolerance(arch, "f32")

@@ -156,7 +156,7 @@ def test_a_prompt_is_what_the_engine_says_in_every_dialect(served: Served, tmp_p
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == wanted.text
     settings: dict[str, Any] = {"model": "any", "max_tokens": 6, "extra_body": {"temperature": 0, "cpucache": given}}
     answer = served.anthropic.messages.create(messages=ASKED, **settings)
-    assert answer.content[0].text == wanted.text  # type: ignore[union-attr]
+    assert answer.content[0].text == wanted.text
     counted = served.anthropic.messages.count_tokens(model="any", messages=ASKED, extra_body={"cpucache": given})
     assert counted.input_tokens == wanted.metrics.prompt_tokens
     response = served.openai.responses.create(

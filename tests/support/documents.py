@@ -67,7 +67,7 @@ def write(node: Any) -> str:
 
 
 @st.composite
-def scopes(draw: st.DrawFn, depth: int = 0, in_role: bool = False) -> list:
+def scopes(draw: st.DrawFn, depth: int = 0, in_role: bool = False) -> list[Any]:
     """The content of one scope: unique names, and no two texts side by side (they would be one)."""
     names = iter(draw(st.lists(NAMES, min_size=8, max_size=8, unique=True)))
 
@@ -76,8 +76,8 @@ def scopes(draw: st.DrawFn, depth: int = 0, in_role: bool = False) -> list:
         inside = draw(scopes(depth + 1, role)) if depth < 2 else [("text", draw(TEXTS), False)]
         return None if name is None else ("module", name, draw(st.booleans()), inside)
 
-    def content(role: bool) -> list:
-        nodes: list = []
+    def content(role: bool) -> list[Any]:
+        nodes: list[Any] = []
         kinds = ["text", "text", "module", "module", "parameter", "union"] + ([] if role else ["role"])
         for kind in draw(st.lists(st.sampled_from(kinds), max_size=4)):
             node: Any = None
@@ -100,7 +100,7 @@ def scopes(draw: st.DrawFn, depth: int = 0, in_role: bool = False) -> list:
     return content(in_role)
 
 
-def source_of(nodes: list) -> str:
+def source_of(nodes: list[Any]) -> str:
     return f"<schema name='s'>x<parameter name='first' length='1'/>{''.join(map(write, nodes))}</schema>"
 
 

@@ -16,4 +16,4 @@ def slow(running: Engine, seconds: float = 0.01) -> None:
         time.sleep(seconds)
         evaluate(*arguments)
 
-    running.context.evaluate = slowly  # type: ignore[method-assign]
+    running.context.evaluate = slowly  # type: ignore[method-assign, assignment]

@@ -42,7 +42,7 @@ class Laid:
         prompt = parse_prompt(f"<prompt schema='s' {attributes}>{content}</prompt>", file="p.xml")
         return bind(self.layout, resolve(prompt, self.schema), file="p.xml", **settings)
 
-    def plan(self, content: str, attributes: str = "", **settings: bool | None) -> Plan:
+    def plan(self, content: str, attributes: str = "", **settings: Any) -> Plan:
         lookup = Lookup(planning(), Repair(self.letters.text))
         return lookup.plan(self.bound(content, attributes), LEVELS["fast"], **settings)
 

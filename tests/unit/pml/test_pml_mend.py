@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,7 +62,7 @@ def test_many_lines(lines: list[str]) -> None:
 
 @tries(80)
 @given(scopes())
-def test_what_is_right_stays_as_it_is(nodes: list) -> None:
+def test_what_is_right_stays_as_it_is(nodes: list[Any]) -> None:
     source = source_of(nodes)
     assert mend(source) == source
 

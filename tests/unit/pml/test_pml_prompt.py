@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,9 +31,9 @@ def schema() -> Schema:
     return parse_schema(SCHEMA, file="kitchen.xml")
 
 
-def shape(items: tuple) -> list:
+def shape(items: tuple[Any, ...]) -> list[Any]:
     """Items as short, comparable values."""
-    shapes: list = []
+    shapes: list[Any] = []
     for item in items:
         if isinstance(item, Included):
             shapes.append((item.scope.name, shape(item.items)))
@@ -49,7 +50,7 @@ def shape(items: tuple) -> list:
     return shapes
 
 
-def cook(content: str, schema: Schema) -> list:
+def cook(content: str, schema: Schema) -> list[Any]:
     return shape(resolve(parse_prompt(f'<prompt schema="kitchen" guest="Ann">{content}</prompt>'), schema).items)
 
 
@@ -189,7 +190,7 @@ def test_mistakes_in_a_prompt(source: str, line: int, words: list[str]) -> None:
         ("<wine>more</wine>", ["guest=Ann", ("wine", ["Wine.", "+more"]), "Now cook."]),
     ],
 )
-def test_reading_order(content: str, expected: list, schema: Schema) -> None:
+def test_reading_order(content: str, expected: list[Any], schema: Schema) -> None:
     assert cook(content, schema) == expected
 
 

@@ -53,7 +53,7 @@ def written_as(node: Any) -> Any:
     return ("union", [written_as(member) for member in rest[0]], rest[1])
 
 
-def all_written(nodes: list) -> list:
+def all_written(nodes: list[Any]) -> list[Any]:
     return [came for node in nodes if (came := written_as(node)) != ("text", "")]
 
 
@@ -71,7 +71,7 @@ def came_back(node: SchemaNode) -> Any:
 
 @quick
 @given(scopes())
-def test_a_schema_comes_back_as_it_was_written(nodes: list) -> None:
+def test_a_schema_comes_back_as_it_was_written(nodes: list[Any]) -> None:
     schema = parse_schema(source_of(nodes))
     assert [came_back(node) for node in schema.children[2:]] == all_written(nodes)
 
@@ -131,7 +131,7 @@ def read(included: Included) -> list[Text | NewText | Turn]:
 
 @quick
 @given(scopes(), st.data(), st.booleans())
-def test_a_prompt_drawn_from_a_schema_resolves(nodes: list, data: st.DataObject, with_turn: bool) -> None:
+def test_a_prompt_drawn_from_a_schema_resolves(nodes: list[Any], data: st.DataObject, with_turn: bool) -> None:
     schema = parse_schema(source_of(nodes))
     chosen = st.composite(lambda draw: choose(draw, schema))
     picked: Chosen = data.draw(chosen())
