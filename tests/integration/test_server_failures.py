@@ -17,9 +17,9 @@ from cpucache.errors import ContextFull, CpucacheError
 from cpucache.runtime import Batch
 from cpucache.server.responses import _written
 from cpucache.server.settings import ServerSettings
+from tests.integration.test_core import slow
 from tests.support.serving import Served, serving, until
 from tests.support.sessions import plain_spoken
-from tests.integration.test_core import slow
 
 Tiny = Callable[..., Path]
 

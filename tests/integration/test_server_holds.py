@@ -19,9 +19,9 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 
 from cpucache.server.settings import ServerSettings
+from tests.integration.test_core import slow
 from tests.support.serving import Served, serving, until
 from tests.support.sessions import plain_spoken
-from tests.integration.test_core import slow
 
 Tiny = Callable[..., Path]
 CHAT = "/v1/chat/completions"

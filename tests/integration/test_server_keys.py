@@ -16,10 +16,10 @@ import pytest
 
 from cpucache.server.access import namespace_of
 from cpucache.server.settings import ServerSettings
-from tests.support.serving import Served, serving, until
-from tests.support.sessions import message, plain_spoken
 from tests.integration.test_core import slow
 from tests.integration.test_server_schemas import SCHEMA
+from tests.support.serving import Served, serving, until
+from tests.support.sessions import message, plain_spoken
 
 Tiny = Callable[..., Path]
 

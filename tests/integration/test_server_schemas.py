@@ -15,9 +15,9 @@ import pytest
 from cpucache.engine import Engine
 from cpucache.pml import parse_schema
 from cpucache.server.settings import ServerSettings
+from tests.integration.test_core import slow
 from tests.support.serving import Served, serving, until
 from tests.support.sessions import message, plain_spoken
-from tests.integration.test_core import slow
 
 Tiny = Callable[..., Path]
 

@@ -12,9 +12,9 @@ import pytest
 from cpucache.engine import Engine
 from cpucache.engine.session import Session
 from cpucache.store import Store
+from tests.integration.test_core import slow
 from tests.support.sessions import SYSTEM, engine, message, said, sizes, truth
 from tests.support.tiny import RECURRENT_ARCHS
-from tests.integration.test_core import slow
 
 Tiny = Callable[..., Path]
 TEXT = message(1, 60)
