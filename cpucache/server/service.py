@@ -118,10 +118,10 @@ class Service:
         key = request.headers.get("authorization") or request.headers.get("x-api-key") or ""
         async with self._admission.place(key, self.settings.timeout):
             self.metrics.waiting.set(self._admission.waiting)
-            given = {"reuse": self.settings.reuse, **prompt.given}
+            settings = {"reuse": self.settings.reuse, **prompt.settings}
             # A prompt may be a long text to be laid out, and looked up.
             stream = await asyncio.to_thread(
-                engine.stream, max_tokens=room, sampling=sampling, use_cache=use_cache, **given
+                engine.stream, prompt.prompt, max_tokens=room, sampling=sampling, use_cache=use_cache, **settings
             )
             reader = Reader(stream, asyncio.get_running_loop())
             self.metrics.running.inc()
@@ -151,7 +151,7 @@ class Service:
         assert isinstance(prompt.prompt, Text)
         # The last token is evaluated in any case: one more than are kept.
         head = prompt.prompt.first(position + 1)
-        plan = engine.plan(tokens=head, reuse=prompt.settings.get("reuse", self.settings.reuse))
+        plan = engine.plan(head, reuse=prompt.settings.get("reuse", self.settings.reuse))
         return [key for key in engine.workspace.keys(plan) if key in engine.store]
 
     def facts(self, metrics: Metrics) -> dict[str, str]:
