@@ -79,12 +79,13 @@ def written(function: FunctionType, lines: list[str] | None = None) -> Written:
     text = "".join(lines)
     # What is inside a class or function is not moved to the left, for its strings would change.
     inner = text[:1] in (" ", "\t")
+    # The lines before keep their numbers.
+    before = "\n" * (start - 1)
     try:
-        tree = ast.parse("if 1:\n" + text if inner else text)
+        tree = ast.parse(before[:-1] + "if 1:\n" + text if inner else before + text)
     except SyntaxError as error:
         changed = f"the source of '{code.co_name}' is not what was run: load it again"
         raise PMLError(changed, file=file, line=code.co_firstlineno) from error
-    ast.increment_lineno(tree, start - 1 - inner)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == code.co_name:
             return Written(file, node, {start + at: line for at, line in enumerate(lines)})

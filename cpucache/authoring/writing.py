@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from cpucache.pml.canonical import canonical
+from cpucache.pml.canonical import laid_out
 from cpucache.pml.limits import Limits
 from cpucache.pml.names import flaw
+from cpucache.pml.schema import parse_schema
 from cpucache.pml.tree import Module, Parameter, Role, SchemaNode, Text
 from cpucache.pml.xml import fold_space
 
@@ -129,8 +130,9 @@ def write_schema(
 
     Raises ``PMLError`` for what is no schema, one without any text for example.
     """
-    document = _element("schema", {"name": name}, nodes, preserve=False)
-    return canonical(document, file=f"<schema {name}>", folder=folder, limits=limits)
+    written = laid_out(_element("schema", {"name": name}, nodes, preserve=False), "schema")
+    parse_schema(written, file=f"<schema {name}>", folder=folder, limits=limits)
+    return written
 
 
 def _element(tag: str, attributes: dict[str, str], inside: Sequence[Written], *, preserve: bool) -> str:
