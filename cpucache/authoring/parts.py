@@ -159,7 +159,7 @@ def _node(part: Part) -> SchemaNode | None:
     if isinstance(part, Tagged):
         return Role(part.role, _inside(part.parts), part.line)
     if isinstance(part, Always | Call):
-        return Module(part.name, _inside(part.parts), True, part.line)
+        return Module(part.name, _inside(part.parts), True, part.line) if part.name else None
     if isinstance(part, Branches | Match):
         modules = tuple(Module(arm.name, _inside(arm.parts), True, arm.line) for arm in part.arms if arm.name)
         return Union(modules, None, part.line) if len(modules) > 1 else modules[0] if modules else None
