@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 
 import psutil
 
+from cpucache.authoring import AnyPrompt
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
 from cpucache.engine.core import Core
 from cpucache.engine.host import Host
@@ -236,8 +237,10 @@ class Engine:
         self.close()
 
     # -- schemas -----------------------------------------------------------------------------------------------------
-    def add_schema(self, schema: str | Path | Schema) -> SchemaLayout:
-        """Read and lay out a schema (a file, or one parsed already); prompts then find it by its name.
+    def add_schema(self, schema: str | Path | Schema | AnyPrompt) -> SchemaLayout:
+        """Read and lay out a schema; prompts then find it by its name.
+
+        It is a file, a schema parsed already, or a function decorated with ``@cpucache.prompt``.
 
         Raises ``PMLError``.
         """
