@@ -19,6 +19,7 @@ from cpucache.server.asked import Asked, Extension, prompt_of
 from cpucache.server.background import Background
 from cpucache.server.choice import Forced, form_of
 from cpucache.server.library import Library
+from cpucache.server.records import Records
 from cpucache.server.settings import ServerSettings
 
 _REMEMBERED = 4096
@@ -26,7 +27,7 @@ _REMEMBERED = 4096
 
 
 class Tenant:
-    """An engine, the schemas that were uploaded, and how answers were written.
+    """An engine, the schemas that were uploaded, how answers were written, and what was asked lately.
 
     Args:
         engine: In the tenant's namespace.
@@ -38,6 +39,7 @@ class Tenant:
         self.engine = engine
         self.schemas = Library(engine, background, settings.max_schemas, settings.max_schema_bytes)
         self.conversations = Conversations(engine.model, engine.host.template, self._ids_of)
+        self.records = Records(engine)
         self._settings = settings
         self._said: OrderedDict[bytes, tuple[str, Tokens]] = OrderedDict()
 
