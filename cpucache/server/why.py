@@ -15,7 +15,7 @@ _BEFORE, _BEHIND = 8, 24  # tokens that are shown of both texts around their fir
 _EVALUATED = "What stands behind it had to be evaluated again."
 _ANYWHERE = (
     'Start the server with --reuse anywhere (or send "cpucache": {"reuse": "anywhere"}), so that what stands '
-    "behind the difference is spliced from what was evaluated before; or have the client send it "
+    "behind the difference is spliced from what was evaluated before; or have the client send "
 )
 _SAYS: dict[Cause, str] = {
     "nothing-known": "No earlier prompt is on record that this one could have been answered from.",
@@ -45,13 +45,13 @@ _ADVICE: dict[Cause, str] = {
     "tools-reordered": "Start the server with --tool-order sorted (the default), which makes their order irrelevant.",
     "evicted": "Give the store more room with --disk-budget and --ram-budget, or have the client mark what is to be "
     'kept ("cache_control": {"type": "ephemeral", "ttl": "1h"}).',
-    "resume-points": "Keep what changes at the end of the prompt: nothing behind a change can be spliced into this model.",
+    "resume-points": "Keep what changes at the end: nothing behind a change can be spliced into this model.",
     "cache-off": 'Leave "cache_prompt" out.',
     "not-encoded": "Encode the schema ahead: POST /v1/schemas/NAME/encode.",
 }
 _WHERE: dict[Cause, str] = {
     "tools-changed": "the same tools in each request.",
-    "line-changed": "at the end of the prompt.",
+    "line-changed": "it at the end of the prompt.",
     "message-changed": "the conversation as it was, and what is new at its end.",
     "system-changed": "what changes at the end of the prompt.",
 }
