@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 
 import psutil
 
-from cpucache.authoring import AnyPrompt
+from cpucache.authoring import AnyPromptFunction
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
 from cpucache.engine.core import Core
 from cpucache.engine.host import Host
@@ -237,7 +237,7 @@ class Engine:
         self.close()
 
     # -- schemas -----------------------------------------------------------------------------------------------------
-    def add_schema(self, schema: str | Path | Schema | AnyPrompt) -> SchemaLayout:
+    def add_schema(self, schema: str | Path | Schema | AnyPromptFunction) -> SchemaLayout:
         """Read and lay out a schema; prompts then find it by its name.
 
         It is a file, a schema parsed already, or a function decorated with ``@cpucache.prompt``.

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cpucache.authoring import AnyPrompt, PromptFunction, PromptMethod
+from cpucache.authoring import AnyPromptFunction, PromptFunction, PromptMethod
 from cpucache.engine.opening import Opening
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Text, Tokens, Turns, bind
@@ -107,7 +107,7 @@ class Planner:
         self._n_ctx = n_ctx
         self.schemas: dict[str, SchemaLayout] = {}
 
-    def add_schema(self, schema: str | Path | Schema | AnyPrompt) -> SchemaLayout:
+    def add_schema(self, schema: str | Path | Schema | AnyPromptFunction) -> SchemaLayout:
         """Read and lay out a schema; prompts then find it by its name. Raises ``PMLError``."""
         if isinstance(schema, PromptFunction | PromptMethod):
             schema = schema.tree()

@@ -8,8 +8,8 @@ import re
 import subprocess
 import sys
 import textwrap
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ class _Collecting(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.stmt:
         if isinstance(node.value, ast.Call):
             return node
-        values = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
+        values: list[Any] = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
         if node.value.end_lineno != node.value.lineno:
             # The lines of the triple-quoted strings above lie as far to the right in each constant.
             for each in values:
@@ -157,7 +157,7 @@ class _Collecting(ast.NodeTransformer):
                     head, line_end, rest = each.value.partition("\n")
                     each.value = head + textwrap.dedent(line_end + rest)
             values[0].value = values[0].value.removeprefix("\n")
-        last = values[-1]
+        last: Any = values[-1]
         written = (
             last.value if isinstance(last, ast.Constant) else "x" if not isinstance(last, ast.Name) else "constant"
         )
@@ -215,7 +215,8 @@ def test_two_processes_make_the_same(tmp_path: Path) -> None:
         HEAD
         + GLOBALS
         + (
-            "@prompt\ndef f(a, s='x'):\n    for t in TOPICS:\n        f'{t} {s}'\n    if {'p', 'q'} & {s}:\n        'seen'\n"
+            "@prompt\ndef f(a, s='x'):\n"
+            "    for t in TOPICS:\n        f'{t} {s}'\n    if {'p', 'q'} & {s}:\n        'seen'\n"
             "print(f.schema(), f(True, s='p'))\n"
         )
     )
