@@ -40,8 +40,11 @@ def folder(tmp_path: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
 def test_python(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
-    for snippet in snippets(page, "python"):
-        exec(compile(snippet.text, str(snippet), "exec"), names)
+    for number, snippet in enumerate(snippets(page, "python")):
+        # In a file: prompt functions are compiled from their source.
+        file = folder / f"snippet_{number}.py"
+        file.write_text(snippet.text)
+        exec(compile(snippet.text, str(file), "exec"), names)
 
     assert re.search(PRINTED[page.name], capsys.readouterr().out)
 
