@@ -30,7 +30,7 @@ function refresh() {
 }
 
 function open() {
-  const [name, rest = ""] = location.hash.slice(1).split("/");
+  const [name, rest = ""] = location.hash.slice(2).split("/");
   current = name in views ? name : "playground";
   for (const tab of tabs) {
     const chosen = tab.id === `tab-${current}`;
@@ -43,7 +43,7 @@ function open() {
 }
 
 for (const [index, tab] of tabs.entries()) {
-  tab.onclick = () => { location.hash = tab.id.slice(4); };
+  tab.onclick = () => { location.hash = `/${tab.id.slice(4)}`; // the name of no element: going to one would take the focus away };
   tab.onkeydown = (event) => {
     const to = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: -1 }[event.key];
     if (to === undefined) return;

@@ -25,7 +25,7 @@ async function write(name) {
 export async function begin(name) {
   await write(name);
   form.kind.value = "pml";
-  location.hash = "playground";
+  location.hash = "/playground";
 }
 
 const parameters = (node) => node.children.filter((child) => child.kind === "parameter").map((child) => ` ${child.name}=""`).join("");
@@ -88,7 +88,7 @@ class Column {
       await this.#read(reply);
       this.result = { ...made, text: this.text.textContent };
       const id = reply.headers.get("x-request-id");
-      this.rate.append(" · ", h("a", { href: `#requests/${id}` }, "see the request"));
+      this.rate.append(" · ", h("a", { href: `#/requests/${id}` }, "see the request"));
     } catch (error) {
       if (error.name === "AbortError") {
         this.rate.textContent = "stopped";
