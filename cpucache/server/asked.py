@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -46,6 +46,15 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given."""
+
+    messages: Sequence[ChatMessage]
+    tools: Sequence[Tool] = ()
+    modules: Collection[str] = ()
+
+
+@dataclass(frozen=True)
 class Asked:
     """A prompt to be answered."""
 
@@ -55,6 +64,8 @@ class Asked:
     settings: dict[str, Any] = field(default_factory=dict)
     """What it says of fidelity and reuse."""
     marks: tuple[Mark, ...] = ()
+    conversation: Conversation | None = None
+    """What was rendered, where it was one."""
 
     @property
     def given(self) -> dict[str, Any]:
