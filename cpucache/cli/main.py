@@ -21,6 +21,7 @@ _COMMANDS = {
     "chat": ("cpucache.cli.chat", "chat", "Talk with a model; conversations go on where they stood."),
     "sessions": ("cpucache.cli.sessions", "sessions", "List, check, delete and export conversations."),
     "serve": ("cpucache.cli.serve", "serve", "Answer programs that speak OpenAI's or Anthropic's API."),
+    "why": ("cpucache.cli.why", "why", "Show why a request to the server was no hit, and what to switch on."),
     "plan": ("cpucache.cli.plan", "plan", "Show which slice each part of a prompt takes, and why."),
     "fidelity": ("cpucache.cli.fidelity", "fidelity", "Measure how far a cached answer is from the uncached one."),
     "encode": ("cpucache.cli.encode", "encode", "Evaluate and save every module of schemas."),

@@ -203,6 +203,18 @@ def turn(runs: Sequence[RoleRun], at: int, size: int) -> Turn:
     return Turn(following.role, begin, end)
 
 
+def _turns(known: Asked, asked: Asked, at: int) -> tuple[Turn, Turn]:
+    """The turns at a place of two prompts that are the same up to there."""
+    one, other = (turn(each.runs, at, len(each.tokens)) for each in (known, asked))
+
+    def of(prompt: Asked, mine: Turn, others: Turn) -> Turn:
+        """A message that ends there, where the other goes on."""
+        ended = (run for run in prompt.runs if (run.role, run.begin, run.end) == (others.role, others.begin, at))
+        return next((Turn(*_fields(run)) for run in ended), mine)
+
+    return of(known, one, other), of(asked, other, one)
+
+
 def _fields(run: RoleRun) -> tuple[str, int, int]:
     return run.role, run.begin, run.end
 
@@ -223,7 +235,7 @@ def difference(known: Asked, asked: Asked, at: int, read: Read) -> Cause:
     tools = _difference_of_tools(known, asked, at, read)
     if tools is not None:
         return tools
-    one, other = turn(known.runs, at, len(known.tokens)), turn(asked.runs, at, len(asked.tokens))
+    one, other = _turns(known, asked, at)
     texts = (read(known.tokens[one.begin : one.end]), read(asked.tokens[other.begin : other.end]))
     roles = {one.role, other.role}
     if roles == {"assistant"}:

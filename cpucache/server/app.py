@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -27,8 +28,9 @@ from cpucache.server.responses import Responses
 from cpucache.server.schemas import Schemas
 from cpucache.server.service import Service, new_id
 from cpucache.server.settings import ServerSettings
+from cpucache.server.web import PATHS, add_page
 
-_OPEN = ("/health",)
+_OPEN = ("/health", *PATHS)
 """Paths that need no key."""
 _log = logging.getLogger("cpucache.server")
 
@@ -68,6 +70,7 @@ def create_app(engine: Engine, settings: ServerSettings, *, parallel: int = 1) -
     app.include_router(Prepare(service).router)
     app.include_router(Requests(service).router)
     _add_plain_endpoints(app, service)
+    add_page(app)
     for kind in (CpucacheError, Refusal, RequestValidationError, HTTPException, TimeoutError):
         app.add_exception_handler(kind, _failed)
     app.add_middleware(_Gate, service=service)
@@ -92,6 +95,11 @@ def _add_plain_endpoints(app: FastAPI, service: Service) -> None:
         """Metrics for Prometheus."""
         text = await asyncio.to_thread(service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/cache")
+    async def cache() -> dict[str, Any]:
+        """What the store holds of all keys together, against its budgets, and how often that was asked for."""
+        return {"object": "cache", **asdict(await asyncio.to_thread(engine.store.account))}
 
     def described() -> dict[str, Any]:
         room = min(engine.context.n_ctx, model.n_ctx_train)

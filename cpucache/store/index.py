@@ -326,6 +326,11 @@ class Index:
         with self._lock:
             return dict(self._database.execute("SELECT name, number FROM totals"))
 
+    def count(self) -> int:
+        """How many slices are whole."""
+        with self._lock:
+            return int(self._database.execute("SELECT count(*) FROM slices WHERE whole = 1").fetchone()[0])
+
     def rows(self) -> list[Row]:
         """Every slice that is whole, the latest used first."""
         with self._lock:

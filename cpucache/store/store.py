@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias
 
 import platformdirs
 
+from cpucache.store.account import Account
 from cpucache.store.asked import Asked, Part
 from cpucache.store.claims import Claims
 from cpucache.store.index import Index, Kept
@@ -303,6 +304,18 @@ class Store:
         self.flush()
         keys = list(keys)
         return Kept(0, 0, len(keys), 0) if self.index is None else self.index.kept(keys)
+
+    def account(self) -> Account:
+        """What the store holds at the moment, and what that has been good for."""
+        with self._lock:
+            hits, misses = sum(self._uses.values()), self._misses  # what is not in the index yet
+        account = Account(len(self.ram), self.ram.used, self.ram.budget, hits=hits, misses=misses)
+        if self.index is not None:
+            try:
+                return account.with_disk(self.index.count(), self.disk_budget, self.index.totals())
+            except sqlite3.Error as error:
+                self._trouble(error)
+        return account
 
     def missed(self, count: int) -> None:
         """Note that so many slices were asked for that were not there."""
