@@ -84,7 +84,7 @@ class Rotation:
         except UnknownLayout as why:
             log.debug("a state is shifted by llama.cpp: %s", why)
             return None
-        if len(layout.keys) != len(self._turns):
+        if len(layout.keys) != len(self._turns) or not layout.plain:
             return None
         out = np.empty_like(state)
         first = layout.keys[0].start

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cpucache.engine import Engine
+from cpucache.engine import Engine, Sampling
 from cpucache.errors import CpucacheError, InputError
 from cpucache.pml import parse_schema
 from cpucache.reuse import Plan, Slice, Span, reading
@@ -37,7 +37,7 @@ def test_answering_again(arch: str, tiny: Tiny, tmp_path: Path) -> None:
         session.send(message(1), max_tokens=5)
         first = said(running, session.stream(message(2), max_tokens=9))
         before = session.entries
-        again = said(running, session.regenerate(max_tokens=12, temperature=3.0, seed=7))
+        again = said(running, session.regenerate(max_tokens=12, sampling=Sampling(temperature=3.0, seed=7)))
         assert arch == "mamba" or again.fresh == 1
         assert again.stream.plan.tokens.tolist() == first.stream.plan.tokens.tolist()
         assert distance(again.rows[0], first.rows[0]) < tolerance(arch, "f32")

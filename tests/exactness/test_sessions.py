@@ -272,7 +272,7 @@ def test_another_model_another_beginning_or_a_closed_session_is_refused(tiny: Ti
             with pytest.raises(InputError, match="no message 2: there are 1 of yours"):
                 session.edit(2, "x")
             with pytest.raises(TypeError, match="'warmth'"):
-                session.send("x", warmth=2)
+                session.send("x", warmth=2)  # type: ignore[call-arg]
     with engine(tiny("qwen2"), tmp_path) as running, pytest.raises(InputError, match="conversation 's' is with llama"):
         running.session("s")
     with engine(tiny("llama"), tmp_path) as running, running.session("new") as session:

@@ -43,7 +43,7 @@ def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 # ---- OpenAI ----------------------------------------------------------------------------------------------------------
 def test_a_chat_is_what_the_engine_says(served: Served) -> None:
-    wanted = served.engine.generate(messages=ASKED, max_tokens=12)
+    wanted = served.engine.generate(ASKED, max_tokens=12)
     answer = served.openai.chat.completions.create(messages=ASKED, **GREEDY)
     assert answer.choices[0].message.content == wanted.text
     assert answer.choices[0].finish_reason == "length"
@@ -110,7 +110,7 @@ def test_several_answers_differ_by_their_seed(served: Served) -> None:
 
 
 def test_a_text_to_stop_at_and_log_probabilities(served: Served) -> None:
-    text = served.engine.generate(messages=ASKED, max_tokens=12).text
+    text = served.engine.generate(ASKED, max_tokens=12).text
     stop = text[4:6]
     answer = served.openai.chat.completions.create(
         messages=ASKED,
@@ -219,7 +219,7 @@ def test_what_is_no_text_is_refused_with_a_reason(served: Served) -> None:
 
 # ---- OpenAI's Responses ----------------------------------------------------------------------------------------------
 def test_a_response_is_what_the_engine_says(served: Served) -> None:
-    wanted = served.engine.generate(messages=ASKED, max_tokens=12)
+    wanted = served.engine.generate(ASKED, max_tokens=12)
     settings: dict[str, Any] = {"model": "any", "max_output_tokens": 12, "temperature": 0}
     asked: dict[str, Any] = {"instructions": SYSTEM["content"], "input": ASKED[1]["content"], **settings}
     answer = served.openai.responses.create(**asked)
@@ -260,7 +260,7 @@ def test_a_function_called_in_a_response(served: Served) -> None:
 
 # ---- Anthropic -------------------------------------------------------------------------------------------------------
 def test_messages_are_what_the_engine_says(served: Served) -> None:
-    wanted = served.engine.generate(messages=ASKED, max_tokens=12)
+    wanted = served.engine.generate(ASKED, max_tokens=12)
     settings: dict[str, Any] = {"model": "any", "max_tokens": 12, "extra_body": {"temperature": 0}}
     system = [
         {"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=0a1b2;"},
@@ -290,7 +290,7 @@ def test_tools_in_anthropic_s_words(served: Served) -> None:
     # The dialect has no grammars: what the engine is told to say, it says here.
     with forced(served, SAYS_CALL):
         answer = served.anthropic.messages.create(messages=asked, **settings)
-        with served.anthropic.messages.stream(messages=asked, **settings) as stream:
+        with served.anthropic.messages.stream(asked, **settings) as stream:
             final = stream.get_final_message()
     for each in (answer, final):
         assert each.stop_reason == "tool_use"
@@ -325,7 +325,7 @@ def forced(served: Served, grammar: str) -> Iterator[None]:
 # ---- together --------------------------------------------------------------------------------------------------------
 def test_eight_clients_get_what_each_gets_alone(served: Served) -> None:
     asked = [[SYSTEM, {"role": "user", "content": message(number, 15)}] for number in range(8)]
-    alone = [served.engine.generate(messages=each, max_tokens=12).text for each in asked]
+    alone = [served.engine.generate(each, max_tokens=12).text for each in asked]
 
     def ask(messages: Any) -> Any:
         answer = served.openai.chat.completions.create(messages=messages, **GREEDY)
