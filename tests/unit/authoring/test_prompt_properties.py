@@ -152,13 +152,13 @@ class _Collecting(ast.NodeTransformer):
         values: list[Any] = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
         if node.value.end_lineno != node.value.lineno:
             # The lines of the triple-quoted strings above lie as far to the right in each constant.
-            for each in values:
-                if isinstance(each, ast.Constant):
-                    head, line_end, rest = each.value.partition("\n")
-                    each.value = head + textwrap.dedent(line_end + rest)
+            constants: list[Any] = [each for each in values if isinstance(each, ast.Constant)]
+            for each in constants:
+                head, line_end, rest = each.value.partition("\n")
+                each.value = head + textwrap.dedent(line_end + rest)
             values[0].value = values[0].value.removeprefix("\n")
         last: Any = values[-1]
-        written = (
+        written: Any = (
             last.value if isinstance(last, ast.Constant) else "x" if not isinstance(last, ast.Name) else "constant"
         )
         end = "" if written[-1:] in (" ", "\t", "\r", "\n", "") else "\n"
