@@ -8,8 +8,8 @@ import re
 import subprocess
 import sys
 import textwrap
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class _Source:
                 else ['"""one', '   two"""']
             )
         if kind == "set":
-            return [self.one(("v = s * 2", "v = n", "v += ''", "u = K", "v: Annotated[str, MaxTokens(9)] = f'<{s}>'"))]
+            return [self.one(("v = s * 2", "v = n", "v *= 2", "u = K", "v: Annotated[str, MaxTokens(9)] = f'<{s}>'"))]
         if kind == "call":
             return [self.one(self._calls)] if self._calls else ["pass"]
         if kind == "return":
@@ -215,7 +215,8 @@ def test_two_processes_make_the_same(tmp_path: Path) -> None:
         HEAD
         + GLOBALS
         + (
-            "@prompt\ndef f(a, s='x'):\n    for t in TOPICS:\n        f'{t} {s}'\n    if {'p', 'q'} & {s}:\n        'seen'\n"
+            "@prompt\ndef f(a, s='x'):\n    for t in TOPICS:\n        f'{t} {s}'\n"
+            "    if {'p', 'q'} & {s}:\n        'seen'\n"
             "print(f.schema(), f(True, s='p'))\n"
         )
     )
