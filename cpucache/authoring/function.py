@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Function:
     def __init__(self, function: FunctionType) -> None:
         self.python = function
         self._typed = typed(function)
-        self.signature = inspect.signature(function)
+        self.signature = _signature(function)
 
     @property
     def name(self) -> str:
@@ -78,7 +79,7 @@ class Function:
 
     def length(self, annotation: Any, line: int) -> int | None:
         """The tokens that an annotation allows, if it tells. Raises ``PMLError`` for one that can't be evaluated."""
-        if isinstance(annotation, str):
+        while isinstance(annotation, str):
             if "MaxTokens" not in annotation and "Annotated" not in annotation:
                 return None
             try:
@@ -87,6 +88,15 @@ class Function:
                 reason = f"the annotation {annotation!r} can't be evaluated ({error}): import what it names"
                 raise PMLError(reason, file=self.file, line=line) from error
         return _length(annotation)
+
+
+def _signature(function: FunctionType) -> inspect.Signature:
+    if sys.version_info >= (3, 14):
+        import annotationlib
+
+        # An annotation may name what is imported for type checkers only.
+        return inspect.signature(function, annotation_format=annotationlib.Format.FORWARDREF)
+    return inspect.signature(function)
 
 
 def _length(annotation: Any) -> int | None:

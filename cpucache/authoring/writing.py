@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypeVar
 
 from cpucache.pml.canonical import laid_out
 from cpucache.pml.limits import Limits
@@ -30,15 +29,10 @@ _LONGEST = 40
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Source(Module):
     """A module whose text is that of a file. ``src``: its path from the folder of the schema."""
 
-    name: str
-    src: str
-
-
-Written: TypeAlias = SchemaNode | Source
-_Node = TypeVar("_Node", SchemaNode, Written)
+    src: str = ""
 
 
 @dataclass
@@ -103,9 +97,9 @@ def impossible(text: str) -> str | None:
 
 
 # ---- schemas ---------------------------------------------------------------------------------------------------------
-def joined(nodes: Iterable[_Node]) -> list[_Node | Text]:
+def joined(nodes: Iterable[SchemaNode]) -> list[SchemaNode]:
     """Nodes with texts side by side made one, as a parser finds them, and empty ones left out."""
-    found: list[_Node | Text] = []
+    found: list[SchemaNode] = []
     for node in nodes:
         last = found[-1] if found else None
         if isinstance(node, Text) and isinstance(last, Text):
@@ -116,7 +110,7 @@ def joined(nodes: Iterable[_Node]) -> list[_Node | Text]:
 
 
 def write_schema(
-    name: str, nodes: Sequence[Written], *, folder: Path | None = None, limits: Limits | None = None
+    name: str, nodes: Sequence[SchemaNode], *, folder: Path | None = None, limits: Limits | None = None
 ) -> str:
     """Canonical PML of a schema.
 
@@ -135,7 +129,7 @@ def write_schema(
     return written
 
 
-def _element(tag: str, attributes: dict[str, str], inside: Sequence[Written], *, preserve: bool) -> str:
+def _element(tag: str, attributes: dict[str, str], inside: Sequence[SchemaNode], *, preserve: bool) -> str:
     content = joined(inside)
     if not preserve and any(isinstance(node, Text) and fold_space(node.text, False) != node.text for node in content):
         attributes, preserve = attributes | {"xml:space": "preserve"}, True
@@ -143,7 +137,7 @@ def _element(tag: str, attributes: dict[str, str], inside: Sequence[Written], *,
     return f"{_start(tag, attributes)}>{written}</{tag}>" if written else f"{_start(tag, attributes)}/>"
 
 
-def _node(node: Written, *, preserve: bool) -> str:
+def _node(node: SchemaNode, *, preserve: bool) -> str:
     if isinstance(node, Text):
         return _escape(node.text).replace("]]>", "]]&gt;")
     if isinstance(node, Parameter):
