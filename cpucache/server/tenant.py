@@ -157,6 +157,10 @@ class Tenant:
         if message.reasoning or any(each.reasoning for each in known):
             self._evaluate_ahead(replace(talk, messages=[*talk.messages, message]), prompt.settings)
 
+    def forget(self) -> None:
+        """Forget how answers were written, as after a restart."""
+        self._said.clear()
+
     def _evaluate_ahead(self, talk: Conversation, settings: dict[str, Any]) -> None:
         def work(progress: OnProgress) -> Prepared:
             return self.engine.prepare(progress=progress, **self.following(talk, settings).given)
