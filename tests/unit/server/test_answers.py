@@ -1,4 +1,4 @@
-"""Answers taken apart: reasoning, text and calls, however the text comes in pieces."""
+"""Answers separated: reasoning, text and calls, however the text comes in pieces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.layout.conversation import ChatMessage
-from cpucache.server.answers import CLOSE, OPEN, AnswerParser, answer_of, apart
+from cpucache.server.answers import CLOSE, OPEN, AnswerParser, answer_of, separated
 
 CALL = f"<tool_call>\n{json.dumps({'name': 'look', 'arguments': {}})}\n</tool_call>"
 THOUGHT = "First I look < at it,\n\nthen I </say> so."
@@ -62,8 +62,8 @@ def test_reasoning_that_is_cut_short(text: str, sizes: list[int]) -> None:
     assert (parser.reasoning, parser.text) == ("I am not", "")
 
 
-def test_a_message_that_has_both_is_taken_apart() -> None:
+def test_a_message_that_has_both_is_separated() -> None:
     message = ChatMessage("assistant", f"{OPEN}\nHm.\n{CLOSE}\n\nYes.")
-    assert apart(message) == ChatMessage("assistant", "Yes.", (), reasoning="Hm.")
+    assert separated(message) == ChatMessage("assistant", "Yes.", (), reasoning="Hm.")
     for other in (ChatMessage("user", message.text), ChatMessage("assistant", "Yes."), ChatMessage("assistant", OPEN)):
-        assert apart(other) is other
+        assert separated(other) is other
