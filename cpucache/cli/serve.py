@@ -171,12 +171,20 @@ def serve(
         listener.listen(128)
         name = f"[{host}]" if ":" in host else host
         url = f"http://{name}:{listener.getsockname()[1]}"
-        err.print(f"{engine.model.name} answers at {url} (Ctrl-C ends)", soft_wrap=True, highlight=False)
+        _say(f"{engine.model.name} answers at {url} (Ctrl-C ends)", log_json=log_json)
         # uvicorn has ended in good order then, and says so by raising what ended it.
         with suppress(KeyboardInterrupt):
             server.run([listener])
         app.state.service.close()
-    err.print("the server has ended; what was evaluated is kept")
+    _say("the server has ended; what was evaluated is kept", log_json=log_json)
+
+
+def _say(text: str, *, log_json: bool) -> None:
+    """Tell what the server does, in the form of all else that it says."""
+    if log_json:
+        logging.getLogger("cpucache.server").info("%s", text)
+    else:
+        err.print(text, soft_wrap=True, highlight=False)
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -68,7 +68,7 @@ class Asked:
 
     @property
     def prompt(self) -> Tokens:
-        """The tokens of the prompt alone."""
+        """The tokens of the prompt, without the answer."""
         return self.tokens[: self.size]
 
     @property
@@ -113,7 +113,7 @@ def explain(asked: Asked, known: Sequence[Asked], read: Read, *, recurrent: bool
         asked: The prompt.
         known: Prompts whose state was there before, the oldest first.
         read: Gives the text of tokens.
-        recurrent: The model goes on from saved points alone.
+        recurrent: The model goes on from saved points, and from no other place.
     """
     fresh = asked.fresh()
     total = int(fresh.sum())
@@ -338,7 +338,7 @@ def tools_of(asked: Asked, read: Read) -> Tools:
         tokens = asked.tokens[run.begin : run.end]
         found = _TOOL_LIST.search(read(tokens))
         if found:
-            # Places are known in characters alone: what stands behind the list is the system text.
+            # Places are known in characters only: what stands behind the list is the system text.
             share = found.end() / max(1, len(found.string))
             return Tools(found[1].splitlines(), run.begin, run.begin + round(share * len(tokens)))
     return Tools([], 0, 0)

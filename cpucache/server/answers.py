@@ -1,4 +1,4 @@
-"""Answers, taken apart while they are written: what the model thought, what it says, what it calls."""
+"""Answers, separated while they are written: what the model thought, what it says, what it calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Said(NamedTuple):
 
 
 class AnswerParser:
-    """Tells reasoning, text and calls apart, piece by piece.
+    """Separates reasoning, text and calls, piece by piece.
 
     Reasoning is what stands between tags at the very beginning. It comes without the tags, and without white space at
     either end; so does the text behind it.
@@ -106,7 +106,7 @@ def answer_of(raw: str) -> str:
     return rest.lstrip() if tag else raw
 
 
-def apart(message: ChatMessage) -> ChatMessage:
+def separated(message: ChatMessage) -> ChatMessage:
     """A message of the assistant's with what it thought taken out of its text, where both were sent as one."""
     if message.role != "assistant" or not message.text.lstrip().startswith(OPEN) or CLOSE not in message.text:
         return message

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
@@ -111,8 +112,14 @@ def _system(given: str | list[dict[str, Any]] | None) -> str:
     texts = [_text(block, "system") for block in blocks]
     kept = [text for text in texts if not text.startswith(_BILLING)]
     if len(kept) < len(texts):
-        _log.debug("a billing header, which is new in every request, was left out of the system text")
+        _tell_of_billing()
     return "\n\n".join(text for text in kept if text)
+
+
+@cache
+def _tell_of_billing() -> None:
+    """Log, once, that something is left out."""
+    _log.info("billing headers, which are new in every request, are left out of system texts")
 
 
 def _blocks(content: Any, where: str) -> list[dict[str, Any]]:

@@ -82,6 +82,7 @@ class Prepare:
         if job.error is not None:
             raise job.error
         made: Prepared = job.result
+        request.state.records.append(tenant.records.prepared(request.state.id, asked, made, service.model))
         return {
             "object": "cache.prepared",
             "prompt_tokens": asked.size,

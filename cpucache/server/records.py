@@ -13,9 +13,11 @@ import numpy as np
 
 from cpucache.engine import Engine, Metrics, Stream
 from cpucache.engine.misses import Asked, Miss, explain
-from cpucache.layout import RoleRun, Tokens
+from cpucache.engine.reply import Prepared
+from cpucache.layout import RoleRun, Text, Tokens
 from cpucache.layout.vocabulary import empty
 from cpucache.reuse import Plan, Reuse
+from cpucache.server.asked import Asked as Given
 from cpucache.server.failures import Refusal
 
 SHOWN = 100
@@ -26,9 +28,13 @@ _TOKENS = 2_000_000
 """Tokens of prompts that are kept, 4 bytes each."""
 
 
+PREPARING = "/v1/cache/prepare"
+"""The path that evaluates ahead."""
+
+
 @dataclass(eq=False)
 class Record:
-    """A request that was answered, or refused."""
+    """A request that was answered, prepared for, or refused."""
 
     id: str
     path: str
@@ -128,6 +134,16 @@ class Records:
             record.ends = tuple(span.end for span in spans[:first] if span.slice)
             record.evaluated = evaluated(stream.plan, stream.metrics.fresh_tokens)
         self._trim()
+
+    def prepared(self, identity: str, given: Given, made: Prepared, model: str) -> Record:
+        """Note a prompt that was evaluated ahead."""
+        there = given.size - made.evaluated_tokens
+        metrics = Metrics(prompt_tokens=given.size, exact_tokens=there, fresh_tokens=made.evaluated_tokens)
+        record = Record(identity, PREPARING, model, metrics=metrics, finish="prepared", saved=time.monotonic())
+        record.schema = not isinstance(given.prompt, Text)
+        if isinstance(given.prompt, Text):
+            record.prompt, record.roles = given.prompt.tokens[:-1], given.prompt.roles
+        return self.begin(record)
 
     def list(self) -> list[Record]:
         """The last requests, the newest first."""

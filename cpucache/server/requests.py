@@ -12,7 +12,7 @@ from cpucache.server.why import told
 
 
 class Requests:
-    """The endpoints of what was asked lately. A key is told of its own requests alone.
+    """The endpoints of what was asked lately. A key is told of no requests but its own.
 
     Args:
         service: Answered them.

@@ -104,6 +104,11 @@ class Service:
             found = self._tenants[namespace] = Tenant(engine, self.settings, self.background)
         return found
 
+    @property
+    def tenants(self) -> list[Tenant]:
+        """Those who have asked for something."""
+        return list(self._tenants.values())
+
     def close(self) -> None:
         """End what is done in the background, and let go of what is kept for a time."""
         self.background.close()

@@ -20,7 +20,7 @@ from cpucache.layout.conversation import ChatMessage, Conversations, Tool
 from cpucache.layout.vocabulary import common, empty
 from cpucache.reuse import OnProgress
 from cpucache.runtime.grammar import CallForm
-from cpucache.server.answers import CLOSE, OPEN, AnswerParser, answer_of, apart
+from cpucache.server.answers import CLOSE, OPEN, AnswerParser, answer_of, separated
 from cpucache.server.asked import Asked, Conversation, Extension, prompt_of
 from cpucache.server.background import Background, Job
 from cpucache.server.choice import Forced, form_of
@@ -98,7 +98,7 @@ class Tenant:
         if self._settings.sorted_tools:
             tools = sorted(tools, key=lambda tool: tool.name)
         if self._takes_reasoning:
-            messages = [apart(message) for message in messages]
+            messages = [separated(message) for message in messages]
         written = [self._as_said(message) for message in messages]
         return self.conversations.text(messages, tools, modules, written=written)
 
@@ -118,7 +118,7 @@ class Tenant:
         return CLOSE in source or "reasoning_content" in source
 
     def parser(self, prompt: Asked, names: Collection[str]) -> AnswerParser:
-        """What takes the answer to a prompt apart. ``names``: those of its tools."""
+        """What separates the parts of the answer to a prompt. ``names``: those of its tools."""
         end = prompt.prompt.tokens[-_TAIL:] if isinstance(prompt.prompt, Text) else empty()
         opened = self.engine.model.text(end, special=True).rstrip().endswith(OPEN)
         return AnswerParser(names, thinking=opened)
@@ -153,9 +153,13 @@ class Tenant:
         talk = prompt.conversation
         if talk is None or message.calls or not stream.evaluated:
             return  # the result of a call is read with all that was thought before it
-        known = [self._as_said(apart(each)) for each in talk.messages]
+        known = [self._as_said(separated(each)) for each in talk.messages]
         if message.reasoning or any(each.reasoning for each in known):
             self._evaluate_ahead(replace(talk, messages=[*talk.messages, message]), prompt.settings)
+
+    def forget(self) -> None:
+        """Forget how answers were written, as after a restart."""
+        self._said.clear()
 
     def _evaluate_ahead(self, talk: Conversation, settings: dict[str, Any]) -> None:
         def work(progress: OnProgress) -> Prepared:

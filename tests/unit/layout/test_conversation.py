@@ -152,6 +152,56 @@ def test_how_an_answer_was_written_is_remembered() -> None:
     assert "user\nhello" in told and "assistant\nHELLO" in told
 
 
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and KEPT %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("kept", ["true", "false"])
+def test_how_reasoning_was_written_is_remembered(kept: str, opened: bool) -> None:
+    """The tags may be the model's, or the template's that opens the answer with one."""
+    source = THINKS.replace("KEPT", kept)
+    letters = Letters(n_ctx_train=1 << 20, chat_template=source)
+    raw = f"{'' if opened else '<think>' + chr(10)}hm\n</think>\n\nhello"
+    odd = letters.tokenize("HELLO")
+    made = Conversations(letters, ChatTemplate(source), lambda text: odd if text == raw else None)
+    messages = [ChatMessage("user", "hi"), ChatMessage("assistant", "hello", reasoning="hm"), ChatMessage("user", "?")]
+    text = made.text(messages)
+    told = letters.text(text.tokens)
+    head = "<think>\n" if opened else ""
+    assert f"assistant\n{f'{head}HELLO' if kept == 'true' else 'hello'}<|im_end|>\n" in told
+    assert told.count("<think>") == (kept == "true" and opened)
+    said = [letters.text(text.tokens[run.begin : run.end]) for run in text.roles if run.role == "assistant"]
+    assert "".join(said) == ("HELLO" if kept == "true" else "hello")
+
+
+@pytest.mark.parametrize("template", [CHATML, TOOLS, STRICT, None])
+def test_who_says_what(template: str | None) -> None:
+    messages = [
+        ChatMessage("system", "Be brief."),
+        ChatMessage("user", "Hello"),
+        ChatMessage("assistant", "Hi"),
+        ChatMessage("user", " And? \n"),
+    ]
+    made, letters = conversations(template)
+    text = made.text(messages, [WEATHER] if template == TOOLS else [])
+    runs = [(run.role, letters.text(text.tokens[run.begin : run.end])) for run in text.roles if run.role != "tools"]
+    if template == STRICT:
+        assert runs[0] == ("user", "Be brief.\n\nHello")
+    else:
+        assert [role for role, _ in runs] == [message.role for message in messages]
+        assert all(message.text.strip() in said for message, (_, said) in zip(messages, runs, strict=True))
+    tools = [letters.text(text.tokens[run.begin : run.end]) for run in text.roles if run.role == "tools"]
+    assert tools == ([json.dumps(WEATHER.as_dict(), ensure_ascii=False)] if template == TOOLS else [])
+    # In order, and none within another.
+    edges = [edge for run in text.roles for edge in (run.begin, run.end)]
+    assert edges == sorted(edges) and edges[-1] <= len(text.tokens)
+    assert all(run.end <= 30 for run in text.first(30).roles)
+
+
 def test_a_long_conversation_is_rendered_in_a_moment() -> None:
     """What templates may do grows with what they are given."""
     messages = [ChatMessage("user" if index % 2 == 0 else "assistant", f"message {index}") for index in range(1500)]
