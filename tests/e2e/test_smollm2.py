@@ -20,6 +20,7 @@ from cpucache.reuse import OnProgress, Plan
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
 from cpucache.runtime import Model
+from tests.support.templates import Conversation, assembled, rendered
 
 EXAMPLES = sorted(resource("schemas").glob("*/schema.xml"))
 STEPS = 64
@@ -159,3 +160,14 @@ def test_the_python_interface(engine: Engine) -> None:
         "total_ms",
         "model",
     }
+
+
+def test_a_real_model_s_template(smollm2: Path) -> None:
+    with Model(smollm2, vocab_only=True) as model:
+        source = model.chat_template
+        assert source is not None
+        template = ChatTemplate(source, bos=model.special_text("bos"), eos=model.special_text("eos"))
+        asked: Conversation = [("user", "U"), ("assistant", "A"), ("user", "V")]
+        for conversation in (asked, [("system", "S"), *asked]):
+            assert assembled(template, conversation) == rendered(source, conversation)
+        assert template.start("system", previous=None, first=False) == "<|im_start|>system\n"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cpucache.layout import ChatTemplate
 from cpucache.pml.tree import RoleName
 from tests.support.tiny import CHATML
 
+BOS, EOS = "<s>", "</s>"
 Conversation = Sequence[tuple[RoleName, str]]
 
 # The system text of a conversation that brings none, as Qwen's template has it.
@@ -125,3 +130,34 @@ def assembled(template: ChatTemplate, conversation: Conversation) -> str:
         text += template.start(role, previous=previous, first=not text) + content + template.end(role)
         previous = role
     return text + template.generation(previous)
+
+
+class TrainedOn(jinja2.ext.Extension):
+    """What ``{% generation %}`` means to who renders: nothing."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def rendered(source: str, conversation: Conversation) -> str:
+    """What the template makes of a conversation that the model is to answer."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", TrainedOn]
+    )
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    return environment.from_string(source).render(
+        messages=[{"role": role, "content": content} for role, content in conversation],
+        add_generation_prompt=True,
+        bos_token=BOS,
+        eos_token=EOS,
+        tools=None,
+        raise_exception=refuse,
+        strftime_now=lambda form: {"%d %b %Y": "26 Jul 2024", "%Y-%m-%d": "2024-07-26"}[form],
+    )

@@ -98,7 +98,9 @@ class _Source:
                 else ['"""one', '   two"""']
             )
         if kind == "set":
-            return [self.one(("v = s * 2", "v = n", "v += ''", "u = K", "v: Annotated[str, MaxTokens(9)] = f'<{s}>'"))]
+            return [
+                self.one(("v = s * 2", "v = f'{n}'", "v += ''", "u = K", "v: Annotated[str, MaxTokens(9)] = f'<{s}>'"))
+            ]
         if kind == "call":
             return [self.one(self._calls)] if self._calls else ["pass"]
         if kind == "return":

@@ -20,7 +20,7 @@ from tests.support.letters import Letters
 from tests.support.tiny import CHATML
 from tests.support.workbench import planning
 
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=100, deadline=None)
 
 BEGIN, END = "<|im_start|>", "<|im_end|>\n"
 TURNS = st.sampled_from(["", "<user>go</user>", "<user>go</user><assistant>we</assistant>", "<assistant/>"])

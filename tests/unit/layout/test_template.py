@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cpucache.layout import ChatTemplate
 from cpucache.pml.tree import RoleName
-from cpucache.runtime import Model
 from tests.support.templates import (
+    BOS,
     DEFAULT_SYSTEM,
+    EOS,
     GEMMA,
     LLAMA3,
     MODERN,
@@ -23,41 +19,9 @@ from tests.support.templates import (
     WITHOUT_SYSTEM,
     Conversation,
     assembled,
+    rendered,
 )
 from tests.support.tiny import CHATML
-
-BOS, EOS = "<s>", "</s>"
-
-
-class TrainedOn(jinja2.ext.Extension):
-    """What ``{% generation %}`` means to who renders: nothing."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-def rendered(source: str, conversation: Conversation) -> str:
-    """What the template makes of a conversation that the model is to answer."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", TrainedOn]
-    )
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    return environment.from_string(source).render(
-        messages=[{"role": role, "content": content} for role, content in conversation],
-        add_generation_prompt=True,
-        bos_token=BOS,
-        eos_token=EOS,
-        tools=None,
-        raise_exception=refuse,
-        strftime_now=lambda form: {"%d %b %Y": "26 Jul 2024", "%Y-%m-%d": "2024-07-26"}[form],
-    )
 
 
 def taken_apart(source: str | None) -> ChatTemplate:
@@ -187,14 +151,3 @@ def test_templates_that_are_of_no_use_leave_plain_text(source: str | None) -> No
 def test_the_date_is_the_same_every_day() -> None:
     assert "Today: 26 Jul 2024" in taken_apart(LLAMA3).start("system", previous=None, first=True)
     assert "Today: 2024-07-26" in taken_apart(MODERN).start("user", previous=None, first=True)
-
-
-def test_a_real_model_s_template(smollm2: Path) -> None:
-    with Model(smollm2, vocab_only=True) as model:
-        source = model.chat_template
-        assert source is not None
-        template = ChatTemplate(source, bos=model.special_text("bos"), eos=model.special_text("eos"))
-        asked: Conversation = [("user", "U"), ("assistant", "A"), ("user", "V")]
-        for conversation in (asked, [("system", "S"), *asked]):
-            assert assembled(template, conversation) == rendered(source, conversation)
-        assert template.start("system", previous=None, first=False) == "<|im_start|>system\n"

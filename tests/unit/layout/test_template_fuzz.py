@@ -145,7 +145,7 @@ def changed(draw: st.DrawFn) -> str:
     return source + draw(st.sampled_from(("", CHATML)))
 
 
-@tries(200)
+@tries(100)
 @given(st.composite(changed)())
 def test_a_changed_template_exceeds_no_bound(source: str) -> None:
     assert checked(source)[1] == []

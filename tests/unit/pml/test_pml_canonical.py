@@ -51,7 +51,7 @@ def kept(source: str) -> tuple[Any, list[str]]:
     return meaning(parse_pml(source, file="d.xml")), comments
 
 
-@tries(250)
+@tries(120)
 @given(scopes(), st.data())
 def test_a_schema_stays_the_same(nodes: list[Any], data: st.DataObject) -> None:
     source = data.draw(st.composite(lambda draw: noisy(draw, source_of(nodes)))())
@@ -147,7 +147,7 @@ You answer.   Always.
     )
 
 
-@tries(150)
+@tries(100)
 @given(st.composite(changed)())
 def test_a_changed_document_is_formatted_or_refused(data: bytes) -> None:
     try:

@@ -122,7 +122,7 @@ def test_what_is_written_by_the_rules_is_valid(nodes: list[Any], data: st.DataOb
     assert agree("prompt", prompt)
 
 
-@tries(300)
+@tries(120)
 @given(st.data())
 def test_grammar_and_parser_take_the_same_documents(data: st.DataObject) -> None:
     name, root = data.draw(st.composite(document)())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cpucache.errors import CpucacheError
@@ -124,6 +124,7 @@ def test_changed_rows_cost_no_other_conversation(
             used(transcripts, name)
 
 
+@example([lambda good: good.replace(b"TABLE sessions", b"TABLE sess\x1cons")])
 @tries(100)
 @given(st.lists(changes(), min_size=1, max_size=3))
 def test_a_changed_file_is_read_or_refused(
