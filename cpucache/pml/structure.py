@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -18,6 +18,7 @@ Root: TypeAlias = Literal["schema", "prompt"]
 GRAMMARS = Path(__file__).parent / "grammar"
 """The folder of the grammars."""
 
+SPACE = "xml:space"
 _NAMESPACE = "{http://relaxng.org/ns/structure/1.0}"
 
 
@@ -38,7 +39,16 @@ class Part:
 
     def find(self, tag: str) -> Shape | None:
         """The shape of ``tag`` in this part, or ``None`` where it can't stand there."""
-        return next((shape for shape in self.shapes if shape.fits(tag)), None)
+        return self._named.get(tag) or next((shape for shape in self._others if shape.fits(tag)), None)
+
+    # Read once the grammar is complete.
+    @cached_property
+    def _named(self) -> dict[str, Shape]:
+        return {tag: shape for shape in reversed(self.shapes) for tag in shape.tags}
+
+    @cached_property
+    def _others(self) -> list[Shape]:
+        return [shape for shape in self.shapes if not shape.tags]
 
 
 @dataclass(eq=False)
@@ -60,6 +70,21 @@ class Shape:
     def fits(self, tag: str) -> bool:
         """Whether a tag of this name may stand here."""
         return tag in self.tags if self.tags else tag not in self.refused
+
+    @cached_property
+    def known(self) -> tuple[str, ...]:
+        """The names of its attributes, but for ``xml:space``."""
+        return tuple(name for name in self.attributes if name != SPACE)
+
+    @cached_property
+    def required(self) -> tuple[str, ...]:
+        """Those that it must have."""
+        return tuple(name for name in self.known if self.attributes[name].required)
+
+    @cached_property
+    def listed(self) -> dict[str, tuple[str, ...]]:
+        """The values of those whose values can be listed."""
+        return {name: attribute.values for name, attribute in self.attributes.items() if attribute.values}
 
     @property
     def part(self) -> Part:

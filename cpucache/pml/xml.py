@@ -28,7 +28,6 @@ SILENT = frozenset({"scaffold"})
 
 _LINES_KEPT = 65_535  # from this line on, libxml2 only guesses the line of a tag from the nodes around it
 _SPACE = " \t\r\n"
-_SPACE_NAME = "xml:space"
 _XML_SPACE = "{http://www.w3.org/XML/1998/namespace}space"
 _DECLARATION = re.compile(r"<\?xml[ \t\r\n][^>]*?\?>")
 _ENCODING = re.compile(r"encoding[ \t\r\n]*=[ \t\r\n]*[\"']([^\"']*)")
@@ -55,18 +54,18 @@ class Element:
 
     def check_attributes(self, shape: Shape) -> bool:
         """Report the attributes that this tag can't have, their values, and what is missing: false if any is."""
-        known = [name for name in shape.attributes if name != _SPACE_NAME]
+        known = shape.known
         for name in self.attributes:
             if name not in known and not shape.takes_any:
                 where = f"unknown attribute {quote(name)} on {tag(self.tag)}"
                 self.report(where + (hint(name, known) if known else ", which takes none"))
-        missing = [name for name in known if shape.attributes[name].required and name not in self.attributes]
+        missing = [name for name in shape.required if name not in self.attributes]
         for name in missing:
             self.report(f'{tag(self.tag)} lacks its attribute {quote(name)}: write <{self.tag} {name}="...">')
-        for name, attribute in shape.attributes.items():
+        for name, values in shape.listed.items():
             given = self.attributes.get(name)
-            if given is not None and attribute.values and given not in attribute.values:
-                self.report(f"unknown value {quote(given)} for {quote(name)}{hint(given, attribute.values)}")
+            if given is not None and given not in values:
+                self.report(f"unknown value {quote(given)} for {quote(name)}{hint(given, values)}")
         return not missing
 
     def has_too_much(self, shape: Shape) -> bool:
