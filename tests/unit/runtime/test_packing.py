@@ -120,7 +120,7 @@ def test_an_answer_after_a_restart_is_near(kind: AtRest, arch: str, tiny: Tiny, 
             totals = running.store.index.totals() if running.store.index else {}
             sizes[at_rest] = totals["bytes"]
         assert distance(again.rows[0], first.rows[0]) < (0.02 if at_rest == "f16" else 0.6)
-    assert sizes[kind] < 0.7 * sizes["f16"] or arch in RECURRENT_ARCHS and arch not in HYBRID_ARCHS
+    assert sizes[kind] < 0.7 * sizes["f16"] or (arch in RECURRENT_ARCHS and arch not in HYBRID_ARCHS)
 
 
 def test_slices_of_one_way_are_not_found_by_another(tiny: Tiny, tmp_path: Path) -> None:
