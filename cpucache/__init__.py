@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cpucache.errors import ContextFull, CpucacheError, InputError, ModelError, PMLError
 
 if TYPE_CHECKING:
+    from cpucache.authoring import MaxTokens, assistant, prompt, system, user
     from cpucache.engine import Engine, Fidelity, Metrics, Reply, Sampling, Session, Stream
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "Engine",
     "Fidelity",
     "InputError",
+    "MaxTokens",
     "Metrics",
     "ModelError",
     "PMLError",
@@ -24,6 +26,10 @@ __all__ = [
     "Session",
     "Stream",
     "__version__",
+    "assistant",
+    "prompt",
+    "system",
+    "user",
 ]
 
 
@@ -33,4 +39,8 @@ def __getattr__(name: str) -> Any:
         import cpucache.engine
 
         return getattr(cpucache.engine, name)
+    if name in {"MaxTokens", "assistant", "prompt", "system", "user"}:
+        import cpucache.authoring
+
+        return getattr(cpucache.authoring, name)
     raise AttributeError(f"module 'cpucache' has no attribute '{name}'")

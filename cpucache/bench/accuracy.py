@@ -243,7 +243,7 @@ class _Plain(_Asking):
 
     def question(self, example: Example, variant: Variant) -> Question:
         messages = self.task.messages(example)
-        return self.engine.planner.question(None, messages, fidelity=variant.fidelity, reuse="anywhere")
+        return self.engine.planner.question(messages, fidelity=variant.fidelity, reuse="anywhere")
 
     def add(self, example: Example, variant: Variant) -> None:
         """Nothing: there is no schema."""
@@ -251,9 +251,9 @@ class _Plain(_Asking):
     def encode(self, example: Example, variant: Variant, *, once: bool) -> float:
         messages = self.task.messages(example, whole=True)
         if once or not variant.cached:
-            return _evaluated_once(self.engine, self.engine.plan(messages=messages).tokens)
+            return _evaluated_once(self.engine, self.engine.plan(messages).tokens)
         self.engine.forget()
-        return self.engine.generate(messages=messages, max_tokens=1).metrics.ttft_ms
+        return self.engine.generate(messages, max_tokens=1).metrics.ttft_ms
 
 
 def _chosen(asking: _Asking, examples: Sequence[Example], limit: int | None) -> tuple[list[Example], int]:

@@ -190,7 +190,7 @@ def _last_turn(
     engine.forget()
     started = time.perf_counter()
     if saving:
-        stream = session.edit(number, message, max_tokens=answer, temperature=1.0, seed=seed)
+        stream = session.edit(number, message, max_tokens=answer, sampling=Sampling(temperature=1.0, seed=seed))
     else:
         sampling = Sampling(temperature=1.0, seed=seed)
         stream = engine.host.answer(

@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -20,7 +21,7 @@ from cpucache.cli.options import (
     split_fidelity,
 )
 from cpucache.cli.text import read_asked
-from cpucache.engine import Engine, Metrics, Stream
+from cpucache.engine import Engine, Metrics, Sampling, Stream
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop")
 
@@ -63,7 +64,7 @@ def run(
     """
     if no_cache and comparing:
         raise click.UsageError("--no-cache and --compare exclude each other")
-    settings = split_sampling(options) | {"max_tokens": max_tokens}
+    settings: dict[str, Any] = {"sampling": split_sampling(options), "max_tokens": max_tokens}
     exactness = split_fidelity(options)
     asked, schema = read_asked(prompt, schema_file, exactness, raw=raw)
     settings |= exactness
@@ -71,8 +72,7 @@ def run(
         if schema is not None:
             engine.add_schema(schema)
         if comparing:
-            settings["seed"] = secrets.randbits(32) if settings["seed"] is None else settings["seed"]
-            result = compare(engine, settings=settings, quiet=as_json, **{"prompt": None} | asked)
+            result = compare(engine, asked, settings | {"sampling": _seeded(settings["sampling"])}, quiet=as_json)
             if as_json:
                 click.echo(json.dumps(result.as_dict()))
             else:
@@ -112,9 +112,14 @@ def _telling_what_is_kept(engine: Engine, stream: Stream) -> Iterator[None]:
         raise
 
 
-def split_sampling(options: dict[str, Any]) -> dict[str, Any]:
+def split_sampling(options: dict[str, Any]) -> Sampling:
     """Take the options of ``sampling_options`` but ``max_tokens`` out of all options."""
-    return {name: options.pop(name) for name in _SAMPLING}
+    return Sampling(**{name: options.pop(name) for name in _SAMPLING})
+
+
+def _seeded(sampling: Sampling) -> Sampling:
+    """The same, with a seed: two answers are to be chosen alike."""
+    return replace(sampling, seed=secrets.randbits(32)) if sampling.seed is None else sampling
 
 
 def _figures(metrics: Metrics, *, saved: bool) -> str:

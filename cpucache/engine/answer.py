@@ -63,6 +63,8 @@ class Answer:
     ) -> None:
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens!r}: must be a number of at least 1")
+        if not isinstance(sampling, Sampling):
+            raise InputError(f"sampling is a Sampling, such as Sampling(temperature=0.7), not {sampling!r:.80}")
         self.text = ""
         self.tokens: list[int] = []
         """The tokens of the answer so far."""
@@ -130,7 +132,7 @@ class Answer:
 
     def _decode(self, slot: Slot, sampler: Sampler, request: Request[None]) -> Task[None]:
         context, metrics = self._workspace.context, self.metrics
-        out = TextStream(self._sampling.stop)
+        out = TextStream(self._sampling.stops)
         positions = max(context.model.n_ctx_train, self.plan.end + 1) - self.plan.end
         room = min(self._max_tokens, context.n_ctx - metrics.prompt_tokens, positions)
         while True:

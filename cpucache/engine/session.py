@@ -22,13 +22,13 @@ from cpucache.engine.host import Host
 from cpucache.engine.opening import Opening, dump_spans, load_spans, tokens_of
 from cpucache.engine.reply import Reply
 from cpucache.engine.request import Request
-from cpucache.engine.sampling import sampling_of
 from cpucache.engine.stream import Stream
 from cpucache.engine.turn import Turn
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Tokens, Turns
 from cpucache.layout.vocabulary import empty, joined
 from cpucache.reuse import History, OnProgress, Slice, Span
+from cpucache.runtime import Sampling
 from cpucache.sessions import Entry, Transcripts
 
 WhenFull: TypeAlias = Literal["oldest", "half", "refuse"]
@@ -131,32 +131,42 @@ class Session:
         return bool(self.entries) and (self.entries[-1].role == "user" or self._asks)
 
     # -- turns -------------------------------------------------------------------------------------------------------
-    def send(self, text: str | None = None, **settings: Any) -> Reply:
-        """The whole answer to a message. Settings are those of ``stream``. Calls from several threads take turns."""
+    def send(
+        self,
+        text: str | None = None,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        sampling: Sampling | None = None,
+        progress: OnProgress | None = None,
+    ) -> Reply:
+        """The whole answer to a message, given as for ``stream``. Calls from several threads take turns."""
         with self._lock:
-            return self.stream(text, **settings).reply()
+            return self.stream(text, max_tokens=max_tokens, sampling=sampling, progress=progress).reply()
 
     def stream(
         self,
         text: str | None = None,
         *,
         max_tokens: int = MAX_TOKENS,
+        sampling: Sampling | None = None,
         progress: OnProgress | None = None,
-        **sampling: Any,
     ) -> Stream:
         """The answer to a message, piece by piece; without ``text``, to the one that is ``unanswered``.
 
-        ``sampling`` are the settings of ``Engine.stream``: temperature, top_k, top_p, min_p, repeat_penalty, seed,
-        stop. The session's next turn waits until this answer has ended (``stop`` it first where the rest is not
-        wanted); it ends a stream of which nothing was read. Raises ``ContextFull`` when there is no room for the
-        message, and none that may be made.
+        ``max_tokens``, ``sampling`` and ``progress`` are those of ``Engine.stream``. The session's next turn waits
+        until this answer has ended (``stop`` it first where the rest is not wanted); it ends a stream of which nothing
+        was read. Raises ``ContextFull`` when there is no room for the message, and none that may be made.
         """
         with self._lock:
             self._finish_last()
-            return self._turn(text, len(self.entries), max_tokens, progress, sampling)
+            return self._turn(text, len(self.entries), max_tokens, sampling, progress)
 
     def regenerate(
-        self, *, max_tokens: int = MAX_TOKENS, progress: OnProgress | None = None, **sampling: Any
+        self,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        sampling: Sampling | None = None,
+        progress: OnProgress | None = None,
     ) -> Stream:
         """Another answer to the last message, in place of the one that there is, if any."""
         with self._lock:
@@ -164,7 +174,7 @@ class Session:
             answered = bool(self.entries) and self.entries[-1].role == "assistant"
             if not answered and not self.unanswered:
                 raise InputError("there is no answer yet to be given again")
-            return self._turn(None, len(self.entries) - answered, max_tokens, progress, sampling)
+            return self._turn(None, len(self.entries) - answered, max_tokens, sampling, progress)
 
     def edit(
         self,
@@ -172,8 +182,8 @@ class Session:
         text: str,
         *,
         max_tokens: int = MAX_TOKENS,
+        sampling: Sampling | None = None,
         progress: OnProgress | None = None,
-        **sampling: Any,
     ) -> Stream:
         """Go back to the user's message ``number`` (1: the first), say ``text`` in its place, and go on from there."""
         with self._lock:
@@ -181,7 +191,7 @@ class Session:
             said = [index for index, entry in enumerate(self.entries) if entry.role == "user"]
             if not 1 <= number <= len(said):
                 raise InputError(f"no message {number}: there are {len(said)} of yours")
-            return self._turn(text, said[number - 1], max_tokens, progress, sampling)
+            return self._turn(text, said[number - 1], max_tokens, sampling, progress)
 
     def fork(self, name: str, messages: int | None = None) -> None:
         """Give the conversation so far, or its first ``messages``, another name too, under which it goes its own way.
@@ -197,10 +207,9 @@ class Session:
 
     # -- inside ------------------------------------------------------------------------------------------------------
     def _turn(
-        self, text: str | None, keep: int, max_tokens: int, progress: OnProgress | None, settings: dict[str, Any]
+        self, text: str | None, keep: int, max_tokens: int, sampling: Sampling | None, progress: OnProgress | None
     ) -> Stream:
         started = perf_counter()
-        sampling = sampling_of(**settings)
         if self._closed:
             raise InputError(f"session '{self.name}' has been closed")
         if keep == len(self.entries):
@@ -222,7 +231,7 @@ class Session:
         turn = Turn(text, keep, history, turns, message, opening, number, len(history), len(history.slices))
         stream = self._host.answer(
             lambda: plan,
-            sampling,
+            sampling or Sampling(),
             max_tokens=max_tokens,
             started=started,
             label=self._label,

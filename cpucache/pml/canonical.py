@@ -70,11 +70,16 @@ def canonical(data: str | bytes, *, file: str, folder: Path | None = None, limit
     """
     before = parse_pml(data, file=file, folder=folder, limits=limits)
     text = data if isinstance(data, str) else data.decode()
-    written = _Writer("schema" if isinstance(before, Schema) else "prompt").document(text)
+    written = laid_out(text, "schema" if isinstance(before, Schema) else "prompt")
     after = parse_pml(written, file=file, folder=folder)
     if meaning(before) != meaning(after):
         raise CpucacheError(f"{file}: its canonical form would be another document, so that it is left as it is")
     return written
+
+
+def laid_out(text: str, root: Root) -> str:
+    """A document that is known to be valid in canonical form."""
+    return _Writer(root).document(text)
 
 
 def meaning(tree: Any) -> Any:

@@ -5,6 +5,7 @@ Nothing is known of a schema here: ``resolve`` checks a prompt against one.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +14,13 @@ from cpucache.pml.names import flaw, quote, tag
 from cpucache.pml.structure import Part, Shape, structure
 from cpucache.pml.tree import ROLES, Prompt, Reference, RoleName, Text, Turn
 from cpucache.pml.xml import Element, is_blank, read_file, read_xml
+
+_HEAD = re.compile(r"\ufeff?\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*<prompt[\s/>]", re.DOTALL)
+
+
+def is_prompt(text: str) -> bool:
+    """Whether text is a PML prompt: its first tag is ``<prompt>``, behind nothing but a declaration and comments."""
+    return _HEAD.match(text) is not None
 
 
 def load_prompt(path: Path, limits: Limits | None = None) -> Prompt:

@@ -18,9 +18,11 @@ from cpucache.errors import CpucacheError, InputError
 from cpucache.server.access import Keys
 from cpucache.server.anthropic import Anthropic
 from cpucache.server.failures import Refusal, response_of
+from cpucache.server.logs import log_request
 from cpucache.server.openai import OpenAI
 from cpucache.server.openai_requests import messages_of, tools_of
 from cpucache.server.prepare import Prepare
+from cpucache.server.requests import Requests
 from cpucache.server.responses import Responses
 from cpucache.server.schemas import Schemas
 from cpucache.server.service import Service, new_id
@@ -64,6 +66,7 @@ def create_app(engine: Engine, settings: ServerSettings, *, parallel: int = 1) -
     app.include_router(Anthropic(service).router)
     app.include_router(Schemas(service).router)
     app.include_router(Prepare(service).router)
+    app.include_router(Requests(service).router)
     _add_plain_endpoints(app, service)
     for kind in (CpucacheError, Refusal, RequestValidationError, HTTPException, TimeoutError):
         app.add_exception_handler(kind, _failed)
@@ -147,6 +150,7 @@ class _Gate:
             return
         request = Request(scope)
         identity = new_id("req_")
+        request.state.id, request.state.records = identity, []
         status = 500
         begun = False
         refused: Refusal | None = None
@@ -188,7 +192,8 @@ class _Gate:
             route = scope.get("route")
             path = getattr(route, "path", "other")
             self._service.metrics.requests.labels(path, str(status)).inc()
-            _log.info("%s %s %s %d", identity, request.method, request.scope["path"], status)
+            record = self._service.ended(request, status)
+            log_request(request, status, record)
 
     def _too_large(self) -> Refusal:
         return Refusal(413, f"a request has {self._settings.max_body >> 20} MiB at most")

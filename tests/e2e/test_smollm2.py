@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 import pytest
 
-from cpucache import Engine
+from cpucache import Engine, Sampling
 from cpucache.errors import ModelError
 from cpucache.layout import ChatTemplate, SchemaLayout, Segment, bind
 from cpucache.models import known_models, resolve_model
@@ -143,8 +143,9 @@ def test_the_python_interface(engine: Engine) -> None:
     assert "".join(pieces) == stream.text == reply.text
     # All but its last token is still in the context.
     assert stream.metrics.fresh_tokens == 1
-    assert engine.generate(prompt, max_tokens=12, temperature=0.8, seed=7).text == (
-        engine.generate(prompt, max_tokens=12, temperature=0.8, seed=7).text
+    drawn = Sampling(temperature=0.8, seed=7)
+    assert engine.generate(prompt, max_tokens=12, sampling=drawn).text == (
+        engine.generate(prompt, max_tokens=12, sampling=drawn).text
     )
     assert set(reply.as_dict()) >= {
         "text",

@@ -47,6 +47,7 @@ class Asking:
 
     def ask(self, text: Text, reuse: Reuse, recompute: float = 0.0) -> Plan:
         """Get a text into the context; its logits are those that the contexts of its slices give."""
+        plan: Plan
         plan, spent = self.desk.prefill(lambda: self._lookup.plan_text(text, Fidelity(recompute), reuse))
         assert plan.tokens.tolist() == text.tokens.tolist()
         assert spent.cached_tokens + spent.fresh_tokens == plan.n_tokens
@@ -143,7 +144,7 @@ def test_a_changed_paragraph_is_evaluated_and_a_share_of_what_follows(place: int
         assert asked_about(running, PARAGRAPHS, reuse="anywhere").exact
     with engine(tiny("llama"), tmp_path, n_ctx=2048, segment_tokens=SEGMENTS, reuse="anywhere") as running:
         sizes = [len(running.model.tokenize(paragraph)) for paragraph in edited]
-        plan = asked_about(running, edited, recompute=0.0)
+        plan = asked_about(running, edited, fidelity=Fidelity(0.0))
         made = sum(len(span.tokens) for span in plan.spans if span.made)
         assert sizes[place] <= made <= sizes[place] + 4 * SEGMENTS[0]
         assert sum(sizes[:place]) - 2 * SEGMENTS[0] <= plan.count("exact") <= sum(sizes[:place]) + 1
@@ -151,7 +152,7 @@ def test_a_changed_paragraph_is_evaluated_and_a_share_of_what_follows(place: int
         taken = plan.count("foreign") + plan.count("clean")
         # The first segment may take twice its share.
         assert bool(running.plan(text="".join(edited) + QUESTION, fidelity="balanced").n_recomputed) == (taken > 0)
-        assert running.plan(text="".join(edited) + QUESTION, recompute=0.5).n_recomputed <= taken / 2 + 2
+        assert running.plan(text="".join(edited) + QUESTION, fidelity=Fidelity(0.5)).n_recomputed <= taken / 2 + 2
         assert running.plan(text="".join(edited) + QUESTION, fidelity="high").exact
         assert asked_about(running, edited, reuse="exact").exact
 
@@ -195,9 +196,11 @@ def test_refining_makes_it_exact(tiny: Tiny, tmp_path: Path) -> None:
 def test_a_conversation_goes_on_from_what_was_spliced(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, n_ctx=2048, reuse="anywhere") as running:
         asked_about(running, PARAGRAPHS[:4])
-        asked_about(running, [PARAGRAPHS[5], *PARAGRAPHS[:4]], recompute=0.0)
-        before = running.plan(text="".join([PARAGRAPHS[5], *PARAGRAPHS[:4]]) + QUESTION, recompute=0.0)
-        longer = running.plan(text="".join([PARAGRAPHS[5], *PARAGRAPHS[:4]]) + QUESTION + message(7, 3), recompute=0.0)
+        asked_about(running, [PARAGRAPHS[5], *PARAGRAPHS[:4]], fidelity=Fidelity(0.0))
+        before = running.plan(text="".join([PARAGRAPHS[5], *PARAGRAPHS[:4]]) + QUESTION, fidelity=Fidelity(0.0))
+        longer = running.plan(
+            text="".join([PARAGRAPHS[5], *PARAGRAPHS[:4]]) + QUESTION + message(7, 3), fidelity=Fidelity(0.0)
+        )
         assert longer.n_cached >= before.n_tokens - 2 * 64
 
 
@@ -209,7 +212,7 @@ def test_how_near_it_is_can_be_measured(tiny: Tiny, tmp_path: Path) -> None:
         assert (exact.now.distance.kl_mean < 1e-6, exact.trials) == (True, [])
     with engine(tiny("llama"), tmp_path / "other", n_ctx=2048) as running:
         asked_about(running, PARAGRAPHS)
-        report = running.fidelity(text=other, max_tokens=4, reuse="anywhere", recompute=0.0)
+        report = running.fidelity(text=other, max_tokens=4, reuse="anywhere", fidelity=Fidelity(0.0))
         assert report.now.distance.kl_mean > 1e-6
         assert min(trial.distance.kl_mean for trial in report.trials) < 1e-6
         # Nothing that was only tried stays.

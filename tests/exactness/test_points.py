@@ -68,12 +68,13 @@ def test_the_disk_grows_with_the_text_and_no_faster(arch: str, tiny: Tiny, tmp_p
     with engine(model, tmp_path, n_ctx=4096) as running:
         for number in range(20):
             messages.append({"role": "user", "content": message(number, 25)})
-            reply = running.generate(messages=messages, max_tokens=8)
+            reply = running.generate(messages, max_tokens=8)
             messages.append({"role": "assistant", "content": reply.text})
             running.store.flush()
             assert running.store.index is not None
             sizes.append(running.store.index.totals()["bytes"])
             tokens.append(reply.metrics.prompt_tokens)
+        assert running.store.index is not None
         point = max(row.bytes for row in running.store.index.rows() if row.info.tokens == 0)
         context = running.context
         cells = running.host.do(lambda slot, _: _cells_of(context, tokens[-1]))
@@ -106,7 +107,7 @@ def test_after_a_restart_what_stands_behind_the_last_message_is_evaluated(
         for number in range(5):
             with engine(model, tmp_path, n_ctx=4096) as running:
                 messages.append({"role": "user", "content": message(number, 40)})
-                answer = said(running, running.stream(messages=messages, max_tokens=8))
+                answer = said(running, running.stream(messages, max_tokens=8))
                 true.check(arch, answer)
                 assert answer.fresh == answer.stream.plan.n_tokens - held
                 held = len(answer.tokens)
@@ -124,9 +125,9 @@ def test_another_question_behind_the_same_system_text(arch: str, reopened: bool,
                 stack = engine(model, tmp_path, n_ctx=4096)
                 running = stack.__enter__()
             asked = [SYSTEM, {"role": "user", "content": message(number, 10)}]
-            answer = said(running, running.stream(messages=asked, max_tokens=4))
+            answer = said(running, running.stream(asked, max_tokens=4))
             true.check(arch, answer)
-            behind = len(running.plan(messages=asked).tokens) - len(running.model.tokenize(SYSTEM["content"]))
+            behind = len(running.plan(asked).tokens) - len(running.model.tokenize(SYSTEM["content"]))
             assert number == 0 or answer.fresh < behind
             if reopened:
                 stack.__exit__(None, None, None)

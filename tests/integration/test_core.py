@@ -17,13 +17,14 @@ import pytest
 
 from cpucache import Engine, InputError
 from cpucache.engine import Stream
-from cpucache.engine.request import Request
+from cpucache.engine.request import Priority, Request
 from cpucache.engine.scheduler import Job, Scheduler
 from cpucache.errors import ContextFull, CpucacheError
 from cpucache.pml import parse_schema
 from cpucache.reuse.work import Execution, Task, Work
 from cpucache.runtime import Batch, Run, Sampler, Stopped
 from tests.support.command import SCHEMA
+from tests.support.pace import slow
 from tests.support.serving import until
 from tests.support.sessions import engine, greedy, message, said, truth
 from tests.support.tiny import ARCHS
@@ -55,17 +56,6 @@ def parallel(tiny: Tiny, tmp_path: Path) -> Iterator[Engine]:
         yield running
 
 
-def slow(running: Engine, seconds: float = 0.01) -> None:
-    """Let every evaluation take longer, so that others come meanwhile."""
-    evaluate = running.context.evaluate
-
-    def slowly(*arguments: Any) -> None:
-        time.sleep(seconds)
-        evaluate(*arguments)
-
-    running.context.evaluate = slowly  # type: ignore[method-assign]
-
-
 def begin(*streams: Stream) -> None:
     """Ask for the first piece of each, at the same time."""
     with ThreadPoolExecutor(len(streams)) as pool:
@@ -88,7 +78,7 @@ def test_answers_side_by_side_are_those_given_alone(arch: str, tiny: Tiny, tmp_p
             rows[sampler].append(context.logits(index))
             return sample(sampler, index)
 
-        context.sample = noting  # type: ignore[method-assign]
+        context.sample = noting  # type: ignore[method-assign, assignment]
         streams = [running.stream(text=text, max_tokens=12) for text in TEXTS]
         begin(*streams)
         for stream in streams:
@@ -145,7 +135,7 @@ def test_a_prompt_that_comes_meanwhile_does_not_hold_answers_up(parallel: Engine
         evaluate(batch, *arguments)
 
     answer = parallel.stream(text="the sea", max_tokens=300)
-    parallel.context.evaluate = noting  # type: ignore[method-assign]
+    parallel.context.evaluate = noting  # type: ignore[method-assign, assignment]
     next(answer)
     long = parallel.stream(text="hay " * 500, max_tokens=1)
     next(long)
@@ -166,7 +156,7 @@ def test_a_prompt_waits_for_cells_that_others_have(tiny: Tiny, tmp_path: Path) -
             most.append(len(running.host.core._scheduler.running))
             return sample(*arguments)
 
-        running.context.sample = noting  # type: ignore[method-assign]
+        running.context.sample = noting  # type: ignore[method-assign, assignment]
         # 150 cells each: three fit.
         streams = [running.stream(text=text, max_tokens=130) for text in TEXTS[:1] * 6]
         begin(*streams)
@@ -292,7 +282,7 @@ def test_what_a_stopped_prompt_has_evaluated_is_kept(arch: str, tiny: Tiny, tmp_
             if sum(evaluated) >= 1000:
                 stream.stop()
 
-        running.context.evaluate = stopping  # type: ignore[method-assign]
+        running.context.evaluate = stopping  # type: ignore[method-assign, assignment]
         stream = running.stream(text=text, max_tokens=4)
         assert stream.reply().metrics.completion_tokens == 0
         # Whole steps of 256 tokens and more are in the store, but for the last; that is in the slot, and found there.
@@ -315,7 +305,7 @@ def test_what_was_stopped_for_nobody_goes_on(parallel: Engine) -> None:
             raise Stopped
         evaluate(*arguments)
 
-    parallel.context.evaluate = stopping  # type: ignore[method-assign]
+    parallel.context.evaluate = stopping  # type: ignore[method-assign, assignment]
     assert parallel.generate(text="y" * 600, max_tokens=5).text == wanted
     assert calls > 3
 
@@ -419,7 +409,8 @@ def test_answers_overtake_encoding(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_of_each_priority_the_first_comes_first() -> None:
     scheduler = Scheduler(1, 100, 512)
-    requests = [Request(lambda _: iter(()), priority=priority) for priority in (2, 0, 1, 0, 2)]  # type: ignore[arg-type, return-value]
+    nothing: Any = iter(())
+    requests: list[Request[Any]] = [Request(lambda _: nothing, priority=Priority(each)) for each in (2, 0, 1, 0, 2)]
     for request in requests:
         scheduler.add(request)
     assert [scheduler.next() for _ in range(6)] == [*(requests[index] for index in (1, 3, 2, 0, 4)), None]

@@ -89,7 +89,7 @@ def test_what_is_kept_behind_a_foreign_slice_is_not_exact(tiny: Tiny, tmp_path: 
 @pytest.mark.parametrize("bad", [Text(np.empty(0, np.int32)), Text(np.array([1 << 20])), Text(np.array([-1]))])
 def test_a_text_is_checked_like_tokens(bad: Text, tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path) as running, pytest.raises(InputError, match="tokens"):
-        running.generate(tokens=bad)
+        running.generate(bad)
 
 
 def test_a_locked_account_of_what_was_asked_stops_no_answer(tiny: Tiny, tmp_path: Path) -> None:

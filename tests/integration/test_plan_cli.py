@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from cpucache.resources import resource
-from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
-from tests.e2e.test_cli import slices
+from tests.support.command import PROMPT, SCHEMA, cpucache, invoke, slices
 
 pytestmark = pytest.mark.usefixtures("folder")
 

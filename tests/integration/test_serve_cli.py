@@ -15,9 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.command import PATIENCE, cpucache
+from tests.support.command import PATIENCE, cpucache, started
 from tests.support.sessions import message, plain_spoken
-from tests.e2e.test_cli_interrupt import started
 
 Tiny = Callable[..., Path]
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": message(1, 60)}], "temperature": 0, "max_tokens": 8}

@@ -90,7 +90,7 @@ def test_what_decides_a_slice_decides_its_key(tiny: TinyModel) -> None:
     assert len(set(keys)) == 3 * len(variants)
     # Numbers of NumPy name what Python's own do.
     whole = variants[4]
-    assert SLICES.key(whole.context_key, whole.tokens.astype(np.int64), np.int64(whole.start)) == whole.key  # type: ignore[arg-type]
+    assert SLICES.key(whole.context_key, whole.tokens.astype(np.int64), np.int64(whole.start)) == whole.key
 
 
 def damaged_plan(b: Bench) -> tuple[Plan, list[Slice]]:

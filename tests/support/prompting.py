@@ -14,7 +14,7 @@ from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, bind
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Schema
 from cpucache.reuse import Fidelity, Lookup, Plan, Prefill, Repair, Slice, Slices, reading
-from cpucache.reuse.encoder import Made
+from cpucache.reuse.reports import Made
 from cpucache.runtime import Context, KVType, Memory
 from cpucache.store import Store
 from tests.support.cutting import every
@@ -62,7 +62,8 @@ class Prompting:
     def answer(self, bound: Bound | str, fidelity: Fidelity | None = None, **settings: Any) -> tuple[Plan, Prefill]:
         """Get a prompt into the context; gives what was spliced, and what it took."""
         bound = self.bound(bound) if isinstance(bound, str) else bound
-        return self.workspace.prefill(lambda: self.plan(bound, fidelity, **settings), "s")
+        done: tuple[Plan, Prefill] = self.workspace.prefill(lambda: self.plan(bound, fidelity, **settings), "s")
+        return done
 
     @property
     def logits(self) -> Logits:

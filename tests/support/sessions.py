@@ -101,7 +101,7 @@ def said(running: Engine, stream: Stream, *, tokens: int | None = None) -> Said:
             stream.stop()
         return sample(sampler, index)
 
-    context.sample = noting  # type: ignore[method-assign]
+    context.sample = noting  # type: ignore[method-assign, assignment]
     try:
         stream.reply()
     finally:
@@ -239,7 +239,7 @@ def plain_spoken(model: Path) -> Path:
         copy = path.with_suffix(".part")
         shutil.copy(model, copy)
         reader = gguf.GGUFReader(copy, "r+")
-        rows = next(tensor for tensor in reader.tensors if tensor.name == "output.weight").data
+        rows: Any = next(tensor for tensor in reader.tensors if tensor.name == "output.weight").data
         letters = [BYTES + byte for byte in range(ord("A"), ord("Z") + 1)]
         rows[np.setdiff1d(np.arange(len(rows)), letters)] = 0
         rows.flush()
@@ -344,7 +344,7 @@ def _hold(model: Path, folder: Path, name: str, answering: str, reports: Connect
                 wait()
             evaluate(*arguments)
 
-        running.context.evaluate = evaluate_or_wait  # type: ignore[method-assign]
+        running.context.evaluate = evaluate_or_wait  # type: ignore[method-assign, assignment]
         stream.reply()
 
 

@@ -97,7 +97,8 @@ class Bench:
 
     def prefill(self, plan: Plan, progress: OnProgress | None = None, *, fresh: bool = False) -> Prefill:
         """What it took to get ``plan`` into the llama.cpp context."""
-        return self.workspace.prefill(lambda: plan, progress=progress, fresh=fresh)[1]
+        spent: Prefill = self.workspace.prefill(lambda: plan, progress=progress, fresh=fresh)[1]
+        return spent
 
     def logits(self, plan: Plan) -> Logits:
         """Those of the last token of ``plan``, through slices."""

@@ -14,6 +14,7 @@ import cpucache
 
 PACKAGE = Path(cpucache.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = Path(__file__).parents[1]
 TOP = ""
 """The room of ``cpucache/__init__.py``."""
 
@@ -24,22 +25,23 @@ MAY_IMPORT = {
     "database": {"private"},
     "resources": {"errors"},
     "pml": {"errors"},
+    "authoring": {"errors", "pml"},
     "models": {"errors", "resources"},
     "store": {"errors", "private", "database"},
     "runtime": {"errors"},
     "layout": {"errors", "pml", "runtime", "store"},
     "reuse": {"errors", "pml", "runtime", "store", "layout"},
     "sessions": {"errors", "private", "database"},
-    "engine": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "sessions"},
+    "engine": {"errors", "pml", "authoring", "runtime", "store", "layout", "reuse", "models", "sessions"},
     "bench": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "engine"},
     "server": {"errors", "pml", "runtime", "store", "layout", "reuse", "engine"},
     "cli": {
         TOP,
         "server",
-        *("errors", "private", "resources", "pml", "runtime", "store", "layout", "reuse"),
+        *("errors", "private", "resources", "pml", "authoring", "runtime", "store", "layout", "reuse"),
         *("models", "sessions", "engine", "bench"),
     },
-    TOP: {"errors", "engine"},
+    TOP: {"errors", "engine", "authoring"},
     "__main__": {"cli"},
 }
 
@@ -47,7 +49,8 @@ MAY_IMPORT = {
 HOMES = {
     "llama_cpp": {"runtime"},
     "lxml": {"pml"},
-    "jinja2": {"layout"},
+    "jinja2": {"layout", "authoring"},
+    "pathspec": {"authoring"},
     "cryptography": {"store"},
     "sqlite3": {"database", "store", "sessions"},
     "huggingface_hub": {"models"},
@@ -134,6 +137,17 @@ def test_the_language_needs_nothing_but_lxml() -> None:
         if not is_ours(module)
     }
     assert packages - sys.stdlib_module_names == {"lxml"}
+
+
+def test_no_test_imports_from_another() -> None:
+    """What several tests need is in ``tests/support``."""
+    wrong = [
+        f"{path.relative_to(TESTS.parent)}:{line}: {module}"
+        for path in sorted(TESTS.rglob("*.py"))
+        for line, module in imports_of(path)
+        if module.partition(".")[0] == "tests" and module.split(".")[1:2] != ["support"]
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(

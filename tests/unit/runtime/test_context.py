@@ -169,7 +169,8 @@ def test_what_can_be_spliced_is_known(tiny: TinyModel) -> None:
 
 def test_formats_of_states_that_differ_have_names_that_differ(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     names = set()
-    for options in ({}, {"kv_type": "f32"}, {"kv_type": "q8_0"}, {"flash": "on"}):
+    every: list[dict[str, Any]] = [{}, {"kv_type": "f32"}, {"kv_type": "q8_0"}, {"flash": "on"}]
+    for options in every:
         context = Context(model, n_ctx=64, n_threads=1, **options)
         names.add(context.state_format)
         context.close()

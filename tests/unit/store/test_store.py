@@ -275,7 +275,7 @@ def test_a_slice_of_no_use_stops_neither_the_next_ones_nor_who_waits(
 ) -> None:
     with Store(tmp_path, ram_budget=0) as store:
         assert store.claim(KEY)
-        store.put(KEY, state(), np.array(["no", "tokens"]), INFO)  # type: ignore[arg-type]
+        store.put(KEY, state(), np.array(["no", "tokens"]), INFO)
         store.put(OTHER, state(), TOKENS, INFO)
         store.flush()
         assert (KEY in store, OTHER in store, store.writable) == (False, True, True)

@@ -1,0 +1,67 @@
+"""A call of a prompt function: the prompt that its arguments make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cpucache.authoring.parts import Always, Branches, Call, End, Field, Match, Part, Set, Tagged
+from cpucache.authoring.writing import Chosen, impossible
+from cpucache.errors import InputError
+
+
+def chosen(name: str, parts: Sequence[Part], names: dict[str, Any]) -> Chosen:
+    """The prompt for the schema ``name``, by the values of ``names``, to which what the function assigns is added.
+
+    Raises ``InputError`` for an argument that no prompt can hold, and whatever the function's own expressions raise.
+    """
+    prompt = Chosen(name)
+    _Calling(names).scope(parts, prompt)
+    return prompt
+
+
+class _Calling:
+    """One function while it is called. ``ended``: by ``return``."""
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        self._names = names
+        self._ended = False
+
+    def scope(self, parts: Sequence[Part], into: Chosen) -> None:
+        for part in parts:
+            if self._ended:
+                return
+            self._part(part, into)
+
+    def _part(self, part: Part, into: Chosen) -> None:
+        if isinstance(part, Field):
+            into.arguments[part.parameter.name] = self._filled(part)
+        elif isinstance(part, Tagged):
+            self.scope(part.parts, into)
+        elif isinstance(part, Branches | Match):
+            if arm := part.taken(self._names):
+                self._module(arm.name, arm.parts, into)
+        elif isinstance(part, Always):
+            self._names.update(part.constants)
+            self._module(part.name, part.parts, into)
+        elif isinstance(part, Call):
+            arguments = {name: value.value(self._names) for name, value in part.arguments.items()}
+            inner = Chosen(part.name)
+            _Calling(part.names() | arguments).scope(part.parts, inner)
+            into.children.append(inner)
+        elif isinstance(part, Set):
+            self._names[part.name] = part.expression.value(self._names)
+        elif isinstance(part, End):
+            self._ended = True
+
+    def _module(self, name: str, parts: Sequence[Part], into: Chosen) -> None:
+        inner = Chosen(name) if name else into
+        self.scope(parts, inner)
+        if name:
+            into.children.append(inner)
+
+    def _filled(self, field: Field) -> str:
+        text = str(field.expression.value(self._names))
+        if char := impossible(text):
+            raise InputError(f"the argument '{field.parameter.name}' holds {char}, a character that PML can't hold")
+        return text

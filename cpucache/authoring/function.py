@@ -1,0 +1,110 @@
+"""A Python function as it is compiled: what its names stand for, and how long its parameters are."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from types import FunctionType
+from typing import Any, get_args
+
+from cpucache.authoring.source import Written, typed, written
+from cpucache.errors import PMLError
+
+DEFAULT_LENGTH = 32
+"""Tokens that are reserved for an argument without ``MaxTokens``."""
+UNKNOWN = object()
+"""What is not known before a call."""
+
+
+@dataclass(frozen=True)
+class MaxTokens:
+    """How many tokens an argument takes at most, in its annotation: ``name: Annotated[str, MaxTokens(8)]``."""
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokens, int) or not 1 <= self.tokens <= 999_999_999:
+            raise ValueError(f"MaxTokens({self.tokens!r}): a number of tokens from 1 to 999999999")
+
+
+class Function:
+    """A Python function, and how it was written."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self.python = function
+        self._typed = typed(function)
+        self.signature = inspect.signature(function)
+
+    @property
+    def name(self) -> str:
+        """Its name in Python."""
+        return self.python.__name__
+
+    @property
+    def file(self) -> str:
+        """What errors call its file."""
+        return self.python.__code__.co_filename
+
+    @property
+    def line(self) -> int:
+        """Where it begins."""
+        return self.python.__code__.co_firstlineno
+
+    @cached_property
+    def written(self) -> Written:
+        """Its source. Raises ``PMLError`` where that is not to be had."""
+        return written(self.python, self._typed)
+
+    def _closed(self) -> Iterator[tuple[str, Any]]:
+        for name, cell in zip(self.python.__code__.co_freevars, self.python.__closure__ or (), strict=True):
+            try:
+                yield name, cell.cell_contents
+            except ValueError:  # not assigned yet
+                continue
+
+    def names(self) -> dict[str, Any]:
+        """What its names stand for now, but for its own arguments."""
+        return {**self.python.__globals__, **dict(self._closed())}
+
+    def find(self, name: str) -> Any:
+        """What a name stands for now, or ``UNKNOWN``."""
+        if name in self.python.__code__.co_freevars:
+            return dict(self._closed()).get(name, UNKNOWN)
+        return self.python.__globals__.get(name, getattr(builtins, name, UNKNOWN))
+
+    def length(self, annotation: Any, line: int) -> int | None:
+        """The tokens that an annotation allows, if it tells. Raises ``PMLError`` for one that can't be evaluated."""
+        if isinstance(annotation, str):
+            if "MaxTokens" not in annotation and "Annotated" not in annotation:
+                return None
+            try:
+                annotation = eval(annotation, self.names())
+            except Exception as error:
+                reason = f"the annotation {annotation!r} can't be evaluated ({error}): import what it names"
+                raise PMLError(reason, file=self.file, line=line) from error
+        return _length(annotation)
+
+
+def _length(annotation: Any) -> int | None:
+    found = [each.tokens for each in getattr(annotation, "__metadata__", ()) if isinstance(each, MaxTokens)]
+    inner = (_length(each) for each in get_args(annotation))
+    return found[0] if found else next((length for length in inner if length), None)
+
+
+def constant(value: Any, depth: int = 8) -> Any:
+    """A copy of a value that is the same in every process, or ``UNKNOWN`` for all else."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if type(value) in (list, tuple, dict) and depth:
+        inside = [*value, *value.values()] if isinstance(value, dict) else list(value)
+        return deepcopy(value) if all(constant(each, depth - 1) is not UNKNOWN for each in inside) else UNKNOWN
+    return UNKNOWN
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal and of one type, so that they read alike."""
+    return type(one) is type(other) and repr(one) == repr(other)

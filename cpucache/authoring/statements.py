@@ -1,0 +1,117 @@
+"""What can be told of a function's statements by their shape alone."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+from cpucache.authoring.writing import slug
+
+Ends: TypeAlias = Literal["never", "maybe", "always"]
+"""Whether a function ends in a block."""
+_INSTEAD = {
+    ast.While: "`while` can't be told without running it: loop over a constant collection with `for`",
+    ast.AsyncFor: "`async for` needs a running program: loop over a constant collection with `for`",
+    ast.AsyncWith: "`async with` needs a running program: leave it out",
+    ast.Try: "`try` can't be told without running it: compute the value before the call, and pass it as an argument",
+    ast.Break: "`break` can't be told without running the loop: put an `if` around what is left out",
+    ast.Continue: "`continue` can't be told without running the loop: put an `if` around what is left out",
+    ast.FunctionDef: "a function inside a prompt: define it outside, with @cpucache.prompt, and call it here",
+    ast.AsyncFunctionDef: "a function inside a prompt: define it outside, with @cpucache.prompt, and call it here",
+    ast.ClassDef: "a class inside a prompt: define it outside",
+    ast.Import: "an import inside a prompt: import outside",
+    ast.ImportFrom: "an import inside a prompt: import outside",
+    ast.Raise: "`raise` is no text: check arguments before the call",
+    ast.Assert: "`assert` is no text: check arguments before the call",
+    ast.Global: "a prompt changes nothing outside: pass values as arguments",
+    ast.Nonlocal: "a prompt changes nothing outside: pass values as arguments",
+    ast.Delete: "`del` is no text: leave it out",
+}
+
+
+def instead(statement: ast.stmt) -> str:
+    """Why a statement can't stand in a prompt, and what to write in its place."""
+    usual = "this statement can't be told without running it: write strings, and pass values as arguments"
+    return _INSTEAD.get(type(statement), usual)
+
+
+def stored(tree: ast.AST) -> dict[str, int]:
+    """The names that a function assigns, and how often."""
+    found: dict[str, int] = {}
+    for node in ast.walk(tree):
+        name = None
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.MatchAs | ast.MatchStar):
+            name = node.name
+        elif isinstance(node, ast.MatchMapping):
+            name = node.rest
+        if name:
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
+def chain(statement: ast.If, otherwise: Sequence[ast.stmt]) -> list[tuple[ast.expr | None, Sequence[ast.stmt], int]]:
+    """``if``, ``elif`` and ``else``: conditions, what stands behind them, and their lines."""
+    arms: list[tuple[ast.expr | None, Sequence[ast.stmt], int]] = []
+    while True:
+        arms.append((statement.test, statement.body, statement.lineno))
+        match statement.orelse:
+            case [ast.If() as following]:
+                statement = following
+            case []:
+                return [*arms, (None, otherwise, otherwise[0].lineno)] if otherwise else arms
+            case body:
+                return [*arms, (None, body, body[0].lineno)]
+
+
+def ends_without_else(statement: ast.If) -> bool:
+    arms = chain(statement, ())
+    return arms[-1][0] is not None and all(_ends(body) for _, body, _ in arms)
+
+
+def _ends(body: Sequence[ast.stmt]) -> bool:
+    """Whether a block ends the function whatever happens."""
+    last = body[-1]
+    if isinstance(last, ast.If):
+        arms = chain(last, ())
+        return arms[-1][0] is None and all(_ends(inner) for _, inner, _ in arms)
+    return isinstance(last, ast.Return) or (isinstance(last, ast.With) and _ends(last.body))
+
+
+def ended_by(ends: Sequence[Ends], complete: bool) -> Ends:
+    """How a choice ends, of which ``complete`` tells whether one of its arms is always taken."""
+    if complete and all(end == "always" for end in ends):
+        return "always"
+    return "never" if all(end == "never" for end in ends) else "maybe"
+
+
+def is_nothing(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def takes_all(case: ast.match_case) -> bool:
+    return isinstance(case.pattern, ast.MatchAs) and case.pattern.pattern is None and case.guard is None
+
+
+def is_plain(case: ast.match_case) -> bool:
+    """Whether a case needs nothing but its subject to be decided."""
+    known = (ast.MatchValue, ast.MatchSingleton, ast.MatchOr, ast.MatchAs, ast.Constant, ast.UnaryOp, ast.USub)
+    nodes = list(ast.walk(case.pattern))
+    return (
+        case.guard is None
+        and all(isinstance(node, known) for node in nodes)
+        and not any(isinstance(node, ast.MatchAs) and node.name for node in nodes)
+    )
+
+
+def names_of(target: ast.expr) -> list[str]:
+    return [node.id for node in ast.walk(target) if isinstance(node, ast.Name)]
+
+
+def item_name(bound: dict[str, Any]) -> str:
+    """A name for the module of an item: by its first text, if there is one."""
+    texts = ((name, value) for name, value in bound.items() if isinstance(value, str) and value.strip())
+    name, value = next(texts, next(iter(bound.items())))
+    return slug(str(value), otherwise=name)

@@ -1,0 +1,189 @@
+"""Trees written as PML: what is written here is parsed into the same tree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+from cpucache.pml.canonical import laid_out
+from cpucache.pml.limits import Limits
+from cpucache.pml.names import flaw
+from cpucache.pml.schema import parse_schema
+from cpucache.pml.tree import Module, Parameter, Role, SchemaNode, Text
+from cpucache.pml.xml import fold_space
+
+_IMPOSSIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_WORDS = (
+    ("==", " is "),
+    ("!=", " is not "),
+    (">=", " ge "),
+    ("<=", " le "),
+    (">", " gt "),
+    ("<", " lt "),
+    ("+", " plus "),
+)
+_LONGEST = 40
+"""Characters of a name that is made of an expression or a text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A module whose text is that of a file. ``src``: its path from the folder of the schema."""
+
+    name: str
+    src: str
+
+
+Written: TypeAlias = SchemaNode | Source
+_Node = TypeVar("_Node", SchemaNode, Written)
+
+
+@dataclass
+class Chosen:
+    """A module as a prompt includes it: ``name`` (of the schema, for the prompt itself) with arguments."""
+
+    name: str
+    arguments: dict[str, str] = field(default_factory=dict)
+    children: list[Chosen] = field(default_factory=list)
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+def slug(text: str, *, otherwise: str, tag: bool = True) -> str:
+    """A name for what ``text`` says: a condition, an expression, or the beginning of a text.
+
+    Args:
+        text: A part of a program, or words.
+        otherwise: What the name begins with, where ``text`` alone makes none.
+        tag: Whether prompts write the name as a tag, else as an attribute.
+    """
+    for sign, word in _WORDS:
+        text = text.replace(sign, word)
+    kept = "".join(char if flaw(char) is None else "-" for char in text)
+    name = re.sub("-+", "-", kept).strip("-.")
+    if len(name) > _LONGEST:
+        name = name[:_LONGEST].rpartition("-")[0] or name[:_LONGEST]
+    for candidate in (name, f"{otherwise}-{name}".strip("-")):
+        if flaw(candidate, as_tag=tag, as_attribute=not tag) is None:
+            return candidate
+    return otherwise
+
+
+class Names:
+    """The names of one scope so far."""
+
+    def __init__(self, *taken: str) -> None:
+        self._modules: set[str] = set()
+        self._parameters = set(taken)
+
+    def module(self, name: str) -> str:
+        """``name`` for a module, with a number behind it where it is taken."""
+        return _unique(name, self._modules)
+
+    def parameter(self, name: str) -> str:
+        """The same for a parameter."""
+        return _unique(name, self._parameters)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    given, number = name, 1
+    while name in taken:
+        number += 1
+        name = f"{given}-{number}"
+    taken.add(name)
+    return name
+
+
+def impossible(text: str) -> str | None:
+    """The first character of a text that XML can't hold, as ``U+0007``."""
+    found = _IMPOSSIBLE.search(text)
+    return f"U+{ord(found.group()):04X}" if found else None
+
+
+# ---- schemas ---------------------------------------------------------------------------------------------------------
+def joined(nodes: Iterable[_Node]) -> list[_Node | Text]:
+    """Nodes with texts side by side made one, as a parser finds them, and empty ones left out."""
+    found: list[_Node | Text] = []
+    for node in nodes:
+        last = found[-1] if found else None
+        if isinstance(node, Text) and isinstance(last, Text):
+            found[-1] = Text(last.text + node.text, last.line)
+        elif not isinstance(node, Text) or node.text:
+            found.append(node)
+    return found
+
+
+def write_schema(
+    name: str, nodes: Sequence[Written], *, folder: Path | None = None, limits: Limits | None = None
+) -> str:
+    """Canonical PML of a schema.
+
+    White space at the ends of texts is kept: where PML would fold it, the tag has ``xml:space="preserve"``.
+
+    Args:
+        name: The schema's name.
+        nodes: What is in it.
+        folder: Where its ``src`` files lie.
+        limits: How large it may be.
+
+    Raises ``PMLError`` for what is no schema, one without any text for example.
+    """
+    written = laid_out(_element("schema", {"name": name}, nodes, preserve=False), "schema")
+    parse_schema(written, file=f"<schema {name}>", folder=folder, limits=limits)
+    return written
+
+
+def _element(tag: str, attributes: dict[str, str], inside: Sequence[Written], *, preserve: bool) -> str:
+    content = joined(inside)
+    if not preserve and any(isinstance(node, Text) and fold_space(node.text, False) != node.text for node in content):
+        attributes, preserve = attributes | {"xml:space": "preserve"}, True
+    written = "".join(_node(node, preserve=preserve) for node in content)
+    return f"{_start(tag, attributes)}>{written}</{tag}>" if written else f"{_start(tag, attributes)}/>"
+
+
+def _node(node: Written, *, preserve: bool) -> str:
+    if isinstance(node, Text):
+        return _escape(node.text).replace("]]>", "]]&gt;")
+    if isinstance(node, Parameter):
+        scaffold = {} if node.scaffold is None else {"scaffold": node.scaffold}
+        return _start("parameter", {"name": node.name, "length": str(node.length)} | scaffold) + "/>"
+    if isinstance(node, Role):
+        return _element(node.role, {}, node.children, preserve=preserve)
+    if isinstance(node, Source):
+        return _start("module", {"name": node.name, "src": node.src}) + "/>"
+    if isinstance(node, Module):
+        flags = {"cache": "false"} if not node.cache else {}
+        return _element("module", {"name": node.name} | flags, node.children, preserve=preserve)
+    scaffold = {} if node.scaffold is None else {"scaffold": node.scaffold}
+    return _element("union", scaffold, node.members, preserve=preserve)
+
+
+def _start(tag: str, attributes: dict[str, str]) -> str:
+    return " ".join((f"<{tag}", *(f'{name}="{_attribute(value)}"' for name, value in attributes.items())))
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("\r", "&#13;")
+
+
+def _attribute(text: str) -> str:
+    return _escape(text).replace('"', "&quot;").replace("\n", "&#10;").replace("\t", "&#9;")
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+def write_prompt(prompt: Chosen) -> str:
+    """PML of a prompt."""
+    return "".join(_chosen(prompt, "prompt", {"schema": prompt.name} | prompt.arguments, "")).rstrip("\n")
+
+
+def _chosen(chosen: Chosen, tag: str, attributes: dict[str, str], indent: str) -> Iterator[str]:
+    yield indent + _start(tag, attributes)
+    if not chosen.children:
+        yield "/>\n"
+        return
+    yield ">\n"
+    for child in chosen.children:
+        yield from _chosen(child, child.name, child.arguments, indent + "  ")
+    yield f"{indent}</{tag}>\n"
