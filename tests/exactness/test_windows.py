@@ -97,11 +97,11 @@ def test_the_disk_grows_with_the_text_and_no_faster(arch: str, tiny: Tiny, tmp_p
         with engine(model, tmp_path, n_ctx=4096) as running:
             for number in range(begin, begin + 5):
                 messages.append({"role": "user", "content": message(number, 25)})
-                reply = running.generate(messages=messages, max_tokens=8)
+                reply = running.generate(messages, max_tokens=8)
                 messages.append({"role": "assistant", "content": reply.text})
             running.store.flush()
             assert running.store.index is not None
-            sizes.append(running.store.index.totals()["bytes"])
+            sizes.append(int(running.store.index.totals()["bytes"]))
             tokens.append(reply.metrics.prompt_tokens)
     with opened(model, n_ctx=4096) as context:
         count = tokens[-1]
