@@ -200,7 +200,7 @@ class _Chat:
         else:
             _note(figures(stream.metrics))
             if stream.metrics.left_out_tokens:
-                _note(overflow(stream.metrics, moved=self._engine.context.can_shift))
+                _note(overflow(stream.metrics, moved=self._engine.context.memory.moves))
         if not self._reader.interactive and (stream is None or stream.metrics.finish == "interrupted"):
             # Whoever pipes messages in wants to be rid of all of them.
             raise KeyboardInterrupt

@@ -163,7 +163,7 @@ class Engine:
                 loaded.chat_template, bos=loaded.special_text("bos"), eos=loaded.special_text("eos")
             )
             # Gaps between positions come from moving, which not every model's state allows.
-            positions = positions if self.context.can_shift else "packed"
+            positions = positions if self.context.memory.moves else "packed"
             self._planner_of = partial(_planner, loaded, template, positions, cells, usual, reuse)
             self.planner = self._planner_of(self.workspace)
             idle = partial(_refining_when_idle, self._spaces) if refine == "idle" else None

@@ -262,7 +262,7 @@ class Session:
             return history.n_tokens + new + room <= n_ctx and history.end + new + room <= known
 
         # What stays is evaluated again where it can't be moved: that is to happen rarely.
-        oldest = self.when_full == "oldest" and self._host.context.can_shift
+        oldest = self.when_full == "oldest" and self._host.context.memory.moves
         roles = [entry.role for entry in self.entries[: len(history)]]
         while not fits(room):
             # A question leaves with its answer.
@@ -304,7 +304,7 @@ class Session:
         history, rate = turn.history, self._workspace.prefill_rate
         self._begin(turn)
         answer.capture(turn.message[len(answer.plan.slices) - turn.known :], self._label)
-        if answer.metrics.left_out_tokens and rate and self._host.context.can_shift:
+        if answer.metrics.left_out_tokens and rate and self._host.context.memory.moves:
             moved = sum(history.size(index) for index in range(history.fixed, turn.before))
             answer.metrics.recompute_ms = moved / rate * 1000
 
@@ -352,7 +352,7 @@ class Session:
     def _replayed(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
         """The history of the first ``keep`` entries as it was then, and what follows from them for the next."""
         host = self._host
-        history = History(host.slices, movable=host.context.can_shift)
+        history = History(host.slices, movable=host.context.memory.moves)
         turns = Turns(host.template, host.model)
         # Where nothing stands before, every text begins with this.
         pending = empty() if host.model.bos is None else np.array([host.model.bos], np.int32)

@@ -80,7 +80,7 @@ class Lookup:
 
         It is exact for models whose states can't be moved, whatever ``reuse`` says.
         """
-        exact = reuse == "exact" or fidelity.exact or not self._workspace.context.can_shift
+        exact = reuse == "exact" or fidelity.exact or not self._workspace.context.memory.moves
         return plan_text(
             self._workspace,
             self._repair,
@@ -142,8 +142,7 @@ class _Planning:
         self._slices = workspace.slices
         self._layout = bound.layout
         self._exact = fidelity.exact
-        # A recurrent state can't be cut back to the tokens before the last.
-        self._cuts = workspace.context.can_shift
+        self._cuts = workspace.context.memory.cuts
         self._reuse = reuse
         self._packed = packed
         self._ends = ends

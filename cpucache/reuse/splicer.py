@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TypeAlias
 
@@ -69,7 +69,7 @@ class Splicer:
             self.reset(taken)
             taken.owner = owner
         taken.busy = True
-        taken.points = points if self.context.model.recurrent else None
+        taken.points = points if self.context.memory.points else None
         for slot in idle:
             if slot is not taken and slot.held:
                 self.reset(slot)
@@ -108,7 +108,7 @@ class Splicer:
         try:
             if fresh:
                 self.reset(slot)
-            spans = list(plan.spans) if fresh else self._keep(slot, plan, report)
+            spans = list(plan.spans) if fresh else self._keep(slot, plan, state, report)
             report.splice_ms += _since(started)
             for group in _grouped(spans, len(self.free)):
                 yield from self._join(slot, group, state, report, progress)
@@ -161,13 +161,13 @@ class Splicer:
     def capture(self, slot: Slot, slice_: Slice) -> Bytes | None:
         """The state of a slice whose tokens a slot has evaluated: they count as the slice from then on.
 
-        ``None`` when the slot holds something else there, or before.
+        ``None`` when the slot holds something else there, or before, or what stood in a window has been overwritten.
         """
         if slice_.delta or not slot.recognise(slice_):
             return None
         self.context.remove(self.scratch)
         self.context.share(slot.sequence, self.scratch, slice_.start, slice_.end)
-        state = self.context.save(self.scratch)
+        state = self.context.save(self.scratch) if self._whole(self.scratch, [slice_.span]) else None
         self.context.remove(self.scratch)
         return state
 
@@ -175,15 +175,19 @@ class Splicer:
         """The recurrent state of a slot."""
         return self.context.save_point(slot.sequence)
 
-    def _keep(self, slot: Slot, plan: Plan, report: Spliced) -> list[Span]:
+    def _keep(self, slot: Slot, plan: Plan, state: State, report: Spliced) -> list[Span]:
         """Cut a slot back to what it shares with ``plan``; gives the spans that are still to come."""
         self._adopt(slot, plan)
         self._close_up(slot, plan)
-        shared = slot.shared(plan)
-        rest = list(plan.spans[shared:])
-        end = plan.spans[shared - 1].end if shared else 0
-        if rest and shared < len(slot.held):
-            common = slot.evaluated(shared, rest[0])
+        stays = slot.stays(plan)
+        rest = list(plan.spans[stays:])
+        end = plan.spans[stays - 1].end if stays else 0
+        if slot.points:
+            if end and end < slot.end:
+                # What the cells behind it hold is taken off below: a state can be put before them, not taken back.
+                self._load_point(slot.points, slot.sequence, plan.spans[stays - 1], state)
+        elif rest and stays < len(slot.held):
+            common = slot.evaluated(stays, rest[0])
             # The last token of all is evaluated in any case, for its logits.
             common = min(common, len(rest[0].tokens) - (len(rest) == 1))
             if common:
@@ -200,7 +204,7 @@ class Splicer:
 
     def _adopt(self, slot: Slot, plan: Plan) -> None:
         """Where another slot holds more of the head of ``plan``, share its cells."""
-        if not self.context.can_shift or self.context.model.window:
+        if not self.context.memory.cuts:
             return
         other = max((each for each in self.slots if each.owner == slot.owner), key=lambda each: each.shared(plan))
         shared = other.shared(plan)
@@ -208,6 +212,8 @@ class Splicer:
             self.reset(slot)
             slot.held = list(plan.spans[:shared])
             self.context.share(other.sequence, slot.sequence, 0, slot.end)
+            if not self._whole(slot.sequence, slot.held):
+                self.reset(slot)
 
     def _close_up(self, slot: Slot, plan: Plan) -> None:
         """Where ``plan`` leaves out what stands in the middle of a slot, move the rest down in place.
@@ -215,7 +221,7 @@ class Splicer:
         So a truncated conversation costs one rotation of keys: nothing is evaluated, and nothing loaded.
         """
         begin = slot.shared(plan)
-        if begin >= min(len(slot.held), len(plan.spans)) or not self.context.can_shift or self.context.model.window:
+        if begin >= min(len(slot.held), len(plan.spans)) or not self.context.memory.moves:
             return
         # Cells that belong to another slot as well would move there, too.
         if any(other.held for other in self.slots if other is not slot):
@@ -235,6 +241,8 @@ class Splicer:
                 self.context.remove(slot.sequence, gap, held.start)
                 self.context.shift(slot.sequence, delta, held.start)
                 slot.held[begin:] = [span.moved(delta) for span in staying]
+                if not self._whole(slot.sequence, slot.held):
+                    self.reset(slot)
             return
 
     def _cut(self, slot: Slot, end: int) -> bool:
@@ -242,11 +250,23 @@ class Splicer:
         # Emptied even where it should be empty: an error may have come within ``reset``.
         if end and end == slot.end:
             return True
-        # A sliding window's cells before ``end`` may be gone already, overwritten or never saved.
-        if end == 0 or self.context.model.window or not self.context.remove(slot.sequence, end):
+        held = [replace(span, tokens=span.tokens[: end - span.start]) for span in slot.held if span.start < end]
+        if end == 0 or not self.context.remove(slot.sequence, end) or not self._whole(slot.sequence, held):
             self.reset(slot)
             return False
         return True
+
+    def _whole(self, sequence: int, spans: Sequence[Span]) -> bool:
+        """Whether a sequence that holds some spans has all of them that its next token looks back on.
+
+        Cells that have left a sliding window are overwritten when that suits llama.cpp, even though there is room.
+        """
+        if not self.context.memory.window:
+            return True
+        end = spans[-1].end
+        first = end - self.context.memory.window
+        inside = (span.end - max(span.start, first) for span in spans if span.end > first)
+        return self.context.whole(sequence, end, sum(inside))
 
     def _join(
         self, slot: Slot, parts: Sequence[_Part], state: State, report: Spliced, progress: Step | None
@@ -286,8 +306,10 @@ class Splicer:
         # llama.cpp compares the shapes in the state's header with the model's, but takes whatever positions it finds.
         loaded = self.context.load(self.scratch, saved)
         end = start + len(span.slice.tokens)
-        # Of a recurrent model it tells the position of what is loaded later.
-        if not loaded or not (self.context.model.recurrent or self.context.last_position(self.scratch) == end - 1):
+        # Where there are points it tells the position of what is loaded later.
+        if not loaded or not (slot.points or self.context.last_position(self.scratch) == end - 1):
+            raise Refused(span.slice)
+        if not self._whole(self.scratch, [span.slice.span.moved(start - span.slice.start)]):
             raise Refused(span.slice)
         if not span.whole:
             self.context.remove(self.scratch, start + len(span.tokens))
@@ -304,14 +326,18 @@ class Splicer:
 
     def _borrow(self, slot: Slot, span: Span, sequence: int) -> bool:
         """Share the cells of another slot that holds the same slice at the same position."""
-        if not self.context.can_shift or self.context.model.window:
+        if not self.context.memory.cuts:
             return False
         others = (each for each in self.slots if each is not slot)
         owner = next((each for each in others if any(span.same(held) for held in each.held)), None)
         if owner is None:
             return False
-        self.context.share(owner.sequence, sequence, span.start, span.end)
-        return True
+        self.context.share(owner.sequence, self.scratch, span.start, span.end)
+        whole = self._whole(self.scratch, [span])
+        if whole:
+            self.context.share(self.scratch, sequence)
+        self.context.remove(self.scratch)
+        return whole
 
     def _moved(self, state: Bytes, delta: int) -> Bytes | None:
         self._learn(state)

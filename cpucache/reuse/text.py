@@ -98,7 +98,7 @@ def _segments(workspace: Workspace, text: Text, begin: int) -> list[_Segment]:
     for end in ends[:-1]:
         found.append(_Segment(begin, text.tokens[begin:end]))
         begin = end
-    if workspace.slices.recurrent and begin < len(text.tokens) - 1:
+    if workspace.slices.memory.points and begin < len(text.tokens) - 1:
         # The state before the last token is not to be had once that has been evaluated.
         found.append(_Segment(begin, text.tokens[begin:-1]))
         begin = len(text.tokens) - 1

@@ -43,7 +43,7 @@ class Workspace:
         self.context = context
         self.store = store
         self.slices = slices
-        slices.recurrent = context.model.recurrent
+        slices.memory = context.memory
         self._splicer = Splicer(context, slots)
         self._encoder = Encoder(self._splicer, slices)
         self.prefill_rate: float | None = None
@@ -53,7 +53,7 @@ class Workspace:
         """The same context and store, for the slices of a namespace."""
         other = copy.copy(self)
         other.slices = slices
-        slices.recurrent = self.slices.recurrent
+        slices.memory = self.slices.memory
         other._encoder = Encoder(self._splicer, slices)
         return other
 
@@ -78,7 +78,7 @@ class Workspace:
 
     def loaded(self, slices: Sequence[Slice]) -> Sequence[Slice]:
         """Consecutive slices, and what else is loaded with them: the recurrent state behind the last."""
-        point = self.slices.point(slices[-1]) if slices and self.slices.recurrent else None
+        point = self.slices.point(slices[-1]) if slices and self.slices.memory.points else None
         return [*slices, point] if point and point.key in self.store else slices
 
     def missing(self, slices: Iterable[Slice], held: Collection[Slice] = ()) -> list[Slice]:
@@ -104,7 +104,7 @@ class Workspace:
         last: Slice | None = None
         for last in slices:
             add(last)
-        if last and self.slices.recurrent and last not in held and self.slices.point(last).key not in self.store:
+        if last and self.slices.memory.points and last not in held and self.slices.point(last).key not in self.store:
             needed[last] = None
         return list(needed)
 
@@ -169,7 +169,7 @@ class Workspace:
         started = waiting = time.monotonic()
         # Kept at hand besides the wanted: contexts of what comes later. A small store may drop any of them for what is
         # made now.
-        first = missing[:1] if self.slices.recurrent else missing
+        first = missing[:1] if self.slices.memory.points else missing
         keep = {*wanted, *(other for slice_ in first for other in slice_.needs)}
         for slice_ in keep.difference(missing, held):
             self._held(states, slice_)
@@ -213,7 +213,7 @@ class Workspace:
 
     def _claim(self, slice_: Slice) -> str:
         """The key that is claimed for making a slice, or the recurrent state behind one that is there."""
-        again = self.slices.recurrent and slice_.key in self.store
+        again = self.slices.memory.points and slice_.key in self.store
         return self.slices.point(slice_).key if again else slice_.key
 
     def _keep(self, made: Made, schema: str) -> None:
@@ -254,22 +254,21 @@ class Workspace:
 
     def _check_can_be_made(self, slices: Iterable[Slice]) -> None:
         """What attends to everything before it is made where it stands, with any model. The rest has to be moved."""
-        if not self.context.can_shift and not all(slice_.chained for slice_ in slices):
+        if not self.context.memory.moves and not all(slice_.chained for slice_ in slices):
             raise self._rigid()
 
     def _check_can_be_spliced(self, plan: Plan) -> None:
-        if self.context.can_shift:
-            return
-        for span in plan.spans:
-            if span.slice and (span.relation != "exact" or span.delta or not span.whole):
+        memory = self.context.memory
+        for span in () if memory.moves else plan.spans:
+            if span.slice and (span.relation != "exact" or span.delta or not (span.whole or memory.cuts)):
                 raise self._rigid()
 
     def _rigid(self) -> ModelError:
         model = self.context.model
-        kind = "keeps a recurrent state" if model.recurrent else "ties what it knows to absolute positions"
         return ModelError(
-            f"{model.path.name}: a {model.architecture} model {kind}, so that modules can't be spliced into it; "
-            "use --fidelity high, which reuses whole combinations of them, or --no-cache (use_cache=False)"
+            f"{model.path.name}: a {model.architecture} model {self.context.memory.fixed}, so that modules can't be "
+            "spliced into it; use --fidelity high, which reuses whole combinations of them, or --no-cache "
+            "(use_cache=False)"
         )
 
     # -- prompts -----------------------------------------------------------------------------------------------------
@@ -302,10 +301,8 @@ class Workspace:
             known = 0 if fresh else self._splicer.known(planned, slot.owner)
             self._check_can_be_spliced(planned)
             with self.store.using(self.keys(planned)):
-                shared = 0 if fresh else slot.shared(planned)
-                if self.slices.recurrent and shared < len(slot.held):
-                    shared = 0  # its state has gone on
-                held = {span.slice for span in planned.spans[:shared] if span.slice}
+                stays = 0 if fresh else slot.stays(planned)
+                held = {span.slice for span in planned.spans[:stays] if span.slice}
                 wanted = [slice_ for slice_ in planned.slices if slice_ not in held]
                 missing = self.missing([*wanted, *planned.besides], states.keys() | held)
                 told = counting(progress, effort(missing) + planned.n_tokens - planned.n_cached)
@@ -327,7 +324,7 @@ class Workspace:
         made = sum(len(span.tokens) for span in planned.spans if span.slice in encoded.made)
         # What stands before slices made on the way was evaluated with them.
         evaluated = made + max(spliced.evaluated, planned.n_tokens - planned.n_cached - known)
-        if self.slices.recurrent:
+        if self.slices.memory.points:
             # So are tokens between the recurrent state that was gone on from and them.
             evaluated = max(evaluated, min(counted, planned.n_tokens))
         self._learn_rate(encoded.tokens + spliced.evaluated, encoded.seconds + spliced.prefill_ms / 1000)
@@ -375,7 +372,7 @@ class Workspace:
                 seconds = len(slice_.tokens) / (self.prefill_rate or 100.0)
                 self._keep(Made(slice_, state, seconds), schema)
                 taken += state.nbytes
-                if self.slices.recurrent and slice_.end == slot.end:
+                if self.slices.memory.points and slice_.end == slot.end:
                     state = self._splicer.capture_point(slot)
                     self._keep(Made(self.slices.point(slice_), state, seconds), schema)
                     taken += state.nbytes

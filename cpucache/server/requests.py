@@ -34,6 +34,6 @@ class Requests:
         service = self._service
         records = service.tenant(request).records
         record = records.find(identity)
-        movable = service.engine.context.can_shift
+        movable = service.engine.context.memory.moves
         why = await asyncio.to_thread(told, record, records, service.settings, movable=movable)
         return {**record.as_dict(), "why": why}

@@ -184,7 +184,7 @@ def test_models_whose_states_can_t_be_moved_stay_exact(arch: str, tiny: Tiny, tm
     other = [*PARAGRAPHS[4:], *PARAGRAPHS[:4]]
     with engine(tiny(arch), tmp_path, n_ctx=2048) as running:
         asked_about(running, PARAGRAPHS, reuse="anywhere")
-        assert asked_about(running, other, reuse="anywhere").exact == (not running.context.can_shift)
+        assert asked_about(running, other, reuse="anywhere").exact == (not running.context.memory.moves)
 
 
 # ---- made exact ------------------------------------------------------------------------------------------------------

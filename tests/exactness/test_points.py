@@ -162,3 +162,28 @@ def test_a_state_that_is_gone_is_made_again(arch: str, tiny: Tiny, tmp_path: Pat
         assert again.fresh == first.fresh
     with engine(tiny(arch), tmp_path) as running:
         assert said(running, running.stream(text=message(1, 100), max_tokens=3)).fresh == 1
+
+
+@pytest.mark.parametrize("arch", RECURRENT_ARCHS)
+def test_a_session_goes_back_by_a_state_alone(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+    """The cells before what is left out stay where they are: one state is read, and no cells."""
+    model = plain_spoken(tiny(arch))
+    with engine(model, tmp_path) as running, truth(model) as true:
+        session = running.session("s", system=SYSTEM["content"])
+        for number in range(4):
+            said(running, session.stream(message(number, 20), max_tokens=5))
+        read: list[str] = []
+        get = running.store.get
+
+        def noting(key: str) -> object:
+            read.append(key)
+            return get(key)
+
+        running.store.get = noting  # type: ignore[method-assign, assignment]
+        edited = said(running, session.edit(3, "Something else?", max_tokens=4))
+        true.check(arch, edited)
+        assert edited.fresh < 40
+        running.store.flush()
+        assert running.store.index is not None
+        tokens = {row.key: row.info.tokens for row in running.store.index.rows()}
+        assert [tokens[key] for key in read] == [0]

@@ -137,8 +137,8 @@ def test_a_prompt_is_what_full_prefill_is(arch: str, kind: str, tiny: Tiny, tmp_
             known = Known(arch)
             assert known.ask(running, first) == count
             left = known.ask(running, again)
-            # All of it is in the context, which a recurrent model's state has left behind, and a window may have.
-            assert again.fresh == (left if arch in (*RECURRENT_ARCHS, "gemma3") else 1)
+            # All of it is in the context, which a recurrent model's state has left behind.
+            assert again.fresh == (left if arch in RECURRENT_ARCHS else 1)
             same(again, full, arch)
             asked(running, text="Something else.")
             third = asked(running, **request)

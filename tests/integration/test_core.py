@@ -116,12 +116,11 @@ def test_modules_at_the_same_position_share_their_cells(arch: str, tiny: Tiny, t
         streams = [running.stream(prompt, max_tokens=10) for prompt in PROMPTS]
         begin(*streams)
         assert [stream.reply().text for stream in streams] == alone
-        if arch != "gemma3":  # a sliding window's cells may be gone
-            same = [running.stream(PROMPTS[0], max_tokens=100) for _ in range(4)]
-            loads.clear()
-            begin(*same)
-            assert len({stream.reply().text for stream in same}) == 1
-            assert not any(loads)
+        same = [running.stream(PROMPTS[0], max_tokens=100) for _ in range(4)]
+        loads.clear()
+        begin(*same)
+        assert len({stream.reply().text for stream in same}) == 1
+        assert not any(loads)
 
 
 def test_a_prompt_that_comes_meanwhile_does_not_hold_answers_up(parallel: Engine) -> None:

@@ -105,9 +105,9 @@ def _add_gpt_oss(writer: gguf.GGUFWriter, weights: Weights, shape: Shape) -> Non
     for i in range(shape.n_layer):
         block = f"blk.{i}"
         weights.norm(f"{block}.attn_norm", shape.n_embd)
-        separate_qkv(weights, block, shape, qk_gain=QK_GAIN, bias=True)
+        separate_qkv(weights, block, shape, qk_gain=2.0, bias=True)
         weights.normal(f"{block}.attn_output.bias", shape.n_embd, std=0.1)
-        weights.normal(f"{block}.attn_sinks.weight", shape.n_head, std=1.0)
+        weights.normal(f"{block}.attn_sinks.weight", shape.n_head, std=1.0, mean=-1.0)
         weights.norm(f"{block}.post_attention_norm", shape.n_embd)
         experts(writer if i == 0 else None, weights, "gpt-oss", block, shape, bias=True)
 

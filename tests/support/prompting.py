@@ -15,7 +15,7 @@ from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Schema
 from cpucache.reuse import Fidelity, Lookup, Plan, Prefill, Repair, Slice, Slices, reading
 from cpucache.reuse.reports import Made
-from cpucache.runtime import Context, KVType
+from cpucache.runtime import Context, KVType, Memory
 from cpucache.store import Store
 from tests.support.cutting import every
 from tests.support.letters import Letters
@@ -104,7 +104,7 @@ def planning(
 ) -> Iterator[Prompting]:
     """Prompts that are planned only: there is no model, and slices are listed in a store without being evaluated."""
     letters = letters or Letters(n_ctx_train=1 << 20)
-    context: Any = SimpleNamespace(can_shift=True, model=SimpleNamespace(path=Path("none.gguf"), recurrent=False))
+    context: Any = SimpleNamespace(memory=Memory(), model=SimpleNamespace(path=Path("none.gguf")))
     with Store(None, ram_budget=PLENTY) as store:
         workspace = Desk(context, store, Slices("model", "format", every()))
         layout = SchemaLayout(schema, letters, ChatTemplate(template), positions)

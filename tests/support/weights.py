@@ -85,16 +85,16 @@ def feed_forward(weights: Weights, block: str, shape: Shape, *, gate: bool) -> N
     weights.matrix(f"{block}.ffn_down", shape.n_embd, shape.n_ff)
 
 
-_EXPERTS, _USED = 4, 2
+_EXPERTS = 4
 
 
 def experts(
     writer: gguf.GGUFWriter | None, weights: Weights, arch: str, block: str, shape: Shape, *, bias: bool = False
 ) -> None:
-    """Four experts, two of which are used for each token. ``writer``: notes that, once."""
-    size = shape.n_ff // _USED
+    """Four experts, all used for each token: rounding must not choose others. ``writer``: notes that, once."""
+    size = shape.n_ff // 2
     if writer:
-        for name, number in (("count", _EXPERTS), ("used_count", _USED), ("feed_forward_length", size)):
+        for name, number in (("count", _EXPERTS), ("used_count", _EXPERTS), ("feed_forward_length", size)):
             writer.add_uint32(f"{arch}.expert_{name}", number)
     weights.matrix(f"{block}.ffn_gate_inp", _EXPERTS, shape.n_embd)
     for name, outputs, inputs in (

@@ -20,7 +20,7 @@ from cpucache.layout.vocabulary import joined
 from cpucache.reuse import OnProgress, Plan, Prefill, Slice, Slices, Span, Workspace
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import drive
-from cpucache.runtime import Context, KVType, Model, Run
+from cpucache.runtime import Context, KVType, Memory, Model, Run
 from cpucache.store import Store
 from tests.support.cutting import every
 from tests.support.tiny import BYTES
@@ -72,7 +72,7 @@ class Desk(Workspace):
     @property
     def only(self) -> Slot:
         slot = self._splicer.slots[0]
-        slot.points = self.points if self.context.model.recurrent else None
+        slot.points = self.points if self.context.memory.points else None
         return slot
 
     def encode(self, slices: Iterable[Slice], *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]
@@ -156,7 +156,7 @@ def bench(
 
 def planning() -> Workspace:
     """A workspace to plan with and nothing else: it has no llama.cpp context, and no slice has been made."""
-    context: Any = SimpleNamespace(can_shift=True, model=SimpleNamespace(recurrent=False))
+    context: Any = SimpleNamespace(memory=Memory())
     return Workspace(context, Store(None, ram_budget=PLENTY), SLICES)
 
 

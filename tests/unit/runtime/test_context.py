@@ -163,7 +163,7 @@ def test_what_can_be_spliced_is_known(tiny: TinyModel) -> None:
     for arch, can in (("llama", True), ("mpt", True), ("mamba", False)):
         with Model(tiny(arch)) as model:
             context = Context(model, n_ctx=64, n_threads=1)
-            assert context.can_shift == can
+            assert context.memory.moves == can
             context.close()
 
 
