@@ -25,6 +25,7 @@ from cpucache.errors import ContextFull, InputError, PMLError
 from cpucache.layout.vocabulary import Tokens, joined
 from cpucache.pml import parse_schema
 from cpucache.reuse import Plan, Span
+from cpucache.reuse.way import answer, nothing
 from cpucache.runtime import Sampling
 from cpucache.store import Store
 
@@ -294,7 +295,7 @@ def _evaluated_once(engine: Engine, text: Tokens) -> float:
     engine.forget()
     started = time.perf_counter()
     plan = Plan((Span(0, text),))
-    engine.host.do(lambda slot, _: engine.workspace.prefill(slot, lambda: plan, fresh=True))
+    engine.host.do(lambda slot, _: answer(engine.workspace, lambda: plan, nothing, slot=slot, fresh=True))
     return (time.perf_counter() - started) * 1000
 
 

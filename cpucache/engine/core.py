@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from cpucache.engine.request import Priority, Request
@@ -13,6 +14,7 @@ from cpucache.engine.scheduler import Job, Scheduler
 from cpucache.errors import ContextFull, CpucacheError
 from cpucache.reuse.work import Execution
 from cpucache.runtime import Batch, Context, Stopped
+from cpucache.stages import profiled
 
 PAUSE = 1.0
 """Seconds without a request after which the machine counts as idle."""
@@ -161,8 +163,11 @@ class Core:
             for job in jobs:
                 self._fail(job, error)
             return
-        scheduler.learn(chunk, time.perf_counter() - started)
+        took = time.perf_counter() - started
+        scheduler.learn(chunk, took)
         for job in jobs:
+            if job.request.profile is not None:
+                job.request.profile.add("decode", took)
             work = job.execution.work
             if work.progress and chunk and job is scheduler.prefill:
                 work.progress(chunk)
@@ -188,7 +193,8 @@ class Core:
         """Let a job go on. What it raises is its caller's."""
         request, execution = job.request, job.execution
         try:
-            step()
+            with nullcontext() if request.profile is None else profiled(request.profile):
+                step()
         except ContextFull as error:
             alone = len(self._scheduler.running) == 1 or request.cells is None
             if alone or job is not self._scheduler.prefill:

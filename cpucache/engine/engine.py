@@ -60,6 +60,7 @@ from cpucache.runtime import Context, KVType, Model, Sampling
 from cpucache.runtime.hardware import on_mains
 from cpucache.runtime.packing import AT_REST, AtRest, Packing
 from cpucache.sessions import Transcripts, default_sessions
+from cpucache.stages import stage
 from cpucache.store import Fingerprints, Store, default_home
 
 Refine: TypeAlias = Literal["off", "idle"]
@@ -419,7 +420,8 @@ class Engine:
         Raises ``PMLError``, ``InputError`` or ``ContextFull``.
         """
         started = time.perf_counter()
-        question = self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse)
+        with stage("plan"):
+            question = self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse)
         question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
         saving = Saving(self.workspace, question) if use_cache else None
         return self.host.answer(

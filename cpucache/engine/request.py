@@ -11,6 +11,7 @@ from typing import Generic, TypeAlias, TypeVar
 from cpucache.errors import CpucacheError
 from cpucache.reuse import OnProgress
 from cpucache.reuse.work import Task
+from cpucache.stages import current
 
 T = TypeVar("T")
 Event: TypeAlias = "str | tuple[int, int] | None"
@@ -47,6 +48,8 @@ class Request(Generic[T]):
         self.task = task
         self.cells = cells
         self.priority = priority
+        self.profile = current()
+        """Told where its time goes, if anybody asked."""
         self.cancelled = False
         """Whether it is to end as soon as possible."""
         self.begun = False

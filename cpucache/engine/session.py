@@ -30,6 +30,7 @@ from cpucache.layout.vocabulary import empty, joined
 from cpucache.reuse import History, OnProgress, Slice, Span
 from cpucache.runtime import Sampling
 from cpucache.sessions import Entry, Transcripts
+from cpucache.stages import stage
 
 WhenFull: TypeAlias = Literal["oldest", "half", "refuse"]
 WHEN_FULL: tuple[WhenFull, ...] = ("oldest", "half", "refuse")
@@ -224,7 +225,8 @@ class Session:
         self._make_room(history, len(new), max_tokens)
         number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
         slices = self._host.slices
-        plan = slices.plan(history.spans, new, f"turn {number}")
+        with stage("plan"):
+            plan = slices.plan(history.spans, new, f"turn {number}")
         # The last token is evaluated in any case, and its logits give the answer: it goes with the answer.
         message = slices.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
         opening = new[-1:] if text is not None else new

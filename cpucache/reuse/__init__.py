@@ -7,7 +7,7 @@ from cpucache.reuse.progress import OnProgress
 from cpucache.reuse.reading import reading, scaffolded
 from cpucache.reuse.refine import asked, refine, text_parts
 from cpucache.reuse.repair import Repair
-from cpucache.reuse.reports import Encoded, Prefill
+from cpucache.reuse.reports import Encoded, Metrics
 from cpucache.reuse.slices import Plan, Slice, Slices, Span
 from cpucache.reuse.workspace import Workspace
 
@@ -20,9 +20,9 @@ __all__ = [
     "History",
     "Level",
     "Lookup",
+    "Metrics",
     "OnProgress",
     "Plan",
-    "Prefill",
     "Repair",
     "Reuse",
     "Slice",

@@ -14,6 +14,7 @@ from cpucache.reuse.repair import Repair
 from cpucache.reuse.slices import Plan, Relation, Slice, Span
 from cpucache.reuse.text import plan_text
 from cpucache.reuse.workspace import Workspace
+from cpucache.stages import stage
 from cpucache.store import SliceInfo, Store, text_id
 
 Reuse: TypeAlias = Literal["exact", "schema", "anywhere"]
@@ -71,9 +72,10 @@ class Lookup:
         """
         # Tokens recomputed could not be evaluated behind a gap.
         packed = bound.layout.packed or bool(packed) or fidelity.exact or fidelity.recompute > 0
-        planning = _Planning(self._workspace, bound, fidelity, reuse, packed=packed, ends=ends)
-        plan = Plan(tuple(planning.run()))
-        return plan if fidelity.exact else self._repaired(plan, fidelity)
+        with stage("look up"):
+            planning = _Planning(self._workspace, bound, fidelity, reuse, packed=packed, ends=ends)
+            plan = Plan(tuple(planning.run()))
+            return plan if fidelity.exact else self._repaired(plan, fidelity)
 
     def plan_text(self, text: Text, fidelity: Fidelity, reuse: Reuse) -> Plan:
         """The plan of a text without markup; see ``cpucache.reuse.text``.
@@ -81,13 +83,14 @@ class Lookup:
         It is exact for models whose states can't be moved, whatever ``reuse`` says.
         """
         exact = reuse == "exact" or fidelity.exact or not self._workspace.context.can_shift
-        return plan_text(
-            self._workspace,
-            self._repair,
-            replace(text, parts=()) if exact else text,
-            anywhere=reuse == "anywhere" and not exact,
-            recompute=fidelity.recompute,
-        )
+        with stage("look up"):
+            return plan_text(
+                self._workspace,
+                self._repair,
+                replace(text, parts=()) if exact else text,
+                anywhere=reuse == "anywhere" and not exact,
+                recompute=fidelity.recompute,
+            )
 
     def _repaired(self, plan: Plan, fidelity: Fidelity) -> Plan:
         """The plan with slices within the budget evaluated afresh, and the schema's closing text."""

@@ -13,7 +13,7 @@ import numpy as np
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, bind
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Schema
-from cpucache.reuse import Fidelity, Lookup, Plan, Prefill, Repair, Slice, Slices, reading
+from cpucache.reuse import Fidelity, Lookup, Metrics, Plan, Repair, Slice, Slices, reading
 from cpucache.reuse.encoder import Made
 from cpucache.runtime import Context, KVType
 from cpucache.store import Store
@@ -59,7 +59,7 @@ class Prompting:
             if slice_.key not in self.store:
                 self.workspace._keep(Made(slice_, np.zeros(1, np.uint8), 0.0), "s")
 
-    def answer(self, bound: Bound | str, fidelity: Fidelity | None = None, **settings: Any) -> tuple[Plan, Prefill]:
+    def answer(self, bound: Bound | str, fidelity: Fidelity | None = None, **settings: Any) -> tuple[Plan, Metrics]:
         """Get a prompt into the context; gives what was spliced, and what it took."""
         bound = self.bound(bound) if isinstance(bound, str) else bound
         return self.workspace.prefill(lambda: self.plan(bound, fidelity, **settings), "s")

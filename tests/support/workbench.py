@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpucache.layout.vocabulary import joined
-from cpucache.reuse import OnProgress, Plan, Prefill, Slice, Slices, Span, Workspace
+from cpucache.reuse import Metrics, OnProgress, Plan, Slice, Slices, Span, Workspace
 from cpucache.reuse.slot import Slot
+from cpucache.reuse.way import answer, nothing
 from cpucache.reuse.work import drive
 from cpucache.runtime import Context, KVType, Model, Run
 from cpucache.store import Store
@@ -71,15 +72,18 @@ class Desk(Workspace):
 
     @property
     def only(self) -> Slot:
-        slot = self._splicer.slots[0]
+        slot = self.splicer.slots[0]
         slot.points = self.points if self.context.model.recurrent else None
         return slot
 
     def encode(self, slices: Iterable[Slice], *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]
         return drive(self.context, super().encode(self.only, slices, *arguments, **settings))
 
-    def prefill(self, plan: Callable[[], Plan], *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]
-        return drive(self.context, super().prefill(self.only, plan, *arguments, **settings))
+    def prefill(self, plan: Callable[[], Plan], label: str = "", **settings: Any) -> tuple[Plan, Metrics]:
+        """Get a plan into the slot; gives it, and what it took."""
+        metrics = Metrics()
+        way = answer(self, plan, nothing, slot=self.only, label=label, metrics=metrics, **settings)
+        return drive(self.context, way), metrics
 
     def append(self, tokens: Tokens) -> None:  # type: ignore[override]
         drive(self.context, super().append(self.only, tokens))
@@ -95,7 +99,7 @@ class Bench:
     workspace: Desk
     truth: Context
 
-    def prefill(self, plan: Plan, progress: OnProgress | None = None, *, fresh: bool = False) -> Prefill:
+    def prefill(self, plan: Plan, progress: OnProgress | None = None, *, fresh: bool = False) -> Metrics:
         """What it took to get ``plan`` into the llama.cpp context."""
         return self.workspace.prefill(lambda: plan, progress=progress, fresh=fresh)[1]
 
