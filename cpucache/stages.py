@@ -27,6 +27,8 @@ class Profile:
         """Of the whole request."""
         self.first_ms: dict[Stage, float] | None = None
         """Until the first token of the answer; ``None``: there is none."""
+        self.before_ms = 0.0
+        """What was counted before the call."""
         self._open: list[Stage] = []
         self._since = 0.0
 
@@ -44,14 +46,26 @@ class Profile:
         """Count time that was measured elsewhere."""
         self.ms[stage] += seconds * 1000
 
+    def note_call(self) -> None:
+        """Note that the call begins whose time is measured."""
+        self.before_ms = sum(self.ms.values())
+
     def note_first(self) -> None:
         """Note that the first token of the answer is there."""
         if self.first_ms is None:
             self.first_ms = dict(self.ms)
 
-    def as_dict(self) -> dict[str, float]:
-        """Milliseconds until the first token, or of the whole request if there is none."""
-        return {stage: round(ms, 3) for stage, ms in (self.first_ms or self.ms).items()}
+    def split(self, ms: float, *, first: bool = True) -> dict[str, float]:
+        """Milliseconds by stage, and what is left of ``ms`` as ``rest``: waiting, saving, handing over.
+
+        Args:
+            ms: How long it took from the call on. What was parsed before the call comes on top.
+            first: Until the first token, instead of to the end.
+        """
+        spent = self.first_ms if first and self.first_ms is not None else self.ms
+        found: dict[str, float] = {name: round(each, 3) for name, each in spent.items()}
+        found["rest"] = round(max(0.0, ms + self.before_ms - sum(spent.values())), 3)
+        return found
 
     def _count(self) -> None:
         now = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -21,6 +22,7 @@ from cpucache.runtime import Sampler, Sampling
 from cpucache.runtime.context import Logits
 from cpucache.stages import current, stage
 
+_log = logging.getLogger("cpucache.engine")
 Hook: TypeAlias = "Callable[[Answer], None]"
 
 
@@ -114,8 +116,14 @@ class Answer:
             )
         finally:
             self._slot = None
-            self.metrics.total_ms = self._elapsed()
+            metrics = self.metrics
+            metrics.total_ms = self._elapsed()
             sampler.close()
+            _log.info(
+                "%s: %d of %d tokens from the cache, first token after %.1f ms, %d tokens in %.1f ms (%s)",
+                *(self._label, metrics.cached_tokens, metrics.prompt_tokens, metrics.ttft_ms),
+                *(metrics.completion_tokens, metrics.total_ms, metrics.finish),
+            )
 
     def _decode(self, sampler: Sampler, request: Request[None], slot: Slot, plan: Plan) -> Task[None]:
         """Choose token after token behind a prompt that has been evaluated."""

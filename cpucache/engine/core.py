@@ -41,6 +41,8 @@ class Core:
         self._inbox: list[Request[Any]] = []
         self._changed = threading.Condition()
         self._closing = False
+        self._told: Request[Any] | None = None
+        """The request of which the log says that it waits for cells."""
         self._thread = threading.Thread(target=self._run, name="cpucache-core", daemon=True)
         self._thread.start()
 
@@ -89,6 +91,8 @@ class Core:
                 else:
                     self._changed.wait(due)
             for request in self._inbox:
+                if self._scheduler.busy:
+                    _log.info("%s waits behind %d others", request.label, self._scheduler.count)
                 self._scheduler.add(request)
             self._inbox.clear()
             return not self._closing
@@ -120,6 +124,7 @@ class Core:
             self._close(job)
             self._end(job.request)
         elif job := self._scheduler.overtaken():
+            _log.info("%s makes way for a request of higher priority", job.request.label)
             self._close(job)
             if job.request is self._idling:
                 self._end(job.request)
@@ -135,7 +140,12 @@ class Core:
         """Begin the next request, if one may."""
         request = self._scheduler.next()
         if request is None:
+            due = self._scheduler.due
+            if due is not None and due is not self._told:
+                self._told = due
+                _log.info("%s waits for cells of the context, which the answers under way take", due.label)
             return
+        _log.debug("%s begins", request.label)
         job = self._scheduler.prefill = Job(request, Execution(request.task(request)))
         self._go(job, job.execution.start)
 
@@ -201,9 +211,11 @@ class Core:
                 request.end(error=error)
             else:
                 # Making slices that were missing took more cells than the prompt has: it begins again, alone.
+                _log.info("%s: the context is full; it begins again with nothing beside it", request.label)
                 request.cells = None
                 self._scheduler.add(request, first=True)
         except BaseException as error:  # whatever it is, this thread lives on
+            _log.debug("%s failed", request.label, exc_info=True)
             request.end(error=error)
         else:
             if execution.ended:

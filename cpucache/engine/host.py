@@ -100,7 +100,7 @@ class Host:
             at_end=at_end,
         )
         # One more, for the token that applies a shift.
-        request = Request(answer.task, cells=min(n_tokens + max_tokens + 1, self.context.n_ctx))
+        request = Request(answer.task, cells=min(n_tokens + max_tokens + 1, self.context.n_ctx), label=label)
         return Stream(answer, request, partial(self._begin, answer, request), progress)
 
     def _begin(self, answer: Answer, request: Request[None]) -> None:

@@ -18,7 +18,6 @@ from cpucache.pml import is_prompt, load_prompt, load_schema, parse_prompt, reso
 from cpucache.pml.tree import Prompt, Reference, RoleName, Schema, Turn
 from cpucache.reuse import REUSES, Fidelity, Level, Lookup, Plan, Reuse
 from cpucache.runtime import Model
-from cpucache.stages import stage
 
 Message: TypeAlias = Mapping[str, object]
 """``role`` and ``content``."""
@@ -247,11 +246,10 @@ def parsed_prompt(prompt: PMLPrompt) -> Prompt:
     """A PML prompt, parsed. Raises ``PMLError``, and ``InputError`` for what is none."""
     if isinstance(prompt, Prompt):
         return prompt
-    with stage("parse"):
-        if isinstance(prompt, Path):
-            return load_prompt(prompt)
-        if isinstance(prompt, str) and is_prompt(prompt):
-            return parse_prompt(prompt)
+    if isinstance(prompt, Path):
+        return load_prompt(prompt)
+    if isinstance(prompt, str) and is_prompt(prompt):
+        return parse_prompt(prompt)
     raise InputError(f'a PML prompt is text that begins with <prompt, a Path("...") or parsed, not {_shown(prompt)}')
 
 

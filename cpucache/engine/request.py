@@ -36,6 +36,7 @@ class Request(Generic[T]):
         task: Makes the task, and makes it anew where the request has to begin again.
         cells: Cells of the llama.cpp context that it needs at most; ``None``: all, so that it runs alone.
         priority: What is served first.
+        label: What the log calls it.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Request(Generic[T]):
         *,
         cells: int | None = None,
         priority: Priority = Priority.ANSWER,
+        label: str = "",
     ) -> None:
         self.task = task
+        self.label = label or priority.name.lower()
         self.cells = cells
         self.priority = priority
         self.profile = current()

@@ -59,6 +59,18 @@ class Scheduler:
         """Whether there is anything to do."""
         return bool(self.running) or any(self.waiting.values())
 
+    @property
+    def count(self) -> int:
+        """How many requests run or wait."""
+        return len(self.running) + sum(map(len, self.waiting.values()))
+
+    @property
+    def due(self) -> Request[Any] | None:
+        """The request whose turn it is, whether there are cells for it or not."""
+        if self.prefill or len(self.answers) >= self._slots:
+            return None
+        return next((queue[0] for queue in self.waiting.values() if queue), None)
+
     def add(self, request: Request[Any], *, first: bool = False) -> None:
         """Let a request wait, behind the others of its priority or as the first of them."""
         queue = self.waiting[request.priority]
@@ -75,12 +87,10 @@ class Scheduler:
 
     def next(self) -> Request[Any] | None:
         """The request that may begin now, which waits no longer."""
-        if self.prefill or len(self.answers) >= self._slots:
+        request = self.due
+        if request is None or not self._fits(request):
             return None
-        queue = next((queue for queue in self.waiting.values() if queue), None)
-        if queue is None or not self._fits(queue[0]):
-            return None
-        return queue.popleft()
+        return self.waiting[request.priority].popleft()
 
     def _fits(self, request: Request[Any]) -> bool:
         if not self.answers:

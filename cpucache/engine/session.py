@@ -7,6 +7,7 @@ today in this process or days later in another, evaluates what is new and nothin
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -35,6 +36,7 @@ from cpucache.stages import stage
 WhenFull: TypeAlias = Literal["oldest", "half", "refuse"]
 WHEN_FULL: tuple[WhenFull, ...] = ("oldest", "half", "refuse")
 MAX_TOKENS = 512
+_log = logging.getLogger("cpucache.engine")
 
 
 class Session:
@@ -275,7 +277,9 @@ class Session:
             ]
             if self.when_full == "refuse" or not ends:
                 break
-            history.leave_out(ends[0] if oldest else ends[(len(ends) - 1) // 2])
+            leaving = ends[0] if oldest else ends[(len(ends) - 1) // 2]
+            _log.info("session %s: its first %d messages leave the context", self.name, leaving)
+            history.leave_out(leaving)
         if fits(room if self.when_full == "refuse" else 1):
             return
         where = f"a context of {n_ctx}" if n_ctx <= known else f"the {known} positions that the model knows"

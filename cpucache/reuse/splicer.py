@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ SLOTS = SEQUENCES // 2
 """Slots of a context at most."""
 _ROWS = 16  # tokens whose logits are read at once
 
+_log = logging.getLogger("cpucache.reuse")
 State: TypeAlias = Callable[[Slice], Bytes]
 
 
@@ -66,12 +68,14 @@ class Splicer:
         idle = [slot for slot in self.slots if not slot.busy]
         taken = max(idle, key=lambda slot: slot.shared(plan) if slot.owner == owner else -1)
         if taken.owner != owner:
+            _log.debug("slot %d changes hands, and is emptied", taken.sequence)
             self.reset(taken)
             taken.owner = owner
         taken.busy = True
         taken.points = points if self.context.model.recurrent else None
         for slot in idle:
             if slot is not taken and slot.held:
+                _log.debug("slot %d, which is idle, is emptied: its cells would slow evaluation", slot.sequence)
                 self.reset(slot)
         return taken
 

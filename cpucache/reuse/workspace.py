@@ -232,13 +232,17 @@ class Workspace:
             if each.slice in keep:
                 states[each.slice] = each.state
 
-        todo = list(missing)
+        todo, told = list(missing), 0
         while todo:
             mine = self._claimed(todo)
             if not mine and not wait:
                 break
             if not mine and time.monotonic() - waiting > self.store.patience:
+                _log.info("another process has not made %d slices in %.0f s", len(todo), self.store.patience)
                 mine = todo
+            if mine or told != len(todo):
+                self._tell(mine, todo)
+                told = len(todo)
             try:
                 yield from self._encoder.encode(slot, mine, lambda slice_: self.state(states, slice_), made, progress)
             finally:
@@ -250,6 +254,14 @@ class Workspace:
             waiting = waiting if len(left) == len(todo) else time.monotonic()
             todo = left
         report.seconds += time.monotonic() - started
+
+    def _tell(self, mine: Sequence[Slice], todo: Sequence[Slice]) -> None:
+        """Log what is made now, and what is waited for."""
+        if not mine:
+            _log.debug("waits for %d slices that another process is making", len(todo))
+        elif _log.isEnabledFor(logging.INFO):
+            modules = ", ".join(dict.fromkeys(slice_.module or "(text)" for slice_ in mine))
+            _log.info("makes %d slices that are missing, %d tokens: %s", len(mine), effort(mine), modules)
 
     def _claimed(self, slices: Sequence[Slice]) -> list[Slice]:
         """Those of ``slices`` that this process is to make now: nobody else is at them, and their contexts exist."""

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "stages": set(),
     "database": {"private"},
     "resources": {"errors"},
-    "pml": {"errors"},
+    "pml": {"errors", "stages"},
     "models": {"errors", "resources"},
     "store": {"errors", "private", "database"},
     "runtime": {"errors"},
