@@ -92,7 +92,7 @@ class Core:
                     self._changed.wait(due)
             for request in self._inbox:
                 if self._scheduler.busy:
-                    _log.info("%s waits behind %d others", request.label, self._scheduler.count)
+                    _log.info("%s waits; running or waiting before it: %d", request.label, self._scheduler.count)
                 self._scheduler.add(request)
             self._inbox.clear()
             return not self._closing

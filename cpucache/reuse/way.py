@@ -154,7 +154,7 @@ class _Filling:
         if _log.isEnabledFor(logging.INFO):
             here = sum(len(slice_.tokens) for slice_ in self._held)
             _log.info(
-                "%s: %d tokens: %d from slices (%d of them in the context), %d to evaluate, %d slices missing",
+                "%s: %d tokens: %d from slices (%d of them in the context), %d to evaluate; slices missing: %d",
                 *(self._label or "a prompt", plan.n_tokens, plan.n_cached, here, plan.n_tokens - plan.n_cached),
                 len(self._missing),
             )

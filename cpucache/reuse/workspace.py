@@ -238,7 +238,7 @@ class Workspace:
             if not mine and not wait:
                 break
             if not mine and time.monotonic() - waiting > self.store.patience:
-                _log.info("another process has not made %d slices in %.0f s", len(todo), self.store.patience)
+                _log.info("slices that another process has not made in %.0f s: %d", self.store.patience, len(todo))
                 mine = todo
             if mine or told != len(todo):
                 self._tell(mine, todo)
@@ -258,10 +258,10 @@ class Workspace:
     def _tell(self, mine: Sequence[Slice], todo: Sequence[Slice]) -> None:
         """Log what is made now, and what is waited for."""
         if not mine:
-            _log.debug("waits for %d slices that another process is making", len(todo))
+            _log.debug("waits for slices that another process is making: %d", len(todo))
         elif _log.isEnabledFor(logging.INFO):
             modules = ", ".join(dict.fromkeys(slice_.module or "(text)" for slice_ in mine))
-            _log.info("makes %d slices that are missing, %d tokens: %s", len(mine), effort(mine), modules)
+            _log.info("makes missing slices: %d, of %d tokens: %s", len(mine), effort(mine), modules)
 
     def _claimed(self, slices: Sequence[Slice]) -> list[Slice]:
         """Those of ``slices`` that this process is to make now: nobody else is at them, and their contexts exist."""

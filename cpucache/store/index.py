@@ -191,12 +191,12 @@ class Index:
                         (key, time.time(), info.model, info.schema, size),
                     )
                     self._forget()
-                    why = "others keep more here" if smaller else "what is there is pinned or in use"
-                    _log.info("no room on disk for %.8s: %d bytes of %d, and %s", key, size, budget, why)
+                    why = "it is larger" if size > budget else "others keep more" if smaller else "the rest is in use"
+                    _log.info("no room on disk for %.8s, %d bytes of a budget of %d: %s", key, size, budget, why)
                     return False
                 leaving = self._doom(victims)
             freed = sum(victim.bytes for victim in victims)
-            _log.info("%d slices, worth least, leave the disk for %.8s: %d bytes", len(victims), key, freed)
+            _log.info("slices worth least leave the disk for %.8s: %d of them, %d bytes", key, len(victims), freed)
             self._evict(victims, leaving, delete)
 
     def shrink(self, budget: int, delete: Callable[[str], None], *, given: bool = False) -> int:

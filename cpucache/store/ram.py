@@ -56,10 +56,10 @@ class RAM:
                     leaving.append(other)
                     excess -= there.nbytes
             if excess > 0:
-                _log.debug("%.8s finds no room in memory: %d bytes of %d", key, state.nbytes, self.budget)
+                _log.debug("no room in memory for %.8s: %d bytes of a budget of %d", key, state.nbytes, self.budget)
                 return
             for other in leaving:
-                _log.debug("%.8s, used least lately, leaves memory for %.8s", other, key)
+                _log.debug("%.8s leaves memory, as used least lately, for %.8s", other, key)
                 self.drop(other)
             self._states[key] = state
             self.used += state.nbytes
