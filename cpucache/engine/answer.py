@@ -86,9 +86,9 @@ class Answer:
         self._workspace = workspace
         self._slot: Slot | None = None
         self._sampling = sampling
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._started = started
-        self._label = label
+        self.label = label
         self._use_cache = use_cache
         self._at_start = at_start
         self._at_first = at_first
@@ -109,7 +109,7 @@ class Answer:
                 self._workspace,
                 self.planned,
                 partial(self._decode, sampler, request),
-                label=self._label,
+                label=self.label,
                 progress=request.progress,
                 metrics=self.metrics,
                 fresh=not self._use_cache,
@@ -121,7 +121,7 @@ class Answer:
             sampler.close()
             _log.info(
                 "%s: %d of %d tokens from the cache, first token after %.1f ms, %d tokens in %.1f ms (%s)",
-                *(self._label, metrics.cached_tokens, metrics.prompt_tokens, metrics.ttft_ms),
+                *(self.label, metrics.cached_tokens, metrics.prompt_tokens, metrics.ttft_ms),
                 *(metrics.completion_tokens, metrics.total_ms, metrics.finish),
             )
 
@@ -142,7 +142,7 @@ class Answer:
         context, metrics = self._workspace.context, self.metrics
         out = TextStream(self._sampling.stops)
         positions = max(context.model.n_ctx_train, self.plan.end + 1) - self.plan.end
-        room = min(self._max_tokens, context.n_ctx - metrics.prompt_tokens, positions)
+        room = min(self.max_tokens, context.n_ctx - metrics.prompt_tokens, positions)
         while True:
             with stage("sample"):
                 token = context.sample(sampler, slot.index)

@@ -12,7 +12,6 @@ from typing import Any
 from cpucache.engine.request import Priority, Request
 from cpucache.engine.scheduler import Job, Scheduler
 from cpucache.errors import ContextFull, CpucacheError
-from cpucache.reuse.work import Execution
 from cpucache.runtime import Batch, Context, Stopped
 from cpucache.stages import profiled
 
@@ -146,13 +145,13 @@ class Core:
                 _log.info("%s waits for cells of the context, which the answers under way take", due.label)
             return
         _log.debug("%s begins", request.label)
-        job = self._scheduler.prefill = Job(request, Execution(request.task(request)))
-        self._go(job, job.execution.start)
+        job = self._scheduler.prefill = Job(request)
+        self._go(job, job.start)
 
     def _step(self) -> None:
         """Evaluate one batch, and let those go on whose work is done."""
         scheduler = self._scheduler
-        works = {job: list(job.execution.work.runs) for job in scheduler.running}
+        works = {job: list(job.work.runs) for job in scheduler.running}
         batch = Batch()
         jobs, chunk = scheduler.fill(batch)
         started = time.perf_counter()
@@ -164,7 +163,7 @@ class Core:
         except (Stopped, ContextFull) as error:
             # None of it has been evaluated.
             for job in jobs:
-                job.execution.work.runs = works[job]
+                job.work.runs = works[job]
             if isinstance(error, ContextFull):
                 # Answers have cells of their own: what took too many is the prefill.
                 self._fail(scheduler.prefill or jobs[-1], error)
@@ -178,11 +177,11 @@ class Core:
         for job in jobs:
             if job.request.profile is not None:
                 job.request.profile.add("decode", took)
-            work = job.execution.work
+            work = job.work
             if work.progress and chunk and job is scheduler.prefill:
                 work.progress(chunk)
             if not work.runs and not (job is scheduler.prefill and job.request.cancelled):
-                self._go(job, job.execution.go_on)
+                self._go(job, job.go_on)
 
     def _stop(self) -> bool:
         """Whether a lone prefill is to be stopped: it is cancelled, or has to make way."""
@@ -201,7 +200,7 @@ class Core:
     # -- what becomes of a request -----------------------------------------------------------------------------------
     def _go(self, job: Job, step: Callable[[], None]) -> None:
         """Let a job go on. What it raises is its caller's."""
-        request, execution = job.request, job.execution
+        request = job.request
         try:
             with nullcontext() if request.profile is None else profiled(request.profile):
                 step()
@@ -218,19 +217,19 @@ class Core:
             _log.debug("%s failed", request.label, exc_info=True)
             request.end(error=error)
         else:
-            if execution.ended:
-                request.end(execution.result)
+            if job.ended:
+                request.end(job.result)
         self._scheduler.advance(job)
-        if request.priority < Priority.REFINE and execution.ended:
+        if request.priority < Priority.REFINE and job.ended:
             self._idle_at = time.monotonic() + PAUSE
 
     def _fail(self, job: Job, error: CpucacheError) -> None:
-        self._go(job, lambda: job.execution.fail(error))
+        self._go(job, lambda: job.fail(error))
 
     def _close(self, job: Job) -> None:
         """End a task where it is."""
         try:
-            job.execution.close()
+            job.close()
         except Exception:
             _log.exception("a request failed when it was cancelled")
         self._scheduler.drop(job)

@@ -48,7 +48,7 @@ class Request(Generic[T]):
         label: str = "",
     ) -> None:
         self.task = task
-        self.label = label or priority.name.lower()
+        self.label = label or Priority(priority).name.lower()
         self.cells = cells
         self.priority = priority
         self.profile = current()

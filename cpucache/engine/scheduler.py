@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from cpucache.engine.request import Priority, Request
-from cpucache.reuse.work import Execution
+from cpucache.reuse.work import Work
 from cpucache.runtime import Batch
 
 HELD_UP = 2.0
@@ -17,12 +17,42 @@ _SMALLEST = 4
 _WEIGHT = 0.2  # of the newest measurement in an average
 
 
-@dataclass(eq=False)
 class Job:
-    """A request that runs."""
+    """A request that runs: its task, step by step."""
 
-    request: Request[Any]
-    execution: Execution[Any]
+    def __init__(self, request: Request[Any]) -> None:
+        self.request = request
+        self._task = request.task(request)
+        self.work = Work([])
+        """What it wants evaluated next."""
+        self.ended = False
+        self.result: Any = None
+
+    def start(self) -> None:
+        """Go on to the first work. Raises what the task raises."""
+        self._go(lambda: next(self._task))
+
+    def go_on(self) -> None:
+        """Go on, when its work has been evaluated, to the next, or the end. Raises what the task raises."""
+        self._go(lambda: self._task.send(self.work.index))
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the task that its work can't be evaluated. Raises what the task raises, usually ``error``."""
+        self._go(lambda: self._task.throw(error))
+
+    def close(self) -> None:
+        """End the task where it is."""
+        self.ended = True
+        self._task.close()
+
+    def _go(self, step: Callable[[], Work]) -> None:
+        try:
+            self.work = step()
+        except StopIteration as end:
+            self.ended, self.result = True, end.value
+        except BaseException:
+            self.ended = True
+            raise
 
 
 class Scheduler:
@@ -102,9 +132,9 @@ class Scheduler:
 
     def advance(self, job: Job) -> None:
         """Note what has become of a job that went on: its answer has begun, or it has ended."""
-        if job.execution.ended:
+        if job.ended:
             self.drop(job)
-        elif job is self.prefill and job.execution.work.answers:
+        elif job is self.prefill and job.work.answers:
             self.prefill = None
             self.answers.append(job)
 
@@ -118,10 +148,10 @@ class Scheduler:
     def fill(self, batch: Batch) -> tuple[list[Job], int]:
         """Fill a batch: a token of each answer, and a chunk of the prefill. Gives whose, and the size of the chunk."""
         for job in self.answers:
-            job.execution.work.fill(batch, self._batch)
+            job.work.fill(batch, self._batch)
         if self.prefill is None:
             return list(self.answers), 0
-        return self.running, self.prefill.execution.work.fill(batch, self._chunk() - batch.size)
+        return self.running, self.prefill.work.fill(batch, self._chunk() - batch.size)
 
     def _chunk(self) -> int:
         """Tokens of the next batch."""

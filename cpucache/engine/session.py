@@ -233,18 +233,18 @@ class Session:
         message = slices.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
         opening = new[-1:] if text is not None else new
         turn = Turn(text, keep, history, turns, message, opening, number, len(history), len(history.slices))
-        stream = self._host.answer(
+        answer = Answer(
+            self._workspace,
             lambda: plan,
             sampling or Sampling(),
             max_tokens=max_tokens,
             started=started,
             label=self._label,
-            n_tokens=plan.n_tokens,
-            progress=progress,
             at_start=lambda _answer: self._begin(turn) if keep == len(self.entries) else None,
             at_first=lambda answer: self._prefilled(turn, answer),
             at_end=lambda answer: self._keep(turn, answer),
         )
+        stream = Stream(self._host, answer, plan.n_tokens, progress)
         stream.metrics.left_out_tokens = before - history.n_tokens
         self._last = stream.request
         return stream

@@ -11,21 +11,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cpucache.engine.request import Request
+from cpucache.engine.scheduler import Job
 from cpucache.layout.vocabulary import joined
 from cpucache.reuse import Metrics, OnProgress, Plan, Slice, Slices, Span, Workspace
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.way import answer, nothing
-from cpucache.reuse.work import drive
-from cpucache.runtime import Context, KVType, Model, Run
+from cpucache.reuse.work import Task
+from cpucache.runtime import Batch, Context, KVType, Model, Run
 from cpucache.store import Store
 from tests.support.cutting import every
 from tests.support.tiny import BYTES
 
+T = TypeVar("T")
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
 
@@ -65,6 +68,26 @@ def opened(path: Path, kv_type: KVType = "f32", *, n_ctx: int = 1024) -> Iterato
             yield context
         finally:
             context.close()
+
+
+def drive(context: Context, task: Task[T]) -> T:
+    """Run a task to its end with nothing beside it; gives what it returns."""
+    job = Job(Request(lambda _: task))
+    job.start()
+    while not job.ended:
+        work = job.work
+        try:
+            while work.runs:
+                batch = Batch()
+                work.fill(batch, context.n_batch)
+                context.evaluate(batch)
+                if work.progress:
+                    work.progress(batch.size)
+        except BaseException as error:
+            job.fail(error)
+        else:
+            job.go_on()
+    return job.result  # type: ignore[no-any-return]
 
 
 class Desk(Workspace):

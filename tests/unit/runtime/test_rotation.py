@@ -13,13 +13,13 @@ import pytest
 
 from cpucache.reuse.slices import Plan, Slice, Span
 from cpucache.reuse.splicer import Splicer
-from cpucache.reuse.work import drive
 from cpucache.runtime import Context, Model, Run
 from cpucache.runtime.context import Bytes
 from cpucache.runtime.layout import Layout, UnknownLayout
 from cpucache.runtime.model import Tokens
 from cpucache.runtime.rotation import _DELTAS, Floats, _fit, _rotate, learn
 from tests.support.tiny import BYTES
+from tests.support.workbench import drive
 
 TinyModel = Callable[..., Path]
 
