@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import click
 from rich.markup import escape
 
 from cpucache.cli.compare import compare, comparison_table
-from cpucache.cli.console import err, kinds, out, printed, seconds, token_bar
+from cpucache.cli.console import err, kinds, out, printed, profile_table, seconds, token_bar
 from cpucache.cli.options import (
     engine_options,
     fidelity_options,
@@ -22,6 +22,7 @@ from cpucache.cli.options import (
 )
 from cpucache.cli.text import read_asked
 from cpucache.engine import Engine, Metrics, Sampling, Stream
+from cpucache.stages import Profile, profiled
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop")
 
@@ -35,6 +36,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed",
 @click.option("--raw", is_flag=True, help="Go on with the text as it is, instead of answering it as a message.")
 @click.option("--no-cache", is_flag=True, help="Evaluate every token of the prompt, reusing nothing.")
 @click.option("--compare", "comparing", is_flag=True, help="Answer twice, without the cache and with it, and compare.")
+@click.option("--profile", "profiling", is_flag=True, help="Tell where the time went, stage by stage.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the answer, counts and times.")
 def run(
     prompt: str,
@@ -44,6 +46,7 @@ def run(
     raw: bool,
     no_cache: bool,
     comparing: bool,
+    profiling: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -64,9 +67,13 @@ def run(
     """
     if no_cache and comparing:
         raise click.UsageError("--no-cache and --compare exclude each other")
+    if profiling and comparing:
+        raise click.UsageError("--profile and --compare exclude each other: profile an answer at a time")
     settings: dict[str, Any] = {"sampling": split_sampling(options), "max_tokens": max_tokens}
     exactness = split_fidelity(options)
-    asked, schema = read_asked(prompt, schema_file, exactness, raw=raw)
+    profile = Profile()
+    with profiled(profile):
+        asked, schema = read_asked(prompt, schema_file, exactness, raw=raw)
     settings |= exactness
     with Engine(model, **options) as engine, ExitStack() as interruptible:
         if schema is not None:
@@ -79,11 +86,15 @@ def run(
                 out.print(comparison_table(result))
             return
         with token_bar("evaluating", shown=not as_json) as progress:
-            stream = engine.stream(**asked, use_cache=not no_cache, progress=progress, **settings)
+            profile.note_call()
+            with profiled(profile) if profiling else nullcontext():
+                stream = engine.stream(**asked, use_cache=not no_cache, progress=progress, **settings)
             interruptible.enter_context(_telling_what_is_kept(engine, stream))
             first = next(stream, "")
         if as_json:
-            click.echo(json.dumps(stream.reply().as_dict()))
+            reply = stream.reply()
+            split = {"profile": _split(profile, reply.metrics)} if profiling else {}
+            click.echo(json.dumps(reply.as_dict() | split))
             return
         try:
             click.echo(printed(first), nl=False)
@@ -94,6 +105,13 @@ def run(
         made = [slice_.key for slice_ in stream.plan.wanted if slice_.context is not None]
         figures = _figures(stream.metrics, saved=not engine.store.kept(made).missing)
         err.print(f"[dim]{escape(figures)}[/dim]", soft_wrap=True)
+        if profiling:
+            err.print(profile_table(_split(profile, stream.metrics)))
+
+
+def _split(profile: Profile, metrics: Metrics) -> dict[str, dict[str, float]]:
+    """Milliseconds by stage, to the first token and to the end."""
+    return {"first_token": profile.split(metrics.ttft_ms), "whole": profile.split(metrics.total_ms, first=False)}
 
 
 @contextmanager

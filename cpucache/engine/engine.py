@@ -20,6 +20,7 @@ import psutil
 
 from cpucache.authoring import AnyPromptFunction
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
+from cpucache.engine.answer import Answer
 from cpucache.engine.core import Core
 from cpucache.engine.host import Host
 from cpucache.engine.planner import AnyPrompt, Planner, PMLPrompt, Question, parsed_prompt
@@ -40,10 +41,8 @@ from cpucache.reuse import (
     Encoded,
     Fidelity,
     Level,
-    Lookup,
     OnProgress,
     Plan,
-    Repair,
     Reuse,
     Slice,
     Slices,
@@ -61,6 +60,7 @@ from cpucache.runtime import Context, KVType, Model, Sampling
 from cpucache.runtime.hardware import on_mains
 from cpucache.runtime.packing import AT_REST, AtRest, Packing
 from cpucache.sessions import Transcripts, default_sessions
+from cpucache.stages import stage
 from cpucache.store import Fingerprints, Store, default_home
 
 Refine: TypeAlias = Literal["off", "idle"]
@@ -164,7 +164,7 @@ class Engine:
             )
             # Gaps between positions come from moving, which not every model's state allows.
             positions = positions if self.context.memory.moves else "packed"
-            self._planner_of = partial(_planner, loaded, template, positions, cells, usual, reuse)
+            self._planner_of = partial(Planner, template=template, positions=positions, fidelity=usual, reuse=reuse)
             self.planner = self._planner_of(self.workspace)
             idle = partial(_refining_when_idle, self._spaces) if refine == "idle" else None
             self.host = Host(loaded, template, self.workspace, self.planner, Core(self.context, parallel, idle))
@@ -422,21 +422,22 @@ class Engine:
         Raises ``PMLError``, ``InputError`` or ``ContextFull``.
         """
         started = time.perf_counter()
-        question = self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse)
+        with stage("plan"):
+            question = self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse)
         question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
         saving = Saving(self.workspace, question) if use_cache else None
-        return self.host.answer(
+        answer = Answer(
+            self.workspace,
             question.plan,
             sampling or Sampling(),
             max_tokens=max_tokens,
             started=started,
             label=question.label,
-            n_tokens=question.n_tokens,
             use_cache=use_cache,
-            progress=progress,
             at_first=saving.save_prompt if saving else None,
             at_end=saving.save_answer if saving else None,
         )
+        return Stream(self.host, answer, question.n_tokens, progress)
 
     def generate(
         self,
@@ -534,20 +535,6 @@ class Engine:
     def forget(self) -> None:
         """Empty the llama.cpp context, as it is after a restart. The store keeps its slices."""
         self.host.forget()
-
-
-def _planner(
-    model: Model,
-    template: ChatTemplate,
-    positions: Positions,
-    cells: int,
-    fidelity: Fidelity | None,
-    reuse: Reuse,
-    workspace: Workspace,
-) -> Planner:
-    """The planner of a namespace."""
-    lookup = Lookup(workspace, Repair(model.text))
-    return Planner(model, template, lookup, positions, cells, fidelity=fidelity, reuse=reuse)
 
 
 def _refining_when_idle(spaces: Mapping[str, Workspace]) -> Request[None] | None:

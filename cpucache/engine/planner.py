@@ -17,8 +17,7 @@ from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Text, Tokens, Turns, bind
 from cpucache.pml import is_prompt, load_prompt, load_schema, parse_prompt, resolve, tree
 from cpucache.pml.tree import Prompt, Reference, RoleName, Schema, Turn
-from cpucache.reuse import REUSES, Fidelity, Level, Lookup, Plan, Reuse
-from cpucache.runtime import Model
+from cpucache.reuse import REUSES, Fidelity, Level, Lookup, Plan, Repair, Reuse, Workspace, plan_text
 
 Message: TypeAlias = Mapping[str, object]
 """``role`` and ``content``."""
@@ -78,33 +77,31 @@ class Planner:
     """Knows the schemas and the chat template of one model.
 
     Args:
-        model: Tokenizes.
-        template: Its chat template.
-        lookup: Finds slices.
+        workspace: Has the model, which tokenizes, and the slices.
+        template: The model's chat template.
         positions: How schemas are laid out.
-        n_ctx: Cells of the llama.cpp context.
         fidelity: Of prompts that do not say theirs.
         reuse: Likewise.
     """
 
     def __init__(
         self,
-        model: Model,
+        workspace: Workspace,
         template: ChatTemplate,
-        lookup: Lookup,
         positions: Positions,
-        n_ctx: int,
         *,
         fidelity: Fidelity | None = None,
         reuse: Reuse = "schema",
     ) -> None:
-        self._model = model
+        self._workspace = workspace
+        self._model = model = workspace.context.model
+        self._repair = Repair(model.text)
+        self._lookup = Lookup(workspace, self._repair)
         self._template = template
-        self._lookup = lookup
         self._positions = positions
         self._fidelity = fidelity
         self._reuse = reuse
-        self._n_ctx = n_ctx
+        self._n_ctx = workspace.context.n_ctx
         self.schemas: dict[str, SchemaLayout] = {}
 
     def add_schema(self, schema: str | Path | Schema | AnyPromptFunction) -> SchemaLayout:
@@ -175,7 +172,7 @@ class Planner:
         return self._of_text(Text(self._tokens(messages, None)), fidelity, reuse, "messages")
 
     def _of_text(self, text: Text, fidelity: Fidelity, reuse: Reuse, name: str) -> Question:
-        plan = partial(self._lookup.plan_text, text, fidelity, reuse)
+        plan = partial(plan_text, self._workspace, self._repair, text, fidelity, reuse)
         return Question(plan, len(text.tokens), PREFIX, name, fidelity)
 
     def tokens_of(self, text: str) -> Tokens:

@@ -7,6 +7,7 @@ today in this process or days later in another, evaluates what is new and nothin
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -30,10 +31,12 @@ from cpucache.layout.vocabulary import empty, joined
 from cpucache.reuse import History, OnProgress, Slice, Span
 from cpucache.runtime import Sampling
 from cpucache.sessions import Entry, Transcripts
+from cpucache.stages import stage
 
 WhenFull: TypeAlias = Literal["oldest", "half", "refuse"]
 WHEN_FULL: tuple[WhenFull, ...] = ("oldest", "half", "refuse")
 MAX_TOKENS = 512
+_log = logging.getLogger("cpucache.engine")
 
 
 class Session:
@@ -224,23 +227,24 @@ class Session:
         self._make_room(history, len(new), max_tokens)
         number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
         slices = self._host.slices
-        plan = slices.plan(history.spans, new, f"turn {number}")
+        with stage("plan"):
+            plan = slices.plan(history.spans, new, f"turn {number}")
         # The last token is evaluated in any case, and its logits give the answer: it goes with the answer.
         message = slices.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
         opening = new[-1:] if text is not None else new
         turn = Turn(text, keep, history, turns, message, opening, number, len(history), len(history.slices))
-        stream = self._host.answer(
+        answer = Answer(
+            self._workspace,
             lambda: plan,
             sampling or Sampling(),
             max_tokens=max_tokens,
             started=started,
             label=self._label,
-            n_tokens=plan.n_tokens,
-            progress=progress,
             at_start=lambda _answer: self._begin(turn) if keep == len(self.entries) else None,
             at_first=lambda answer: self._prefilled(turn, answer),
             at_end=lambda answer: self._keep(turn, answer),
         )
+        stream = Stream(self._host, answer, plan.n_tokens, progress)
         stream.metrics.left_out_tokens = before - history.n_tokens
         self._last = stream.request
         return stream
@@ -273,7 +277,9 @@ class Session:
             ]
             if self.when_full == "refuse" or not ends:
                 break
-            history.leave_out(ends[0] if oldest else ends[(len(ends) - 1) // 2])
+            leaving = ends[0] if oldest else ends[(len(ends) - 1) // 2]
+            _log.info("session %s: its first %d messages leave the context", self.name, leaving)
+            history.leave_out(leaving)
         if fits(room if self.when_full == "refuse" else 1):
             return
         where = f"a context of {n_ctx}" if n_ctx <= known else f"the {known} positions that the model knows"

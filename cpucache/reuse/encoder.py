@@ -98,7 +98,7 @@ class Encoder:
             batches += [[run] for run in runs if run.first.delta and run not in placed]
             for batch in batches:
                 scattered = True
-                yield from self._splicer.splice(slot, context, state)
+                yield from self._splicer.build(slot, context, state)
                 yield from self._side_by_side(slot, batch, made, progress)
             for run in runs:
                 if run not in placed and not run.first.delta:
@@ -120,7 +120,7 @@ class Encoder:
                 tokens = _Run(batch).tokens
                 # The slot may hold the first of these tokens already.
                 plan = Plan((*(batch[0].context or ()), Span(batch[0].start, tokens)))
-                yield from self._splicer.splice(slot, plan, state, progress)
+                yield from self._splicer.build(slot, plan, state, progress)
                 seconds = (time.perf_counter() - started) / len(tokens)
                 lost: list[Slice] = []
                 for slice_ in batch:

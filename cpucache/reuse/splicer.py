@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,18 +13,20 @@ import numpy as np
 
 from cpucache.layout import Tokens
 from cpucache.reuse.progress import Step
-from cpucache.reuse.reports import Spliced
+from cpucache.reuse.reports import Metrics
 from cpucache.reuse.slices import Plan, Slice, Span
 from cpucache.reuse.slot import Points, Slot
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context, Run
 from cpucache.runtime.context import SEQUENCES, Bytes, Logits
 from cpucache.runtime.rotation import Rotation, learn
+from cpucache.stages import stage
 
 SLOTS = SEQUENCES // 2
 """Slots of a context at most."""
 _ROWS = 16  # tokens whose logits are read at once
 
+_log = logging.getLogger("cpucache.reuse")
 State: TypeAlias = Callable[[Slice], Bytes]
 
 
@@ -38,9 +41,8 @@ class Refused(Exception):
 class Splicer:
     """Owner of the slots of a context.
 
-    A slot keeps what it holds, so that the next plan only pays for where it differs (``Spliced.kept``). The sequences
-    that are no slots are empty between calls. A task that fails leaves its slot empty, one that is closed what it has
-    evaluated.
+    A slot keeps what it holds, so that the next plan only pays for where it differs. The sequences that are no slots
+    are empty between calls. A task that fails leaves its slot empty, one that is closed what it has evaluated.
 
     Args:
         context: Where slices are loaded, and tokens evaluated.
@@ -66,12 +68,14 @@ class Splicer:
         idle = [slot for slot in self.slots if not slot.busy]
         taken = max(idle, key=lambda slot: slot.shared(plan) if slot.owner == owner else -1)
         if taken.owner != owner:
+            _log.debug("slot %d changes hands, and is emptied", taken.sequence)
             self.reset(taken)
             taken.owner = owner
         taken.busy = True
         taken.points = points if self.context.memory.points else None
         for slot in idle:
             if slot is not taken and slot.held:
+                _log.debug("slot %d, which is idle, is emptied: its cells would slow evaluation", slot.sequence)
                 self.reset(slot)
         return taken
 
@@ -93,14 +97,20 @@ class Splicer:
         self._learn(self.context.save(slot.sequence))
 
     def splice(
-        self, slot: Slot, plan: Plan, state: State, progress: Step | None = None, *, fresh: bool = False
-    ) -> Task[Spliced]:
-        """Make a slot hold ``plan``. ``state`` gives the saved state of a slice. ``fresh``: take nothing from any slot.
+        self, slot: Slot, plan: Plan, state: State, metrics: Metrics | None = None, *, fresh: bool = False
+    ) -> Splicing:
+        """Put the slices of a plan into the llama.cpp context; ``prefill`` has a slot hold the plan then.
 
-        Logits of the last token are there afterwards if the plan ends with fresh tokens. ``progress`` is told about
-        tokens evaluated. Raises ``Refused`` or ``ContextFull``, with the slot empty.
+        Nothing may be evaluated in between. Raises ``Refused`` or ``ContextFull``, with the slot empty.
+
+        Args:
+            slot: Keeps what it shares with ``plan``.
+            plan: What it is to hold.
+            state: Gives the saved state of a slice.
+            metrics: Told how long it takes.
+            fresh: Take nothing from any slot.
         """
-        report = Spliced()
+        metrics = metrics or Metrics()
         started = time.perf_counter()
         wanted = plan
         if slot.points and not fresh:
@@ -108,13 +118,35 @@ class Splicer:
         try:
             if fresh:
                 self.reset(slot)
-            spans = list(plan.spans) if fresh else self._keep(slot, plan, state, report)
-            report.splice_ms += _since(started)
-            for group in _grouped(spans, len(self.free)):
-                yield from self._join(slot, group, state, report, progress)
+            spans = list(plan.spans) if fresh else self._keep(slot, plan, state)
+            groups = _grouped(spans, len(self.free))
+            splicing = Splicing(slot, wanted, plan, groups, state, metrics)
+            if groups:
+                self._load_group(splicing, groups[0])
+        except BaseException:
+            self.reset(slot)
+            raise
+        metrics.splice_ms += _since(started)
+        return splicing
+
+    def prefill(self, splicing: Splicing, progress: Step | None = None) -> Task[int]:
+        """Make a slot hold a plan whose slices have been put into the context; gives how many tokens were evaluated.
+
+        Logits of the last token are there afterwards if the plan ends with fresh tokens. ``progress`` is told about
+        tokens evaluated. Raises ``Refused`` or ``ContextFull``, with the slot empty.
+        """
+        slot, plan = splicing.slot, splicing.plan
+        evaluated = 0
+        try:
+            for number, group in enumerate(splicing.groups):
+                if number:
+                    started = time.perf_counter()
+                    self._load_group(splicing, group)
+                    splicing.metrics.splice_ms += _since(started)
+                evaluated += yield from self._join(splicing, group, progress)
             slot.held = list(plan.spans)
-            if plan is not wanted:
-                for slice_ in wanted.slices:
+            if plan is not splicing.wanted:
+                for slice_ in splicing.wanted.slices:
                     slot.recognise(slice_)
         except GeneratorExit:
             # Ended while tokens were being evaluated: what has been done is there for the next plan.
@@ -123,7 +155,11 @@ class Splicer:
         except BaseException:
             self.reset(slot)
             raise
-        return report
+        return evaluated
+
+    def build(self, slot: Slot, plan: Plan, state: State, progress: Step | None = None) -> Task[int]:
+        """Make a slot hold a plan: ``splice``, and ``prefill``."""
+        return (yield from self.prefill(self.splice(slot, plan, state), progress))
 
     def _keep_evaluated(self, slot: Slot, plan: Plan) -> None:
         """Have a slot hold what its sequence has of ``plan``, and empty the sequences that are no slots."""
@@ -175,7 +211,7 @@ class Splicer:
         """The recurrent state of a slot."""
         return self.context.save_point(slot.sequence)
 
-    def _keep(self, slot: Slot, plan: Plan, state: State, report: Spliced) -> list[Span]:
+    def _keep(self, slot: Slot, plan: Plan, state: State) -> list[Span]:
         """Cut a slot back to what it shares with ``plan``; gives the spans that are still to come."""
         self._adopt(slot, plan)
         self._close_up(slot, plan)
@@ -199,7 +235,6 @@ class Splicer:
             end = last.end - 1
         if not self._cut(slot, end):
             return list(plan.spans)
-        report.kept = plan.n_tokens - sum(len(span.tokens) for span in rest)
         return rest
 
     def _adopt(self, slot: Slot, plan: Plan) -> None:
@@ -239,7 +274,8 @@ class Splicer:
                     return
                 self.context.remove(slot.sequence, staying[-1].end)
                 self.context.remove(slot.sequence, gap, held.start)
-                self.context.shift(slot.sequence, delta, held.start)
+                with stage("shift"):
+                    self.context.shift(slot.sequence, delta, held.start)
                 slot.held[begin:] = [span.moved(delta) for span in staying]
                 if not self._whole(slot.sequence, slot.held):
                     self.reset(slot)
@@ -268,22 +304,25 @@ class Splicer:
         inside = (span.end - max(span.start, first) for span in spans if span.end > first)
         return self.context.whole(sequence, end, sum(inside))
 
-    def _join(
-        self, slot: Slot, parts: Sequence[_Part], state: State, report: Spliced, progress: Step | None
-    ) -> Task[None]:
-        """Load all slices of some parts, then join them to a slot in turn, evaluating what is fresh between.
+    def _load_group(self, splicing: Splicing, parts: Sequence[_Part]) -> None:
+        """Load all slices of some parts, each part into a sequence of its own.
 
         Loaded before anything is evaluated, those that llama.cpp has to move all cost a single rotation of keys (it
         rotates every cell of the context, however few have moved).
         """
-        started = time.perf_counter()
+        slot, state = splicing.slot, splicing.state
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
             for span in part.slices:
-                self._load(slot, span, park, state)
+                with stage("load"):
+                    self._load(slot, span, park, state)
             if slot.points and part.slices:
-                self._load_point(slot.points, park, part.slices[-1], state)
-            report.loaded += sum(len(span.tokens) for span in part.slices)
-        report.splice_ms += _since(started)
+                with stage("load"):
+                    self._load_point(slot.points, park, part.slices[-1], state)
+
+    def _join(self, splicing: Splicing, parts: Sequence[_Part], progress: Step | None) -> Task[int]:
+        """Join parts that were loaded to a slot in turn, evaluating what is fresh between; gives how many tokens."""
+        slot = splicing.slot
+        evaluated = 0
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
             if park != slot.sequence and part.slices:
                 self.context.share(park, slot.sequence)
@@ -292,8 +331,9 @@ class Splicer:
                 started = time.perf_counter()
                 run = Run(slot.sequence, part.fresh.start, part.fresh.tokens)
                 slot.index = yield Work([run], logits="last", progress=progress)
-                report.evaluated += len(run.tokens)
-                report.prefill_ms += _since(started)
+                evaluated += len(run.tokens)
+                splicing.metrics.prefill_ms += _since(started)
+        return evaluated
 
     def _load(self, slot: Slot, span: Span, sequence: int, state: State) -> None:
         assert span.slice is not None
@@ -314,7 +354,8 @@ class Splicer:
         if not span.whole:
             self.context.remove(self.scratch, start + len(span.tokens))
         if start != span.start:
-            self.context.shift(self.scratch, span.delta)
+            with stage("shift"):
+                self.context.shift(self.scratch, span.delta)
         self.context.share(self.scratch, sequence)
         self.context.remove(self.scratch)
 
@@ -340,8 +381,9 @@ class Splicer:
         return whole
 
     def _moved(self, state: Bytes, delta: int) -> Bytes | None:
-        self._learn(state)
-        return self._rotation.moved(state, delta) if self._rotation else None
+        with stage("shift"):
+            self._learn(state)
+            return self._rotation.moved(state, delta) if self._rotation else None
 
     def _learn(self, state: Bytes) -> None:
         if not self._learnt:
@@ -355,6 +397,20 @@ class _Part:
 
     slices: tuple[Span, ...]
     fresh: Span | None
+
+
+@dataclass(frozen=True)
+class Splicing:
+    """A plan on its way into a slot: what of its slices fits is in the llama.cpp context, nothing is joined yet."""
+
+    slot: Slot
+    wanted: Plan
+    """What was asked for."""
+    plan: Plan
+    """The same, with tokens to evaluate in the place of slices that can't be gone on from."""
+    groups: list[list[_Part]]
+    state: State
+    metrics: Metrics
 
 
 def _grouped(spans: Sequence[Span], free: int) -> list[list[_Part]]:

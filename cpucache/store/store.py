@@ -367,7 +367,10 @@ class Store:
     # -- one process makes it, the others wait -----------------------------------------------------------------------
     def claim(self, key: str) -> bool:
         """Say that this process is going to make a slice. False: it is there already, or somebody else is at it."""
-        if key in self or not self._claims.take(key):
+        if key in self:
+            return False
+        if not self._claims.take(key):
+            _log.debug("%.8s is being made by another process", key)
             return False
         if key in self:
             self._claims.release([key])

@@ -18,6 +18,7 @@ from cpucache.pml import load_prompt, load_schema, parse_schema, resolve
 from cpucache.resources import resource
 from cpucache.reuse import OnProgress, Plan
 from cpucache.reuse.slot import Slot
+from cpucache.reuse.way import answer, nothing
 from cpucache.reuse.work import Task
 from cpucache.runtime import Model
 from tests.support.templates import Conversation, assembled, rendered
@@ -54,7 +55,7 @@ def steps(engine: Engine, plan: Plan, forced: list[int] | None = None) -> list[S
 
     def task(slot: Slot, _: OnProgress) -> Task[list[Step]]:
         workspace = engine.workspace
-        yield from workspace.prefill(slot, lambda: plan, fresh=True)
+        yield from answer(workspace, lambda: plan, nothing, slot=slot, fresh=True)
         made: list[Step] = []
         for i in range(STEPS):
             logits = workspace.context.logits(slot.index)

@@ -16,7 +16,7 @@ from cpucache.errors import InputError
 from cpucache.layout import Text
 from cpucache.layout.cuts import Cuts
 from cpucache.layout.vocabulary import Tokens
-from cpucache.reuse import Fidelity, Lookup, Plan, Repair, Reuse, Slices, Span
+from cpucache.reuse import Fidelity, Plan, Repair, Reuse, Slices, Span, plan_text
 from cpucache.reuse.text import SHORTEST
 from cpucache.store import Store
 from tests.support.oracle import Oracle
@@ -40,7 +40,7 @@ class Asking:
         self.desk = desk
         self.oracle = Oracle(ReferenceLlama(path), desk)
         self.model = desk.context.model
-        self._lookup = Lookup(desk, Repair(self.model.text))
+        self._repair = Repair(self.model.text)
 
     def tokens(self, text: str) -> Tokens:
         return self.model.tokenize(text)
@@ -48,7 +48,7 @@ class Asking:
     def ask(self, text: Text, reuse: Reuse, recompute: float = 0.0) -> Plan:
         """Get a text into the context; its logits are those that the contexts of its slices give."""
         plan: Plan
-        plan, spent = self.desk.prefill(lambda: self._lookup.plan_text(text, Fidelity(recompute), reuse))
+        plan, spent = self.desk.prefill(lambda: plan_text(self.desk, self._repair, text, Fidelity(recompute), reuse))
         assert plan.tokens.tolist() == text.tokens.tolist()
         assert spent.cached_tokens + spent.fresh_tokens == plan.n_tokens
         wanted = self.oracle.logits(plan)

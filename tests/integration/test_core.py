@@ -17,11 +17,13 @@ import pytest
 
 from cpucache import Engine, InputError
 from cpucache.engine import Stream
+from cpucache.engine.answer import Answer
 from cpucache.engine.request import Priority, Request
 from cpucache.engine.scheduler import Job, Scheduler
 from cpucache.errors import ContextFull, CpucacheError
 from cpucache.pml import parse_schema
-from cpucache.reuse.work import Execution, Task, Work
+from cpucache.reuse import Plan
+from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Batch, Run, Sampler, Stopped
 from tests.support.command import SCHEMA
 from tests.support.pace import slow
@@ -166,6 +168,10 @@ def test_a_prompt_waits_for_cells_that_others_have(tiny: Tiny, tmp_path: Path) -
             assert list(pool.map(lambda text: running.generate(text=text, max_tokens=40).text, TEXTS)) == alone
 
 
+def answer_to(running: Engine, plan: Plan) -> Answer:
+    return Answer(running.workspace, lambda: plan, greedy(), max_tokens=5, started=0.0, label="(text)")
+
+
 def test_a_prompt_that_needs_more_cells_than_it_said_waits_for_them(tiny: Tiny, tmp_path: Path) -> None:
     """Making slices that are missing may take more cells than the prompt has tokens."""
     with engine(tiny("llama"), tmp_path, n_ctx=512, parallel=3) as running:
@@ -176,15 +182,13 @@ def test_a_prompt_that_needs_more_cells_than_it_said_waits_for_them(tiny: Tiny, 
         other = running.stream(text="the sea", max_tokens=150)
         until(lambda: bool(next(other)) and len(other.tokens) > 100)
         plan = running.plan(text="y" * 450)
-        more = running.host.answer(lambda: plan, greedy(), n_tokens=1, max_tokens=5, started=0.0, label="(text)")
+        more = Stream(running.host, answer_to(running, plan), n_tokens=1)
         assert more.reply().text == alone
         assert other.reply().text == wanted.text
         # Alone, there is nothing to wait for.
         too_long = running.slices.plan((), np.tile(plan.tokens, 2))
         with pytest.raises(ContextFull):
-            running.host.answer(
-                lambda: too_long, greedy(), n_tokens=1, max_tokens=5, started=0.0, label="(text)"
-            ).reply()
+            Stream(running.host, answer_to(running, too_long), n_tokens=1).reply()
         assert running.generate(text="the sea", max_tokens=150).text == wanted.text
 
 
@@ -427,8 +431,8 @@ def test_a_chunk_takes_as_long_as_two_steps() -> None:
         def task() -> Task[None]:
             yield Work([Run(0, 0, np.zeros(count, np.int32))], answers=answers)
 
-        job = Job(Request(lambda _: task()), Execution(task()))
-        job.execution.start()
+        job = Job(Request(lambda _: task()))
+        job.start()
         return job
 
     scheduler = Scheduler(4, 10_000, 512)
@@ -440,7 +444,7 @@ def test_a_chunk_takes_as_long_as_two_steps() -> None:
     # 16 tokens in 0.08 s are 200 in a second, 40 in two steps.
     scheduler.learn(16, 0.18)
     for job in scheduler.answers:
-        job.execution.work = Work([Run(0, 0, np.zeros(1, np.int32))], answers=True)
+        job.work = Work([Run(0, 0, np.zeros(1, np.int32))], answers=True)
     assert batch(scheduler, 40).size == 42
     # Alone, a whole batch.
     scheduler.answers = []

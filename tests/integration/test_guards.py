@@ -53,7 +53,7 @@ def test_the_scratch_sequence_is_nobody_s_while_others_are_evaluated(tiny: Tiny)
     """Answers are saved through it in between."""
     with bench(tiny("llama")) as desk:
         workspace = desk.workspace
-        splicer = workspace._splicer
+        splicer = workspace.splicer
         first = slice_of(some_tokens(20))
         moved = [slice_of(some_tokens(10, seed), [first], start=100 + 20 * seed) for seed in (1, 2)]
         task = Workspace.encode(workspace, workspace.only, [first, *moved])

@@ -13,8 +13,8 @@ import numpy as np
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, bind
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Schema
-from cpucache.reuse import Fidelity, Lookup, Plan, Prefill, Repair, Slice, Slices, reading
-from cpucache.reuse.reports import Made
+from cpucache.reuse import Fidelity, Lookup, Metrics, Plan, Repair, Slice, Slices, reading
+from cpucache.reuse.encoder import Made
 from cpucache.runtime import Context, KVType, Memory
 from cpucache.store import Store
 from tests.support.cutting import every
@@ -59,10 +59,10 @@ class Prompting:
             if slice_.key not in self.store:
                 self.workspace._keep(Made(slice_, np.zeros(1, np.uint8), 0.0), "s")
 
-    def answer(self, bound: Bound | str, fidelity: Fidelity | None = None, **settings: Any) -> tuple[Plan, Prefill]:
+    def answer(self, bound: Bound | str, fidelity: Fidelity | None = None, **settings: Any) -> tuple[Plan, Metrics]:
         """Get a prompt into the context; gives what was spliced, and what it took."""
         bound = self.bound(bound) if isinstance(bound, str) else bound
-        done: tuple[Plan, Prefill] = self.workspace.prefill(lambda: self.plan(bound, fidelity, **settings), "s")
+        done: tuple[Plan, Metrics] = self.workspace.prefill(lambda: self.plan(bound, fidelity, **settings), "s")
         return done
 
     @property

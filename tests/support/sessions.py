@@ -27,6 +27,7 @@ from cpucache.engine.session import Session
 from cpucache.engine.stream import Stream
 from cpucache.reuse import OnProgress, Plan
 from cpucache.reuse.slot import Slot
+from cpucache.reuse.way import answer, nothing
 from cpucache.reuse.work import Task
 from cpucache.runtime import Context, Run, Sampling
 from tests.support.tiny import BYTES
@@ -84,7 +85,7 @@ def logits(running: Engine, plan: Plan, *, fresh: bool = False) -> Logits:
     """Those of the last token of a plan."""
 
     def task(slot: Slot, _: OnProgress) -> Task[Logits]:
-        yield from running.workspace.prefill(slot, lambda: plan, fresh=fresh)
+        yield from answer(running.workspace, lambda: plan, nothing, slot=slot, fresh=fresh)
         return running.context.logits(slot.index)
 
     return running.host.do(task)
