@@ -19,10 +19,11 @@ from typing import Any, Literal, TypeAlias
 import psutil
 
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
+from cpucache.engine.ahead import Preparation
 from cpucache.engine.core import Core
 from cpucache.engine.host import Host
 from cpucache.engine.planner import Message, Planner, Question, parsed_prompt
-from cpucache.engine.reply import Prepared, Reply
+from cpucache.engine.reply import Reply
 from cpucache.engine.request import Priority, Request
 from cpucache.engine.sampling import sampling_of
 from cpucache.engine.saving import Saving
@@ -350,7 +351,6 @@ class Engine:
     def prepare(
         self,
         prompt: str | Path | Prompt | None = None,
-        progress: OnProgress | None = None,
         *,
         messages: Sequence[Message] | None = None,
         text: str | None = None,
@@ -358,25 +358,32 @@ class Engine:
         fidelity: Level | Fidelity | None = None,
         recompute: float | None = None,
         reuse: Reuse | None = None,
-    ) -> Prepared:
-        """Evaluate a prompt ahead, without an answer: what begins with it is answered at once then.
+        unfinished: bool = False,
+    ) -> Preparation:
+        """Begin to evaluate a prompt ahead, in the background: what begins with it is answered at once then.
 
-        Answers come first, and interrupt it. The last token is not evaluated, which every answer begins with, nor is
-        what a PML prompt brings besides its modules. The prompt and its fidelity are given as for ``plan``.
-        ``progress(done, total)`` is told about tokens.
+        Answers come first. What has been evaluated stays in the llama.cpp context, for the next prompt to go on from;
+        slices of it are saved, but for what a PML prompt brings besides its modules. The last token is not evaluated,
+        which every answer begins with. The prompt and its fidelity are given as for ``plan``.
+
+        Args:
+            unfinished: Its last text (message, turn) is still being written: what stands behind its last blank is not
+                evaluated, and what is evaluated of it is not saved. Whatever else is asked ends it. ``TypingAhead``
+                gives a text on after each change.
 
         Raises ``PMLError``, ``InputError`` or ``ContextFull``.
         """
-        question = self.planner.question(prompt, messages, text, tokens, fidelity, recompute, reuse)
+        parsed = None if prompt is None else parsed_prompt(prompt)
+        question = self.planner.question(parsed, messages, text, tokens, fidelity, recompute, reuse)
         question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
-        plan = question.plan()
-        wanted = list(plan.wanted)
-        if question.bound is None:
-            *before, last = plan.spans
-            wanted += self.slices.cut(before, last.tokens[:-1])
-        there = sum(len(slice_.tokens) for slice_ in dict.fromkeys(wanted) if slice_.key in self.store)
-        made = self._encode(wanted, question.label, progress)
-        return Prepared(plan.n_tokens, there, made.tokens)
+        size = self.planner.size_ahead(question, parsed, messages, text) if unfinished else question.n_tokens - 1
+        return self.host.prepare(
+            lambda: question.plan().first(size),
+            question.label,
+            n_tokens=question.n_tokens,
+            save=question.bound is None and not unfinished,
+            once=unfinished,
+        )
 
     def prefetch(
         self,
@@ -564,7 +571,7 @@ def _refining_when_idle(spaces: Mapping[str, Workspace]) -> Request[None] | None
             with workspace.slot() as slot:
                 yield from refine(workspace, slot, None, Encoded())
 
-    return Request(task, priority=Priority.REFINE)
+    return Request(task, priority=Priority.REFINE, once=True)
 
 
 def _check(**settings: tuple[str, Sequence[str]]) -> None:

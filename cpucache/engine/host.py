@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from cpucache.engine.ahead import Preparation
 from cpucache.engine.answer import Answer, Hook
 from cpucache.engine.core import Core
 from cpucache.engine.planner import Planner
+from cpucache.engine.reply import Prepared
 from cpucache.engine.request import Priority, Request
 from cpucache.engine.stream import Stream
 from cpucache.layout import ChatTemplate
@@ -66,6 +68,33 @@ class Host:
         request = Request(in_slot, priority=priority)
         self.core.submit(request)
         return request.result(progress)
+
+    def prepare(self, plan: Callable[[], Plan], label: str, *, n_tokens: int, save: bool, once: bool) -> Preparation:
+        """Begin to evaluate a plan ahead.
+
+        Args:
+            plan: Plans what is evaluated, by the slices that there are at the moment.
+            label: What its slices are listed under.
+            n_tokens: Of the prompt that it is the beginning of.
+            save: Save what is in no slice yet, once it has been evaluated.
+            once: It ends where another request takes its place.
+        """
+        workspace = self.workspace
+
+        def task(request: Request[Prepared]) -> Task[Prepared]:
+            planned = plan()
+            if not planned.spans:
+                return Prepared(n_tokens, 0, 0)
+            with workspace.slot(planned) as slot:
+                done, took = yield from workspace.prefill(slot, plan, label, request.progress, ends=False)
+                *before, last = done.spans
+                if save and last.slice is None:
+                    workspace.capture(slot, self.slices.cut(before, last.tokens), label)
+            return Prepared(n_tokens, took.cached_tokens, took.fresh_tokens)
+
+        request = Request(task, priority=Priority.PREPARE, once=once)
+        self.core.submit(request)
+        return Preparation(request)
 
     def answer(
         self,

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from cpucache.engine.opening import Opening
+from cpucache.engine.writing import certain, rewritten
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Text, Tokens, Turns, bind
 from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve, tree
@@ -33,7 +34,7 @@ class Question:
 
     plan: Callable[[], Plan]
     """Plans the prompt by the slices that there are at the moment."""
-    n_tokens: int
+    tokens: Tokens
     label: str
     """What its slices are listed under."""
     name: str
@@ -41,6 +42,11 @@ class Question:
     fidelity: Fidelity
     bound: Bound | None = None
     """The prompt on the layout of its schema, if it has one."""
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens it has."""
+        return len(self.tokens)
 
     def check_fits(self, n_ctx: int, n_ctx_train: int, room: int = 1) -> None:
         """Raise ``ContextFull`` when prompt and answer do not fit the context, or the positions of the model.
@@ -146,7 +152,7 @@ class Planner:
             self._check_size(parsed.file, _new_texts(parsed.children))
             bound = bind(layout, included, file=parsed.file)
             plan = self._planning(bound, wanted, reuse)
-            return Question(plan, bound.n_tokens, parsed.schema, parsed.file, wanted, bound)
+            return Question(plan, bound.tokens, parsed.schema, parsed.file, wanted, bound)
         if tokens is not None:
             ids = self.checked_tokens(tokens.tokens if isinstance(tokens, Text) else tokens)
             given = replace(tokens, tokens=ids) if isinstance(tokens, Text) else Text(ids)
@@ -161,9 +167,16 @@ class Planner:
         ids = self._tokens(checked, text)
         return self._of_text(Text(ids), wanted, reuse, name)
 
+    def size_ahead(
+        self, question: Question, prompt: Prompt | None, messages: Sequence[Message] | None, text: str | None
+    ) -> int:
+        """How many tokens a prompt begins with, however its last text goes on, which is still being written."""
+        others = [self.question(**{"prompt": None} | other).tokens for other in rewritten(prompt, messages, text)]
+        return min(certain(question.tokens, others), question.n_tokens - 1)
+
     def _of_text(self, text: Text, fidelity: Fidelity, reuse: Reuse, name: str) -> Question:
         plan = partial(self._lookup.plan_text, text, fidelity, reuse)
-        return Question(plan, len(text.tokens), PREFIX, name, fidelity)
+        return Question(plan, text.tokens, PREFIX, name, fidelity)
 
     def tokens_of(self, text: str) -> Tokens:
         """The tokens of a text to go on with, checked for its size. Raises ``InputError``."""

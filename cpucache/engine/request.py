@@ -18,11 +18,12 @@ Event: TypeAlias = "str | tuple[int, int] | None"
 
 
 class Priority(IntEnum):
-    """What is served first. A request of ``ANSWER`` takes the place of one below it, which begins again later."""
+    """What is served first. A request takes the place of one below it, which begins again later, or not at all."""
 
     ANSWER = 0
     ENCODE = 1
-    REFINE = 2
+    PREPARE = 2
+    REFINE = 3
 
 
 class Request(Generic[T]):
@@ -35,6 +36,7 @@ class Request(Generic[T]):
         task: Makes the task, and makes it anew where the request has to begin again.
         cells: Cells of the llama.cpp context that it needs at most; ``None``: all, so that it runs alone.
         priority: What is served first.
+        once: It ends where another takes its place, instead of beginning again later.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Request(Generic[T]):
         *,
         cells: int | None = None,
         priority: Priority = Priority.ANSWER,
+        once: bool = False,
     ) -> None:
         self.task = task
         self.cells = cells
         self.priority = priority
+        self.once = once
         self.cancelled = False
         """Whether it is to end as soon as possible."""
         self.begun = False
@@ -109,6 +113,11 @@ class Request(Generic[T]):
         return event
 
     @property
+    def ended(self) -> bool:
+        """Whether it has ended, in whatever way."""
+        return self._ended.is_set()
+
+    @property
     def error(self) -> BaseException | None:
         """What the task raised, if it has ended so and nobody was told."""
         return self._error
@@ -122,7 +131,7 @@ class Request(Generic[T]):
         """What the task returns, when it has ended. ``progress(done, total)`` is called in this thread.
 
         Where waiting is interrupted, for example by Ctrl-C, the request is cancelled. Raises what the task raised, and
-        ``CpucacheError`` when it was cancelled.
+        ``CpucacheError`` when it was cancelled, or made way for another.
         """
         try:
             while (event := self.next()) is not None:
@@ -133,5 +142,5 @@ class Request(Generic[T]):
             self.wait()
             raise
         if self.cancelled and self._result is None:
-            raise CpucacheError("cancelled: the engine has been closed")
+            raise CpucacheError("cancelled: the engine has been closed, or something else is evaluated instead")
         return self._result  # type: ignore[return-value]

@@ -75,9 +75,9 @@ class Splicer:
                 self.reset(slot)
         return taken
 
-    def known(self, plan: Plan, owner: str) -> int:
-        """Leading tokens of ``plan`` without a slice that some slot of ``owner`` holds already."""
-        return max((slot.known(plan) for slot in self.slots if slot.owner == owner), default=0)
+    def known(self, plan: Plan, owner: str, *, ends: bool = True) -> int:
+        """Leading tokens of ``plan`` without a slice that some slot of ``owner`` holds already, see ``Slot.known``."""
+        return max((slot.known(plan, ends=ends) for slot in self.slots if slot.owner == owner), default=0)
 
     def reset(self, slot: Slot) -> None:
         """Empty a slot, and the sequences that are none."""
@@ -93,12 +93,19 @@ class Splicer:
         self._learn(self.context.save(slot.sequence))
 
     def splice(
-        self, slot: Slot, plan: Plan, state: State, progress: Step | None = None, *, fresh: bool = False
+        self,
+        slot: Slot,
+        plan: Plan,
+        state: State,
+        progress: Step | None = None,
+        *,
+        fresh: bool = False,
+        ends: bool = True,
     ) -> Task[Spliced]:
         """Make a slot hold ``plan``. ``state`` gives the saved state of a slice. ``fresh``: take nothing from any slot.
 
-        Logits of the last token are there afterwards if the plan ends with fresh tokens. ``progress`` is told about
-        tokens evaluated. Raises ``Refused`` or ``ContextFull``, with the slot empty.
+        Where the prompt ``ends``, logits of the last token are there afterwards if the plan ends with fresh tokens.
+        ``progress`` is told about tokens evaluated. Raises ``Refused`` or ``ContextFull``, with the slot empty.
         """
         report = Spliced()
         started = time.perf_counter()
@@ -108,7 +115,7 @@ class Splicer:
         try:
             if fresh:
                 self.reset(slot)
-            spans = list(plan.spans) if fresh else self._keep(slot, plan, report)
+            spans = list(plan.spans) if fresh else self._keep(slot, plan, report, ends=ends)
             report.splice_ms += _since(started)
             for group in _grouped(spans, len(self.free)):
                 yield from self._join(slot, group, state, report, progress)
@@ -175,7 +182,7 @@ class Splicer:
         """The recurrent state of a slot."""
         return self.context.save_point(slot.sequence)
 
-    def _keep(self, slot: Slot, plan: Plan, report: Spliced) -> list[Span]:
+    def _keep(self, slot: Slot, plan: Plan, report: Spliced, *, ends: bool) -> list[Span]:
         """Cut a slot back to what it shares with ``plan``; gives the spans that are still to come."""
         self._adopt(slot, plan)
         self._close_up(slot, plan)
@@ -185,11 +192,11 @@ class Splicer:
         if rest and shared < len(slot.held):
             common = slot.evaluated(shared, rest[0])
             # The last token of all is evaluated in any case, for its logits.
-            common = min(common, len(rest[0].tokens) - (len(rest) == 1))
+            common = min(common, len(rest[0].tokens) - (ends and len(rest) == 1))
             if common:
-                rest[0] = Span(rest[0].start + common, rest[0].tokens[common:])
-                end = rest[0].start
-        elif not rest and plan.spans and plan.spans[-1].slice is None:
+                end = rest[0].start + common
+                rest[:1] = [Span(end, rest[0].tokens[common:])] if common < len(rest[0].tokens) else []
+        elif ends and not rest and plan.spans and plan.spans[-1].slice is None:
             last = plan.spans[-1]
             rest = [Span(last.end - 1, last.tokens[-1:])]
             end = last.end - 1

@@ -281,6 +281,7 @@ class Workspace:
         progress: OnProgress | None = None,
         *,
         fresh: bool = False,
+        ends: bool = True,
     ) -> Task[tuple[Plan, Prefill]]:
         """Get a plan into a slot, with logits of its last token; gives the plan and what it took.
 
@@ -291,6 +292,7 @@ class Workspace:
             schema: What slices made on the way are listed under.
             progress: Told about tokens evaluated.
             fresh: Take nothing from any slot, so that every token without a slice is evaluated.
+            ends: The prompt ends here. Otherwise no logits are wanted, and the last token is like any other.
         """
         encoded = Encoded()
         states: dict[Slice, Bytes] = {}
@@ -299,7 +301,9 @@ class Workspace:
         def splice() -> Task[tuple[Plan, Spliced]]:
             nonlocal known, counted
             planned = plan()
-            known = 0 if fresh else self._splicer.known(planned, slot.owner)
+            if not fresh:
+                self._capture_held(slot, planned, schema)
+            known = 0 if fresh else self._splicer.known(planned, slot.owner, ends=ends)
             self._check_can_be_spliced(planned)
             with self.store.using(self.keys(planned)):
                 shared = 0 if fresh else slot.shared(planned)
@@ -319,7 +323,7 @@ class Workspace:
                 yield from self._make(slot, missing, wanted, held, states, schema, encoded, step)
                 with self.store.quiet():
                     state = partial(self._held, states)
-                    spliced = yield from self._splicer.splice(slot, planned, state, step, fresh=fresh)
+                    spliced = yield from self._splicer.splice(slot, planned, state, step, fresh=fresh, ends=ends)
                 return planned, spliced
 
         planned, spliced = yield from self._mending(splice, states)
@@ -380,6 +384,14 @@ class Workspace:
                     self._keep(Made(self.slices.point(slice_), state, seconds), schema)
                     taken += state.nbytes
         return taken
+
+    def _capture_held(self, slot: Slot, plan: Plan, schema: str) -> None:
+        """Save the slices of a plan that are missing, and whose tokens a slot has evaluated where they stand."""
+        if self.slices.recurrent or not any(span.slice is None for span in slot.held):
+            return
+        held = {span.slice for span in slot.held}
+        there = (slice_ for slice_ in plan.slices if slice_ not in held and slice_.end <= slot.end)
+        self.capture(slot, [slice_ for slice_ in there if slice_.key not in self.store], schema)
 
     def append(self, slot: Slot, tokens: Tokens) -> Task[None]:
         """Evaluate tokens of an answer behind all that a slot holds, with logits of the last."""

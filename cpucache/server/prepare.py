@@ -70,7 +70,7 @@ class Prepare:
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def work(progress: OnProgress) -> Prepared:
-            return tenant.engine.prepare(progress=progress, **asked.given)
+            return tenant.engine.prepare(**asked.given).result(progress)
 
         def at_end() -> None:
             with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
