@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,12 +17,23 @@ from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
-from cpucache.cli.chat_input import COMMANDS, KEYS, Command, Lines, Reader, Terminal, parse, unechoed, unquoted
+from cpucache.cli.chat_input import (
+    COMMANDS,
+    KEYS,
+    Command,
+    Lines,
+    Reader,
+    Terminal,
+    parse,
+    unechoed,
+    unfinished,
+    unquoted,
+)
 from cpucache.cli.chat_screen import Answer, figures, markdown_answer, overflow, plain_answer
 from cpucache.cli.console import check_prompt, err, out, seconds, token_bar
 from cpucache.cli.options import engine_options, sampling_options
 from cpucache.cli.run import split_sampling
-from cpucache.engine import Engine
+from cpucache.engine import Engine, TypingAhead
 from cpucache.engine.session import WHEN_FULL, Session
 from cpucache.engine.stream import Stream
 from cpucache.errors import InputError
@@ -139,6 +151,7 @@ class _Chat:
         self._show = answer
         self._settings = settings
         self._draft = ""
+        self._ahead = TypingAhead(partial(session.prepare, max_tokens=settings["max_tokens"]))
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
             "save": self._save,
@@ -161,7 +174,8 @@ class _Chat:
             self._answer(session.stream)
         while True:
             draft, self._draft = self._draft, ""
-            typed = self._reader.read(f"{len(self._said()) + 1}> ", draft)
+            typed = self._reader.read(f"{len(self._said()) + 1}> ", draft, self._typed)
+            self._ahead.stop()
             if typed is None:
                 return
             try:
@@ -203,6 +217,12 @@ class _Chat:
         if not self._reader.interactive and (stream is None or stream.metrics.finish == "interrupted"):
             # Whoever pipes messages in wants to be rid of all of them.
             raise KeyboardInterrupt
+
+    def _typed(self, typed: str) -> None:
+        """Have what is being typed evaluated, as far as it has come."""
+        text = unfinished(typed)
+        if text is not None:
+            self._ahead.typed(text)
 
     def _said(self) -> list[str]:
         return [entry.text for entry in self._session.entries if entry.role == "user"]

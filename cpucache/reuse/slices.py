@@ -207,6 +207,13 @@ class Plan:
             count -= len(span.tokens)
         return Plan(tuple(spans), self.besides)
 
+    def evaluating(self, count: int) -> Plan:
+        """The same with tokens to evaluate in the place of the last ``count`` slices, joined with those at its end."""
+        if not count:
+            return self
+        spans, end = self.spans[: -count - 1], self.spans[-count - 1 :]
+        return Plan((*spans, Span(end[0].start, joined([span.tokens for span in end]))), self.besides)
+
     def without_reuse(self) -> Plan:
         """The same tokens, all to be evaluated, back to back: a full prefill."""
         return Plan((Span(0, self.tokens),))

@@ -25,6 +25,8 @@ from cpucache.runtime.context import Bytes, Logits
 from cpucache.store import SliceInfo, Store
 
 T = TypeVar("T")
+_FEW = 128
+"""Tokens of missing slices that are evaluated in one batch with what stands behind them, at most."""
 _FUTILE = 20  # attempts to get at slices none of which got any further than the one before
 
 
@@ -298,12 +300,11 @@ class Workspace:
         states: dict[Slice, Bytes] = {}
         known = counted = 0
 
-        def splice() -> Task[tuple[Plan, Spliced]]:
+        def splice() -> Task[tuple[Plan, Plan, Spliced]]:
             nonlocal known, counted
             planned = plan()
             if not fresh:
                 self._capture_held(slot, planned, schema)
-            known = 0 if fresh else self._splicer.known(planned, slot.owner, ends=ends)
             self._check_can_be_spliced(planned)
             with self.store.using(self.keys(planned)):
                 shared = 0 if fresh else slot.shared(planned)
@@ -312,7 +313,12 @@ class Workspace:
                 held = {span.slice for span in planned.spans[:shared] if span.slice}
                 wanted = [slice_ for slice_ in planned.slices if slice_ not in held]
                 missing = self.missing([*wanted, *planned.besides], states.keys() | held)
-                told = counting(progress, effort(missing) + planned.n_tokens - planned.n_cached)
+                last = [] if fresh else self._last(planned, missing)
+                missing = missing[: len(missing) - len(last)]
+                wanted = [slice_ for slice_ in wanted if slice_ not in last]
+                placed = planned.evaluating(len(last))
+                known = 0 if fresh else self._splicer.known(placed, slot.owner, ends=ends)
+                told = counting(progress, effort(missing) + placed.n_tokens - placed.n_cached)
 
                 def step(count: int) -> None:
                     nonlocal counted
@@ -323,14 +329,16 @@ class Workspace:
                 yield from self._make(slot, missing, wanted, held, states, schema, encoded, step)
                 with self.store.quiet():
                     state = partial(self._held, states)
-                    spliced = yield from self._splicer.splice(slot, planned, state, step, fresh=fresh, ends=ends)
-                return planned, spliced
+                    spliced = yield from self._splicer.splice(slot, placed, state, step, fresh=fresh, ends=ends)
+                self.capture(slot, last, schema)
+                encoded.tokens += sum(len(slice_.tokens) for slice_ in last)
+                return planned, placed, spliced
 
-        planned, spliced = yield from self._mending(splice, states)
+        planned, placed, spliced = yield from self._mending(splice, states)
         self._know(planned.slices)
         made = sum(len(span.tokens) for span in planned.spans if span.slice in encoded.made)
         # What stands before slices made on the way was evaluated with them.
-        evaluated = made + max(spliced.evaluated, planned.n_tokens - planned.n_cached - known)
+        evaluated = made + max(spliced.evaluated, placed.n_tokens - placed.n_cached - known)
         if self.slices.recurrent:
             # So are tokens between the recurrent state that was gone on from and them.
             evaluated = max(evaluated, min(counted, planned.n_tokens))
@@ -384,6 +392,24 @@ class Workspace:
                     self._keep(Made(self.slices.point(slice_), state, seconds), schema)
                     taken += state.nbytes
         return taken
+
+    def _last(self, plan: Plan, missing: Sequence[Slice]) -> list[Slice]:
+        """The missing slices right before the tokens that end a plan, if they are few.
+
+        Evaluated together with these tokens, and saved then, they cost no batch of their own.
+        """
+        if self.slices.recurrent or not plan.spans or plan.spans[-1].slice:
+            return []
+        last: list[Slice] = []
+        size, start = 0, plan.spans[-1].start
+        for span, slice_ in zip(reversed(plan.spans[:-1]), reversed(missing), strict=False):
+            size += len(span.tokens)
+            here = span.slice == slice_ and span.whole and span.end == start and not (span.delta or slice_.delta)
+            if not here or span.relation != "exact" or size > _FEW:
+                break
+            last.insert(0, slice_)
+            start = span.start
+        return last
 
     def _capture_held(self, slot: Slot, plan: Plan, schema: str) -> None:
         """Save the slices of a plan that are missing, and whose tokens a slot has evaluated where they stand."""
