@@ -221,7 +221,7 @@ class _Chat:
     def _typed(self, typed: str) -> None:
         """Have what is being typed evaluated, as far as it has come."""
         text = unfinished(typed)
-        if text is not None:
+        if text and not text.isspace():
             self._ahead.typed(text)
 
     def _said(self) -> list[str]:

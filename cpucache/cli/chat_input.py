@@ -102,13 +102,13 @@ class Lines:
         draft: str = "",  # noqa: ARG002
         typed: Callable[[str], None] | None = None,  # noqa: ARG002
     ) -> str | None:
-        typed = self._line()
-        while typed is not None and (is_open(typed) or typed.endswith("\\")):
+        said = self._line()
+        while said is not None and (is_open(said) or said.endswith("\\")):
             more = self._line()
             if more is None:
-                return typed.removesuffix("\\")
-            typed = f"{typed if is_open(typed) else typed[:-1]}\n{more}"
-        return typed
+                return said.removesuffix("\\")
+            said = f"{said if is_open(said) else said[:-1]}\n{more}"
+        return said
 
     def _line(self) -> str | None:
         line = sys.stdin.buffer.readline()
