@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -56,23 +56,23 @@ class Reader(Protocol):
         """
 
 
-def parse(typed: str) -> Command | str:
-    """A command or a message. Raises ``InputError`` for an unknown command."""
+def parse(typed: str, commands: Collection[str] = COMMANDS) -> Command | str:
+    """A command or a message. Raises ``InputError`` for one that is none of the ``commands``."""
     said = typed.strip()
     if not said.startswith("/"):
         return unquoted(said)
     name, argument = [*said[1:].split(maxsplit=1), "", ""][:2]
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, 1)
         hint = f"did you mean /{near[0]}?" if near else "/help shows them"
         raise InputError(f'no command /{name}: {hint} (a message that begins so goes between """ and """)')
     return Command(name, argument)
 
 
-def unfinished(typed: str) -> str | None:
+def unfinished(typed: str, commands: Collection[str] = COMMANDS) -> str | None:
     """The message that somebody is typing, as far as it has come, with the blanks at its end; None for a command."""
     try:
-        said = parse(typed)
+        said = parse(typed, commands)
     except InputError:
         return None
     return None if isinstance(said, Command) else said + typed[len(typed.rstrip()) :]
