@@ -26,7 +26,7 @@ from cpucache.store import SliceInfo, Store
 
 T = TypeVar("T")
 _FEW = 128
-"""Tokens of missing slices that are evaluated in one batch with what stands behind them, at most."""
+"""Tokens to evaluate, at most, for missing slices to go into one batch with what stands behind them."""
 _FUTILE = 20  # attempts to get at slices none of which got any further than the one before
 
 
@@ -313,7 +313,7 @@ class Workspace:
                 held = {span.slice for span in planned.spans[:shared] if span.slice}
                 wanted = [slice_ for slice_ in planned.slices if slice_ not in held]
                 missing = self.missing([*wanted, *planned.besides], states.keys() | held)
-                last = [] if fresh else self._last(planned, missing)
+                last = [] if fresh else self._last(slot, planned, missing)
                 missing = missing[: len(missing) - len(last)]
                 wanted = [slice_ for slice_ in wanted if slice_ not in last]
                 placed = planned.evaluating(len(last))
@@ -393,22 +393,26 @@ class Workspace:
                     taken += state.nbytes
         return taken
 
-    def _last(self, plan: Plan, missing: Sequence[Slice]) -> list[Slice]:
-        """The missing slices right before the tokens that end a plan, if they are few.
+    def _last(self, slot: Slot, plan: Plan, missing: Sequence[Slice]) -> list[Slice]:
+        """The missing slices right before the tokens that end a plan, if little of them is to be evaluated.
 
         Evaluated together with these tokens, and saved then, they cost no batch of their own.
         """
         if self.slices.recurrent or not plan.spans or plan.spans[-1].slice:
             return []
         last: list[Slice] = []
-        size, start = 0, plan.spans[-1].start
+        start = plan.spans[-1].start
         for span, slice_ in zip(reversed(plan.spans[:-1]), reversed(missing), strict=False):
-            size += len(span.tokens)
             here = span.slice == slice_ and span.whole and span.end == start and not (span.delta or slice_.delta)
-            if not here or span.relation != "exact" or size > _FEW:
+            if not here or span.relation != "exact":
                 break
             last.insert(0, slice_)
             start = span.start
+        while last:
+            placed = plan.evaluating(len(last))
+            if len(placed.spans[-1].tokens) - slot.known(placed) <= _FEW:
+                break
+            del last[0]
         return last
 
     def _capture_held(self, slot: Slot, plan: Plan, schema: str) -> None:
