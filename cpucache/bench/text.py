@@ -9,7 +9,7 @@ from cpucache.engine import Engine
 from cpucache.pml import parse_schema
 from cpucache.pml.tree import Schema
 
-_WORDS = """
+WORDS = """
 time year people way day man thing woman life child world school state family student group country problem hand
 part place case week company system program question work government number night point home water room mother area
 money story fact month lot right study book eye job word business issue side kind head house service friend father
@@ -27,7 +27,7 @@ def filler(engine: Engine, tokens: int, seed: int) -> str:
         missing = tokens - len(engine.model.tokenize(_joined(words)))
         if missing <= 0:
             break
-        words += [choice.choice(_WORDS) for _ in range(max(1, missing // 2))]
+        words += [choice.choice(WORDS) for _ in range(max(1, missing // 2))]
     while len(engine.model.tokenize(_joined(words))) > tokens:
         words.pop()
     return _joined(words)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -17,12 +15,23 @@ from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
-from cpucache.cli.chat_input import COMMANDS, KEYS, Command, Lines, Reader, Terminal, parse, unechoed, unquoted
+from cpucache.cli.answering import answered, begun, note
+from cpucache.cli.chat_input import (
+    COMMANDS,
+    KEYS,
+    Command,
+    Lines,
+    Reader,
+    Terminal,
+    parse,
+    unfinished,
+    unquoted,
+)
 from cpucache.cli.chat_screen import Answer, figures, markdown_answer, overflow, plain_answer
-from cpucache.cli.console import check_prompt, err, out, seconds, token_bar
+from cpucache.cli.console import check_prompt, err, out, seconds
 from cpucache.cli.options import engine_options, sampling_options
 from cpucache.cli.run import split_sampling
-from cpucache.engine import Engine, Sampling
+from cpucache.engine import Engine, Sampling, TypingAhead
 from cpucache.engine.session import WHEN_FULL, Session
 from cpucache.engine.stream import Stream
 from cpucache.errors import InputError
@@ -107,27 +116,6 @@ def _model_of(name: str) -> str | None:
     return known or (f"{stem}.gguf" if weights_file(f"{stem}.gguf") else None)
 
 
-@contextmanager
-def _interruptible() -> Iterator[Callable[[Stream], None]]:
-    """Ctrl-C ends the answer that is named meanwhile, in good order: what has come is kept."""
-    answers: list[Stream] = []
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        if not answers:
-            raise KeyboardInterrupt
-        answers[-1].stop()
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield answers.append
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _note(line: str) -> None:
-    err.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
-
-
 class _Chat:
     """A conversation with somebody who types, or with a file."""
 
@@ -140,6 +128,7 @@ class _Chat:
         self._show = answer
         self._settings = settings
         self._draft = ""
+        self._ahead = TypingAhead(partial(session.prepare, max_tokens=settings["max_tokens"]))
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
             "save": self._save,
@@ -155,14 +144,15 @@ class _Chat:
         if any(entry.role in ("user", "assistant") for entry in session.entries):
             self._recap()
         elif self._reader.interactive:
-            _note(f"conversation '{session.name}' with {self._engine.model.path.stem}; /help shows what there is")
+            note(f"conversation '{session.name}' with {self._engine.model.path.stem}; /help shows what there is")
         if session.unanswered:
             if session.entries[-1].role == "user":
-                _note("the last message has no answer yet: it is answered now")
+                note("the last message has no answer yet: it is answered now")
             self._answer(session.stream)
         while True:
             draft, self._draft = self._draft, ""
-            typed = self._reader.read(f"{len(self._said()) + 1}> ", draft)
+            typed = self._reader.read(f"{len(self._said()) + 1}> ", draft, self._typed)
+            self._ahead.stop()
             if typed is None:
                 return
             try:
@@ -180,30 +170,23 @@ class _Chat:
 
     # -- turns -------------------------------------------------------------------------------------------------------
     def _answer(self, ask: Callable[..., Stream], **changed: Any) -> None:
-        stream = None
-        with unechoed(), _interruptible() as begun:
-            try:
-                with token_bar("evaluating") as progress:
-                    stream = ask(progress=progress, **self._settings | changed)
-                    begun(stream)
-                    first = next(stream, "")
-                if stream.metrics.ttft_ms:
-                    with self._show() as show:
-                        show(first)
-                        for piece in stream:
-                            show(piece)
-            except KeyboardInterrupt:
-                pass
-        if stream is None or not stream.metrics.ttft_ms:
+        stream = answered(ask, self._show, **self._settings | changed)
+        if stream is None or not begun(stream):
             kept = "the message is kept, /regen answers it" if self._session.unanswered else "all is as it was"
-            _note(f"interrupted before the answer began: {kept}")
+            note(f"interrupted before the answer began: {kept}")
         else:
-            _note(figures(stream.metrics))
+            note(figures(stream.metrics))
             if stream.metrics.left_out_tokens:
-                _note(overflow(stream.metrics, moved=self._engine.context.memory.moves))
+                note(overflow(stream.metrics, moved=self._engine.context.memory.moves))
         if not self._reader.interactive and (stream is None or stream.metrics.finish == "interrupted"):
             # Whoever pipes messages in wants to be rid of all of them.
             raise KeyboardInterrupt
+
+    def _typed(self, typed: str) -> None:
+        """Have what is being typed evaluated, as far as it has come."""
+        text = unfinished(typed)
+        if text and not text.isspace():
+            self._ahead.typed(text)
 
     def _said(self) -> list[str]:
         return [entry.text for entry in self._session.entries if entry.role == "user"]
@@ -212,14 +195,14 @@ class _Chat:
         session = self._session
         said = [entry for entry in session.entries if entry.role in ("user", "assistant")]
         gone = f", {session.left_out:,} messages have left the context" if session.left_out else ""
-        _note(
+        note(
             f"conversation '{session.name}' with {self._engine.model.path.stem}: "
             f"{len(said):,} messages, the next turn sees {session.n_tokens:,} tokens{gone}"
         )
         for entry in said[-2:]:
             text = entry.text.strip()
             short = text if len(text) <= _RECAP else f"{text[:_RECAP].rstrip()} …"
-            _note(f"{'>' if entry.role == 'user' else '<'} {short}")
+            note(f"{'>' if entry.role == 'user' else '<'} {short}")
 
     # -- commands ----------------------------------------------------------------------------------------------------
     def _help(self, _argument: str) -> None:
@@ -233,13 +216,13 @@ class _Chat:
         if argument:
             self._fork(argument)
         else:
-            _note(f"everything is saved already: `cpucache chat {self._session.name}` goes on from here")
+            note(f"everything is saved already: `cpucache chat {self._session.name}` goes on from here")
 
     def _fork(self, argument: str) -> None:
         if not argument:
             raise InputError("/fork NAME: say what the other conversation is to be called")
         self._session.fork(argument)
-        _note(f"there is a conversation '{argument}' now: `cpucache chat {argument}` goes on from here")
+        note(f"there is a conversation '{argument}' now: `cpucache chat {argument}` goes on from here")
 
     def _edit(self, argument: str) -> None:
         said = self._said()
@@ -255,7 +238,7 @@ class _Chat:
     def _regenerate(self, _argument: str) -> None:
         sampling: Sampling = self._settings["sampling"]
         if sampling.temperature == 0:
-            _note("the likeliest answer is the same again: --temp above 0 lets it differ")
+            note("the likeliest answer is the same again: --temp above 0 lets it differ")
         # A seed is for the same answer again.
         self._answer(self._session.regenerate, sampling=replace(sampling, seed=None))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -15,6 +15,7 @@ from cpucache.errors import InputError
 from cpucache.private import private_file
 
 if TYPE_CHECKING:
+    from prompt_toolkit.buffer import Buffer
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 COMMANDS = {
@@ -48,21 +49,33 @@ class Reader(Protocol):
     interactive: bool
     """Somebody sits there, who can put right what went wrong."""
 
-    def read(self, prompt: str, draft: str = "") -> str | None:
-        """The next that was said, possibly ``draft`` after some editing; None when there is nothing more to come."""
+    def read(self, prompt: str, draft: str = "", typed: Callable[[str], None] | None = None) -> str | None:
+        """The next that was said, possibly ``draft`` after some editing; None when there is nothing more to come.
+
+        ``typed`` is told, after each change, what somebody has typed so far.
+        """
 
 
-def parse(typed: str) -> Command | str:
-    """A command or a message. Raises ``InputError`` for an unknown command."""
+def parse(typed: str, commands: Collection[str] = COMMANDS) -> Command | str:
+    """A command or a message. Raises ``InputError`` for one that is none of the ``commands``."""
     said = typed.strip()
     if not said.startswith("/"):
         return unquoted(said)
     name, argument = [*said[1:].split(maxsplit=1), "", ""][:2]
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, 1)
         hint = f"did you mean /{near[0]}?" if near else "/help shows them"
         raise InputError(f'no command /{name}: {hint} (a message that begins so goes between """ and """)')
     return Command(name, argument)
+
+
+def unfinished(typed: str, commands: Collection[str] = COMMANDS) -> str | None:
+    """The message that somebody is typing, as far as it has come, with the blanks at its end; None for a command."""
+    try:
+        said = parse(typed, commands)
+    except InputError:
+        return None
+    return None if isinstance(said, Command) else said + typed[len(typed.rstrip()) :]
 
 
 def unquoted(text: str) -> str:
@@ -83,14 +96,19 @@ class Lines:
 
     interactive = False
 
-    def read(self, prompt: str, draft: str = "") -> str | None:  # noqa: ARG002
-        typed = self._line()
-        while typed is not None and (is_open(typed) or typed.endswith("\\")):
+    def read(
+        self,
+        prompt: str,  # noqa: ARG002
+        draft: str = "",  # noqa: ARG002
+        typed: Callable[[str], None] | None = None,  # noqa: ARG002
+    ) -> str | None:
+        said = self._line()
+        while said is not None and (is_open(said) or said.endswith("\\")):
             more = self._line()
             if more is None:
-                return typed.removesuffix("\\")
-            typed = f"{typed if is_open(typed) else typed[:-1]}\n{more}"
-        return typed
+                return said.removesuffix("\\")
+            said = f"{said if is_open(said) else said[:-1]}\n{more}"
+        return said
 
     def _line(self) -> str | None:
         line = sys.stdin.buffer.readline()
@@ -114,6 +132,7 @@ class Terminal:
         # What somebody wrote is nobody else's business.
         private_file(history)
         self._leaving = False
+        self._typed: Callable[[str], None] | None = None
         self._session: PromptSession[str] = PromptSession(
             history=FileHistory(str(history)),
             key_bindings=self._keys(),
@@ -121,9 +140,15 @@ class Terminal:
             prompt_continuation=lambda width, _line, wrapped: " " * width if wrapped else "· ".rjust(width),
             output=create_output(always_prefer_tty=True),
         )
+        self._session.default_buffer.on_text_changed += self._changed
 
-    def read(self, prompt: str, draft: str = "") -> str | None:
+    def _changed(self, buffer: Buffer) -> None:
+        if self._typed is not None:
+            self._typed(buffer.text)
+
+    def read(self, prompt: str, draft: str = "", typed: Callable[[str], None] | None = None) -> str | None:
         self._leaving = False
+        self._typed = typed
         while True:
             try:
                 return self._session.prompt(prompt, default=draft)

@@ -21,6 +21,7 @@ _COMMANDS = {
     "demo": ("cpucache.cli.demo", "demo", "See the main job: a long prompt, uncached against cached."),
     "run": ("cpucache.cli.run", "run", "Answer a prompt."),
     "chat": ("cpucache.cli.chat", "chat", "Talk with a model; conversations go on where they stood."),
+    "ask": ("cpucache.cli.ask", "ask", "Pick modules from a list, and ask questions on them."),
     "sessions": ("cpucache.cli.sessions", "sessions", "List, check, delete and export conversations."),
     "serve": ("cpucache.cli.serve", "serve", "Answer programs that speak OpenAI's or Anthropic's API."),
     "why": ("cpucache.cli.why", "why", "Show why a request to the server was no hit, and what to switch on."),

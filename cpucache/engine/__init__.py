@@ -1,5 +1,6 @@
 """The public classes that applications embed."""
 
+from cpucache.engine.ahead import Preparation, TypingAhead
 from cpucache.engine.engine import Engine
 from cpucache.engine.reply import Metrics, Reply
 from cpucache.engine.session import Session
@@ -7,4 +8,15 @@ from cpucache.engine.stream import Stream
 from cpucache.reuse import Fidelity, Reuse
 from cpucache.runtime import Sampling
 
-__all__ = ["Engine", "Fidelity", "Metrics", "Reply", "Reuse", "Sampling", "Session", "Stream"]
+__all__ = [
+    "Engine",
+    "Fidelity",
+    "Metrics",
+    "Preparation",
+    "Reply",
+    "Reuse",
+    "Sampling",
+    "Session",
+    "Stream",
+    "TypingAhead",
+]

@@ -17,6 +17,8 @@ from cpucache.stages import profiled
 
 PAUSE = 1.0
 """Seconds without a request after which the machine counts as idle."""
+WRITING = 30.0
+"""The same behind what was evaluated of a prompt that is being written: it stays in the llama.cpp context so long."""
 _POLL = 0.05  # seconds between looks at what another process is making
 _log = logging.getLogger("cpucache.engine")
 
@@ -36,7 +38,6 @@ class Core:
         self._idle = idle
         self._idle_at: float | None = time.monotonic() + PAUSE
         """When the machine counts as idle; ``None``: what there was to do then has been done."""
-        self._idling: Request[Any] | None = None
         self._inbox: list[Request[Any]] = []
         self._changed = threading.Condition()
         self._closing = False
@@ -109,7 +110,6 @@ class Core:
         if request is None:
             self._idle_at = time.monotonic() + PAUSE
         elif request.begin():
-            self._idling = request
             self._scheduler.add(request)
 
     def _make_way(self) -> None:
@@ -125,7 +125,8 @@ class Core:
         elif job := self._scheduler.overtaken():
             _log.info("%s makes way for a request of higher priority", job.request.label)
             self._close(job)
-            if job.request is self._idling:
+            if job.request.once:
+                job.request.cancelled = True
                 self._end(job.request)
             else:
                 self._scheduler.add(job.request, first=True)
@@ -221,7 +222,7 @@ class Core:
                 request.end(job.result)
         self._scheduler.advance(job)
         if request.priority < Priority.REFINE and job.ended:
-            self._idle_at = time.monotonic() + PAUSE
+            self._idle_at = time.monotonic() + (WRITING if request.once else PAUSE)
 
     def _fail(self, job: Job, error: CpucacheError) -> None:
         self._go(job, lambda: job.fail(error))

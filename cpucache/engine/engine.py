@@ -20,11 +20,12 @@ import psutil
 
 from cpucache.authoring import AnyPromptFunction
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
+from cpucache.engine.ahead import Preparation
 from cpucache.engine.answer import Answer
 from cpucache.engine.core import Core
 from cpucache.engine.host import Host
 from cpucache.engine.planner import AnyPrompt, Planner, PMLPrompt, Question, parsed_prompt
-from cpucache.engine.reply import Prepared, Reply
+from cpucache.engine.reply import Reply
 from cpucache.engine.request import Priority, Request
 from cpucache.engine.saving import Saving
 from cpucache.engine.session import Session, WhenFull
@@ -351,30 +352,37 @@ class Engine:
     def prepare(
         self,
         prompt: AnyPrompt | None = None,
-        progress: OnProgress | None = None,
         *,
         text: str | None = None,
         fidelity: Level | Fidelity | None = None,
         reuse: Reuse | None = None,
-    ) -> Prepared:
-        """Evaluate a prompt ahead, without an answer: what begins with it is answered at once then.
+        unfinished: bool = False,
+    ) -> Preparation:
+        """Begin to evaluate a prompt ahead, in the background: what begins with it is answered at once then.
 
-        Answers come first, and interrupt it. The last token is not evaluated, which every answer begins with, nor is
-        what a PML prompt brings besides its modules. The prompt and its fidelity are given as for ``plan``.
-        ``progress(done, total)`` is told about tokens.
+        Answers come first. What has been evaluated stays in the llama.cpp context, for the next prompt to go on from;
+        slices of it are saved, but for what a PML prompt brings besides its modules. The last token is not evaluated,
+        which every answer begins with. The prompt and its fidelity are given as for ``plan``.
+
+        Args:
+            unfinished: Its last text (message, turn) is still being written: what stands behind its last blank is not
+                evaluated, and what is evaluated of it is not saved. Whatever else is asked ends it. ``TypingAhead``
+                gives a text on after each change.
 
         Raises ``PMLError``, ``InputError`` or ``ContextFull``.
         """
+        if isinstance(prompt, Path):
+            prompt = parsed_prompt(prompt)  # which is read once
         question = self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse)
         question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
-        plan = question.plan()
-        wanted = list(plan.wanted)
-        if question.bound is None:
-            *before, last = plan.spans
-            wanted += self.slices.cut(before, last.tokens[:-1])
-        there = sum(len(slice_.tokens) for slice_ in dict.fromkeys(wanted) if slice_.key in self.store)
-        made = self._encode(wanted, question.label, progress)
-        return Prepared(plan.n_tokens, there, made.tokens)
+        size = self.planner.size_ahead(question, prompt, text) if unfinished else question.n_tokens - 1
+        return self.host.prepare(
+            lambda: question.plan().first(size),
+            question.label,
+            n_tokens=question.n_tokens,
+            save=question.bound is None and not unfinished,
+            once=unfinished,
+        )
 
     def prefetch(
         self,
@@ -546,7 +554,7 @@ def _refining_when_idle(spaces: Mapping[str, Workspace]) -> Request[None] | None
             with workspace.slot() as slot:
                 yield from refine(workspace, slot, None, Encoded())
 
-    return Request(task, priority=Priority.REFINE)
+    return Request(task, priority=Priority.REFINE, once=True)
 
 
 def _check(**settings: tuple[str, Sequence[str]]) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from cpucache.engine.ahead import Preparation
 from cpucache.engine.core import Core
 from cpucache.engine.planner import Planner
+from cpucache.engine.reply import Prepared
 from cpucache.engine.request import Priority, Request
 from cpucache.layout import ChatTemplate
-from cpucache.reuse import OnProgress, Slices, Workspace
+from cpucache.reuse import Metrics, OnProgress, Plan, Slices, Workspace
 from cpucache.reuse.slot import Slot
+from cpucache.reuse.way import answer
 from cpucache.reuse.work import Task
 from cpucache.runtime import Context, Model
 from cpucache.store import Store
@@ -62,6 +65,36 @@ class Host:
         request = Request(in_slot, priority=priority)
         self.core.submit(request)
         return request.result(progress)
+
+    def prepare(self, plan: Callable[[], Plan], label: str, *, n_tokens: int, save: bool, once: bool) -> Preparation:
+        """Begin to evaluate a plan ahead.
+
+        Args:
+            plan: Plans what is evaluated, by the slices that there are at the moment.
+            label: What its slices are listed under.
+            n_tokens: Of the prompt that it is the beginning of.
+            save: Save what is in no slice yet, once it has been evaluated.
+            once: It ends where another request takes its place.
+        """
+        workspace = self.workspace
+
+        def saved(slot: Slot, planned: Plan) -> Task[None]:
+            *before, last = planned.spans
+            if save and last.slice is None:
+                workspace.capture(slot, self.slices.cut(before, last.tokens), label)
+            yield from ()
+
+        def task(request: Request[Prepared]) -> Task[Prepared]:
+            metrics = Metrics()
+            if plan().spans:
+                yield from answer(
+                    workspace, plan, saved, label=label, progress=request.progress, metrics=metrics, ends=False
+                )
+            return Prepared(n_tokens, metrics.cached_tokens, metrics.fresh_tokens)
+
+        request = Request(task, priority=Priority.PREPARE, once=once)
+        self.core.submit(request)
+        return Preparation(request)
 
     def forget(self) -> None:
         """Empty the llama.cpp context, as it is after a restart. The store keeps its slices."""

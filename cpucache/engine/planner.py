@@ -13,6 +13,7 @@ import numpy as np
 
 from cpucache.authoring import AnyPromptFunction, PromptFunction, PromptMethod
 from cpucache.engine.opening import Opening
+from cpucache.engine.writing import certain, rewritten
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Text, Tokens, Turns, bind
 from cpucache.pml import is_prompt, load_prompt, load_schema, parse_prompt, resolve, tree
@@ -36,7 +37,7 @@ class Question:
 
     plan: Callable[[], Plan]
     """Plans the prompt by the slices that there are at the moment."""
-    n_tokens: int
+    tokens: Tokens
     label: str
     """What its slices are listed under."""
     name: str
@@ -44,6 +45,11 @@ class Question:
     fidelity: Fidelity
     bound: Bound | None = None
     """The prompt on the layout of its schema, if it has one."""
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens it has."""
+        return len(self.tokens)
 
     def check_fits(self, n_ctx: int, n_ctx_train: int, room: int = 1) -> None:
         """Raise ``ContextFull`` when prompt and answer do not fit the context, or the positions of the model.
@@ -165,15 +171,28 @@ class Planner:
         self._check_size(prompt.file, _new_texts(prompt.children))
         bound = bind(layout, included, file=prompt.file)
         plan = self._planning(bound, fidelity, reuse)
-        return Question(plan, bound.n_tokens, prompt.schema, prompt.file, fidelity, bound)
+        return Question(plan, bound.tokens, prompt.schema, prompt.file, fidelity, bound)
 
     def _of_messages(self, messages: Sequence[tuple[RoleName, str]], fidelity: Fidelity, reuse: Reuse) -> Question:
         self._check_size("messages", [content for _, content in messages])
         return self._of_text(Text(self._tokens(messages, None)), fidelity, reuse, "messages")
 
+    def size_ahead(self, question: Question, prompt: AnyPrompt | None, text: str | None) -> int:
+        """How many tokens a prompt begins with, however its last text goes on, which is still being written.
+
+        Args:
+            question: The prompt as it is.
+            prompt: What ``question`` was made of, as is ``text``.
+            text: Text to go on with.
+        """
+        if isinstance(prompt, str) and is_prompt(prompt):
+            prompt = parsed_prompt(prompt)
+        others = [self.question(given, text=each).tokens for given, each in rewritten(prompt, text)]
+        return min(certain(question.tokens, others), question.n_tokens - 1)
+
     def _of_text(self, text: Text, fidelity: Fidelity, reuse: Reuse, name: str) -> Question:
         plan = partial(plan_text, self._workspace, self._repair, text, fidelity, reuse)
-        return Question(plan, len(text.tokens), PREFIX, name, fidelity)
+        return Question(plan, text.tokens, PREFIX, name, fidelity)
 
     def tokens_of(self, text: str) -> Tokens:
         """The tokens of a text to go on with, checked for its size. Raises ``InputError``."""

@@ -19,11 +19,12 @@ Event: TypeAlias = "str | tuple[int, int] | None"
 
 
 class Priority(IntEnum):
-    """What is served first. A request of ``ANSWER`` takes the place of one below it, which begins again later."""
+    """What is served first. A request takes the place of one below it, which begins again later, or not at all."""
 
     ANSWER = 0
     ENCODE = 1
-    REFINE = 2
+    PREPARE = 2
+    REFINE = 3
 
 
 class Request(Generic[T]):
@@ -36,6 +37,7 @@ class Request(Generic[T]):
         task: Makes the task, and makes it anew where the request has to begin again.
         cells: Cells of the llama.cpp context that it needs at most; ``None``: all, so that it runs alone.
         priority: What is served first.
+        once: It ends where another takes its place, instead of beginning again later.
         label: What the log calls it.
     """
 
@@ -45,12 +47,14 @@ class Request(Generic[T]):
         *,
         cells: int | None = None,
         priority: Priority = Priority.ANSWER,
+        once: bool = False,
         label: str = "",
     ) -> None:
         self.task = task
         self.label = label or Priority(priority).name.lower()
         self.cells = cells
         self.priority = priority
+        self.once = once
         self.profile = current()
         """Told where its time goes, if anybody asked."""
         self.cancelled = False
@@ -115,6 +119,11 @@ class Request(Generic[T]):
         return event
 
     @property
+    def ended(self) -> bool:
+        """Whether it has ended, in whatever way."""
+        return self._ended.is_set()
+
+    @property
     def error(self) -> BaseException | None:
         """What the task raised, if it has ended so and nobody was told."""
         return self._error
@@ -128,7 +137,7 @@ class Request(Generic[T]):
         """What the task returns, when it has ended. ``progress(done, total)`` is called in this thread.
 
         Where waiting is interrupted, for example by Ctrl-C, the request is cancelled. Raises what the task raised, and
-        ``CpucacheError`` when it was cancelled.
+        ``CpucacheError`` when it was cancelled, or made way for another.
         """
         try:
             while (event := self.next()) is not None:
@@ -139,5 +148,5 @@ class Request(Generic[T]):
             self.wait()
             raise
         if self.cancelled and self._result is None:
-            raise CpucacheError("cancelled: the engine has been closed")
+            raise CpucacheError("cancelled: the engine has been closed, or something else is evaluated instead")
         return self._result  # type: ignore[return-value]

@@ -14,6 +14,8 @@ HELD_UP = 2.0
 """How long a chunk of a prefill may take while answers run, in steps that evaluate nothing but a token of each."""
 _FIRST = 16  # tokens of a chunk while it is not known how fast they are
 _SMALLEST = 4
+AHEAD = 64
+"""Tokens of a batch of what is evaluated ahead: as many are lost at most when something else is asked."""
 _WEIGHT = 0.2  # of the newest measurement in an average
 
 
@@ -156,7 +158,8 @@ class Scheduler:
     def _chunk(self) -> int:
         """Tokens of the next batch."""
         if not self.answers:
-            return self._batch
+            ahead = self.prefill is not None and self.prefill.request.priority is Priority.PREPARE
+            return min(AHEAD, self._batch) if ahead else self._batch
         step = self._token_seconds.get(len(self.answers))
         size = _FIRST if step is None or self._rate is None else int(HELD_UP * step * self._rate)
         return min(self._batch, len(self.answers) + max(_SMALLEST, size))

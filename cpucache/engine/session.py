@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from cpucache.engine.ahead import Preparation
 from cpucache.engine.answer import Answer
 from cpucache.engine.host import Host
 from cpucache.engine.opening import Opening, dump_spans, load_spans, tokens_of
@@ -25,6 +26,7 @@ from cpucache.engine.reply import Reply
 from cpucache.engine.request import Request
 from cpucache.engine.stream import Stream
 from cpucache.engine.turn import Turn
+from cpucache.engine.writing import certain, continued
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Tokens, Turns
 from cpucache.layout.vocabulary import empty, joined
@@ -70,6 +72,7 @@ class Session:
         self._held: list[str] = []
         self._opening: list[Span] = [] if opening is None else host.slices.chained(opening.plan, "opening")
         self._last: Request[None] | None = None
+        self._ahead: Preparation | None = None
         self._transcript = transcripts.open(name, fingerprint=host.slices.fingerprint, model=host.model.path.stem)
         try:
             first = self._first_entry(system, opening)
@@ -90,6 +93,8 @@ class Session:
         if not self._closed:
             with self._lock:
                 self._closed = True
+                if self._ahead is not None:
+                    self._ahead.cancel()
                 if self._last is not None:
                     self._last.cancel()
                     self._last.wait()
@@ -164,6 +169,23 @@ class Session:
             self._finish_last()
             return self._turn(text, len(self.entries), max_tokens, sampling, progress)
 
+    def prepare(self, text: str, *, max_tokens: int = MAX_TOKENS) -> Preparation:
+        """Begin to evaluate a message that is being written, in the background; ``stream`` goes on from there.
+
+        What stands behind its last blank is not evaluated. ``max_tokens`` is that of the answer to come. The next turn
+        cancels it, keeping what it has evaluated. ``TypingAhead`` gives a text on after each change. Raises
+        ``ContextFull`` like ``stream``.
+        """
+        with self._lock:
+            self._finish_last()
+            history, turns, pending, _ = self._before(len(self.entries))
+            new, *others = (_message(copy.copy(turns), pending, each) for each in (text, *continued(text)))
+            self._make_room(history, len(new), max_tokens)
+            plan = self._host.slices.plan(history.spans, new)
+            ahead = plan.first(history.n_tokens + certain(new, others))
+            self._ahead = self._host.prepare(lambda: ahead, self._label, n_tokens=plan.n_tokens, save=False, once=True)
+            return self._ahead
+
     def regenerate(
         self,
         *,
@@ -213,16 +235,12 @@ class Session:
         self, text: str | None, keep: int, max_tokens: int, sampling: Sampling | None, progress: OnProgress | None
     ) -> Stream:
         started = perf_counter()
-        if self._closed:
-            raise InputError(f"session '{self.name}' has been closed")
-        if keep == len(self.entries):
-            history, turns, pending, asks = self._history.copy(), copy.copy(self._turns), self._pending, self._asks
-        else:
-            history, turns, pending, asks = self._replayed(keep)
+        history, turns, pending, asks = self._before(keep)
         if text is None and not asks:
             raise InputError("there is no message to answer")
-        tokens = [pending, turns.turn("user", text) if text is not None else empty(), turns.answer()]
-        new = joined(tokens)
+        if self._ahead is not None:
+            self._ahead.cancel()
+        new = _message(turns, pending, text)
         before = history.n_tokens
         self._make_room(history, len(new), max_tokens)
         number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
@@ -248,6 +266,14 @@ class Session:
         stream.metrics.left_out_tokens = before - history.n_tokens
         self._last = stream.request
         return stream
+
+    def _before(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
+        """What ``_replayed`` gives of the first ``keep`` entries, to go on with. Raises ``InputError`` when closed."""
+        if self._closed:
+            raise InputError(f"session '{self.name}' has been closed")
+        if keep < len(self.entries):
+            return self._replayed(keep)
+        return self._history.copy(), copy.copy(self._turns), self._pending, self._asks
 
     def _finish_last(self) -> None:
         """Wait until the answer before has ended. One that was not begun never is."""
@@ -418,3 +444,8 @@ class Session:
         if not same:
             what = "system text" if first.role == "system" else "prompt"
             raise InputError(f"session '{self.name}' has begun already, with another {what}; choose another name")
+
+
+def _message(turns: Turns, pending: Tokens, text: str | None) -> Tokens:
+    """What is evaluated of a message, up to where its answer begins."""
+    return joined([pending, empty() if text is None else turns.turn("user", text), turns.answer()])

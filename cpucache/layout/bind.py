@@ -8,7 +8,7 @@ from cpucache.errors import InputError, PMLError
 from cpucache.layout.schema import SchemaLayout
 from cpucache.layout.segment import NewText, Piece
 from cpucache.layout.turns import Turns
-from cpucache.layout.vocabulary import Tokens, empty
+from cpucache.layout.vocabulary import Tokens, empty, joined
 from cpucache.pml import tree
 from cpucache.pml.tree import Argument, Included, Role, RoleEnd, RoleStart, Schema, Text, Turn
 
@@ -26,8 +26,13 @@ class Bound:
     """Whether its last turn is a message of the user's."""
 
     @property
-    def n_tokens(self) -> int:
+    def tokens(self) -> Tokens:
         """Tokens of all pieces."""
+        return joined([piece.tokens for piece in self.pieces])
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens these are."""
         return sum(len(piece.tokens) for piece in self.pieces)
 
 

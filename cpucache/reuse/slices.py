@@ -197,6 +197,24 @@ class Plan:
         spans = (span for span in self.spans if span.slice and span.relation == relation and not span.made)
         return sum(len(span.tokens) for span in spans)
 
+    def first(self, count: int) -> Plan:
+        """The first ``count`` tokens of it. A slice that ends behind them leaves tokens to evaluate."""
+        spans: list[Span] = []
+        for span in self.spans:
+            if 0 < count < len(span.tokens):
+                spans.append(Span(span.start, span.tokens[:count]))
+            elif count > 0:
+                spans.append(span)
+            count -= len(span.tokens)
+        return Plan(tuple(spans), self.besides)
+
+    def evaluating(self, count: int) -> Plan:
+        """The same with tokens to evaluate in the place of the last ``count`` slices, joined with those at its end."""
+        if not count:
+            return self
+        spans, end = self.spans[: -count - 1], self.spans[-count - 1 :]
+        return Plan((*spans, Span(end[0].start, joined([span.tokens for span in end]))), self.besides)
+
     def without_reuse(self) -> Plan:
         """The same tokens, all to be evaluated, back to back: a full prefill."""
         return Plan((Span(0, self.tokens),))

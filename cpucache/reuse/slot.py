@@ -62,13 +62,16 @@ class Slot:
         there = (each.slice is not None and self.points.there(each.slice) for each in plan.spans[:shared][::-1])
         return next((shared - index for index, found in enumerate(there) if found), 0)
 
-    def known(self, plan: Plan) -> int:
-        """Leading tokens of ``plan`` without a slice that the slot holds; never the last of all, evaluated anyway."""
+    def known(self, plan: Plan, *, ends: bool = True) -> int:
+        """Leading tokens of ``plan`` without a slice that the slot holds.
+
+        Where the prompt ``ends``, the last of all is none of them: it is evaluated anyway.
+        """
         shared = self.shared(plan)
         count = sum(len(span.tokens) for span in plan.spans[:shared] if span.slice is None)
         if shared < min(len(plan.spans), len(self.held)):
             count += self.evaluated(shared, plan.spans[shared])
-        return min(count, max(0, plan.n_tokens - plan.n_cached - 1))
+        return min(count, max(0, plan.n_tokens - plan.n_cached - ends))
 
     def evaluated(self, index: int, fresh: Span) -> int:
         """Number of leading tokens of a fresh span that the slot's spans from ``index`` on hold at its position.

@@ -79,9 +79,9 @@ class Splicer:
                 self.reset(slot)
         return taken
 
-    def known(self, plan: Plan, owner: str) -> int:
-        """Leading tokens of ``plan`` without a slice that some slot of ``owner`` holds already."""
-        return max((slot.known(plan) for slot in self.slots if slot.owner == owner), default=0)
+    def known(self, plan: Plan, owner: str, *, ends: bool = True) -> int:
+        """Leading tokens of ``plan`` without a slice that some slot of ``owner`` holds already, see ``Slot.known``."""
+        return max((slot.known(plan, ends=ends) for slot in self.slots if slot.owner == owner), default=0)
 
     def reset(self, slot: Slot) -> None:
         """Empty a slot, and the sequences that are none."""
@@ -97,7 +97,14 @@ class Splicer:
         self._learn(self.context.save(slot.sequence))
 
     def splice(
-        self, slot: Slot, plan: Plan, state: State, metrics: Metrics | None = None, *, fresh: bool = False
+        self,
+        slot: Slot,
+        plan: Plan,
+        state: State,
+        metrics: Metrics | None = None,
+        *,
+        fresh: bool = False,
+        ends: bool = True,
     ) -> Splicing:
         """Put the slices of a plan into the llama.cpp context; ``prefill`` has a slot hold the plan then.
 
@@ -109,6 +116,7 @@ class Splicer:
             state: Gives the saved state of a slice.
             metrics: Told how long it takes.
             fresh: Take nothing from any slot.
+            ends: The prompt ends here, so that logits of its last token are wanted.
         """
         metrics = metrics or Metrics()
         started = time.perf_counter()
@@ -118,7 +126,7 @@ class Splicer:
         try:
             if fresh:
                 self.reset(slot)
-            spans = list(plan.spans) if fresh else self._keep(slot, plan, state)
+            spans = list(plan.spans) if fresh else self._keep(slot, plan, state, ends=ends)
             groups = _grouped(spans, len(self.free))
             splicing = Splicing(slot, wanted, plan, groups, state, metrics)
             if groups:
@@ -211,7 +219,7 @@ class Splicer:
         """The recurrent state of a slot."""
         return self.context.save_point(slot.sequence)
 
-    def _keep(self, slot: Slot, plan: Plan, state: State) -> list[Span]:
+    def _keep(self, slot: Slot, plan: Plan, state: State, *, ends: bool) -> list[Span]:
         """Cut a slot back to what it shares with ``plan``; gives the spans that are still to come."""
         self._adopt(slot, plan)
         self._close_up(slot, plan)
@@ -225,11 +233,11 @@ class Splicer:
         elif rest and stays < len(slot.held):
             common = slot.evaluated(stays, rest[0])
             # The last token of all is evaluated in any case, for its logits.
-            common = min(common, len(rest[0].tokens) - (len(rest) == 1))
+            common = min(common, len(rest[0].tokens) - (ends and len(rest) == 1))
             if common:
-                rest[0] = Span(rest[0].start + common, rest[0].tokens[common:])
-                end = rest[0].start
-        elif not rest and plan.spans and plan.spans[-1].slice is None:
+                end = rest[0].start + common
+                rest[:1] = [Span(end, rest[0].tokens[common:])] if common < len(rest[0].tokens) else []
+        elif ends and not rest and plan.spans and plan.spans[-1].slice is None:
             last = plan.spans[-1]
             rest = [Span(last.end - 1, last.tokens[-1:])]
             end = last.end - 1

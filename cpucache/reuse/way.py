@@ -35,6 +35,7 @@ def answer(
     progress: OnProgress | None = None,
     metrics: Metrics | None = None,
     fresh: bool = False,
+    ends: bool = True,
 ) -> Task[T]:
     """The way of a prompt, from its plan to what ``decode`` returns. Every prompt goes it.
 
@@ -48,8 +49,9 @@ def answer(
         progress: Told about tokens evaluated.
         metrics: Told what the prompt took.
         fresh: Take nothing from any slot, so that every token without a slice is evaluated.
+        ends: The prompt ends with the plan. Otherwise no logits are wanted, and the last token is like any other.
     """
-    with _Filling(workspace, slot, label, progress, metrics or Metrics(), fresh=fresh) as filling:
+    with _Filling(workspace, slot, label, progress, metrics or Metrics(), fresh=fresh, ends=ends) as filling:
         for attempt in filling.attempts:
             with attempt:
                 planned = plan()
@@ -90,6 +92,7 @@ class _Filling:
         metrics: Metrics,
         *,
         fresh: bool,
+        ends: bool,
     ) -> None:
         self.attempts = workspace.attempts()
         self._workspace = workspace
@@ -99,6 +102,7 @@ class _Filling:
         self._progress = progress
         self._metrics = metrics
         self._fresh = fresh
+        self._ends = ends
         self._encoded = Encoded()
         self._counted = 0
 
@@ -124,19 +128,28 @@ class _Filling:
         with stage("look up"):
             workspace.check_can_be_spliced(plan)
             slot = self._slot = self._slot or workspace.take(plan)
+            if not self._fresh:
+                workspace.capture_held(slot, plan, self._label)
             keys = workspace.keys(plan)
         with ExitStack() as self._until:
             self._until.enter_context(workspace.store.using(keys))
             with stage("look up"):
                 stays = 0 if self._fresh else slot.stays(plan)
-                self._known = 0 if self._fresh else workspace.splicer.known(plan, slot.owner)
                 self._held = {span.slice for span in plan.spans[:stays] if span.slice}
-                self._wanted = [slice_ for slice_ in plan.slices if slice_ not in self._held]
+                wanted = [slice_ for slice_ in plan.slices if slice_ not in self._held]
                 had = self.attempts.states.keys() | self._held
-                self._missing: Sequence[Slice] = workspace.missing([*self._wanted, *plan.besides], had)
+                missing = workspace.missing([*wanted, *plan.besides], had)
+                self._last = [] if self._fresh else workspace.last(slot, plan, missing)
+                """Missing slices that are evaluated with the end of the prompt."""
+                self._missing: Sequence[Slice] = missing[: len(missing) - len(self._last)]
+                self._wanted = [slice_ for slice_ in wanted if slice_ not in self._last]
+                self._spliced = plan.evaluating(len(self._last))
+                known = 0 if self._fresh else workspace.splicer.known(self._spliced, slot.owner, ends=self._ends)
+                self._known = known
             self._plan = plan
             self._tell()
-            told = counting(self._progress, effort(self._missing) + plan.n_tokens - plan.n_cached)
+            fresh = self._spliced.n_tokens - self._spliced.n_cached
+            told = counting(self._progress, effort(self._missing) + fresh)
 
             def step(count: int) -> None:
                 self._counted += count
@@ -171,7 +184,12 @@ class _Filling:
         )
         self._until.enter_context(workspace.store.quiet())
         self._splicing = workspace.splicer.splice(
-            self.slot, self._plan, lambda slice_: workspace.state(states, slice_), self._metrics, fresh=self._fresh
+            self.slot,
+            self._spliced,
+            lambda slice_: workspace.state(states, slice_),
+            self._metrics,
+            fresh=self._fresh,
+            ends=self._ends,
         )
 
     def prefill(self) -> Task[None]:
@@ -179,10 +197,12 @@ class _Filling:
         workspace, plan, encoded = self._workspace, self._plan, self._encoded
         before = self._metrics.prefill_ms
         spent = yield from workspace.splicer.prefill(self._splicing, self._step)
+        workspace.capture(self.slot, self._last, self._label)
+        encoded.tokens += sum(len(slice_.tokens) for slice_ in self._last)
         workspace.know(plan.slices)
         made = sum(len(span.tokens) for span in plan.spans if span.slice in encoded.made)
         # What stands before slices made on the way was evaluated with them.
-        evaluated = made + max(spent, plan.n_tokens - plan.n_cached - self._known)
+        evaluated = made + max(spent, self._spliced.n_tokens - self._spliced.n_cached - self._known)
         if workspace.slices.memory.points:
             # So are tokens between the recurrent state that was gone on from and them.
             evaluated = max(evaluated, min(self._counted, plan.n_tokens))

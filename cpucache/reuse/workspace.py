@@ -25,6 +25,8 @@ from cpucache.runtime.context import Bytes
 from cpucache.store import SliceInfo, Store
 
 _log = logging.getLogger("cpucache.reuse")
+_FEW = 128
+"""Tokens to evaluate, at most, for missing slices to go into one batch with what stands behind them."""
 _FUTILE = 20  # attempts to get at slices none of which got any further than the one before
 
 
@@ -360,6 +362,36 @@ class Workspace:
                     self._keep(Made(self.slices.point(slice_), state, seconds), schema)
                     taken += state.nbytes
         return taken
+
+    def last(self, slot: Slot, plan: Plan, missing: Sequence[Slice]) -> list[Slice]:
+        """The missing slices right before the tokens that end a plan, if little of them is to be evaluated.
+
+        Evaluated together with these tokens, and saved then, they cost no batch of their own.
+        """
+        if self.slices.memory.points or not plan.spans or plan.spans[-1].slice:
+            return []
+        last: list[Slice] = []
+        start = plan.spans[-1].start
+        for span, slice_ in zip(reversed(plan.spans[:-1]), reversed(missing), strict=False):
+            here = span.slice == slice_ and span.whole and span.end == start and not (span.delta or slice_.delta)
+            if not here or span.relation != "exact":
+                break
+            last.insert(0, slice_)
+            start = span.start
+        while last:
+            placed = plan.evaluating(len(last))
+            if len(placed.spans[-1].tokens) - slot.known(placed) <= _FEW:
+                break
+            del last[0]
+        return last
+
+    def capture_held(self, slot: Slot, plan: Plan, schema: str) -> None:
+        """Save the slices of a plan that are missing, and whose tokens a slot has evaluated where they stand."""
+        if self.slices.memory.points or not any(span.slice is None for span in slot.held):
+            return
+        held = {span.slice for span in slot.held}
+        there = (slice_ for slice_ in plan.slices if slice_ not in held and slice_.end <= slot.end)
+        self.capture(slot, [slice_ for slice_ in there if slice_.key not in self.store], schema)
 
     def append(self, slot: Slot, tokens: Tokens) -> Task[None]:
         """Evaluate tokens of an answer behind all that a slot holds, with logits of the last."""

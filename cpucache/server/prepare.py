@@ -68,7 +68,7 @@ class Prepare:
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def work(progress: OnProgress) -> Prepared:
-            return tenant.engine.prepare(asked.prompt, progress, **asked.settings)
+            return tenant.engine.prepare(asked.prompt, **asked.settings).result(progress)
 
         def at_end() -> None:
             with suppress(RuntimeError):  # the loop has been closed: nobody waits any more

@@ -164,7 +164,7 @@ class Tenant:
     def _evaluate_ahead(self, talk: Conversation, settings: dict[str, Any]) -> None:
         def work(progress: OnProgress) -> Prepared:
             asked = self.following(talk, settings)
-            return self.engine.prepare(asked.prompt, progress, **asked.settings)
+            return self.engine.prepare(asked.prompt, **asked.settings).result(progress)
 
         if len(self._ahead) == self._ahead.maxlen:
             self._ahead.popleft().cancel()

@@ -23,7 +23,7 @@ _TYPES = {
     "icon.svg": "image/svg+xml",
 }
 _HEADERS = {
-    # Everything comes from this server, nothing is inline, and no text becomes markup: the browser refuses what isn't so.
+    # Everything comes from this server, nothing is inline, and no text becomes markup: the browser refuses all else.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'",

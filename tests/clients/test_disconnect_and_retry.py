@@ -29,7 +29,7 @@ def test_after_the_first_token(served: Served) -> None:
 def test_while_the_prompt_is_evaluated(served: Served) -> None:
     def there() -> int:
         """Tokens of the prompt that the server has slices of."""
-        return served.engine.plan(messages=ASKED).count("exact")
+        return served.engine.plan(ASKED).count("exact")
 
     body = json.dumps(BODY).encode()
     address = httpx.URL(served.url)

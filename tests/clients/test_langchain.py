@@ -43,7 +43,7 @@ def test_a_chat(model: ChatOpenAI, served: Served) -> None:
     assert (
         first.content
         == served.engine.generate(
-            messages=[{"role": "system", "content": CODING}, {"role": "user", "content": "What is new?"}], max_tokens=16
+            [{"role": "system", "content": CODING}, {"role": "user", "content": "What is new?"}], max_tokens=16
         ).text
     )
     second = model.invoke([*asked, first, HumanMessage("And what is old?")])

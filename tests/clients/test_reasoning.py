@@ -135,17 +135,17 @@ def test_reasoning_is_told_apart(stream: bool, served: Served) -> None:
         if stream:
             with served.openai.responses.create(model="m", input=asked, stream=True) as kinds:
                 told = list(kinds)
-            response = told[-1].response  # type: ignore[union-attr]
+            response = told[-1].response
             deltas = [each.delta for each in told if each.type == "response.reasoning_text.delta"]
             assert "".join(deltas) == THOUGHT
         else:
             response = served.openai.responses.create(model="m", input=asked)
         answer = served.openai.chat.completions.create(model="m", messages=asked)
     thinking, text = message.content
-    assert (thinking.thinking, text.text) == (THOUGHT, ANSWER)  # type: ignore[union-attr]
+    assert (thinking.thinking, text.text) == (THOUGHT, ANSWER)
     reasoning, said = response.output
-    assert reasoning.content[0].text == THOUGHT and said.content[0].text == ANSWER  # type: ignore[union-attr,index]
+    assert reasoning.content[0].text == THOUGHT and said.content[0].text == ANSWER
     assert response.usage is not None
     assert response.usage.output_tokens_details.reasoning_tokens == len(served.engine.model.tokenize(THOUGHT))
     assert answer.choices[0].message.content == ANSWER
-    assert answer.choices[0].message.reasoning_content == THOUGHT  # type: ignore[attr-defined]
+    assert answer.choices[0].message.reasoning_content == THOUGHT

@@ -12,7 +12,7 @@ import pytest
 from cpucache import CpucacheError, Engine
 from cpucache.bench.memory import compare_memory
 from cpucache.bench.text import filler_prompt, filler_schema
-from cpucache.bench.ttft import _cached, floor
+from cpucache.bench.ttft import Report, _cached, floor
 from tests.support.command import cpucache, invoke
 
 COMMAND = ("bench", "ttft", "--tokens", "300", "--modules", "4", "--question", "20", "--threads", "1")
@@ -98,7 +98,7 @@ def test_floor_and_cached_prompts_end_in_the_same_state(model: Path, order: tupl
         prompt = filler_prompt(engine, order, 20)
         engine.encode("bench")
 
-        _cached(engine, prompt, "fast")
+        _cached(engine, prompt, Report("", 0, 0, 0), "ram")
         cached = engine.context.logits()
         floor(engine, engine.plan(prompt, fidelity="fast"))
         found = engine.context.logits()

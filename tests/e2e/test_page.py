@@ -141,7 +141,7 @@ def test_a_schema_is_uploaded_encoded_and_asked(page: Browser, tmp_path: Path) -
     page.click("#encode")
     page.until(lambda: len(page.all("#tree .whole")) == 4, "all modules encoded")
     assert page.one("#encoding").get_property("value") == page.one("#encoding").get_property("max")
-    assert "town: encoded" in page.all("#said")[0].get_property("textContent")
+    assert "town: encoded" in str(page.all("#said")[0].get_property("textContent"))
     page.click("#use")
     prompt = page.until(lambda: page.one("#pml").get_property("value"), "a prompt")
     assert "<pool warm=" in prompt and "<summer/>" in prompt and "winter" not in prompt
@@ -174,7 +174,7 @@ def test_tabs_by_keyboard(page: Browser) -> None:
     for key, name in ((Keys.HOME, "playground"), (Keys.ARROW_RIGHT, "schemas"), (Keys.END, "requests")):
         page.driver.switch_to.active_element.send_keys(key)
         assert page.run(focused) == f"tab-{name}"
-        page.until(lambda name=name: page.all(f"#{name}")[0].is_displayed(), name)
+        page.until(page.all(f"#{name}")[0].is_displayed, name)
         assert [each.get_attribute("id") for each in page.all("[role=tab][aria-selected=true]")] == [f"tab-{name}"]
     assert page.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
     # One tab is in the way of the tabulator, and every field has a name.
@@ -182,7 +182,7 @@ def test_tabs_by_keyboard(page: Browser) -> None:
     fields = "[...document.querySelectorAll('input, select, textarea')]"
     assert page.run(f"return {fields}.every((each) => each.labels.length || each.ariaLabel)")
     page.driver.back()
-    page.until(lambda: page.all("#schemas")[0].is_displayed(), "the tab before")
+    page.until(page.all("#schemas")[0].is_displayed, "the tab before")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -193,7 +193,7 @@ def test_every_view_is_readable(width: int, dark: bool, page: Browser, served: S
     ask(page)
     for name in TABS:
         page.click(f"#tab-{name}")
-        page.until(lambda name=name: page.all(f"#{name}")[0].is_displayed(), name)
+        page.until(page.all(f"#{name}")[0].is_displayed, name)
         if name == "schemas":
             page.one("#tree .node")
         elif name == "store":

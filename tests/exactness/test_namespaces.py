@@ -140,11 +140,11 @@ def test_a_name_is_no_path(name: str, tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_prompt_prepared_ahead_is_found(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, **SIZES) as running:
-        prepared = running.prepare(text=FIRST)
+        prepared = running.prepare(text=FIRST).result()
         size = len(running.model.tokenize(FIRST))
         # All but the last, which every answer begins with.
         assert (prepared.prompt_tokens, prepared.cached_tokens, prepared.evaluated_tokens) == (size, 0, size - 1)
-        again = running.prepare(text=FIRST)
+        again = running.prepare(text=FIRST).result()
         assert (again.cached_tokens, again.evaluated_tokens) == (size - 1, 0)
         running.forget()
         assert running.generate(text=FIRST, max_tokens=1).metrics.cached_tokens == size - 1

@@ -29,7 +29,7 @@ def run(tiny: Tiny, tmp_path: Path) -> Callable[..., Outcome]:
     private.mkdir(mode=0o700)
 
     def call(*before: str, command: str = "run", behind: tuple[str, ...] = (), **environment: str) -> Outcome:
-        arguments = (*before, command, "prompt.xml", *fixed, *behind)
+        arguments: list[str | Path] = [*before, command, "prompt.xml", *fixed, *behind]
         return cpucache(*arguments, cwd=tmp_path, CPUCACHE_HOME=str(private), **environment)
 
     return call

@@ -34,7 +34,8 @@ const rgb = (color) => {
   return [...scratch.getImageData(0, 0, 1, 1).data];
 };
 const light = (color) => {
-  const [r, g, b] = color.slice(0, 3).map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  const [r, g, b] = color.slice(0, 3).map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
 const ground = (element) => {
@@ -47,7 +48,8 @@ const ground = (element) => {
 const poor = [];
 for (const element of document.querySelectorAll("body *")) {
   const text = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()) || element.value;
-  if (!text || element.disabled || !element.checkVisibility() || element.closest(".unseen, :disabled, option")) continue;
+  if (!text || element.disabled || !element.checkVisibility()) continue;
+  if (element.closest(".unseen, :disabled, option")) continue;
   const [one, other] = [light(rgb(getComputedStyle(element).color)), light(ground(element))].sort((a, b) => a - b);
   const ratio = (other + 0.05) / (one + 0.05);
   if (ratio < 4.5) poor.push(`${element.tagName} ${element.textContent.trim().slice(0, 30)}: ${ratio.toFixed(2)}`);
@@ -73,7 +75,10 @@ class Browser:
 
     def one(self, selector: str) -> WebElement:
         """The first of them, once it is there and shown."""
-        return self.until(lambda: next((each for each in self.all(selector) if each.is_displayed()), None), selector)
+        shown: WebElement = self.until(
+            lambda: next((each for each in self.all(selector) if each.is_displayed()), None), selector
+        )
+        return shown
 
     def text(self, selector: str) -> str:
         """The text of an element that is shown."""

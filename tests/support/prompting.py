@@ -14,7 +14,7 @@ from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, bind
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Schema
 from cpucache.reuse import Fidelity, Lookup, Metrics, Plan, Repair, Slice, Slices, reading
-from cpucache.reuse.encoder import Made
+from cpucache.reuse.reports import Made
 from cpucache.runtime import Context, KVType, Memory
 from cpucache.store import Store
 from tests.support.cutting import every

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpucache import stages
 from cpucache.stages import STAGES, Profile, Stage, current, profiled, stage
 
 
@@ -41,7 +40,7 @@ def test_a_stage_within_another_counts_once(path: tuple[Stage, list[object]]) ->
             wanted[name] += 1000
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages.time, "perf_counter", lambda: float(next(looks)))
+        patch.setattr("cpucache.stages.time.perf_counter", lambda: float(next(looks)))
         with profiled() as profile:
             walk(path)
     assert profile.ms == wanted

@@ -359,7 +359,7 @@ def test_stacked_decorators() -> None:
     assert text_of(f(1), f.schema()) == "1\n"  # type: ignore[attr-defined]
     assert text_of(g(1), g.schema()) == "2\n"
     assert inspect.signature(g).parameters.keys() == {"n"}
-    assert g.__name__ == "g"
+    assert g.__name__ == "g"  # type: ignore[attr-defined]
 
 
 def test_strings_of_an_inner_function_are_not_moved() -> None:

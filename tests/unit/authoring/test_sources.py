@@ -1,4 +1,4 @@
-"""Schemas from Jinja templates, folders of files and recorded requests: what they hold, and what is told of the rest."""
+"""Schemas from Jinja templates, folders of files and recorded requests: their content, and what is told of the rest."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def same(turned: Turned, inside: str, folder: Path | None = None) -> bool:
     written = write_schema("t", turned.nodes, folder=folder)
     assert canonical(written, file="t.xml", folder=folder) == written
     hand = parse_schema(f'<schema name="t" xml:space="preserve">{inside}</schema>', folder=folder)
-    return meaning(parse_schema(written, folder=folder)) == meaning(hand)
+    return bool(meaning(parse_schema(written, folder=folder)) == meaning(hand))
 
 
 # ---- templates -------------------------------------------------------------------------------------------------------

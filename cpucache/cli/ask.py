@@ -1,0 +1,151 @@
+"""``cpucache ask``: modules picked from a list, and questions on them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cpucache.cli.answering import answered, begun, note
+from cpucache.cli.chat_input import Command, Terminal, parse, unfinished
+from cpucache.cli.chat_screen import Answer, figures, markdown_answer, plain_answer
+from cpucache.cli.console import check_prompt, err, out
+from cpucache.cli.options import engine_options, fidelity_options, sampling_options, split_fidelity
+from cpucache.cli.picker import Picker, costs, price
+from cpucache.cli.run import split_sampling
+from cpucache.cli.selection import Selection
+from cpucache.engine import Engine, Preparation, TypingAhead
+from cpucache.errors import InputError
+from cpucache.layout import SchemaLayout
+from cpucache.pml import load_prompt, load_schema
+from cpucache.reuse import Plan
+from cpucache.sessions import default_sessions
+
+COMMANDS = {
+    "help": ("", "show this"),
+    "modules": ("", "pick modules again"),
+    "quit": ("", "leave (Ctrl-D does it too)"),
+}
+
+
+@click.command(short_help="Pick modules of a schema from a list, and ask questions on them.")
+@click.argument("prompt", metavar="[PROMPT]", required=False)
+@click.option("-s", "--schema", metavar="FILE", required=True, help="The schema whose modules there are to pick from.")
+@engine_options
+@sampling_options
+@fidelity_options
+@click.option("--plain", is_flag=True, help="Show answers as they come, not as Markdown.  [default: unless a terminal]")
+def ask(prompt: str | None, schema: str, model: str, max_tokens: int, plain: bool, **options: Any) -> None:
+    """Pick modules of a schema from a list, and ask question after question on them, at a terminal.
+
+    The list has the modules of the schema (-s): the arrow keys move, the space bar picks. Of a union one member is
+    picked at most; the parameters of what is picked are fields to type into. Beside each module stand its tokens, and
+    whether its state is cached or has to be evaluated. Enter goes on to the questions.
+
+    Each question is asked on the same modules, and knows nothing of those before it (for a conversation, see `cpucache
+    chat --prompt`). What is typed is evaluated while it is typed, word by word: on Enter only the last word is left,
+    and the answer begins at once. /modules leads back to the list, /help shows what else there is.
+
+    With PROMPT, a PML file, the list begins with the modules and arguments of that prompt, and its message is the first
+    question. Without a terminal use `cpucache run PROMPT -s SCHEMA`.
+
+    \b
+    cpucache ask -s schemas/trip/schema.xml
+    cpucache ask schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise InputError("ask is for a terminal; elsewhere use `cpucache run PROMPT -s SCHEMA`, which takes a PML file")
+    settings = {"sampling": split_sampling(options), "max_tokens": max_tokens}
+    exactness = split_fidelity(options)
+    tree = load_schema(Path(schema))
+    given = None if prompt is None else load_prompt(Path(prompt))
+    if given is not None:
+        check_prompt(given, [tree])
+    plain = plain or not out.is_terminal or out.is_dumb_terminal
+    with Engine(model, **options) as engine:
+        layout = engine.add_schema(tree)
+        show = plain_answer if plain else markdown_answer(out)
+        _Ask(engine, layout, Selection(tree, given), show, settings, exactness).run()
+
+
+class _Ask:
+    """Somebody who picks modules and asks questions."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        layout: SchemaLayout,
+        selection: Selection,
+        show: Answer,
+        settings: dict[str, Any],
+        exactness: dict[str, Any],
+    ) -> None:
+        self._engine = engine
+        self._layout = layout
+        self._selection = selection
+        self._show = show
+        self._settings = settings
+        self._exactness = exactness
+        self._ahead = TypingAhead(self._prepare)
+
+    def run(self) -> None:
+        """Until there is nothing more to ask."""
+        draft = self._selection.draft
+        while self._pick() and self._questions(draft):
+            draft = ""
+
+    def _pick(self) -> bool:
+        return Picker(self._selection, costs(self._engine, self._layout), self._planned).run()
+
+    def _planned(self) -> Plan:
+        return self._engine.plan(self._selection.prompt(""), **self._exactness)
+
+    def _questions(self, draft: str) -> bool:
+        """Questions on what has been picked; whether other modules are to be picked."""
+        names = ", ".join(self._selection.names) or "no module"
+        note(f"{names}; {price(self._planned())}; /help shows what there is")
+        reader = Terminal(default_sessions())
+        number = 1
+        while True:
+            # The modules are read in, and made where they are missing, before the first word.
+            self._ahead.typed("")
+            typed = reader.read(f"{number}> ", draft, self._typed)
+            self._ahead.stop()
+            draft = ""
+            if typed is None:
+                return False
+            try:
+                said = parse(typed, COMMANDS)
+                if isinstance(said, Command):
+                    if said.name != "help":
+                        return said.name == "modules"
+                    for name, (_, about) in COMMANDS.items():
+                        note(f"/{name:<8} {about}")
+                elif said.strip():
+                    self._answer(said)
+                    number += 1
+            except InputError as error:
+                err.print(f"cpucache: {error}", markup=False, soft_wrap=True)
+
+    def _typed(self, typed: str) -> None:
+        text = unfinished(typed, COMMANDS)
+        if text is not None:
+            self._ahead.typed(text)
+
+    def _prepare(self, text: str) -> Preparation:
+        return self._engine.prepare(self._selection.prompt(text), unfinished=True, **self._exactness)
+
+    def _answer(self, question: str) -> None:
+        prompt = self._selection.prompt(question)
+        stream = answered(
+            lambda **settings: self._engine.stream(prompt, **settings),
+            self._show,
+            **self._settings,
+            **self._exactness,
+        )
+        if stream is not None and begun(stream):
+            note(figures(stream.metrics))
+        else:
+            note("interrupted before the answer began")
