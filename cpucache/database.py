@@ -87,7 +87,7 @@ def _prepare(database: sqlite3.Connection, script: str, added: Mapping[str, Sequ
         except UnicodeDecodeError as error:
             raise sqlite3.DatabaseError(f"the names of its columns are damaged ({error})") from error
         except sqlite3.OperationalError as error:
-            # Another process may have added the column meanwhile: the next round sees it.
+            # Another process may have added the column meanwhile: the next round finds it.
             again = "locked" in str(error) or "duplicate column" in str(error)
             if not again or time.monotonic() > give_up:
                 raise

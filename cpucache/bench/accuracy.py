@@ -296,7 +296,7 @@ def _evaluated_once(engine: Engine, text: Tokens) -> float:
     engine.forget()
     started = time.perf_counter()
     plan = Plan((Span(0, text),))
-    engine.host.do(lambda slot, _: answer(engine.workspace, lambda: plan, nothing, slot=slot, fresh=True))
+    engine.host.do(lambda slot, _: answer(engine.kv_cache, lambda: plan, nothing, slot=slot, fresh=True))
     return (time.perf_counter() - started) * 1000
 
 
@@ -311,7 +311,7 @@ def _answer(asking: _Asking, example: Example, variant: Variant, true: Truth | N
     if true is None:
         true = _truth(engine, question.plan(), first)
     known = true
-    found = engine.host.do(lambda slot, _: distance(engine.workspace, slot, first.plan, known))
+    found = engine.host.do(lambda slot, _: distance(engine.kv_cache, slot, first.plan, known))
     again_ms = floor_ms = 0.0
     if variant.cached:
         again_ms = _ask(engine, question, task, variant, max_tokens=1).metrics.ttft_ms
@@ -319,7 +319,7 @@ def _answer(asking: _Asking, example: Example, variant: Variant, true: Truth | N
     if not variant.refined:
         # Exact slices would be found by the other variants.
         for span in first.plan.spans:
-            if span.slice and span.made:
+            if span.slice and span.missing:
                 engine.store.discard(span.slice.key)
     metrics = first.metrics
     answer = Answer(
@@ -346,21 +346,21 @@ def _answer(asking: _Asking, example: Example, variant: Variant, true: Truth | N
 
 def _truth(engine: Engine, plan: Plan, answer: Stream) -> Truth:
     ttft_ms = answer.metrics.ttft_ms
-    return engine.host.do(lambda slot, _: truth(engine.workspace, slot, plan, 1, answer.tokens, answer.text, ttft_ms))
+    return engine.host.do(lambda slot, _: truth(engine.kv_cache, slot, plan, 1, answer.tokens, answer.text, ttft_ms))
 
 
 def _ask(engine: Engine, question: Question, task: Task, variant: Variant, *, max_tokens: int | None = None) -> Stream:
     """The answer to a prompt, with nothing in the llama.cpp context before."""
     engine.forget()
     answer = Answering(
-        engine.workspace,
+        engine.kv_cache,
         question.plan,
         Sampling(stop=task.stop),
         max_tokens=max_tokens or task.max_tokens,
         started=time.perf_counter(),
         label=question.label,
         use_cache=variant.cached,
-        at_end=Saving(engine.workspace, question).save_answer if variant.refined else None,
+        at_end=Saving(engine.kv_cache, question).save_answer if variant.refined else None,
     )
     stream = Stream(engine.host, answer, question.n_tokens)
     stream.reply()

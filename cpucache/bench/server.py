@@ -79,7 +79,7 @@ class ServerReport:
     restarted: list[float] = field(default_factory=list)
     """The same for the round after a restart, and ``warm`` without one."""
     warm: list[float] = field(default_factory=list)
-    alone: float = 0.0
+    one_stream: float = 0.0
     """Tokens a second of one answer."""
     together: float = 0.0
     """Tokens a second of four answers side by side, in all."""
@@ -97,7 +97,7 @@ class ServerReport:
             "rounds": [_spread(each) for each in self.rounds],
             "warm": _spread(self.warm),
             "restarted": _spread(self.restarted),
-            "tokens_per_second": {"one": round(self.alone, 2), "four": round(self.together, 2)},
+            "tokens_per_second": {"one": round(self.one_stream, 2), "four": round(self.together, 2)},
             **({"permuted": {name: _spread(each) for name, each in self.permuted.items()}} if self.permuted else {}),
             **({"traces": traced(self.traces)} if self.traces else {}),
             "failures": self.failures,
@@ -236,17 +236,17 @@ def measure_server(
 
 def _speeds(engine: Engine, client: Client, report: ServerReport, seed: int, repeat: int) -> None:
     texts = [filler(engine, 32, seed + 100 + number) for number in range(4)]
-    alone, together = [], []
+    one_stream, together = [], []
     for _ in range(max(1, repeat // 2)):
         asked = client.complete(texts[0], _LONG)
         if asked and asked.seconds:
-            alone.append((asked.pieces - 1) / asked.seconds)
+            one_stream.append((asked.pieces - 1) / asked.seconds)
         started = time.perf_counter()
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda text: client.complete(text, _LONG), texts))
         elapsed = time.perf_counter() - started
         together.append(sum(each.pieces for each in answers if each) / elapsed)
-    report.alone = median(alone) if alone else 0.0
+    report.one_stream = median(one_stream) if one_stream else 0.0
     report.together = median(together)
 
 

@@ -195,7 +195,7 @@ def _last_turn(
         stream = session.edit(number, message, max_tokens=answer, sampling=Sampling(temperature=1.0, seed=seed))
     else:
         sampling = Sampling(temperature=1.0, seed=seed)
-        given = Answer(engine.workspace, lambda: plan, sampling, max_tokens=answer, started=started, label=_NAME)
+        given = Answer(engine.kv_cache, lambda: plan, sampling, max_tokens=answer, started=started, label=_NAME)
         stream = Stream(engine.host, given, plan.n_tokens)
     stream.reply()
     return (time.perf_counter() - started) * 1000
@@ -204,7 +204,7 @@ def _last_turn(
 def _recomputed(engine: Engine, plan: Plan) -> float:
     started = time.perf_counter()
     answer = Answer(
-        engine.workspace, lambda: plan, Sampling(), max_tokens=1, started=started, label=_NAME, use_cache=False
+        engine.kv_cache, lambda: plan, Sampling(), max_tokens=1, started=started, label=_NAME, use_cache=False
     )
     return Stream(engine.host, answer, plan.n_tokens).reply().metrics.ttft_ms
 

@@ -40,7 +40,7 @@ class StoreReport:
     lookup: Series = field(default_factory=Series)
     variants: Series = field(default_factory=Series)
     """Which slices there are of some tokens."""
-    quiet: Series = field(default_factory=Series)
+    idle: Series = field(default_factory=Series)
     busy: Series = field(default_factory=Series)
 
     @property
@@ -49,12 +49,12 @@ class StoreReport:
         return {
             "load_to_copy_speed": self.copy.median / self.load.median,
             "save_to_write_speed": self.write.median / self.save.median,
-            "busy_to_quiet_ttft": self.busy.median / self.quiet.median,
+            "busy_to_idle_ttft": self.busy.median / self.idle.median,
         }
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for ``--json``."""
-        names = ("load", "copy", "save", "write", "lookup", "variants", "quiet", "busy")
+        names = ("load", "copy", "save", "write", "lookup", "variants", "idle", "busy")
         return {
             "bytes": self.bytes,
             **{name: getattr(self, name).as_dict() for name in names},
@@ -68,7 +68,7 @@ def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[st
     ``load``: from the store, with nothing in RAM and the page cache warm, into llama.cpp. ``copy``: the same bytes from
     plain memory into llama.cpp. ``save``: until the slices are on disk. ``write``: the same bytes to plain files, with
     fsync. ``lookup``: whether a key is there and its state, with 100,000 others in the index. ``variants``: which
-    slices there are of some tokens, among these. ``quiet`` and ``busy``:
+    slices there are of some tokens, among these. ``idle`` and ``busy``:
     time to first token of a cached prompt, without and with slices being written in the background.
     """
     report = StoreReport()
@@ -77,7 +77,7 @@ def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[st
         engine.use_store(Store(folder / "store", ram_budget=0))
         engine.add_schema(filler_schema(engine, tokens, _MODULES))
         say(f"encoding {tokens:,} tokens")
-        keys = sorted(slice_.key for slice_ in engine.encode("bench").made)
+        keys = sorted(slice_.key for slice_ in engine.encode("bench").new)
         engine.store.flush()
         states = [np.array(engine.store.get(key)) for key in keys]
         report.bytes = sum(state.nbytes for state in states)
@@ -97,7 +97,7 @@ def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[st
         say(f"answering, {repeat} times, without and with writes going on")
         prompt = filler_prompt(engine, range(_MODULES), 12)
         for _ in range(repeat):
-            report.quiet.values.append(_ttft(engine, prompt))
+            report.idle.values.append(_ttft(engine, prompt))
             with _writing(engine.store, states):
                 report.busy.values.append(_ttft(engine, prompt))
         engine.forget()
@@ -114,7 +114,7 @@ def _load(engine: Engine, states: list[Any]) -> None:
     def task(slot: Slot, _: OnProgress) -> Task[None]:
         for state in states:
             engine.context.load(slot.sequence, state)
-        yield from engine.workspace.reset(slot)
+        yield from engine.kv_cache.reset(slot)
 
     engine.host.do(task)
 
@@ -144,7 +144,7 @@ def _slice(index: int, state: Bytes) -> tuple[str, Bytes, Any, SliceInfo]:
 def _fill(store: Store) -> None:
     """Put rows without files into the index: looking up must not depend on how many there are."""
     assert store.index is not None
-    row = SliceInfo("rows", "rows", "rows", "", 1, 0, "rows", "context", 1.0, sees="00" * 8 * 20, sees_tokens=2000)
+    row = SliceInfo("rows", "rows", "rows", "", 1, 0, "rows", "context", 1.0, "", "00" * 8 * 20, 2000)
     store.index.add_all((f"{number:032x}", replace(row, content=_content(number)), 1) for number in range(_ROWS))
 
 

@@ -150,7 +150,7 @@ def store_speed(model: str, tokens: int, repeat: int, as_json: bool, **options: 
         ("look up among 100,000", report.lookup),
         ("find by tokens among 100,000", report.variants),
         ("first token while slices are written", report.busy),
-        ("  while none are", report.quiet),
+        ("  while none are", report.idle),
     ):
         table.add_row(name, *(seconds(value) for value in (series.median, min(series.values), max(series.values))))
     out.print(f"{decimal(report.bytes)} of slices")
@@ -159,7 +159,7 @@ def store_speed(model: str, tokens: int, repeat: int, as_json: bool, **options: 
     out.print(
         f"loading at {ratios['load_to_copy_speed']:.2f} of the speed of a copy, "
         f"saving at {ratios['save_to_write_speed']:.2f} of that of a plain write;\n"
-        f"writing in the background makes the first token {ratios['busy_to_quiet_ttft']:.2f} times as late",
+        f"writing in the background makes the first token {ratios['busy_to_idle_ttft']:.2f} times as late",
         soft_wrap=True,
     )
 

@@ -141,7 +141,7 @@ def _table(reports: Sequence[ServerReport]) -> Table:
         table.add_row(
             each.name,
             *([seconds(spread["p50"]), seconds(spread["p95"])] if spread else ["–", "–"]),
-            f"{each.alone:.1f}",
+            f"{each.one_stream:.1f}",
             f"{each.together:.1f}",
             *(seconds(Series(values).median) if values else "–" for values in (first, later, each.restarted)),
         )

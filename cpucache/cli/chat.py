@@ -197,7 +197,7 @@ class _Chat:
         gone = f", {session.left_out:,} messages have left the context" if session.left_out else ""
         note(
             f"conversation '{session.name}' with {self._engine.model.path.stem}: "
-            f"{len(said):,} messages, the next turn sees {session.n_tokens:,} tokens{gone}"
+            f"{len(said):,} messages, the next turn attends to {session.n_tokens:,} tokens{gone}"
         )
         for entry in said[-2:]:
             text = entry.text.strip()

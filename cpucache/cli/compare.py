@@ -39,7 +39,7 @@ class Comparison:
         }
 
 
-def compare(engine: Engine, asked: dict[str, Any], settings: dict[str, Any], *, quiet: bool = False) -> Comparison:
+def compare(engine: Engine, asked: dict[str, Any], settings: dict[str, Any], *, silent: bool = False) -> Comparison:
     """Answer without the cache, make the slices that are missing, and answer from them.
 
     Args:
@@ -49,9 +49,9 @@ def compare(engine: Engine, asked: dict[str, Any], settings: dict[str, Any], *, 
         quiet: Show no progress.
     """
     engine.warm_up()
-    with token_bar("without the cache", shown=not quiet) as progress:
+    with token_bar("without the cache", shown=not silent) as progress:
         uncached = engine.generate(**asked, use_cache=False, progress=progress, **settings)
-    with token_bar("encoding, once", shown=not quiet) as progress:
+    with token_bar("encoding, once", shown=not silent) as progress:
         if isinstance(asked.get("prompt"), Prompt):
             exactness = {name: settings[name] for name in FIDELITY if name in settings}
             encoded = engine.encode_for(asked["prompt"], progress, **exactness)

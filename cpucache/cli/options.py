@@ -146,7 +146,7 @@ def fidelity_options(command: Command) -> Command:
             type=click.Choice(list(LEVELS)),
             help="What is done about slices that were evaluated behind other text than stands before them here. fast: "
             "nothing, but that the schema's closing text (16 tokens at most) is evaluated with the question; "
-            "balanced: a tenth of the spliced tokens is evaluated afresh besides, where the question points; high: "
+            "balanced: a tenth of the spliced tokens is evaluated again besides, where the question points; high: "
             "only exact slices are taken, what has none is evaluated, and exact the next time.  "
             f"[default: {DEFAULT}]",
         ),
@@ -154,7 +154,7 @@ def fidelity_options(command: Command) -> Command:
             "--recompute",
             type=click.FloatRange(0, 1),
             metavar="R",
-            help="Instead of a level: evaluate this share of the spliced tokens afresh, of the modules that have most "
+            help="Instead of a level: evaluate this share of the spliced tokens again, of the modules that have most "
             "words in common with the question.",
         ),
     )

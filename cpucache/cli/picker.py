@@ -64,7 +64,7 @@ def costs(engine: Engine, layout: SchemaLayout) -> dict[str, Cost]:
 
 def price(plan: Plan) -> str:
     """What a prompt costs as it is planned."""
-    evaluated = plan.n_tokens - plan.n_cached + sum(len(span.tokens) for span in plan.spans if span.made)
+    evaluated = plan.n_tokens - plan.n_cached + sum(len(span.tokens) for span in plan.spans if span.missing)
     return f"{plan.n_tokens:,} tokens: {plan.n_tokens - evaluated:,} cached, {evaluated:,} to be evaluated"
 
 

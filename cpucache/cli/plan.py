@@ -74,11 +74,11 @@ def _row(span: Span, store: Store, texts: dict[bytes, str]) -> dict[str, Any]:
     if slice_ is not None:
         place = "RAM" if slice_.key in store.ram else "disk"
         row |= {
-            "from": "to be made" if span.made else place,
+            "from": "to be made" if span.missing else place,
             "relation": span.relation,
             "slice": slice_.key,
-            "context": _names(texts.get(text, "(other text)") for text in slice_.sees),
-            "context_tokens": slice_.sees_tokens,
+            "context": _names(texts.get(text, "(other text)") for text in slice_.attends_to),
+            "context_tokens": slice_.attended_tokens,
             "moved": span.delta,
         }
     return row
@@ -94,7 +94,7 @@ def _names(names: Iterable[str]) -> list[str]:
 
 
 def _cost(found: Plan, rate: float | None) -> dict[str, Any]:
-    evaluated = found.n_tokens - found.n_cached + sum(len(span.tokens) for span in found.spans if span.made)
+    evaluated = found.n_tokens - found.n_cached + sum(len(span.tokens) for span in found.spans if span.missing)
     return {
         "tokens": found.n_tokens,
         "exact": found.count("exact"),

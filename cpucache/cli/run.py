@@ -79,7 +79,7 @@ def run(
         if schema is not None:
             engine.add_schema(schema)
         if comparing:
-            result = compare(engine, asked, settings | {"sampling": _seeded(settings["sampling"])}, quiet=as_json)
+            result = compare(engine, asked, settings | {"sampling": _seeded(settings["sampling"])}, silent=as_json)
             if as_json:
                 click.echo(json.dumps(result.as_dict()))
             else:

@@ -62,7 +62,7 @@ def check(
     """
     if (*files, *prompts).count("-") > 1:
         raise InputError("only one schema or prompt can be standard input (-)")
-    checking = _Checking(named_files(files), [_looked(name, positions) for name in models], quiet=as_json)
+    checking = _Checking(named_files(files), [_looked(name, positions) for name in models], silent=as_json)
     checking.run(prompts)
     if as_json:
         click.echo(json.dumps(checking.diagnostics(), indent=2))
@@ -76,12 +76,12 @@ def _looked(name: str, positions: Positions) -> Looked:
 
 
 class _Checking:
-    """What is found in files. ``quiet``: nothing is printed."""
+    """What is found in files. ``silent``: nothing is printed."""
 
-    def __init__(self, files: list[Named], models: list[Looked], *, quiet: bool) -> None:
+    def __init__(self, files: list[Named], models: list[Looked], *, silent: bool) -> None:
         self._files = files
         self._models = models
-        self._quiet = quiet
+        self._silent = silent
         self._mistakes: dict[str, list[InputError]] = {}
         self._schemas: list[Schema] = []
         self._unread = 0
@@ -149,14 +149,14 @@ class _Checking:
             self._tell(name, error)
 
     def _say(self, line: str) -> None:
-        if not self._quiet:
+        if not self._silent:
             out.print(line, markup=False, soft_wrap=True)
 
     def _tell(self, name: str, error: InputError) -> None:
         """Keep every mistake, and print each on a line."""
         mistakes = (error, *error.others) if isinstance(error, PMLError) else (error,)
         self._mistakes[name] += mistakes
-        if self._quiet:
+        if self._silent:
             return
         for mistake in mistakes:
             err.print(f"cpucache: {mistake}", markup=False, soft_wrap=True)

@@ -130,7 +130,7 @@ def examine(
     say(0, "without reuse")
     host.warm_up()
     answer = Answer(
-        host.workspace,
+        host.kv_cache,
         question.plan,
         Sampling(),
         max_tokens=max_tokens,
@@ -144,7 +144,7 @@ def examine(
     watched = min(WATCHED, len(plan.spans[-1].tokens))
 
     ttft_ms = reply.metrics.ttft_ms
-    true = host.do(lambda slot, _: truth(host.workspace, slot, plan, watched, stream.tokens, reply.text, ttft_ms))
+    true = host.do(lambda slot, _: truth(host.kv_cache, slot, plan, watched, stream.tokens, reply.text, ttft_ms))
     say(1, "as it is")
     _encode(host, question)
     now = _try(host, question, true, "", max_tokens)
@@ -163,7 +163,7 @@ def examine(
 
 def _encode(host: Host, question: Question) -> Encoded:
     wanted = question.plan().wanted
-    return host.do(lambda slot, _: host.workspace.encode(slot, wanted, question.label))
+    return host.do(lambda slot, _: host.kv_cache.encode(slot, wanted, question.label))
 
 
 def _try(host: Host, question: Question, true: Truth, change: str, max_tokens: int) -> Trial:
@@ -174,7 +174,7 @@ def _try(host: Host, question: Question, true: Truth, change: str, max_tokens: i
         for last in reversed(range(_TIMES)):
             host.forget()
             answer = Answer(
-                host.workspace,
+                host.kv_cache,
                 question.plan,
                 Sampling(),
                 max_tokens=1 if last else max_tokens,
@@ -185,8 +185,8 @@ def _try(host: Host, question: Question, true: Truth, change: str, max_tokens: i
             text = stream.reply().text
             times.append(stream.metrics.ttft_ms)
         plan = question.plan()
-        found = host.do(lambda slot, _: distance(host.workspace, slot, plan, true, question.label))
+        found = host.do(lambda slot, _: distance(host.kv_cache, slot, plan, true, question.label))
     finally:
-        for slice_ in made.made:
+        for slice_ in made.new:
             host.store.discard(slice_.key)
     return Trial(change, replace(found, text=text, ttft_ms=median(times)), made.bytes)

@@ -14,7 +14,7 @@ from cpucache.engine.reply import Metrics
 from cpucache.engine.request import Request
 from cpucache.engine.text import TextStream
 from cpucache.errors import InputError
-from cpucache.reuse import Plan, Slice, Workspace
+from cpucache.reuse import KVCache, Plan, Slice
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.way import answer
 from cpucache.reuse.work import Task
@@ -39,7 +39,7 @@ class Answer:
     """An answer to a prompt, as far as it has come.
 
     Args:
-        workspace: Where it is given.
+        kv_cache: Where it is given.
         plan: Plans the prompt by the slices that there are at the moment.
         sampling: How tokens are chosen.
         max_tokens: Tokens of the answer at most.
@@ -53,7 +53,7 @@ class Answer:
 
     def __init__(
         self,
-        workspace: Workspace,
+        kv_cache: KVCache,
         plan: Callable[[], Plan],
         sampling: Sampling,
         *,
@@ -78,12 +78,12 @@ class Answer:
         """Tokens of the prompt's last span that a hook has saved."""
         self.logprobs: list[TokenLogprobs] = []
         """Of each token of the answer so far, if the sampling asks for them."""
-        self.metrics = Metrics(model=workspace.context.model.path.stem, finish="interrupted")
+        self.metrics = Metrics(model=kv_cache.context.model.path.stem, finish="interrupted")
         self.plan = Plan(())
         """The plan that was spliced; empty until the prompt has been evaluated."""
         self.planned = plan if use_cache else lambda: plan().without_reuse()
         """Plans the prompt by the slices that there are at the moment."""
-        self._workspace = workspace
+        self._kv_cache = kv_cache
         self._slot: Slot | None = None
         self._sampling = sampling
         self.max_tokens = max_tokens
@@ -97,16 +97,16 @@ class Answer:
     def capture(self, slices: Iterable[Slice], label: str) -> int:
         """Save what its slot holds of ``slices``; gives how many bytes that is. For the hooks."""
         assert self._slot is not None, "called by a hook"
-        return self._workspace.capture(self._slot, slices, label)
+        return self._kv_cache.capture(self._slot, slices, label)
 
     def task(self, request: Request[None]) -> Task[None]:
         """Give the answer, telling ``request`` its pieces, until it ends or the request is cancelled."""
-        sampler = Sampler(self._sampling, self._workspace.context.model)
+        sampler = Sampler(self._sampling, self._kv_cache.context.model)
         try:
             if self._at_start:
                 self._timed(self._at_start)
             yield from answer(
-                self._workspace,
+                self._kv_cache,
                 self.planned,
                 partial(self._decode, sampler, request),
                 label=self.label,
@@ -139,7 +139,7 @@ class Answer:
                     self._timed(self._at_end)
 
     def _tokens(self, sampler: Sampler, request: Request[None], slot: Slot) -> Task[None]:
-        context, metrics = self._workspace.context, self.metrics
+        context, metrics = self._kv_cache.context, self.metrics
         out = TextStream(self._sampling.stops)
         positions = max(context.model.n_ctx_train, self.plan.end + 1) - self.plan.end
         room = min(self.max_tokens, context.n_ctx - metrics.prompt_tokens, positions)
@@ -167,7 +167,7 @@ class Answer:
             self._first()
             if request.cancelled:
                 break
-            yield from self._workspace.append(slot, np.array([token], np.int32))
+            yield from self._kv_cache.append(slot, np.array([token], np.int32))
             self.evaluated += 1
         self._say(out.finish(), request)
 

@@ -41,13 +41,13 @@ from cpucache.reuse import (
     REUSES,
     Encoded,
     Fidelity,
+    KVCache,
     Level,
     OnProgress,
     Plan,
     Reuse,
     Slice,
     Slices,
-    Workspace,
     asked,
     reading,
     refine,
@@ -154,21 +154,21 @@ class Engine:
             ram = free // 4 if ram is None else ram
             packing = None if at_rest == "f16" else Packing(at_rest, self.context.n_threads)
             kept = Store(home, ram_budget=ram, disk_budget=disk, paranoid=paranoid, packing=packing)
-            opened.callback(lambda: self.store.close() if hasattr(self, "workspace") else kept.close())
+            opened.callback(lambda: self.store.close() if hasattr(self, "kv_cache") else kept.close())
             self.fingerprint = Fingerprints(home / "index.sqlite").of(path)
             form = self.context.state_format + ("" if packing is None else f"/at-rest-{packing.kind}")
             self.slices = Slices(self.fingerprint, form, Cuts(loaded, *segment_tokens))
-            self.workspace = Workspace(self.context, kept, self.slices, parallel)
-            self._spaces = {"": self.workspace}
+            self.kv_cache = KVCache(self.context, kept, self.slices, parallel)
+            self._spaces = {"": self.kv_cache}
             template = ChatTemplate(
                 loaded.chat_template, bos=loaded.special_text("bos"), eos=loaded.special_text("eos")
             )
             # Gaps between positions come from moving, which not every model's state allows.
             positions = positions if self.context.memory.moves else "packed"
             self._planner_of = partial(Planner, template=template, positions=positions, fidelity=usual, reuse=reuse)
-            self.planner = self._planner_of(self.workspace)
+            self.planner = self._planner_of(self.kv_cache)
             idle = partial(_refining_when_idle, self._spaces) if refine == "idle" else None
-            self.host = Host(loaded, template, self.workspace, self.planner, Core(self.context, parallel, idle))
+            self.host = Host(loaded, template, self.kv_cache, self.planner, Core(self.context, parallel, idle))
             # Where nobody closes the engine, its thread ends with it.
             opened.callback(weakref.finalize(self, self.host.core.close))
             self._opened = opened.pop_all()
@@ -181,7 +181,7 @@ class Engine:
     @property
     def store(self) -> Store:
         """Where slices are kept."""
-        return self.workspace.store
+        return self.kv_cache.store
 
     def within(self, namespace: str, *, isolate: bool = False) -> Engine:
         """This engine for one of several who share it, and are not to learn of one another.
@@ -201,14 +201,14 @@ class Engine:
             raise InputError(f"namespace={namespace!r:.80}: letters, digits, - and _, 64 at most")
         other = copy.copy(self)
         other.slices = self.slices.within(namespace, isolate=isolate)
-        other.workspace = self.workspace.within(other.slices)
-        other.planner = self._planner_of(other.workspace)
-        other.host = replace(self.host, workspace=other.workspace, planner=other.planner)
+        other.kv_cache = self.kv_cache.within(other.slices)
+        other.planner = self._planner_of(other.kv_cache)
+        other.host = replace(self.host, kv_cache=other.kv_cache, planner=other.planner)
         other._folder = (self._folder or default_sessions()) / "namespaces" / namespace
         other._transcripts = None
         other._origin = self
         with self._opening:
-            self._spaces[other.slices.scope] = other.workspace
+            self._spaces[other.slices.scope] = other.kv_cache
             self._opened.callback(other._close_transcripts)
         return other
 
@@ -278,7 +278,7 @@ class Engine:
         wanted, report = list(slices), Encoded()
 
         def task(slot: Slot, told: OnProgress) -> Task[Encoded]:
-            return self.workspace.encode(slot, wanted, label, told, report=report)
+            return self.kv_cache.encode(slot, wanted, label, told, report=report)
 
         return self.host.do(task, Priority.ENCODE, progress)
 
@@ -297,7 +297,7 @@ class Engine:
         report = Encoded()
 
         def task(slot: Slot, told: OnProgress) -> Task[None]:
-            return refine(self.workspace, slot, schema, report, told)
+            return refine(self.kv_cache, slot, schema, report, told)
 
         self.host.do(task, Priority.REFINE, progress)
         return report
@@ -325,9 +325,9 @@ class Engine:
             text: Instead, text to go on with as it is, without the model's chat template.
             fidelity: What is done about slices that are not exact. ``"fast"``: nothing, but that the schema's
                 closing text (16 tokens at most) is evaluated with the question. ``"balanced"``: a tenth of the spliced
-                tokens is evaluated afresh besides, where the question points. ``"high"``: exact slices only; what has
+                tokens is evaluated again besides, where the question points. ``"high"``: exact slices only; what has
                 none is evaluated, and saved. Or a ``Fidelity``, such as ``Fidelity(recompute=0.2)``, which says the
-                share of the spliced tokens that is evaluated afresh. The engine's when none is given.
+                share of the spliced tokens that is evaluated again. The engine's when none is given.
             reuse: ``"schema"``: slices that attended to text of the prompt's schema alone; for prompts without one,
                 those that are exact. ``"exact"``: no others. ``"anywhere"``: slices that attended to text of other
                 prompts, too. So messages and text are answered at once when something before a known passage has
@@ -399,7 +399,7 @@ class Engine:
         if isinstance(prompt, Session):
             return prompt.prefetch()
         plan = self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse).plan()
-        return self.store.prefetch(self.workspace.keys(plan))
+        return self.store.prefetch(self.kv_cache.keys(plan))
 
     def stream(
         self,
@@ -433,9 +433,9 @@ class Engine:
         with stage("plan"):
             question = self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse)
         question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
-        saving = Saving(self.workspace, question) if use_cache else None
+        saving = Saving(self.kv_cache, question) if use_cache else None
         answer = Answer(
-            self.workspace,
+            self.kv_cache,
             question.plan,
             sampling or Sampling(),
             max_tokens=max_tokens,
@@ -519,11 +519,13 @@ class Engine:
         Raises ``InputError`` when it is with another model, or has begun otherwise, and ``CpucacheError`` when it is
         open elsewhere.
         """
-        opening = None if prompt is None else self.planner.opening(prompt, fidelity=fidelity)
+        first_prompt = None if prompt is None else self.planner.first_prompt(prompt, fidelity=fidelity)
         with self._opening:
             if self._transcripts is None:
                 self._transcripts = Transcripts(self._folder)
-            session = Session(self.host, self._transcripts, name, system=system, opening=opening, when_full=when_full)
+            session = Session(
+                self.host, self._transcripts, name, system=system, first_prompt=first_prompt, when_full=when_full
+            )
             self._sessions.add(session)
         return session
 
@@ -534,7 +536,7 @@ class Engine:
 
     def use_store(self, store: Store) -> Store:
         """Keep slices elsewhere from now on; gives the store that was used so far. ``close`` closes the last one."""
-        before = self.workspace.store
+        before = self.kv_cache.store
         for space in self._spaces.values():
             space.store = store
         self.forget()
@@ -545,14 +547,14 @@ class Engine:
         self.host.forget()
 
 
-def _refining_when_idle(spaces: Mapping[str, Workspace]) -> Request[None] | None:
+def _refining_when_idle(spaces: Mapping[str, KVCache]) -> Request[None] | None:
     if not on_mains():
         return None
 
     def task(_: Request[None]) -> Task[None]:
-        for workspace in list(spaces.values()):
-            with workspace.slot() as slot:
-                yield from refine(workspace, slot, None, Encoded())
+        for kv_cache in list(spaces.values()):
+            with kv_cache.slot() as slot:
+                yield from refine(kv_cache, slot, None, Encoded())
 
     return Request(task, priority=Priority.REFINE, once=True)
 

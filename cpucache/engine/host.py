@@ -12,7 +12,7 @@ from cpucache.engine.planner import Planner
 from cpucache.engine.reply import Prepared
 from cpucache.engine.request import Priority, Request
 from cpucache.layout import ChatTemplate
-from cpucache.reuse import Metrics, OnProgress, Plan, Slices, Workspace
+from cpucache.reuse import KVCache, Metrics, OnProgress, Plan, Slices
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.way import answer
 from cpucache.reuse.work import Task
@@ -28,24 +28,24 @@ class Host:
 
     model: Model
     template: ChatTemplate
-    workspace: Workspace
+    kv_cache: KVCache
     planner: Planner
     core: Core
 
     @property
     def context(self) -> Context:
         """The llama.cpp context. Only the core's thread may use it."""
-        return self.workspace.context
+        return self.kv_cache.context
 
     @property
     def slices(self) -> Slices:
         """Makes slices of this model."""
-        return self.workspace.slices
+        return self.kv_cache.slices
 
     @property
     def store(self) -> Store:
         """Where slices are kept."""
-        return self.workspace.store
+        return self.kv_cache.store
 
     def do(
         self,
@@ -59,7 +59,7 @@ class Host:
         """
 
         def in_slot(request: Request[T]) -> Task[T]:
-            with self.workspace.slot() as slot:
+            with self.kv_cache.slot() as slot:
                 return (yield from task(slot, request.progress))
 
         request = Request(in_slot, priority=priority)
@@ -76,19 +76,19 @@ class Host:
             save: Save what is in no slice yet, once it has been evaluated.
             once: It ends where another request takes its place.
         """
-        workspace = self.workspace
+        kv_cache = self.kv_cache
 
         def saved(slot: Slot, planned: Plan) -> Task[None]:
             *before, last = planned.spans
             if save and last.slice is None:
-                workspace.capture(slot, self.slices.cut(before, last.tokens), label)
+                kv_cache.capture(slot, self.slices.cut(before, last.tokens), label)
             yield from ()
 
         def task(request: Request[Prepared]) -> Task[Prepared]:
             metrics = Metrics()
             if plan().spans:
                 yield from answer(
-                    workspace, plan, saved, label=label, progress=request.progress, metrics=metrics, ends=False
+                    kv_cache, plan, saved, label=label, progress=request.progress, metrics=metrics, ends=False
                 )
             return Prepared(n_tokens, metrics.cached_tokens, metrics.fresh_tokens)
 
@@ -98,8 +98,8 @@ class Host:
 
     def forget(self) -> None:
         """Empty the llama.cpp context, as it is after a restart. The store keeps its slices."""
-        self.do(lambda slot, _: self.workspace.reset(slot))
+        self.do(lambda slot, _: self.kv_cache.reset(slot))
 
     def warm_up(self) -> None:
         """Evaluate one token, so that the first prompt does not pay for reading the weights in, and the like."""
-        self.do(lambda slot, _: self.workspace.warm_up(slot, self.model.filler))
+        self.do(lambda slot, _: self.kv_cache.warm_up(slot, self.model.filler))

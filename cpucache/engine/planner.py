@@ -12,13 +12,13 @@ from typing import TypeAlias
 import numpy as np
 
 from cpucache.authoring import AnyPromptFunction, PromptFunction, PromptMethod
-from cpucache.engine.opening import Opening
+from cpucache.engine.first_prompt import FirstPrompt
 from cpucache.engine.writing import certain, rewritten
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Text, Tokens, Turns, bind
 from cpucache.pml import is_prompt, load_prompt, load_schema, parse_prompt, resolve, tree
 from cpucache.pml.tree import Prompt, Reference, RoleName, Schema, Turn
-from cpucache.reuse import REUSES, Fidelity, Level, Lookup, Plan, Repair, Reuse, Workspace, plan_text
+from cpucache.reuse import REUSES, Fidelity, KVCache, Level, Lookup, Plan, Repair, Reuse, plan_text
 
 Message: TypeAlias = Mapping[str, object]
 """``role`` and ``content``."""
@@ -83,7 +83,7 @@ class Planner:
     """Knows the schemas and the chat template of one model.
 
     Args:
-        workspace: Has the model, which tokenizes, and the slices.
+        kv_cache: Has the model, which tokenizes, and the slices.
         template: The model's chat template.
         positions: How schemas are laid out.
         fidelity: Of prompts that do not say theirs.
@@ -92,22 +92,22 @@ class Planner:
 
     def __init__(
         self,
-        workspace: Workspace,
+        kv_cache: KVCache,
         template: ChatTemplate,
         positions: Positions,
         *,
         fidelity: Fidelity | None = None,
         reuse: Reuse = "schema",
     ) -> None:
-        self._workspace = workspace
-        self._model = model = workspace.context.model
+        self._kv_cache = kv_cache
+        self._model = model = kv_cache.context.model
         self._repair = Repair(model.text)
-        self._lookup = Lookup(workspace, self._repair)
+        self._lookup = Lookup(kv_cache, self._repair)
         self._template = template
         self._positions = positions
         self._fidelity = fidelity
         self._reuse = reuse
-        self._n_ctx = workspace.context.n_ctx
+        self._n_ctx = kv_cache.context.n_ctx
         self.schemas: dict[str, SchemaLayout] = {}
 
     def add_schema(self, schema: str | Path | Schema | AnyPromptFunction) -> SchemaLayout:
@@ -191,7 +191,7 @@ class Planner:
         return min(certain(question.tokens, others), question.n_tokens - 1)
 
     def _of_text(self, text: Text, fidelity: Fidelity, reuse: Reuse, name: str) -> Question:
-        plan = partial(plan_text, self._workspace, self._repair, text, fidelity, reuse)
+        plan = partial(plan_text, self._kv_cache, self._repair, text, fidelity, reuse)
         return Question(plan, text.tokens, PREFIX, name, fidelity)
 
     def tokens_of(self, text: str) -> Tokens:
@@ -211,14 +211,14 @@ class Planner:
             raise InputError(f"tokens: the model knows ids from 0 to {self._model.n_vocab - 1}")
         return ids.astype(np.int32)
 
-    def opening(self, prompt: PMLPrompt, *, fidelity: Level | Fidelity | None = None) -> Opening:
+    def first_prompt(self, prompt: PMLPrompt, *, fidelity: Level | Fidelity | None = None) -> FirstPrompt:
         """What a conversation begins with that begins with a PML prompt."""
         wanted = Fidelity.of(fidelity, usual=self._fidelity)
         parsed = parsed_prompt(prompt)
         layout = self.layout(parsed.schema)
         bound = bind(layout, resolve(parsed, layout.schema), file=parsed.file, opens=True)
         plan = self._planning(bound, wanted, "schema", ends=False)()
-        return Opening(plan, bound.turns, bound.asks, parsed.schema)
+        return FirstPrompt(plan, bound.turns, bound.asks, parsed.schema)
 
     def _planning(self, bound: Bound, fidelity: Fidelity, reuse: Reuse, *, ends: bool = True) -> Callable[[], Plan]:
         if reuse == "exact":

@@ -8,7 +8,7 @@ from cpucache.engine.answer import Answer
 from cpucache.engine.planner import PREFIX, Question
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
-from cpucache.reuse import Span, Workspace, asked, text_parts
+from cpucache.reuse import KVCache, Span, asked, text_parts
 
 _LEAST = 8  # tokens of a slice that is saved by itself
 
@@ -17,12 +17,12 @@ class Saving:
     """Hooks of an answer, which save slices of its text, and note what is to be refined.
 
     Args:
-        workspace: Where the answer is given.
+        kv_cache: Where the answer is given.
         question: What it answers.
     """
 
-    def __init__(self, workspace: Workspace, question: Question) -> None:
-        self._workspace = workspace
+    def __init__(self, kv_cache: KVCache, question: Question) -> None:
+        self._kv_cache = kv_cache
         self._question = question
 
     def save_prompt(self, answer: Answer) -> None:
@@ -34,24 +34,24 @@ class Saving:
             return
         before, rest = self._unsaved(answer)
         if len(rest) > _LEAST:
-            answer.capture(self._workspace.slices.cut(before, rest[:-1]), PREFIX)
+            answer.capture(self._kv_cache.slices.cut(before, rest[:-1]), PREFIX)
             answer.saved = len(rest) - 1
 
     def save_answer(self, answer: Answer) -> None:
         """Save the answer to a plain text, and note what of a prompt is not exact. Called when the answer ends."""
-        slices, bound = self._workspace.slices, self._question.bound
+        slices, bound = self._kv_cache.slices, self._question.bound
         if bound is None:
             before, rest = self._unsaved(answer)
             tokens = joined([rest, np.array(answer.tokens[: answer.evaluated], np.int32)])
             answer.capture(slices.cut(before, tokens), PREFIX)
         if not answer.plan.exact:
             parts = text_parts(answer.plan) if bound is None else asked(bound)
-            self._workspace.store.note_asked(slices.fingerprint, slices.scope, self._question.label, parts)
+            self._kv_cache.store.note_asked(slices.fingerprint, slices.scope, self._question.label, parts)
 
     def _unsaved(self, answer: Answer) -> tuple[list[Span], Tokens]:
         """The spans of a plain text that are slices, and the rest of its tokens."""
         *before, fresh = answer.plan.spans
         if answer.saved:
             saved = fresh.tokens[: answer.saved]
-            before += [slice_.span for slice_ in self._workspace.slices.cut(before, saved)]
+            before += [slice_.span for slice_ in self._kv_cache.slices.cut(before, saved)]
         return before, fresh.tokens[answer.saved :]

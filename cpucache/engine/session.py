@@ -1,6 +1,6 @@
 """Sessions: conversations whose KV state outlives the context and the process (CachedAttention).
 
-Each message becomes slices in the sight of everything before, saved while the person reads and types. The next turn,
+Each message becomes slices that attend to everything before, saved while the person reads and types. The next turn,
 today in this process or days later in another, evaluates what is new and nothing else.
 """
 
@@ -20,8 +20,8 @@ import numpy as np
 
 from cpucache.engine.ahead import Preparation
 from cpucache.engine.answer import Answer
+from cpucache.engine.first_prompt import FirstPrompt, dump_spans, load_spans, tokens_of
 from cpucache.engine.host import Host
-from cpucache.engine.opening import Opening, dump_spans, load_spans, tokens_of
 from cpucache.engine.reply import Reply
 from cpucache.engine.request import Request
 from cpucache.engine.stream import Stream
@@ -42,7 +42,7 @@ _log = logging.getLogger("cpucache.engine")
 
 
 class Session:
-    """A conversation. Made by ``Engine.session``; close it, or use it as a context manager, to let others open it.
+    """A conversation. NewSlice by ``Engine.session``; close it, or use it as a context manager, to let others open it.
 
     While it is open its slices are evicted neither from memory nor (by this process) from disk. A message is written
     down before it is evaluated (one in the place of another when its answer begins), and an answer when it ends:
@@ -56,31 +56,33 @@ class Session:
         name: str,
         *,
         system: str | None = None,
-        opening: Opening | None = None,
+        first_prompt: FirstPrompt | None = None,
         when_full: WhenFull = "oldest",
     ) -> None:
         if when_full not in WHEN_FULL:
             raise InputError(f"when_full={when_full!r}: must be one of {', '.join(WHEN_FULL)}")
-        if system is not None and opening is not None:
+        if system is not None and first_prompt is not None:
             raise InputError("a session begins with a system text or with a prompt, not with both")
         self.name = name
         self.when_full: WhenFull = when_full
         self._host = host
-        self._workspace = host.workspace
+        self._kv_cache = host.kv_cache
         self._lock = threading.RLock()
         self._closed = False
         self._held: list[str] = []
-        self._opening: list[Span] = [] if opening is None else host.slices.chained(opening.plan, "opening")
+        self._first_prompt: list[Span] = (
+            [] if first_prompt is None else host.slices.chained(first_prompt.plan, "first_prompt")
+        )
         self._last: Request[None] | None = None
         self._ahead: Preparation | None = None
         self._transcript = transcripts.open(name, fingerprint=host.slices.fingerprint, model=host.model.path.stem)
         try:
-            first = self._first_entry(system, opening)
+            first = self._first_entry(system, first_prompt)
             if not self._transcript.entries and first is not None:
                 self._transcript.put(0, [first])
             elif first is not None:
                 self._check_same(first)
-                self._opening = []
+                self._first_prompt = []
             self._go_back(len(self.entries))
         except BaseException:
             self._transcript.close()
@@ -249,10 +251,10 @@ class Session:
             plan = slices.plan(history.spans, new, f"turn {number}")
         # The last token is evaluated in any case, and its logits give the answer: it goes with the answer.
         message = slices.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
-        opening = new[-1:] if text is not None else new
-        turn = Turn(text, keep, history, turns, message, opening, number, len(history), len(history.slices))
+        pending = new[-1:] if text is not None else new
+        turn = Turn(text, keep, history, turns, message, pending, number, len(history), len(history.slices))
         answer = Answer(
-            self._workspace,
+            self._kv_cache,
             lambda: plan,
             sampling or Sampling(),
             max_tokens=max_tokens,
@@ -260,7 +262,7 @@ class Session:
             label=self._label,
             at_start=lambda _answer: self._begin(turn) if keep == len(self.entries) else None,
             at_first=lambda answer: self._prefilled(turn, answer),
-            at_end=lambda answer: self._keep(turn, answer),
+            at_end=lambda answer: self._save_answer(turn, answer),
         )
         stream = Stream(self._host, answer, plan.n_tokens, progress)
         stream.metrics.left_out_tokens = before - history.n_tokens
@@ -329,21 +331,21 @@ class Session:
         history.add(block.span for block in turn.message)
         self._transcript.put(turn.keep, [turn.entry(turn.text)])
         turn.keep += 1
-        self._history, self._turns, self._pending, self._asks = history.copy(), turn.turns, turn.opening, True
+        self._history, self._turns, self._pending, self._asks = history.copy(), turn.turns, turn.pending, True
 
     def _prefilled(self, turn: Turn, answer: Answer) -> None:
         """Save the state of the message, as far as it is in no slice yet."""
-        history, rate = turn.history, self._workspace.prefill_rate
+        history, rate = turn.history, self._kv_cache.prefill_rate
         self._begin(turn)
         answer.capture(turn.message[len(answer.plan.slices) - turn.known :], self._label)
         if answer.metrics.left_out_tokens and rate and self._host.context.memory.moves:
             moved = sum(history.size(index) for index in range(history.fixed, turn.before))
             answer.metrics.recompute_ms = moved / rate * 1000
 
-    def _keep(self, turn: Turn, answer: Answer) -> None:
+    def _save_answer(self, turn: Turn, answer: Answer) -> None:
         """Write the answer down, and save its state."""
         tokens, pending = self._answered(answer)
-        said = joined([turn.opening, tokens])
+        said = joined([turn.pending, tokens])
         history = turn.history
         made = history.add_tokens([said], f"turn {turn.number}")
         pieces = {"parts": [said.tolist()], "pending": pending.tolist()}
@@ -371,7 +373,7 @@ class Session:
         return f"session {self.name}"
 
     def _hold(self, slices: Sequence[Slice]) -> None:
-        keys = [slice_.key for slice_ in self._workspace.loaded(slices)]
+        keys = [slice_.key for slice_ in self._kv_cache.loaded(slices)]
         self._host.store.hold(keys)
         self._host.store.let_go(self._held)
         self._held = keys
@@ -396,8 +398,8 @@ class Session:
             history.leave_out(entry.left_out)
             turns.begun, asks = True, entry.role == "user"
             if entry.role == "prompt":
-                self._opening = self._opening or self._reopened(pieces)
-                history.add(self._opening)
+                self._first_prompt = self._first_prompt or self._reopened(pieces)
+                history.add(self._first_prompt)
                 turns.role, turns.open, asks = pieces["role"], pieces["open"], pieces["asks"]
                 pending = empty()
                 continue
@@ -409,26 +411,26 @@ class Session:
         return history, turns, pending, asks
 
     def _reopened(self, pieces: Any) -> list[Span]:
-        """The spans of the opening as written down; where a slice of it is gone, its tokens as exact slices."""
+        """The spans of the first_prompt as written down; where a slice of it is gone, its tokens as exact slices."""
         host = self._host
         if "segments" not in pieces:
             spans = load_spans(pieces["spans"])
-            loaded = self._workspace.loaded([span.slice for span in spans if span.slice])
+            loaded = self._kv_cache.loaded([span.slice for span in spans if span.slice])
             if all(slice_.key in host.store for slice_ in loaded):
                 return spans
-        return [block.span for block in host.slices.cut((), tokens_of(pieces), "opening")]
+        return [block.span for block in host.slices.cut((), tokens_of(pieces), "first_prompt")]
 
-    def _first_entry(self, system: str | None, opening: Opening | None) -> Entry | None:
+    def _first_entry(self, system: str | None, first_prompt: FirstPrompt | None) -> Entry | None:
         host = self._host
         bos = [] if host.model.bos is None else [host.model.bos]
-        if opening is not None:
+        if first_prompt is not None:
             pieces = {
-                "spans": dump_spans(self._opening),
-                "role": opening.turns.role,
-                "open": opening.turns.open,
-                "asks": opening.asks,
+                "spans": dump_spans(self._first_prompt),
+                "role": first_prompt.turns.role,
+                "open": first_prompt.turns.open,
+                "asks": first_prompt.asks,
             }
-            return Entry("prompt", opening.text, pieces, metrics={"tokens": opening.plan.n_tokens})
+            return Entry("prompt", first_prompt.text, pieces, metrics={"tokens": first_prompt.plan.n_tokens})
         if system is not None:
             tokens = np.array([*bos, *Turns(host.template, host.model).turn("system", system).tolist()], np.int32)
             parts = [slice_.tokens.tolist() for slice_ in host.slices.cut((), tokens)]

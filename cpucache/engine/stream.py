@@ -71,7 +71,7 @@ class Stream:
     def _wait_in_line(self) -> None:
         """Give the prompt to a core that is busy. What it needs is read into memory, and kept there, while it waits."""
         host, request = self._host, self.request
-        keys = host.workspace.keys(self.planned())
+        keys = host.kv_cache.keys(self.planned())
         once = threading.Lock()
 
         def let_go() -> None:

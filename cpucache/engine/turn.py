@@ -20,7 +20,7 @@ class Turn:
     history: History
     turns: Turns
     message: Sequence[Slice]
-    opening: Tokens
+    pending: Tokens
     """What is evaluated together with the answer: at least the last token before it."""
     number: int
     before: int
@@ -32,6 +32,6 @@ class Turn:
 
     def entry(self, text: str) -> Entry:
         """The message, to be written down."""
-        pieces = {"parts": [part.tokens.tolist() for part in self.message], "pending": self.opening.tolist()}
-        size = sum(len(part.tokens) for part in self.message) + len(self.opening)
+        pieces = {"parts": [part.tokens.tolist() for part in self.message], "pending": self.pending.tolist()}
+        size = sum(len(part.tokens) for part in self.message) + len(self.pending)
         return Entry("user", text, pieces, self.history.left_out, {"tokens": size})

@@ -182,10 +182,10 @@ class _Laying:
         outline = self.outline[scope] = []
 
         def advance(count: int) -> int | None:
-            home = None if self.packed else self._cursor
+            reserved = None if self.packed else self._cursor
             self._cursor += count
             self.longest = max(self.longest, self._cursor)
-            return home
+            return reserved
 
         def flush() -> None:
             tokens = joined([part for _, part in run])

@@ -20,12 +20,12 @@ class Segment:
     """A run of a schema's text, reused as a unit. Compared by identity."""
 
     tokens: Tokens
-    home: int | None
+    reserved: int | None
     """Position that a reserved layout gives to its first token; ``None`` in a packed layout."""
     module: str
     """Dotted path of the module that the text belongs to, empty for the schema itself."""
     cache: bool = True
-    """False: evaluated afresh in every prompt (``cache="false"``)."""
+    """False: evaluated in every prompt (``cache="false"``)."""
 
     @cached_property
     def id(self) -> bytes:
@@ -33,7 +33,7 @@ class Segment:
         return text_id(self.tokens)
 
     def __repr__(self) -> str:
-        place = "" if self.home is None else f" at {self.home}"
+        place = "" if self.reserved is None else f" at {self.reserved}"
         return f"<Segment of {self.module!r}, {len(self.tokens)} tokens{place}>"
 
 
@@ -42,7 +42,7 @@ class Placeholder:
     """What stands for an argument while the schema is encoded: the parameter's scaffold, filled up to its length."""
 
     tokens: Tokens
-    home: int | None
+    reserved: int | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,9 +37,9 @@ class Turns:
 
     def answer(self) -> Tokens:
         """What opens the model's answer, which is then the open turn of the assistant."""
-        opening = self._special("" if self.open else self._template.generation(self.role))
+        header = self._special("" if self.open else self._template.generation(self.role))
         self.role, self.open = "assistant", True
-        return opening
+        return header
 
     def close(self) -> Tokens:
         """What ends an open turn of the assistant."""

@@ -243,12 +243,12 @@ class _Writer:
         """A text, with the comments in it."""
         items = list(run)
         # White space at the ends, divided by comments: what else there is stays as it is written.
-        lead, items = _edge(items)
+        head, items = _edge(items)
         tail, items = _edge(items[::-1], backward=True)
         items.reverse()
         core = "".join(self._item(item, depth + 1, preserve=False) for item in items)
         written = ""
-        for index, (space, item) in enumerate(lead):
+        for index, (space, item) in enumerate(head):
             first = before is None and not index
             if item is not None:
                 written += self._space(space, depth + 1, first=first) + self._item(item, depth + 1, preserve=False)

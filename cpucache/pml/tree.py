@@ -48,7 +48,7 @@ class Role:
 
 @dataclass(frozen=True, eq=False)
 class Module:
-    """A named, reusable part of a prompt. ``cache=False``: evaluated afresh in every prompt.
+    """A named, reusable part of a prompt. ``cache=False``: evaluated in every prompt.
 
     ``isolate``: No text of other modules may show through in the states of this module's text: they attend to the text
     of enclosing modules and the schema's own text alone.

@@ -178,7 +178,7 @@ def _text_of(data: str | bytes, problems: Problems) -> str:
 
 
 def _check_prolog(text: str, problems: Problems, root: str) -> int:
-    """Reject what may not stand before the root tag before libxml2 sees it. Returns the line of the root tag."""
+    """Reject what may not stand before the root tag before libxml2 reads it. Returns the line of the root tag."""
     declaration = _DECLARATION.match(text)
     before = _BEFORE_ROOT.match(text, declaration.end() if declaration else 0)
     start = before.end() if before else 0

@@ -2,6 +2,7 @@
 
 from cpucache.reuse.fidelity import DEFAULT, LEVELS, REUSES, Fidelity, Level, Reuse
 from cpucache.reuse.history import History
+from cpucache.reuse.kv_cache import KVCache
 from cpucache.reuse.lookup import Lookup
 from cpucache.reuse.progress import OnProgress
 from cpucache.reuse.reading import reading, scaffolded
@@ -10,7 +11,6 @@ from cpucache.reuse.repair import Repair
 from cpucache.reuse.reports import Encoded, Metrics
 from cpucache.reuse.slices import Plan, Slice, Slices, Span
 from cpucache.reuse.text import plan_text
-from cpucache.reuse.workspace import Workspace
 
 __all__ = [
     "DEFAULT",
@@ -19,6 +19,7 @@ __all__ = [
     "Encoded",
     "Fidelity",
     "History",
+    "KVCache",
     "Level",
     "Lookup",
     "Metrics",
@@ -29,7 +30,6 @@ __all__ = [
     "Slice",
     "Slices",
     "Span",
-    "Workspace",
     "asked",
     "plan_text",
     "reading",

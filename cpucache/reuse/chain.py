@@ -45,9 +45,9 @@ class Chain:
         """Put tokens to evaluate right behind the others. ``again``: although there is a slice of them."""
         self.add(Span(self.end, tokens, why=why, module=module, recomputed=again))
 
-    def next(self, tokens: Tokens, module: str = "", home: int | None = None) -> Slice:
-        """The slice of ``tokens`` evaluated behind this chain; saved at ``home``, unless that is taken already."""
-        start = self.end if home is None else max(home, self.end)
+    def next(self, tokens: Tokens, module: str = "", reserved: int | None = None) -> Slice:
+        """The slice of ``tokens`` evaluated behind this chain; saved at ``reserved``, unless that is taken already."""
+        start = self.end if reserved is None else max(reserved, self.end)
         return self._slices.make(self.spans, tokens, module, start=start, trail=self.trail)
 
     def only(self, texts: Iterable[bytes]) -> Chain:
@@ -60,7 +60,7 @@ class Chain:
         kept = []
         for span in self.spans:
             trail = Trail([span])
-            if wanted.issuperset(trail.sees):
+            if wanted.issuperset(trail.attends_to):
                 kept.append(span)
         if len(kept) == len(self.spans):
             return self

@@ -12,7 +12,7 @@ import numpy as np
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
 from cpucache.reuse.progress import Step
-from cpucache.reuse.reports import Made
+from cpucache.reuse.reports import NewSlice
 from cpucache.reuse.slices import Plan, Slice, Slices, Span
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.splicer import Splicer, State
@@ -30,7 +30,7 @@ _HEADER = 16  # tokens of what opens an answer
 _SHORT = 64  # tokens behind a recurrent state that is saved, which are evaluated again rather than followed by another
 
 
-OnMade: TypeAlias = Callable[[Made], None]
+OnNewSlice: TypeAlias = Callable[[NewSlice], None]
 """Told about each slice as soon as there is one."""
 
 
@@ -78,7 +78,7 @@ class Encoder:
         self._context = splicer.context
 
     def encode(
-        self, slot: Slot, slices: Iterable[Slice], state: State, made: OnMade, progress: Step | None = None
+        self, slot: Slot, slices: Iterable[Slice], state: State, made: OnNewSlice, progress: Step | None = None
     ) -> Task[None]:
         """Evaluate slices in a slot, telling ``made`` about each as soon as there is one.
 
@@ -107,12 +107,12 @@ class Encoder:
             # What lies in one piece loads faster.
             self._splicer.reset(slot)
 
-    def _in_place(self, slot: Slot, run: _Run, state: State, made: OnMade, progress: Step | None) -> Task[None]:
+    def _in_place(self, slot: Slot, run: _Run, state: State, made: OnNewSlice, progress: Step | None) -> Task[None]:
         """Evaluate slices where they stand, and leave them there.
 
         What is finished is given away before more is evaluated, so that it is saved meanwhile, and Ctrl-C loses little.
         """
-        point: Made | None = None
+        point: NewSlice | None = None
         points = self._points(run.slices)
         try:
             for batch in self._steps(run.slices, points):
@@ -128,14 +128,14 @@ class Encoder:
                     if captured is None:
                         lost.append(slice_)
                     else:
-                        made(Made(slice_, captured, seconds * len(slice_.tokens)))
+                        made(NewSlice(slice_, captured, seconds * len(slice_.tokens)))
                 assert len(batch) > 1 or not lost, "a slice just evaluated behind its context"
                 for slice_ in lost:
                     # It has left a sliding window, and been overwritten by what was evaluated with it.
                     yield from self._in_place(slot, _Run([slice_]), state, made, progress)
                 last = batch[-1]
                 if self._slices.memory.points:
-                    point = Made(self._slices.point(last), self._splicer.capture_point(slot), seconds * len(tokens))
+                    point = NewSlice(self._slices.point(last), self._splicer.capture_point(slot), seconds * len(tokens))
                     if last in points:
                         made(point)
                         point = None
@@ -176,7 +176,7 @@ class Encoder:
         if step:
             yield step
 
-    def _side_by_side(self, slot: Slot, batch: Sequence[_Run], made: OnMade, progress: Step | None) -> Task[None]:
+    def _side_by_side(self, slot: Slot, batch: Sequence[_Run], made: OnNewSlice, progress: Step | None) -> Task[None]:
         """Evaluate runs behind what a slot holds, each in a sequence of its own."""
         try:
             yield from self._beside(slot, batch, made, progress)
@@ -184,7 +184,7 @@ class Encoder:
             self._splicer.reset(slot)
             raise
 
-    def _beside(self, slot: Slot, batch: Sequence[_Run], made: OnMade, progress: Step | None) -> Task[None]:
+    def _beside(self, slot: Slot, batch: Sequence[_Run], made: OnNewSlice, progress: Step | None) -> Task[None]:
         context, scratch = self._context, self._splicer.scratch
         # Answers may be saved through the scratch sequence while this waits for an evaluation.
         spare, *free = self._splicer.free
@@ -209,7 +209,7 @@ class Encoder:
                 context.share(sequence, scratch, slice_.start, slice_.end)
                 state = context.save(scratch)
                 context.remove(scratch)
-                made(Made(slice_, state, seconds * len(slice_.tokens)))
+                made(NewSlice(slice_, state, seconds * len(slice_.tokens)))
             context.remove(sequence)
 
 
@@ -243,6 +243,6 @@ def _by_context(slices: Iterable[Slice]) -> list[list[_Run]]:
     return list(groups.values())
 
 
-def effort(slices: Iterable[Slice]) -> int:
+def tokens_to_evaluate(slices: Iterable[Slice]) -> int:
     """How many tokens are evaluated to make these slices, at least."""
     return sum(len(run.tokens) for runs in _by_context(slices) for run in runs)

@@ -19,7 +19,7 @@ class Fidelity:
     """What is done about slices whose contexts are not what stands before them in a prompt.
 
     Args:
-        recompute: Share (0 to 1) of the spliced tokens that may be evaluated afresh before the first token. It goes to
+        recompute: Share (0 to 1) of the spliced tokens that may be evaluated again before the first token. It goes to
             slices that are not exact.
         exact: Take exact slices only. What has none is evaluated, and saved.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from cpucache.layout import SchemaLayout, Segment
-from cpucache.reuse.encoder import effort
+from cpucache.reuse.encoder import tokens_to_evaluate
 from cpucache.reuse.reading import reading, scaffolded
 from cpucache.reuse.slices import Slice, Slices
 from cpucache.store import Row, content_key
@@ -129,11 +129,13 @@ def compare(old: SchemaLayout, new: SchemaLayout, room: int) -> Edit:
             continue
         limit = new.may_attend_to(segments[content])
         allowed = new.texts if limit is None else limit
-        usable = any(allowed.issuperset(other.sees) for other in alike)
+        usable = any(allowed.issuperset(other.attends_to) for other in alike)
         changes.append(Change(slice_.module, size, "usable" if usable else "stale", _why(alike[0], slice_, names)))
     kept = {slice_.key for slice_ in after}
     dropped = [slice_ for key, slice_ in before.items() if key not in kept]
-    return Edit(tuple(changes), effort(missing), len(dropped), sum(len(slice_.tokens) for slice_ in dropped))
+    return Edit(
+        tuple(changes), tokens_to_evaluate(missing), len(dropped), sum(len(slice_.tokens) for slice_ in dropped)
+    )
 
 
 def _encoded(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
@@ -145,10 +147,10 @@ def _encoded(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
 
 
 def _why(old: Slice, new: Slice, names: dict[bytes, str]) -> str:
-    if old.sees == new.sees:
+    if old.attends_to == new.attends_to:
         return "it has moved" if old.context_key == new.context_key else "what stands before it has moved"
-    for was, now in zip((*old.sees, None), (*new.sees, None), strict=False):
+    for was, now in zip((*old.attends_to, None), (*new.attends_to, None), strict=False):
         if was != now:
-            changed = now if now is not None and now not in old.sees else was if was is not None else now
+            changed = now if now is not None and now not in old.attends_to else was if was is not None else now
             return f"{names.get(changed or b'', _OTHER)} before it has changed"
     return "what stands before it has changed"

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from cpucache.layout import Bound, NewText, Piece, Segment
 from cpucache.reuse.chain import Chain
 from cpucache.reuse.fidelity import Fidelity, Reuse
+from cpucache.reuse.kv_cache import KVCache
 from cpucache.reuse.repair import Repair
 from cpucache.reuse.slices import Plan, Relation, Slice, Span
-from cpucache.reuse.workspace import Workspace
 from cpucache.stages import stage
 from cpucache.store import SliceInfo, Store, text_id
 
@@ -31,20 +31,20 @@ class Found(NamedTuple):
         Those that were evaluated behind most text come first (bench/RESULTS.md), then those that need not be moved to
         ``start``.
         """
-        return self.relation != "foreign", self.slice.sees_tokens, self.slice.start == start, self.slice.key
+        return self.relation != "foreign", self.slice.attended_tokens, self.slice.start == start, self.slice.key
 
 
 class Lookup:
     """Plans prompts on schemas by the slices that there are."""
 
-    def __init__(self, workspace: Workspace, repair: Repair) -> None:
-        self._workspace = workspace
+    def __init__(self, kv_cache: KVCache, repair: Repair) -> None:
+        self._kv_cache = kv_cache
         self._repair = repair
 
     @property
     def store(self) -> Store:
         """Where slices are found."""
-        return self._workspace.store
+        return self._kv_cache.store
 
     def plan(
         self,
@@ -68,17 +68,17 @@ class Lookup:
         # Tokens recomputed could not be evaluated behind a gap.
         packed = bound.layout.packed or bool(packed) or fidelity.exact or fidelity.recompute > 0
         with stage("look up"):
-            planning = _Planning(self._workspace, bound, fidelity, reuse, packed=packed, ends=ends)
+            planning = _Planning(self._kv_cache, bound, fidelity, reuse, packed=packed, ends=ends)
             plan = Plan(tuple(planning.run()))
             return plan if fidelity.exact else self._repaired(plan, fidelity)
 
     def _repaired(self, plan: Plan, fidelity: Fidelity) -> Plan:
-        """The plan with slices within the budget evaluated afresh, and the schema's closing text."""
+        """The plan with slices within the budget evaluated again, and the schema's closing text."""
         budget = math.ceil(fidelity.recompute * sum(len(span.tokens) for span in plan.spans if span.slice))
         chosen = (self._relevant(plan.spans, budget) if budget else set()) | _closing(plan.spans)
         if not chosen:
             return plan
-        chain = Chain(self._workspace.slices)
+        chain = Chain(self._kv_cache.slices)
         for span in plan.spans:
             if span in chosen:
                 # Evaluated like new text, so that what follows it attends to it as it is then.
@@ -88,7 +88,7 @@ class Lookup:
             else:
                 # Behind what leaves a gap no longer, tokens to evaluate stand further down.
                 chain.add(span if span.slice else replace(span, start=chain.end))
-        besides = [span.slice for span in plan.spans if span in chosen and span.made and span.slice]
+        besides = [span.slice for span in plan.spans if span in chosen and span.missing and span.slice]
         return Plan(tuple(chain.spans), tuple(besides))
 
     def _relevant(self, spans: Sequence[Span], budget: int) -> set[Span]:
@@ -119,13 +119,13 @@ class _Planning:
     """One prompt, planned piece by piece."""
 
     def __init__(
-        self, workspace: Workspace, bound: Bound, fidelity: Fidelity, reuse: Reuse, *, packed: bool, ends: bool
+        self, kv_cache: KVCache, bound: Bound, fidelity: Fidelity, reuse: Reuse, *, packed: bool, ends: bool
     ) -> None:
-        self._store = workspace.store
-        self._slices = workspace.slices
+        self._store = kv_cache.store
+        self._slices = kv_cache.slices
         self._layout = bound.layout
         self._exact = fidelity.exact
-        self._cuts = workspace.context.memory.cuts
+        self._cuts = kv_cache.context.memory.cuts
         self._reuse = reuse
         self._packed = packed
         self._ends = ends
@@ -168,9 +168,9 @@ class _Planning:
         text = self._schema_text().copy()
         text.evaluate(piece.placeholder)
         if followed and self._prompt.trail.exact and len(piece.tokens):
-            made = self._prompt.next(piece.tokens)
-            if self._exact or made.key in self._store:
-                self._prompt.add(made.span)
+            candidate = self._prompt.next(piece.tokens)
+            if self._exact or candidate.key in self._store:
+                self._prompt.add(candidate.span)
                 self._text = text
                 return
         self._prompt.evaluate(piece.tokens, "new text")
@@ -187,28 +187,28 @@ class _Planning:
 
     # -- what the schema has -----------------------------------------------------------------------------------------
     def _segment(self, segment: Segment, size: int) -> None:
-        made = self._prompt.next(segment.tokens if self._cuts else segment.tokens[:size], segment.module)
-        if self._prompt.trail.exact and (self._exact or made.key in self._store):
-            absent = made.key not in self._store
+        candidate = self._prompt.next(segment.tokens if self._cuts else segment.tokens[:size], segment.module)
+        if self._prompt.trail.exact and (self._exact or candidate.key in self._store):
+            absent = candidate.key not in self._store
             why = "no exact slice yet" if absent else ""
-            self._take(segment, made, made.start, size, "exact", why, made=absent)
+            self._take(segment, candidate, candidate.start, size, "exact", why, missing=absent)
             return
         found = self._found(segment)
         start = self._prompt.end
-        if not self._packed and segment.home is not None:
-            start = max(segment.home, start)
+        if not self._packed and segment.reserved is not None:
+            start = max(segment.reserved, start)
         if found:
             best = max(found, key=lambda each: each.worth(start))
             self._take(segment, best.slice, start, size, best.relation, "not yet evaluated behind this")
             return
-        made = self._missing(segment)
+        candidate = self._missing(segment)
         trail = self._prompt.trail
         # What is evaluated right where the prompt has it stays there.
-        in_place = made.context_key == trail.key and made.start >= start
-        exact = in_place and trail.exact and made.start == trail.end
-        start = made.start if in_place else start
-        relation: Relation = "exact" if exact else self._relation(frozenset(made.sees))
-        self._take(segment, made, start, size, relation, self._why_missing(segment), made=True)
+        in_place = candidate.context_key == trail.key and candidate.start >= start
+        exact = in_place and trail.exact and candidate.start == trail.end
+        start = candidate.start if in_place else start
+        relation: Relation = "exact" if exact else self._relation(frozenset(candidate.attends_to))
+        self._take(segment, candidate, start, size, relation, self._why_missing(segment), missing=True)
 
     def _found(self, segment: Segment) -> list[Found]:
         """The slices that this prompt may take of a segment."""
@@ -216,24 +216,24 @@ class _Planning:
         found = []
         for key, info in self._variants.get(self._contents[segment], []):
             slice_ = Slice.described(key, info, segment.tokens, segment.module)
-            if limit is not None and not limit.issuperset(slice_.sees):
+            if limit is not None and not limit.issuperset(slice_.attends_to):
                 continue
-            relation = self._relation(frozenset(slice_.sees))
+            relation = self._relation(frozenset(slice_.attends_to))
             if relation != "foreign" or (self._reuse == "anywhere" and limit is None):
                 found.append(Found(slice_, relation))
         return found
 
-    def _relation(self, sees: frozenset[bytes]) -> Relation:
-        if sees <= self._before:
+    def _relation(self, attends_to: frozenset[bytes]) -> Relation:
+        if attends_to <= self._before:
             return "clean"
-        return "related" if sees <= self._layout.texts else "foreign"
+        return "related" if attends_to <= self._layout.texts else "foreign"
 
     def _missing(self, segment: Segment) -> Slice:
         """The slice to make of a segment that has none: behind the schema's text in the prompt, so that other prompts
         can take it, too."""
         limit = self._layout.may_attend_to(segment)
         context = self._schema_text().only(self._layout.texts if limit is None else limit)
-        return context.next(segment.tokens, segment.module, None if self._packed else segment.home)
+        return context.next(segment.tokens, segment.module, None if self._packed else segment.reserved)
 
     def _why_missing(self, segment: Segment) -> str:
         there = self._variants.get(self._contents[segment])
@@ -251,11 +251,11 @@ class _Planning:
         relation: Relation,
         why: str = "",
         *,
-        made: bool = False,
+        missing: bool = False,
     ) -> None:
-        span = Span(start, slice_.tokens[:size], slice_, relation, made=made, why=why)
+        span = Span(start, slice_.tokens[:size], slice_, relation, missing=missing, why=why)
         if self._text is not None:
             # Where the schema has it, wherever new text has pushed it in the prompt.
-            home = None if self._packed else segment.home
-            self._text.add(replace(span, start=max(home or 0, self._text.end)))
+            reserved = None if self._packed else segment.reserved
+            self._text.add(replace(span, start=max(reserved or 0, self._text.end)))
         self._prompt.add(span)

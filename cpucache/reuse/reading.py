@@ -28,7 +28,7 @@ def reading(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
     """
     walk = _Reading(layout, slices, room)
     walk.scope(layout.schema, Chain(slices), [])
-    return list(walk.made)
+    return list(walk.slices_made)
 
 
 def scaffolded(layout: SchemaLayout, slices: Slices, modules: Collection[Module], room: int) -> list[Slice]:
@@ -38,7 +38,7 @@ def scaffolded(layout: SchemaLayout, slices: Slices, modules: Collection[Module]
     """
     walk = _Reading(layout, slices, room, set(modules))
     walk.scope(layout.schema, Chain(slices), [])
-    return list(walk.made)
+    return list(walk.slices_made)
 
 
 def stands_for(union: Union, layout: SchemaLayout) -> Module:
@@ -58,7 +58,7 @@ class _Reading:
         self._slices = slices
         self._room = room
         self._chosen = chosen
-        self.made: dict[Slice, None] = {}
+        self.slices_made: dict[Slice, None] = {}
 
     def scope(
         self, scope: Scope, chain: Chain, around: list[Segment | Placeholder], *, isolated: bool = False
@@ -108,7 +108,7 @@ class _Reading:
         if isinstance(part, Placeholder) or not part.cache:
             chain.evaluate(part.tokens)
             return chain
-        made = chain.next(part.tokens, part.module, part.home if self._chosen is None else None)
-        self.made[made] = None
-        chain.add(made.span)
+        slice_ = chain.next(part.tokens, part.module, part.reserved if self._chosen is None else None)
+        self.slices_made[slice_] = None
+        chain.add(slice_.span)
         return chain

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from cpucache.layout import Bound, Segment
 from cpucache.reuse.chain import Chain
+from cpucache.reuse.kv_cache import KVCache
 from cpucache.reuse.progress import OnProgress
 from cpucache.reuse.reports import Encoded
 from cpucache.reuse.slices import Plan, Slice, Slices
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
-from cpucache.reuse.workspace import Workspace
 from cpucache.store import Part, Store
 
 
@@ -56,26 +56,26 @@ def to_refine(slices: Slices, store: Store, schema: str | None = None) -> int:
 
 
 def refine(
-    workspace: Workspace, slot: Slot, schema: str | None, report: Encoded, progress: OnProgress | None = None
+    kv_cache: KVCache, slot: Slot, schema: str | None, report: Encoded, progress: OnProgress | None = None
 ) -> Task[None]:
     """Make the exact slices that are missing, the most asked combinations first.
 
     Whenever it is closed, what has been made stays; begun again, it goes on from there.
 
     Args:
-        workspace: Its store knows what was asked.
+        kv_cache: Its store knows what was asked.
         slot: Where slices are evaluated.
         schema: Only prompts on this schema; all for ``None``.
         report: Is added to.
         progress: Told about the tokens of the slices made, and of all that are to be made.
     """
-    slices, store = workspace.slices, workspace.store
+    slices, store = kv_cache.slices, kv_cache.store
     total = report.tokens + to_refine(slices, store, schema)
     for combination in store.asked.combinations(slices.fingerprint, slices.scope, schema):
-        fits = sum(len(part.tokens) for part in combination.parts) < workspace.context.n_ctx
+        fits = sum(len(part.tokens) for part in combination.parts) < kv_cache.context.n_ctx
         wanted = exact_slices(combination.parts, slices) if fits else []
         for slice_ in wanted:
-            yield from workspace.encode(slot, [slice_], combination.schema, report=report, wait=False)
+            yield from kv_cache.encode(slot, [slice_], combination.schema, report=report, wait=False)
             if progress:
                 progress(report.tokens, total)
         if all(slice_.key in store for slice_ in wanted):

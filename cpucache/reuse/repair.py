@@ -1,4 +1,4 @@
-"""Repair: which slices of a plan are evaluated afresh, within a budget.
+"""Repair: which slices of a plan are evaluated again, within a budget.
 
 A module as a whole, evaluated behind all that stands before it, brings an answer nearer to full prefill if the answer
 is in it. A part of a module does more harm than good, so that modules are recomputed whole or not at all
@@ -33,7 +33,7 @@ class Repair:
         self._known: dict[bytes, frozenset[str]] = {}
 
     def choose(self, parts: Sequence[Sequence[Tokens]], new: Iterable[Tokens], budget: int) -> set[int]:
-        """The parts to evaluate afresh, by their numbers: the most relevant, ``budget`` tokens in all.
+        """The parts to evaluate again, by their numbers: the most relevant, ``budget`` tokens in all.
 
         The first may take twice the budget, since less than a part is of no use.
 

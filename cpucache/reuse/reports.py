@@ -12,7 +12,7 @@ Finish: TypeAlias = Literal["stop", "length", "interrupted"]
 
 
 @dataclass(frozen=True)
-class Made:
+class NewSlice:
     """A slice with its state, and the seconds that evaluating it took: its share of the batch."""
 
     slice: Slice
@@ -28,16 +28,16 @@ class Encoded:
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
-    made: set[Slice] = field(default_factory=set, repr=False)
+    new: set[Slice] = field(default_factory=set, repr=False)
     wanted: list[Slice] = field(default_factory=list, repr=False)
     """The slices that were asked for, made now or there before."""
 
-    def add(self, made: Made) -> None:
+    def add(self, new: NewSlice) -> None:
         """Count a slice that was made."""
         self.slices += 1
-        self.tokens += len(made.slice.tokens)
-        self.bytes += made.state.nbytes
-        self.made.add(made.slice)
+        self.tokens += len(new.slice.tokens)
+        self.bytes += new.state.nbytes
+        self.new.add(new.slice)
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Metrics:
     foreign_tokens: int = 0
     """Cached tokens that were evaluated behind text of other prompts."""
     recomputed_tokens: int = 0
-    """Tokens of slices that were evaluated afresh."""
+    """Tokens of slices that were evaluated again."""
     completion_tokens: int = 0
     ttft_ms: float = 0.0
     """Time to first token: everything from the call to the first token of the answer."""

@@ -35,9 +35,9 @@ class Slice:
     tokens: Tokens
     start: int
     context_key: str
-    sees: tuple[bytes, ...]
+    attends_to: tuple[bytes, ...]
     """The ``text_id`` of each run of tokens that it attended to, in order."""
-    sees_tokens: int
+    attended_tokens: int
     """How many tokens these are."""
     module: str = ""
     """Dotted path of the module that the text belongs to."""
@@ -71,12 +71,12 @@ class Slice:
     @property
     def chained(self) -> bool:
         """Whether it stands at its position among all tokens from 0 on, and its context is all of these."""
-        return self.start == self.sees_tokens and not self.delta
+        return self.start == self.attended_tokens and not self.delta
 
     @classmethod
     def described(cls, key: str, info: SliceInfo, tokens: Tokens, module: str = "") -> Slice:
         """A slice as the store describes it."""
-        return cls(key, tokens, info.start, info.context, info.texts, info.sees_tokens, module)
+        return cls(key, tokens, info.start, info.context, info.texts, info.attended_tokens, module)
 
     @cached_property
     def span(self) -> Span:
@@ -95,7 +95,7 @@ class Span:
     tokens: Tokens
     slice: Slice | None = None
     relation: Relation = "exact"
-    made: bool = False
+    missing: bool = False
     """Whether the slice is missing, and made for this plan."""
     recomputed: bool = False
     """Of tokens to evaluate: whether they are evaluated although there is a slice of them."""
@@ -194,7 +194,7 @@ class Plan:
 
     def count(self, relation: Relation) -> int:
         """Tokens that come from slices of this relation that were there before."""
-        spans = (span for span in self.spans if span.slice and span.relation == relation and not span.made)
+        spans = (span for span in self.spans if span.slice and span.relation == relation and not span.missing)
         return sum(len(span.tokens) for span in spans)
 
     def first(self, count: int) -> Plan:
@@ -241,7 +241,7 @@ class Trail:
         """The position behind the last span."""
         self.exact = True
         """Whether all tokens stand back to back from position 0, and attended to all before them."""
-        self.sees: list[bytes] = []
+        self.attends_to: list[bytes] = []
         self._seen: dict[bytes, None] = {}
         self.n_tokens = 0
         for span in spans:
@@ -257,7 +257,7 @@ class Trail:
         other = Trail()
         other._digest = self._digest.copy()
         other.end, other.exact, other.n_tokens = self.end, self.exact, self.n_tokens
-        other.sees, other._seen = list(self.sees), dict(self._seen)
+        other.attends_to, other._seen = list(self.attends_to), dict(self._seen)
         return other
 
     def in_place(self, span: Span) -> bool:
@@ -282,7 +282,7 @@ class Trail:
             self._digest.update(bytes.fromhex(span.slice.key))
         self.exact &= in_place and span.start == self.end
         if span.slice is not None:
-            for each in span.slice.sees:
+            for each in span.slice.attends_to:
                 self._see(each)
         for each in span.texts:
             self._see(each)
@@ -292,7 +292,7 @@ class Trail:
     def _see(self, text: bytes) -> None:
         if text not in self._seen:
             self._seen[text] = None
-            self.sees.append(text)
+            self.attends_to.append(text)
 
     def _note(self, *numbers: int) -> None:
         self._digest.update(np.array(numbers, "<i4").tobytes())
@@ -337,13 +337,13 @@ class Slices:
         """Part of what slices are found by whose contexts may be others than what stands before them in a prompt."""
         self.cuts: Cutting = cuts or Whole()
         self.memory = Memory()
-        """What the model's memory can do; the workspace says so."""
+        """What the model's memory can do; the KV cache says so."""
 
     def point(self, slice_: Slice) -> Slice:
         """The recurrent state behind a slice, as a slice of no tokens: one goes on from it, and only from it."""
         none = slice_.tokens[:0]
         key = self.key(slice_.key, none, slice_.end)
-        return Slice(key, none, slice_.end, slice_.key, slice_.sees, slice_.sees_tokens, slice_.module)
+        return Slice(key, none, slice_.end, slice_.key, slice_.attends_to, slice_.attended_tokens, slice_.module)
 
     def within(self, namespace: str, *, isolate: bool = False) -> Slices:
         """The same for a namespace.
@@ -386,7 +386,7 @@ class Slices:
         start = trail.end if start is None else start
         context = trail.key
         key = self.key(context, tokens, start)
-        return Slice(key, tokens, start, context, tuple(trail.sees), trail.n_tokens, module, tuple(before))
+        return Slice(key, tokens, start, context, tuple(trail.attends_to), trail.n_tokens, module, tuple(before))
 
     def cut(
         self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
@@ -394,14 +394,14 @@ class Slices:
         """``tokens`` right behind ``before``, in segments. ``ends``: of each of these, where they are known."""
         spans = list(before)
         trail = Trail(before)
-        made: list[Slice] = []
+        cut: list[Slice] = []
         begin = 0
         for end in self.cuts(tokens, part=True) if ends is None else ends:
-            made.append(self.make(spans, tokens[begin:end], module, trail=trail))
-            spans.append(made[-1].span)
-            trail.add(made[-1].span)
+            cut.append(self.make(spans, tokens[begin:end], module, trail=trail))
+            spans.append(cut[-1].span)
+            trail.add(cut[-1].span)
             begin = end
-        return made
+        return cut
 
     def plan(
         self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
@@ -414,8 +414,8 @@ class Slices:
         whole = [0, *(self.cuts(tokens[:-1], part=True) if ends is None else ends)]
         if not self.memory.points:
             whole.pop()
-        made = self.cut(before, tokens, module, ends=whole[1:])
-        spans = [*before, *(slice_.span for slice_ in made)]
+        cut = self.cut(before, tokens, module, ends=whole[1:])
+        spans = [*before, *(slice_.span for slice_ in cut)]
         done = whole[-1] if whole else 0
         return Plan((*spans, Span(spans[-1].end if spans else 0, tokens[done:])))
 

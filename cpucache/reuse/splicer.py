@@ -126,7 +126,7 @@ class Splicer:
         try:
             if fresh:
                 self.reset(slot)
-            spans = list(plan.spans) if fresh else self._keep(slot, plan, state, ends=ends)
+            spans = list(plan.spans) if fresh else self._retain(slot, plan, state, ends=ends)
             groups = _grouped(spans, len(self.free))
             splicing = Splicing(slot, wanted, plan, groups, state, metrics)
             if groups:
@@ -219,7 +219,7 @@ class Splicer:
         """The recurrent state of a slot."""
         return self.context.save_point(slot.sequence)
 
-    def _keep(self, slot: Slot, plan: Plan, state: State, *, ends: bool) -> list[Span]:
+    def _retain(self, slot: Slot, plan: Plan, state: State, *, ends: bool) -> list[Span]:
         """Cut a slot back to what it shares with ``plan``; gives the spans that are still to come."""
         self._adopt(slot, plan)
         self._close_up(slot, plan)

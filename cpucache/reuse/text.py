@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from cpucache.layout import Text, Tokens
 from cpucache.reuse.chain import Chain
 from cpucache.reuse.fidelity import Fidelity, Reuse
+from cpucache.reuse.kv_cache import KVCache
 from cpucache.reuse.repair import Repair
 from cpucache.reuse.slices import Plan, Relation, Slice
-from cpucache.reuse.workspace import Workspace
 from cpucache.stages import stage
 from cpucache.store import text_id
 
@@ -19,7 +19,7 @@ SHORTEST = 64
 """Tokens of neighbouring segments at least, that are taken from elsewhere. Fewer are evaluated as fast as spliced."""
 
 
-def plan_text(workspace: Workspace, repair: Repair, text: Text, fidelity: Fidelity, reuse: Reuse) -> Plan:
+def plan_text(kv_cache: KVCache, repair: Repair, text: Text, fidelity: Fidelity, reuse: Reuse) -> Plan:
     """The plan of a text.
 
     First comes the longest known slice behind all before it, again and again, however it was cut: all of it exact. Then
@@ -28,7 +28,7 @@ def plan_text(workspace: Workspace, repair: Repair, text: Text, fidelity: Fideli
     can't be moved, whatever ``reuse`` says.
 
     Args:
-        workspace: Its store has the slices.
+        kv_cache: Its store has the slices.
         repair: Chooses what to recompute.
         text: Segments within its parts may be taken from elsewhere.
         fidelity: Whether slices must be exact, and else the share of the tokens taken from elsewhere that is evaluated
@@ -36,16 +36,16 @@ def plan_text(workspace: Workspace, repair: Repair, text: Text, fidelity: Fideli
         reuse: ``"anywhere"``: all others may be taken from elsewhere, too. ``"exact"``: none may.
     """
     with stage("look up"):
-        exact = reuse == "exact" or fidelity.exact or not workspace.context.memory.moves
+        exact = reuse == "exact" or fidelity.exact or not kv_cache.context.memory.moves
         text = replace(text, parts=()) if exact else text
-        return _planned(workspace, repair, text, anywhere=reuse == "anywhere" and not exact, share=fidelity.recompute)
+        return _planned(kv_cache, repair, text, anywhere=reuse == "anywhere" and not exact, share=fidelity.recompute)
 
 
-def _planned(workspace: Workspace, repair: Repair, text: Text, *, anywhere: bool, share: float) -> Plan:
-    chain = _known_prefix(workspace, text.tokens[:-1])
-    *segments, tail = _segments(workspace, text, chain.end)
+def _planned(kv_cache: KVCache, repair: Repair, text: Text, *, anywhere: bool, share: float) -> Plan:
+    chain = _known_prefix(kv_cache, text.tokens[:-1])
+    *segments, tail = _segments(kv_cache, text, chain.end)
     if anywhere or text.parts:
-        _find(workspace, [each for each in segments if anywhere or text.within(each.begin, each.end)])
+        _find(kv_cache, [each for each in segments if anywhere or text.within(each.begin, each.end)])
         _drop_short(segments)
         taken = [each for each in segments if each.slice]
         budget = math.ceil(share * sum(len(each.tokens) for each in taken))
@@ -57,15 +57,15 @@ def _planned(workspace: Workspace, repair: Repair, text: Text, *, anywhere: bool
         if each.recomputed:
             chain.evaluate(each.tokens, "recomputed", again=True)
         else:
-            made = chain.next(each.tokens)
-            there = made.key in workspace.store
-            slice_ = made if there or each.slice is None else each.slice
-            relation: Relation = "clean" if before.issuperset(slice_.sees) else "foreign"
-            exact = slice_ is made and chain.trail.exact
-            absent = slice_ is made and not there
+            candidate = chain.next(each.tokens)
+            there = candidate.key in kv_cache.store
+            slice_ = candidate if there or each.slice is None else each.slice
+            relation: Relation = "clean" if before.issuperset(slice_.attends_to) else "foreign"
+            exact = slice_ is candidate and chain.trail.exact
+            absent = slice_ is candidate and not there
             why = each.why if absent else "" if exact else "not yet evaluated behind this"
             relation = "exact" if exact else relation
-            chain.add(replace(slice_.span, start=chain.end, relation=relation, made=absent, why=why))
+            chain.add(replace(slice_.span, start=chain.end, relation=relation, missing=absent, why=why))
         before.add(text_id(each.tokens))
     chain.evaluate(tail.tokens, "the last segment")
     return Plan(tuple(chain.spans))
@@ -88,9 +88,9 @@ class _Segment:
         return self.begin + len(self.tokens)
 
 
-def _known_prefix(workspace: Workspace, tokens: Tokens) -> Chain:
+def _known_prefix(kv_cache: KVCache, tokens: Tokens) -> Chain:
     """Slices that are there of the first of these tokens, each behind all before it."""
-    store, chain = workspace.store, Chain(workspace.slices)
+    store, chain = kv_cache.store, Chain(kv_cache.slices)
     while len(left := tokens[chain.end :]):
         for size in sorted((size for size in store.sizes_behind(chain.trail.key) if size <= len(left)), reverse=True):
             known = chain.next(left[:size])
@@ -102,29 +102,29 @@ def _known_prefix(workspace: Workspace, tokens: Tokens) -> Chain:
     return chain
 
 
-def _segments(workspace: Workspace, text: Text, begin: int) -> list[_Segment]:
+def _segments(kv_cache: KVCache, text: Text, begin: int) -> list[_Segment]:
     """The segments from a position on; the last has the last token besides."""
-    ends = [end for end in text.ends(workspace.slices.cuts) if end > begin]
+    ends = [end for end in text.ends(kv_cache.slices.cuts) if end > begin]
     found = []
     for end in ends[:-1]:
         found.append(_Segment(begin, text.tokens[begin:end]))
         begin = end
-    if workspace.slices.memory.points and begin < len(text.tokens) - 1:
+    if kv_cache.slices.memory.points and begin < len(text.tokens) - 1:
         # The state before the last token is not to be had once that has been evaluated.
         found.append(_Segment(begin, text.tokens[begin:-1]))
         begin = len(text.tokens) - 1
     return [*found, _Segment(begin, text.tokens[begin:])]
 
 
-def _find(workspace: Workspace, segments: Sequence[_Segment]) -> None:
+def _find(kv_cache: KVCache, segments: Sequence[_Segment]) -> None:
     """Give segments the best slices that there are of their tokens, whatever these attended to."""
-    contents = [workspace.slices.content(each.tokens) for each in segments]
-    variants = workspace.store.variants(contents)
+    contents = [kv_cache.slices.content(each.tokens) for each in segments]
+    variants = kv_cache.store.variants(contents)
     for each, content in zip(segments, contents, strict=True):
         found = variants[content]
         if found:
             # Behind most text, and where it need not be moved.
-            key, info = max(found, key=lambda one: (one[1].sees_tokens, one[1].start == each.begin, one[0]))
+            key, info = max(found, key=lambda one: (one[1].attended_tokens, one[1].start == each.begin, one[0]))
             each.slice = Slice.described(key, info, each.tokens)
 
 

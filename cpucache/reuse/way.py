@@ -11,13 +11,13 @@ from typing import TypeVar
 import numpy as np
 
 from cpucache.layout import Tokens
-from cpucache.reuse.encoder import effort
+from cpucache.reuse.encoder import tokens_to_evaluate
+from cpucache.reuse.kv_cache import KVCache
 from cpucache.reuse.progress import OnProgress, counting
 from cpucache.reuse.reports import Encoded, Metrics
 from cpucache.reuse.slices import Plan, Slice
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
-from cpucache.reuse.workspace import Workspace
 from cpucache.runtime.context import Logits
 from cpucache.stages import stage
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("cpucache.reuse")
 
 
 def answer(
-    workspace: Workspace,
+    kv_cache: KVCache,
     plan: Callable[[], Plan],
     decode: Callable[[Slot, Plan], Task[T]],
     *,
@@ -40,7 +40,7 @@ def answer(
     """The way of a prompt, from its plan to what ``decode`` returns. Every prompt goes it.
 
     Args:
-        workspace: Has the llama.cpp context and the store.
+        kv_cache: Has the llama.cpp context and the store.
         plan: Gives the plan by the slices that there are. It is asked again when a slice turns out to be gone or
             unusable.
         decode: Given the slot that holds the plan, with logits of its last token.
@@ -51,7 +51,7 @@ def answer(
         fresh: Take nothing from any slot, so that every token without a slice is evaluated.
         ends: The prompt ends with the plan. Otherwise no logits are wanted, and the last token is like any other.
     """
-    with _Filling(workspace, slot, label, progress, metrics or Metrics(), fresh=fresh, ends=ends) as filling:
+    with _Filling(kv_cache, slot, label, progress, metrics or Metrics(), fresh=fresh, ends=ends) as filling:
         for attempt in filling.attempts:
             with attempt:
                 planned = plan()
@@ -67,7 +67,7 @@ def nothing(_: Slot, plan: Plan) -> Task[Plan]:
     return plan
 
 
-def forced(workspace: Workspace, slot: Slot, plan: Plan, tokens: Tokens, label: str = "") -> Task[Logits]:
+def forced(kv_cache: KVCache, slot: Slot, plan: Plan, tokens: Tokens, label: str = "") -> Task[Logits]:
     """Logits behind each token of the plan's last span, which is fresh, and behind each of ``tokens`` after it.
 
     One row for each, a vocabulary long: what the model would say next if this is how it went on.
@@ -75,9 +75,9 @@ def forced(workspace: Workspace, slot: Slot, plan: Plan, tokens: Tokens, label: 
     *before, last = plan.spans
 
     def rows(slot: Slot, _: Plan) -> Task[Logits]:
-        return np.stack((yield from workspace.splicer.rows(slot, np.concatenate([last.tokens, tokens]))))
+        return np.stack((yield from kv_cache.splicer.rows(slot, np.concatenate([last.tokens, tokens]))))
 
-    return answer(workspace, lambda: Plan(tuple(before)), rows, slot=slot, label=label)
+    return answer(kv_cache, lambda: Plan(tuple(before)), rows, slot=slot, label=label)
 
 
 class _Filling:
@@ -85,7 +85,7 @@ class _Filling:
 
     def __init__(
         self,
-        workspace: Workspace,
+        kv_cache: KVCache,
         slot: Slot | None,
         label: str,
         progress: OnProgress | None,
@@ -94,8 +94,8 @@ class _Filling:
         fresh: bool,
         ends: bool,
     ) -> None:
-        self.attempts = workspace.attempts()
-        self._workspace = workspace
+        self.attempts = kv_cache.attempts()
+        self._kv_cache = kv_cache
         self._given = slot
         self._slot = slot
         self._label = label
@@ -124,32 +124,32 @@ class _Filling:
     @contextmanager
     def look_up(self, plan: Plan) -> Iterator[None]:
         """Find what the slot holds of a plan, and what of its slices the store lacks. None is evicted meanwhile."""
-        workspace = self._workspace
+        kv_cache = self._kv_cache
         with stage("look up"):
-            workspace.check_can_be_spliced(plan)
-            slot = self._slot = self._slot or workspace.take(plan)
+            kv_cache.check_can_be_spliced(plan)
+            slot = self._slot = self._slot or kv_cache.take(plan)
             if not self._fresh:
-                workspace.capture_held(slot, plan, self._label)
-            keys = workspace.keys(plan)
+                kv_cache.capture_held(slot, plan, self._label)
+            keys = kv_cache.keys(plan)
         with ExitStack() as self._until:
-            self._until.enter_context(workspace.store.using(keys))
+            self._until.enter_context(kv_cache.store.using(keys))
             with stage("look up"):
                 stays = 0 if self._fresh else slot.stays(plan)
                 self._held = {span.slice for span in plan.spans[:stays] if span.slice}
                 wanted = [slice_ for slice_ in plan.slices if slice_ not in self._held]
                 had = self.attempts.states.keys() | self._held
-                missing = workspace.missing([*wanted, *plan.besides], had)
-                self._last = [] if self._fresh else workspace.last(slot, plan, missing)
+                missing = kv_cache.missing([*wanted, *plan.besides], had)
+                self._last = [] if self._fresh else kv_cache.last(slot, plan, missing)
                 """Missing slices that are evaluated with the end of the prompt."""
                 self._missing: Sequence[Slice] = missing[: len(missing) - len(self._last)]
                 self._wanted = [slice_ for slice_ in wanted if slice_ not in self._last]
                 self._spliced = plan.evaluating(len(self._last))
-                known = 0 if self._fresh else workspace.splicer.known(self._spliced, slot.owner, ends=self._ends)
+                known = 0 if self._fresh else kv_cache.splicer.known(self._spliced, slot.owner, ends=self._ends)
                 self._known = known
             self._plan = plan
             self._tell()
             fresh = self._spliced.n_tokens - self._spliced.n_cached
-            told = counting(self._progress, effort(self._missing) + fresh)
+            told = counting(self._progress, tokens_to_evaluate(self._missing) + fresh)
 
             def step(count: int) -> None:
                 self._counted += count
@@ -178,15 +178,15 @@ class _Filling:
 
     def splice(self) -> Task[None]:
         """Make the slices that are missing, and put all slices of the plan into the llama.cpp context."""
-        workspace, states = self._workspace, self.attempts.states
-        yield from workspace.make(
+        kv_cache, states = self._kv_cache, self.attempts.states
+        yield from kv_cache.make(
             self.slot, self._missing, self._wanted, self._held, states, self._label, self._encoded, self._step
         )
-        self._until.enter_context(workspace.store.quiet())
-        self._splicing = workspace.splicer.splice(
+        self._until.enter_context(kv_cache.store.paused())
+        self._splicing = kv_cache.splicer.splice(
             self.slot,
             self._spliced,
-            lambda slice_: workspace.state(states, slice_),
+            lambda slice_: kv_cache.state(states, slice_),
             self._metrics,
             fresh=self._fresh,
             ends=self._ends,
@@ -194,20 +194,20 @@ class _Filling:
 
     def prefill(self) -> Task[None]:
         """Evaluate what is fresh, and count what the plan took."""
-        workspace, plan, encoded = self._workspace, self._plan, self._encoded
+        kv_cache, plan, encoded = self._kv_cache, self._plan, self._encoded
         before = self._metrics.prefill_ms
-        spent = yield from workspace.splicer.prefill(self._splicing, self._step)
-        workspace.capture(self.slot, self._last, self._label)
+        spent = yield from kv_cache.splicer.prefill(self._splicing, self._step)
+        kv_cache.capture(self.slot, self._last, self._label)
         encoded.tokens += sum(len(slice_.tokens) for slice_ in self._last)
-        workspace.know(plan.slices)
-        made = sum(len(span.tokens) for span in plan.spans if span.slice in encoded.made)
+        kv_cache.know(plan.slices)
+        made = sum(len(span.tokens) for span in plan.spans if span.slice in encoded.new)
         # What stands before slices made on the way was evaluated with them.
         evaluated = made + max(spent, self._spliced.n_tokens - self._spliced.n_cached - self._known)
-        if workspace.slices.memory.points:
+        if kv_cache.slices.memory.points:
             # So are tokens between the recurrent state that was gone on from and them.
             evaluated = max(evaluated, min(self._counted, plan.n_tokens))
         seconds = (self._metrics.prefill_ms - before) / 1000
-        workspace.learn_rate(encoded.tokens + spent, encoded.seconds + seconds)
+        kv_cache.learn_rate(encoded.tokens + spent, encoded.seconds + seconds)
         self._metrics.note(plan, evaluated)
         self._metrics.encoded_tokens = encoded.tokens
         self._metrics.encode_ms = encoded.seconds * 1000

@@ -58,7 +58,7 @@ def default_threads() -> int:
 
 
 def gpu_offload() -> bool:
-    """Whether this build of llama.cpp sees a device that layers can be offloaded to."""
+    """Whether this build of llama.cpp finds a device that layers can be offloaded to."""
     llama.start()
     return bool(api.llama_supports_gpu_offload())
 

@@ -19,7 +19,7 @@ _started = False
 
 
 @api.llama_log_callback  # type: ignore[untyped-decorator]
-def _keep(level: int, text: bytes, _data: Any) -> None:
+def _collect_log(level: int, text: bytes, _data: Any) -> None:
     global _level  # noqa: PLW0603 - llama.cpp's log is global too
     if level != _CONTINUE:
         _level = level
@@ -31,7 +31,7 @@ def start() -> None:
     """Start the backends. Safe to call again."""
     global _started  # noqa: PLW0603
     if not _started:
-        api.llama_log_set(_keep, ctypes.c_void_p(0))
+        api.llama_log_set(_collect_log, ctypes.c_void_p(0))
         api.llama_backend_init()
         _started = True
 

@@ -22,7 +22,7 @@ class Memory:
     points: bool = False
     """Whether a recurrent state, of all tokens together, belongs to the cells: one goes on only where it was saved."""
     window: int = 0
-    """Tokens that some layers look back on at most, which forget what is further away; 0: every layer sees all."""
+    """Tokens that some layers attend to at most, the nearest; 0: every layer attends to all tokens."""
 
     @classmethod
     def of(cls, model: Model, *, shifts: bool) -> Memory:

@@ -118,7 +118,7 @@ class Model:
 
     @cached_property
     def window(self) -> int:
-        """Tokens that sliding-window layers look back on; 0 when every layer sees everything."""
+        """Tokens that sliding-window layers look back on; 0 when every layer attends to everything."""
         return int(api.llama_model_n_swa(self.handle))
 
     @cached_property
@@ -158,8 +158,8 @@ class Model:
             return self._tokenize(text, special)
         # A SentencePiece vocabulary puts a space before the first word of whatever it is given. Behind a line break it
         # does not, and a line break never merges with what follows.
-        lead = self._tokenize("\n", False)
-        return self._tokenize("\n" + text, special)[len(lead) :]
+        prefix = self._tokenize("\n", False)
+        return self._tokenize("\n" + text, special)[len(prefix) :]
 
     def _tokenize(self, text: str, special: bool) -> Tokens:
         data = text.encode("utf-8", "replace")

@@ -198,7 +198,7 @@ def evaluated(plan: Plan, count: int) -> tuple[tuple[int, int], ...]:
     runs: list[tuple[int, int]] = []
     at = 0
     for span in plan.spans:
-        if span.slice is None or span.made:
+        if span.slice is None or span.missing:
             runs.append((at, at + len(span.tokens)))
         at += len(span.tokens)
     if sum(end - begin for begin, end in runs) < count:

@@ -146,7 +146,7 @@ class Service:
                 stream.stop()
                 tenant.records.answered(record, stream)
                 if prompt.marks:
-                    task = asyncio.create_task(self._keep(engine, prompt, stream))
+                    task = asyncio.create_task(self._save_answer(engine, prompt, stream))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
                 self.metrics.running.dec()
@@ -179,7 +179,7 @@ class Service:
                 record.finish = "interrupted"  # before it had a place
         return records[0] if records else None
 
-    async def _keep(self, engine: Engine, prompt: Asked, stream: Stream) -> None:
+    async def _save_answer(self, engine: Engine, prompt: Asked, stream: Stream) -> None:
         """Keep a prompt, as far as it was evaluated, up to each of its marks."""
         await asyncio.to_thread(stream.request.wait)
         for mark in prompt.marks:
@@ -192,7 +192,7 @@ class Service:
         # The last token is evaluated in any case: one more than are kept.
         head = prompt.prompt.first(position + 1)
         plan = engine.plan(head, reuse=prompt.settings.get("reuse", self.settings.reuse))
-        return [key for key in engine.workspace.keys(plan) if key in engine.store]
+        return [key for key in engine.kv_cache.keys(plan) if key in engine.store]
 
     def facts(self, metrics: Metrics) -> dict[str, str]:
         """Headers that tell what an answer was made of."""

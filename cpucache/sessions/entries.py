@@ -90,14 +90,14 @@ def _are_pieces(role: str, pieces: Any) -> bool:
 
 
 def _is_slice(span: dict[str, Any]) -> bool:
-    counts, digits = ("at", "count", "start", "sees_tokens"), (span.get("key"), span.get("context"))
-    sees = span.get("sees")
+    counts, digits = ("at", "count", "start", "attended_tokens"), (span.get("key"), span.get("context"))
+    attends_to = span.get("attends_to")
     return (
         _has_tokens(span)
         and all(_is_count(span.get(name)) for name in counts)
         and all(isinstance(span.get(name), str) for name in ("relation", "module"))
-        and isinstance(sees, list)
-        and all(isinstance(each, str) and _DIGITS.fullmatch(each) for each in (*digits, *sees))
+        and isinstance(attends_to, list)
+        and all(isinstance(each, str) and _DIGITS.fullmatch(each) for each in (*digits, *attends_to))
     )
 
 

@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS entries (
     id INTEGER PRIMARY KEY,
     before INTEGER REFERENCES entries (id),
     role TEXT NOT NULL,
-    left_out INTEGER NOT NULL,            -- entries from the beginning on that were out of sight by then
+    left_out INTEGER NOT NULL,            -- entries from the beginning on that had left the context by then
     metrics TEXT NOT NULL,                -- JSON
     created REAL NOT NULL,
     -- The long ones last: what stands before them is read without them.
@@ -250,7 +250,7 @@ class Transcripts:
         return rows
 
     def _lock(self, name: str) -> filelock.BaseFileLock:
-        # Names may hold what a file system does not take, and differ where it sees no difference.
+        # Names may hold what a file system does not take, and differ where it makes no difference.
         path = self.folder / f"{sha256(name.encode()).hexdigest()[:32]}.lock"
         lock = filelock.FileLock(path, mode=0o600)
         try:

@@ -28,7 +28,7 @@ CREATE TABLE IF NOT EXISTS slices (
     fingerprint TEXT NOT NULL, model TEXT NOT NULL, schema TEXT NOT NULL, module TEXT NOT NULL,
     tokens INTEGER NOT NULL, start INTEGER NOT NULL, state_format TEXT NOT NULL, context TEXT NOT NULL,
     seconds REAL NOT NULL,
-    content TEXT NOT NULL DEFAULT '', sees TEXT NOT NULL DEFAULT '', sees_tokens INTEGER NOT NULL DEFAULT 0,
+    content TEXT NOT NULL DEFAULT '', attends_to TEXT NOT NULL DEFAULT '', attended_tokens INTEGER NOT NULL DEFAULT 0,
     bytes INTEGER NOT NULL,
     created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL DEFAULT 0,
     before INTEGER NOT NULL,              -- how often it was used before it was last evicted
@@ -57,7 +57,11 @@ CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON slices
     BEGIN UPDATE totals SET number = number - old.bytes WHERE name = 'bytes'; END;
 """
 # Columns that files of earlier versions lack. Their slices are never found again, and leave by eviction.
-_ADDED = ("content TEXT NOT NULL DEFAULT ''", "sees TEXT NOT NULL DEFAULT ''", "sees_tokens INTEGER NOT NULL DEFAULT 0")
+_ADDED = (
+    "content TEXT NOT NULL DEFAULT ''",
+    "attends_to TEXT NOT NULL DEFAULT ''",
+    "attended_tokens INTEGER NOT NULL DEFAULT 0",
+)
 # A slice is worth the seconds of evaluation that it saves for the room that it takes, times how often it is asked for.
 _WORTH = "(hits + before + 1) * seconds * 1e6 / bytes"
 _VARIABLES = 500  # values in one statement, of which SQLite takes 999 in every build

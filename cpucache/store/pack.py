@@ -27,9 +27,9 @@ from rich.filesize import decimal
 from cpucache.errors import CpucacheError, InputError
 from cpucache.private import private_file
 from cpucache.store.claims import Claims
-from cpucache.store.opening import STAGING
 from cpucache.store.signature import is_signed, sign
 from cpucache.store.slicefile import Damaged, NoFile, SliceFiles, open_regular
+from cpucache.store.startup import STAGING
 from cpucache.store.store import Store
 
 _FORMAT = "cpucache-pack-2"

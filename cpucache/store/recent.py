@@ -21,7 +21,7 @@ class Recent:
     """
 
     def __init__(self, keep: Callable[[str], bool]) -> None:
-        self._keep = keep
+        self._retained = keep
         self._lock = threading.Lock()
         self._by_content: dict[str, dict[str, SliceInfo]] = {}
         self._behind: dict[str, dict[str, int]] = {}  # by context, with their sizes
@@ -35,8 +35,8 @@ class Recent:
             self._since += 1
             if self._since >= FORGET_EVERY:
                 self._since = 0
-                _sweep(self._by_content, self._keep)
-                _sweep(self._behind, self._keep)
+                _sweep(self._by_content, self._retained)
+                _sweep(self._behind, self._retained)
 
     def know(self, key: str, info: SliceInfo) -> None:
         """Let a slice that is there be found by the content key in ``info`` as well."""

@@ -60,15 +60,15 @@ class SliceInfo:
     """What evaluating it took: its share of the batch, by tokens."""
     content: str = ""
     """The ``content_key`` of its tokens."""
-    sees: str = ""
+    attends_to: str = ""
     """The ``text_id`` of each run of tokens that it attended to, in order, as hexadecimal digits."""
-    sees_tokens: int = 0
+    attended_tokens: int = 0
     """How many tokens these are."""
 
     @property
     def texts(self) -> tuple[bytes, ...]:
         """The ``text_id`` of each run of tokens that it attended to, in order."""
-        data = bytes.fromhex(self.sees)
+        data = bytes.fromhex(self.attends_to)
         return tuple(data[begin : begin + TEXT_ID] for begin in range(0, len(data), TEXT_ID))
 
 

@@ -22,10 +22,10 @@ from cpucache.store.account import Account
 from cpucache.store.asked import Asked, Part
 from cpucache.store.claims import Claims
 from cpucache.store.index import Index, Kept
-from cpucache.store.opening import default_budget, open_index
 from cpucache.store.ram import RAM, Bytes
 from cpucache.store.recent import Recent
 from cpucache.store.slicefile import Damaged, Identity, Ids, SliceFiles, SliceInfo
+from cpucache.store.startup import default_budget, open_index
 from cpucache.store.writer import Writer
 
 _log = logging.getLogger("cpucache.store")
@@ -175,7 +175,7 @@ class Store:
                 self._uses[key] += 1
                 due = time.monotonic() - self._noted > _NOTE_EVERY
             if due:
-                self._writer.poke()
+                self._writer.wake()
         return state
 
     def variants(self, contents: Iterable[str]) -> dict[str, list[tuple[str, SliceInfo]]]:
@@ -360,9 +360,9 @@ class Store:
                 self._reader = ThreadPoolExecutor(1, thread_name_prefix="cpucache-reader")
             return self._reader.submit(read)
 
-    def quiet(self) -> AbstractContextManager[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """While an answer is on its way, nothing is written, so that saving never delays it."""
-        return self._writer.quiet()
+        return self._writer.paused()
 
     # -- one process makes it, the others wait -----------------------------------------------------------------------
     def claim(self, key: str) -> bool:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from cpucache.store.opening import rebuild
 from cpucache.store.slicefile import Damaged, Outdated
+from cpucache.store.startup import rebuild
 from cpucache.store.store import Store
 
 _YOUNG = 600.0  # seconds: what is younger may still be in the making

@@ -72,7 +72,7 @@ class Writer(Generic[Job]):
                 self._waiting -= dropped[1]
                 self._changed.notify_all()
 
-    def poke(self) -> None:
+    def wake(self) -> None:
         """Have ``idle`` called soon, though nothing is to be written."""
         with self._changed:
             self._poked = True
@@ -85,7 +85,7 @@ class Writer(Generic[Job]):
         self._changed.notify_all()
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Meanwhile, a job that calls ``give_way`` stands still, unless a caller of ``put`` is waiting for it."""
         with self._changed:
             self._quiet += 1
@@ -97,7 +97,7 @@ class Writer(Generic[Job]):
                 self._changed.notify_all()
 
     def give_way(self) -> None:
-        """For a job to call now and then: comes back when nobody wants it ``quiet``."""
+        """For a job to call now and then: comes back when nobody wants it ``paused``."""
         with self._changed:
             while self._quiet and not self._pressed and not self._closing:
                 self._changed.wait()

@@ -19,7 +19,7 @@ def words(count: int, seed: int) -> str:
 
 
 def test_encode_goes_on_where_it_was_interrupted(smollm2: Path, store_home: Path, tmp_path: Path) -> None:
-    # Encoded in this order: what is beside "second" and "inner" sees them not, so both need an evaluation of their own.
+    # Encoded in this order: what is beside "second" and "inner" does not attend to them, so each needs an evaluation.
     schema = tmp_path / "schema.xml"
     schema.write_text(
         f"""<schema name="papers">{words(50, 0)}

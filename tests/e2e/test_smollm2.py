@@ -54,14 +54,14 @@ def steps(engine: Engine, plan: Plan, forced: list[int] | None = None) -> list[S
     """Greedy steps behind ``plan``; ``forced`` tokens are what is said instead."""
 
     def task(slot: Slot, _: OnProgress) -> Task[list[Step]]:
-        workspace = engine.workspace
-        yield from answer(workspace, lambda: plan, nothing, slot=slot, fresh=True)
+        kv_cache = engine.kv_cache
+        yield from answer(kv_cache, lambda: plan, nothing, slot=slot, fresh=True)
         made: list[Step] = []
         for i in range(STEPS):
-            logits = workspace.context.logits(slot.index)
+            logits = kv_cache.context.logits(slot.index)
             second, first = np.argsort(logits)[-2:]
             made.append(Step(int(first), float(logits[first] - logits[second])))
-            yield from workspace.append(slot, np.array([forced[i] if forced else first], np.int32))
+            yield from kv_cache.append(slot, np.array([forced[i] if forced else first], np.int32))
         return made
 
     return engine.host.do(task)

@@ -34,7 +34,7 @@ SEGMENTS = (16, 64)
 
 
 class Asking:
-    """Texts planned and answered by one workspace, and judged."""
+    """Texts planned and answered by one KV cache, and judged."""
 
     def __init__(self, path: Path, desk: Desk) -> None:
         self.desk = desk
@@ -94,13 +94,13 @@ def test_spliced_logits_are_those_of_the_contexts(
             parts = tuple(zip(edges[:-1:2], edges[1::2], strict=False)) if marked else ()
             text = Text(np.concatenate([*runs, desk.tokens(QUESTION)]), parts)
             plan = desk.ask(text, reuse, recompute)
-            elsewhere = [span for span in plan.spans if span.relation != "exact" and not span.made]
+            elsewhere = [span for span in plan.spans if span.relation != "exact" and not span.missing]
             assert plan.exact or reuse != "exact"
             if reuse == "schema":
                 # Between parts, what was evaluated behind these very spans is taken again.
                 assert all(text.within(span.start, span.end) or keys(span) <= made for span in elsewhere)
             assert not elsewhere or recompute < 1
-            made |= {key for span in plan.spans if span.made for key in keys(span)}
+            made |= {key for span in plan.spans if span.missing for key in keys(span)}
 
 
 def test_paragraphs_in_another_order_are_not_evaluated(tiny: Tiny) -> None:
@@ -111,13 +111,13 @@ def test_paragraphs_in_another_order_are_not_evaluated(tiny: Tiny) -> None:
         other = Text(np.concatenate([*runs[3:], *runs[:3], desk.tokens(QUESTION)]))
         assert desk.desk.context.n_ctx > 2 * len(other.tokens)
         plan = desk.ask(other, "anywhere")
-        evaluated = sum(len(span.tokens) for span in plan.spans if span.slice is None or span.made)
+        evaluated = sum(len(span.tokens) for span in plan.spans if span.slice is None or span.missing)
         # The question, and what stands across the edges of short paragraphs.
         assert evaluated < len(other.tokens) / 4
         assert plan.count("foreign") + plan.count("clean") + evaluated == plan.n_tokens
         # Asked again, what was evaluated is known as well.
         again = desk.ask(other, "anywhere")
-        assert sum(len(span.tokens) for span in again.spans if span.slice is None or span.made) <= len(
+        assert sum(len(span.tokens) for span in again.spans if span.slice is None or span.missing) <= len(
             again.spans[-1].tokens
         )
         assert desk.ask(other, "schema").exact
@@ -143,7 +143,7 @@ def asked_about(running: Engine, paragraphs: list[str], **settings: object) -> P
     spliced = metrics.clean_tokens + metrics.foreign_tokens + metrics.related_tokens
     assert metrics.exact_tokens + spliced + metrics.fresh_tokens == metrics.prompt_tokens
     assert spliced == sum(
-        len(span.tokens) for span in stream.plan.spans if span.slice and span.relation != "exact" and not span.made
+        len(span.tokens) for span in stream.plan.spans if span.slice and span.relation != "exact" and not span.missing
     )
     return stream.plan
 
@@ -156,7 +156,7 @@ def test_a_changed_paragraph_is_evaluated_and_a_share_of_what_follows(place: int
     with engine(tiny("llama"), tmp_path, n_ctx=2048, segment_tokens=SEGMENTS, reuse="anywhere") as running:
         sizes = [len(running.model.tokenize(paragraph)) for paragraph in edited]
         plan = asked_about(running, edited, fidelity=Fidelity(0.0))
-        made = sum(len(span.tokens) for span in plan.spans if span.made)
+        made = sum(len(span.tokens) for span in plan.spans if span.missing)
         assert sizes[place] <= made <= sizes[place] + 4 * SEGMENTS[0]
         assert sum(sizes[:place]) - 2 * SEGMENTS[0] <= plan.count("exact") <= sum(sizes[:place]) + 1
         assert plan.n_recomputed == 0

@@ -21,7 +21,7 @@ HIGH = Fidelity(exact=True)
 
 
 def check_is_full_prefill(path: Path, arch: str, case: Case, positions: Positions) -> None:
-    """Every prompt of ``case``: the first time, the second time, and on a store that another workspace has filled."""
+    """Every prompt of ``case``: the first time, the second time, and on a store that another KV cache has filled."""
     with opened(path, n_ctx=2048) as context:
         desk = prompting_in(context, written(case.schema, case.attributes), positions)
         with desk.store:
@@ -29,7 +29,7 @@ def check_is_full_prefill(path: Path, arch: str, case: Case, positions: Position
             for attributes, content in case.prompts:
                 bound = desk.bound(content, attributes)
                 plan = desk.plan(bound, HIGH)
-                desk.workspace.prefill(plan.without_reuse, fresh=True)
+                desk.kv_cache.prefill(plan.without_reuse, fresh=True)
                 truths.append(desk.logits.copy())
                 plan, _ = desk.answer(bound, HIGH)
                 assert plan.exact
@@ -37,7 +37,7 @@ def check_is_full_prefill(path: Path, arch: str, case: Case, positions: Position
                 assert distance(desk.logits, truths[-1]) < tolerance(arch, "f32"), (attributes, content)
             again = prompting_in(context, desk.layout.schema, positions, desk.store)
             for (attributes, content), wanted in zip(case.prompts, truths, strict=True):
-                again.workspace.reset()
+                again.kv_cache.reset()
                 plan, spent = again.answer(again.bound(content, attributes), HIGH)
                 fresh = sum(len(span.tokens) for span in plan.spans if span.slice is None)
                 assert (spent.encoded_tokens, spent.fresh_tokens) == (0, fresh)
@@ -81,11 +81,11 @@ def test_a_prompt_that_ends_in_an_empty_argument_has_logits(tiny: TinyModel) -> 
     with opened(tiny("llama")) as context:
         desk = prompting_in(context, written("Root and more of it <parameter name='p' length='3'/>"))
         with desk.store:
-            desk.workspace.encode(desk.reading())
+            desk.kv_cache.encode(desk.reading())
             plan, spent = desk.answer(desk.bound("", "p=''"))
             assert (plan.spans[-1].slice, spent.fresh_tokens) == (None, 1)
             cached = desk.logits.copy()
-            desk.workspace.prefill(plan.without_reuse, fresh=True)
+            desk.kv_cache.prefill(plan.without_reuse, fresh=True)
             assert distance(cached, desk.logits) < tolerance("llama", "f32")
 
 
@@ -93,7 +93,7 @@ def test_exact_slices_of_what_a_prompt_ends_with_are_found_whole() -> None:
     with planning(written(SCHEMA)) as desk:
         desk.pretend(desk.reading())
         plan = desk.plan("<a/><b/>", HIGH)
-        assert not any(span.made for span in plan.spans)
+        assert not any(span.missing for span in plan.spans)
         assert [len(span.tokens) for span in plan.spans] == [4, 3, 3, 5, 1]
 
 

@@ -61,11 +61,11 @@ def test_a_chain_encoded_piece_by_piece_gives_full_prefill(arch: str, tiny: Tiny
     slices = chain(cut(tokens[:60], 7, 30, 33))
     with bench(tiny(arch)) as b:
         for each in slices:
-            assert b.workspace.encode([each]).slices == 1
+            assert b.kv_cache.encode([each]).slices == 1
         plan = plan_of(*slices, tokens[60:])
         prefill = b.prefill(plan)
         assert (prefill.cached_tokens, prefill.fresh_tokens, prefill.encoded_tokens) == (60, 9, 0)
-        assert distance(b.workspace.context.logits(), b.full(tokens)) < tolerance(arch, "f32")
+        assert distance(b.kv_cache.context.logits(), b.full(tokens)) < tolerance(arch, "f32")
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
@@ -140,7 +140,7 @@ def test_siblings_side_by_side_are_those_made_one_by_one(arch: str, tiny: TinyMo
         slice_of(text[20 + 10 * i : 30 + 10 * i + i % 7], [anchor], start=20 + 5 * (i % 4)) for i in range(FREE + 5)
     ]
     with bench(tiny(arch)) as b:
-        b.workspace.encode([anchor, *siblings])
+        b.kv_cache.encode([anchor, *siblings])
         for i in (0, 1, 6, FREE - 1, FREE, len(siblings) - 1):
             plan = plan_of(anchor, siblings[i], text[-9:])
             assert distance(b.logits(plan), b.expected(plan)) < tolerance(arch, "f32")
@@ -159,7 +159,7 @@ def test_a_slice_does_not_depend_on_what_was_made_with_it(arch: str, tiny: TinyM
         at_once = b.logits(plan)
     with bench(tiny(arch)) as b:
         for each in (anchor, first, second, third):
-            b.workspace.encode([each])
+            b.kv_cache.encode([each])
         assert distance(b.logits(plan), at_once) < tolerance(arch, "f32")
 
 
@@ -228,7 +228,7 @@ def test_any_sequence_of_plans_gives_what_each_gives_alone(arch: str, seed: int,
     pool = [*trunk, *(slice_of(text[100 + 30 * i : 130 + 30 * i], trunk[: i % 3], start=60 + 10 * i) for i in range(6))]
     rng = np.random.default_rng(seed)
     with bench(tiny(arch)) as b:
-        alone = Desk(b.truth, b.workspace.store, SLICES)
+        alone = Desk(b.truth, b.kv_cache.store, SLICES)
         plan: Plan | None = None
         for _ in range(30):
             if plan is None or rng.random() < 0.85:
@@ -236,13 +236,13 @@ def test_any_sequence_of_plans_gives_what_each_gives_alone(arch: str, seed: int,
             spent = b.prefill(plan)
             alone.prefill(partial(Plan, plan.spans), fresh=True)
             assert spent.cached_tokens + spent.fresh_tokens == plan.n_tokens
-            assert distance(b.workspace.context.logits(), b.truth.logits()) < tolerance(arch, "f32")
+            assert distance(b.kv_cache.context.logits(), b.truth.logits()) < tolerance(arch, "f32")
             if rng.random() < 0.5:  # an answer, which the next plan may go on from
                 answer = some_tokens(int(rng.integers(1, 6)), seed=int(rng.integers(3)))
-                for workspace in (b.workspace, alone):
+                for kv_cache in (b.kv_cache, alone):
                     for token in answer:
-                        workspace.append(np.array([token], np.int32))
-                assert distance(b.workspace.context.logits(), b.truth.logits()) < tolerance(arch, "f32")
+                        kv_cache.append(np.array([token], np.int32))
+                assert distance(b.kv_cache.context.logits(), b.truth.logits()) < tolerance(arch, "f32")
                 if rng.random() < 0.5:
                     last = plan.spans[-1]
                     longer = np.concatenate([last.tokens, answer, some_tokens(4, seed=9)])
@@ -254,19 +254,19 @@ def test_what_is_shared_is_not_evaluated_again(tiny: TinyModel) -> None:
     one, two = chain(cut(tokens[:50], 30))
     question, answer = tokens[50:60], tokens[60:63]
     with bench(tiny("llama")) as b:
-        workspace = b.workspace
+        kv_cache = b.kv_cache
         assert b.prefill(plan_of(one, two, question)).fresh_tokens == 60
         assert b.prefill(plan_of(one, two, question)).fresh_tokens == 1
-        workspace.append(answer)
+        kv_cache.append(answer)
         again = plan_of(one, two, np.concatenate([question, answer, tokens[63:70]]))
         assert b.prefill(again).fresh_tokens == 7
-        assert distance(workspace.context.logits(), b.full(tokens[:70])) < TOLERANCE["f32"]
+        assert distance(kv_cache.context.logits(), b.full(tokens[:70])) < TOLERANCE["f32"]
         assert b.prefill(again, fresh=True).fresh_tokens == 20
         # What is in the context already needs no store.
-        workspace.store.ram.clear()
+        kv_cache.store.ram.clear()
         assert b.prefill(plan_of(one, question)).fresh_tokens == 10
-        workspace.reset()
+        kv_cache.reset()
         assert b.prefill(plan_of(one, question)).encoded_tokens == 30
         # The slice is what its tokens are, evaluated there.
         assert b.prefill(Plan((Span(0, tokens),))).fresh_tokens == 70
-        assert distance(workspace.context.logits(), b.full(tokens)) < TOLERANCE["f32"]
+        assert distance(kv_cache.context.logits(), b.full(tokens)) < TOLERANCE["f32"]

@@ -45,13 +45,13 @@ def check_logits(
     packed: bool | None = None,
     ahead: bool = False,
 ) -> None:
-    """Every prompt of ``case``, one after the other on one workspace, against the oracle."""
+    """Every prompt of ``case``, one after the other on one KV cache, against the oracle."""
     with prompting(path, written(case.schema, case.attributes), positions, kv_type=kv_type) as desk:
-        oracle = Oracle(ReferenceLlama(path), desk.workspace)
+        oracle = Oracle(ReferenceLlama(path), desk.kv_cache)
         if ahead:
-            desk.workspace.encode(desk.reading())
+            desk.kv_cache.encode(desk.reading())
             for scaffold in desk.layout.schema.scaffolds:
-                desk.workspace.encode(scaffolded(desk.layout, desk.workspace.slices, scaffold.modules, 1 << 20))
+                desk.kv_cache.encode(scaffolded(desk.layout, desk.kv_cache.slices, scaffold.modules, 1 << 20))
         for attributes, content in case.prompts:
             bound = desk.bound(content, attributes)
             plan, spent = desk.answer(bound, fidelity, packed=packed)
@@ -140,8 +140,8 @@ def test_reuse_is_not_full_prefill(name: str, tiny: TinyModel) -> None:
     """The difference that the tolerance above has to tell apart."""
     path, case = tiny("llama"), CASES[name]
     with prompting(path, written(case.schema)) as desk:
-        oracle = Oracle(ReferenceLlama(path), desk.workspace)
-        desk.workspace.encode(desk.reading())
+        oracle = Oracle(ReferenceLlama(path), desk.kv_cache)
+        desk.kv_cache.encode(desk.reading())
         attributes, content = case.prompts[1]
         plan = desk.plan(desk.bound(content, attributes))
         assert not plan.exact
@@ -155,9 +155,9 @@ def test_a_prompt_that_leaves_nothing_out_is_exact(name: str, ahead: bool, tiny:
     path, case = tiny("llama"), CASES[name]
     attributes, content = case.prompts[0] if name != "roles" else ("", "<a/><f/><x it='a thing'/>")
     with prompting(path, written(case.schema)) as desk:
-        oracle = Oracle(ReferenceLlama(path), desk.workspace)
+        oracle = Oracle(ReferenceLlama(path), desk.kv_cache)
         if ahead:
-            desk.workspace.encode(desk.reading())
+            desk.kv_cache.encode(desk.reading())
         plan, _ = desk.answer(desk.bound(content, attributes), FAST)
         reused = [span for span in plan.spans if span.slice]
         if name not in ("roles", "empty modules"):
@@ -175,9 +175,9 @@ def test_a_prompt_of_a_scaffold_set_is_full_prefill(name: str, positions: Positi
     content, chosen = WHOLE[name]
     anchor = "none" if name.startswith("anchored") else "ancestors"
     with prompting(path, written(content, f"anchor='{anchor}'"), positions) as desk:
-        oracle = Oracle(ReferenceLlama(path), desk.workspace)
+        oracle = Oracle(ReferenceLlama(path), desk.kv_cache)
         (scaffold,) = desk.layout.schema.scaffolds
-        desk.workspace.encode(scaffolded(desk.layout, desk.workspace.slices, scaffold.modules, 1 << 20))
+        desk.kv_cache.encode(scaffolded(desk.layout, desk.kv_cache.slices, scaffold.modules, 1 << 20))
         plan, spent = desk.answer(chosen + ASK, packed=True)
         arguments = "parameter" in name
         assert (spent.encoded_tokens == 0 and plan.exact) or arguments

@@ -215,7 +215,7 @@ def test_a_session_that_begins_with_a_prompt(arch: str, tiny: Tiny, tmp_path: Pa
             running.encode("shop")
             modules = reading(layout, running.slices, running.context.n_ctx - 1)
             alone = said(running, running.stream(PROMPT, max_tokens=4))
-            bench = Bench(running.workspace, context)  # type: ignore[arg-type]
+            bench = Bench(running.kv_cache, context)  # type: ignore[arg-type]
             with running.session("s", prompt=PROMPT) as session:
                 assert session.unanswered
                 answer = said(running, session.stream(max_tokens=4))
@@ -234,7 +234,7 @@ def test_a_session_that_begins_with_a_prompt(arch: str, tiny: Tiny, tmp_path: Pa
         evaluated = plan.n_tokens + answer.stream.evaluated
         for number in range(3):
             with engine(model, tmp_path) as running, running.session("s") as session:
-                bench = Bench(running.workspace, context)
+                bench = Bench(running.kv_cache, context)
                 answer = said(running, session.stream(message(number), max_tokens=4))
                 plan = answer.stream.plan
                 assert answer.fresh == plan.n_tokens - evaluated
@@ -288,7 +288,7 @@ def test_a_session_that_begins_with_a_prompt_is_truncated(
         session = running.session("s", prompt=PROMPT)
         answer = said(running, session.stream(max_tokens=4))
         held, plan = answer.tokens, answer.stream.plan
-        truth = Bench(running.workspace, context)  # type: ignore[arg-type]
+        truth = Bench(running.kv_cache, context)  # type: ignore[arg-type]
         defined(truth, plan, alone.slices, held[plan.n_tokens :])
         end = context.last_position(0) + 1
         # The position behind the prompt, wherever it begins here.
@@ -326,8 +326,8 @@ def test_a_session_that_begins_with_a_prompt_is_truncated(
 @pytest.mark.parametrize(
     ("member", "value"),
     [
-        *(("key", 3), ("key", "xy"), ("context", None), ("sees", ["abc"]), ("sees", "abcd"), ("start", -1)),
-        *(("at", "0"), ("count", None), ("tokens", [-1]), ("module", None), ("sees_tokens", 1.5)),
+        *(("key", 3), ("key", "xy"), ("context", None), ("attends_to", ["abc"]), ("attends_to", "abcd"), ("start", -1)),
+        *(("at", "0"), ("count", None), ("tokens", [-1]), ("module", None), ("attended_tokens", 1.5)),
     ],
     ids=str,
 )

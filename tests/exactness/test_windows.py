@@ -49,7 +49,7 @@ def test_a_slice_whose_window_is_lost_is_not_saved(arch: str, tiny: Tiny) -> Non
     """What was evaluated beside another sequence, and overwritten since, is evaluated again rather than saved."""
     tokens = some_tokens(800)
     with bench(tiny(arch)) as b:
-        desk, slices = b.workspace, chain(np.split(tokens[:700], range(50, 700, 50)))
+        desk, slices = b.kv_cache, chain(np.split(tokens[:700], range(50, 700, 50)))
         b.prefill(plan_of(tokens[:10]))
         desk.context.decode([Run(20, 0, tokens[:300])])
         b.prefill(plan_of(tokens[:300]))

@@ -169,7 +169,7 @@ def test_a_prompt_waits_for_cells_that_others_have(tiny: Tiny, tmp_path: Path) -
 
 
 def answer_to(running: Engine, plan: Plan) -> Answer:
-    return Answer(running.workspace, lambda: plan, greedy(), max_tokens=5, started=0.0, label="(text)")
+    return Answer(running.kv_cache, lambda: plan, greedy(), max_tokens=5, started=0.0, label="(text)")
 
 
 def test_a_prompt_that_needs_more_cells_than_it_said_waits_for_them(tiny: Tiny, tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_answers_overtake_encoding(tiny: Tiny, tmp_path: Path) -> None:
                 assert not encoding.done()
             encoded = encoding.result(60)
         assert {slice_.key for slice_ in encoded.wanted} == keys
-        assert {slice_.key for slice_ in encoded.made} == keys
+        assert {slice_.key for slice_ in encoded.new} == keys
         assert all(key in running.store for key in keys)
 
 

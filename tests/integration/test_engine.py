@@ -55,7 +55,7 @@ def test_what_is_prefetched_is_what_is_spliced(how: dict[str, Any], usual: Any, 
         running.add_schema(parse_schema(SCHEMA))
         running.prefetch(PICKED, **how).result()
         stream = running.stream(PICKED, max_tokens=1, **how)
-        keys = set(running.workspace.keys(stream.planned()))
+        keys = set(running.kv_cache.keys(stream.planned()))
         there = {key for key in keys if key in running.store.ram}
         assert there == keys
         assert len(running.store.ram) == len(keys)

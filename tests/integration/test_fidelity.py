@@ -122,7 +122,7 @@ def test_a_slice_of_other_tokens_is_far_off(running: Engine) -> None:
     slice_ = plan.slices[-1]
     assert slice_.module == "a"
     other = running.slices.make(slice_.context or (), slice_.tokens[::-1].copy(), "a")
-    running.host.do(lambda slot, _: running.workspace.encode(slot, [other]))
+    running.host.do(lambda slot, _: running.kv_cache.encode(slot, [other]))
     state = running.store.get(other.key)
     assert state is not None
     running.store.discard(slice_.key)

@@ -17,7 +17,7 @@ from cpucache import Engine
 from cpucache.errors import CpucacheError, InputError
 from cpucache.layout import Text
 from cpucache.layout.conversation import _split
-from cpucache.reuse import Workspace
+from cpucache.reuse import KVCache
 from cpucache.runtime import Batch, Run, Stopped
 from cpucache.server.toolcalls import ToolParser
 from cpucache.sessions import Damaged
@@ -52,25 +52,25 @@ def test_a_batch_is_stopped_only_where_nothing_of_it_stays(arch: str, tiny: Tiny
 def test_the_scratch_sequence_is_nobody_s_while_others_are_evaluated(tiny: Tiny) -> None:
     """Answers are saved through it in between."""
     with bench(tiny("llama")) as desk:
-        workspace = desk.workspace
-        splicer = workspace.splicer
+        kv_cache = desk.kv_cache
+        splicer = kv_cache.splicer
         first = slice_of(some_tokens(20))
         moved = [slice_of(some_tokens(10, seed), [first], start=100 + 20 * seed) for seed in (1, 2)]
-        task = Workspace.encode(workspace, workspace.only, [first, *moved])
+        task = KVCache.encode(kv_cache, kv_cache.only, [first, *moved])
         work = next(task)
         steps = 0
         while True:
             steps += 1
             assert all(run.sequence != splicer.scratch for run in work.runs)
-            assert workspace.context.last_position(splicer.scratch) == -1
-            workspace.context.decode(work.runs, logits="last")
+            assert kv_cache.context.last_position(splicer.scratch) == -1
+            kv_cache.context.decode(work.runs, logits="last")
             try:
                 work = task.send(0)
             except StopIteration:
                 break
         assert steps >= 3
         for each in (first, *moved):
-            state = workspace.store.get(each.key)
+            state = kv_cache.store.get(each.key)
             assert state is not None
             # The number of cells stands behind what a state is, of which sequence, and how many streams there are.
             assert state[12:16].view("<u4")[0] == len(each.tokens)

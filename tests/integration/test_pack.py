@@ -31,9 +31,9 @@ from hypothesis import strategies as st
 from cpucache import Engine
 from cpucache.errors import CpucacheError, InputError
 from cpucache.store import SliceInfo, Store, slice_key
-from cpucache.store.opening import STAGING
 from cpucache.store.pack import export_pack, import_pack
 from cpucache.store.slicefile import SliceFiles
+from cpucache.store.startup import STAGING
 from cpucache.store.upkeep import remove
 from tests.support.changes import changes, tries
 from tests.support.command import PROMPT, SCHEMA

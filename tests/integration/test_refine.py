@@ -49,7 +49,7 @@ def asked(tiny: TinyModel, tmp_path: Path) -> Iterator[Engine]:
 def check_is_exact(running: Engine, order: str) -> None:
     """Asked again, it is full prefill, and costs its new text."""
     plan = running.plan(prompt(order))
-    assert plan.exact and not any(span.made or span.recomputed for span in plan.spans)
+    assert plan.exact and not any(span.missing or span.recomputed for span in plan.spans)
     reply = running.generate(prompt(order), max_tokens=1)
     assert (reply.metrics.encoded_tokens, reply.metrics.encode_ms) == (0, 0)
     assert reply.metrics.exact_tokens == reply.metrics.cached_tokens == plan.n_cached

@@ -171,7 +171,7 @@ def test_a_slice_that_is_refused_is_told(tiny: Tiny, tmp_path: Path, caplog: pyt
         engine.add_schema(parse_schema("<schema name='s'><module name='a'>Some text of a module.</module></schema>"))
         prompt = "<prompt schema='s'><a/><user>Why?</user></prompt>"
         wanted = engine.generate(prompt, max_tokens=3).text
-        (key,) = engine.workspace.keys(engine.plan(prompt))
+        (key,) = engine.kv_cache.keys(engine.plan(prompt))
         state = engine.store.get(key)
         assert state is not None
         engine.store.ram.put(key, state[: len(state) // 2].copy())

@@ -225,7 +225,7 @@ def test_many_clients_that_come_and_go_leave_nothing(served: Served) -> None:
     assert wrong == []
     until(served.idle)
     assert served.service._admission._free == 3
-    assert not any(slot.busy for slot in served.engine.workspace.splicer.slots)
+    assert not any(slot.busy for slot in served.engine.kv_cache.splicer.slots)
     assert not served.engine.store._using
     until(lambda: process.num_fds() <= files + 5)
     # The threads that begin requests stay for the next.

@@ -23,7 +23,7 @@ TEXT = message(1, 60)
 def needed(running: Engine, session: Session) -> list[str]:
     """The keys of the slices that the next turn of a session needs: those of its plan, as far as there are any."""
     plan = session.stream("?", max_tokens=1).planned()
-    keys = [key for key in running.workspace.keys(plan) if key in running.store]
+    keys = [key for key in running.kv_cache.keys(plan) if key in running.store]
     assert keys
     return keys
 
@@ -131,7 +131,7 @@ def test_a_prompt_is_read_ahead_on_demand(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, segment_tokens=(8, 16)) as running:
         running.generate(text=TEXT, max_tokens=1)
     with engine(tiny("llama"), tmp_path, segment_tokens=(8, 16)) as running:
-        keys = running.workspace.keys(running.plan(text=TEXT))
+        keys = running.kv_cache.keys(running.plan(text=TEXT))
         assert len(keys) > 3
         assert not any(key in running.store.ram for key in keys)
         running.prefetch(text=TEXT).result()
@@ -146,7 +146,7 @@ def test_what_waits_for_its_turn_is_read_ahead_and_kept(tiny: Tiny, tmp_path: Pa
         running.generate(text=TEXT, max_tokens=1)
         size = running.store.ram.used
     with engine(model, tmp_path, segment_tokens=(8, 16), ram_budget=size * 3 // 2) as running:
-        keys = running.workspace.keys(running.plan(text=TEXT))
+        keys = running.kv_cache.keys(running.plan(text=TEXT))
         slow(running, 0.03)
         under_way = running.stream(text="First come, first served.", max_tokens=10_000)
         next(under_way)
@@ -157,7 +157,7 @@ def test_what_waits_for_its_turn_is_read_ahead_and_kept(tiny: Tiny, tmp_path: Pa
         waiting.start()
         assert eventually(lambda: all(key in running.store.ram for key in keys))
         # There is no room for as much again, and none is made.
-        other = running.workspace.keys(running.plan(text=message(5, 60)))
+        other = running.kv_cache.keys(running.plan(text=message(5, 60)))
         state = running.store.get(keys[0])
         assert state is not None
         for key in other:
@@ -175,7 +175,7 @@ def test_what_waits_for_its_turn_is_read_ahead_and_kept(tiny: Tiny, tmp_path: Pa
 def test_reading_ahead_stops_when_the_store_closes(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, segment_tokens=(2, 4)) as running:
         running.generate(text=TEXT, max_tokens=1)
-        keys = running.workspace.keys(running.plan(text=TEXT))
+        keys = running.kv_cache.keys(running.plan(text=TEXT))
     store = Store(tmp_path / "slices", ram_budget=1 << 30)
     assert store.files is not None
     get, read, first = store.files.get, [], threading.Event()

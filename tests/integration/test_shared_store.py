@@ -1,4 +1,4 @@
-"""Two workspaces over one folder: what both need is made once, and each of them answers right."""
+"""Two KV caches over one folder: what both need is made once, and each of them answers right."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from tests.support.workbench import SLICES, Desk, chain, cut, opened, some_token
 
 slices = chain(cut(some_tokens(700), 100, 200, 300, 400, 500, 600))
 with opened(Path(sys.argv[1])) as context, Store(Path(sys.argv[2]), ram_budget=1 << 30) as store:
-    workspace = Desk(context, store, SLICES)
+    kv_cache = Desk(context, store, SLICES)
     print("ready", flush=True)
     sys.stdin.readline()
-    report = workspace.encode(slices)
+    report = kv_cache.encode(slices)
     print(json.dumps({"slices": report.slices, "all": all(each.key in store for each in slices)}))
 """
 
@@ -84,7 +84,7 @@ def test_two_stores_make_each_slice_once_and_answer_right(tiny: TinyModel, tmp_p
             expected = b.expected(plan)
             start.wait(60)
             spent = b.prefill(plan)
-            return spent.encoded_tokens, distance(b.workspace.context.logits(), expected)
+            return spent.encoded_tokens, distance(b.kv_cache.context.logits(), expected)
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(work, range(2)))
@@ -95,11 +95,11 @@ def test_two_stores_make_each_slice_once_and_answer_right(tiny: TinyModel, tmp_p
 def test_who_waits_too_long_makes_it_too(tiny: TinyModel, tmp_path: Path) -> None:
     (slice_,) = chain([some_tokens(40)])
     with opened(tiny("llama")) as context, Store(tmp_path, ram_budget=PLENTY, patience=0.2) as store:
-        workspace = Desk(context, store, SLICES)
+        kv_cache = Desk(context, store, SLICES)
         somebody = Claims(tmp_path / "claims")
         assert somebody.take(slice_.key)
         started = time.monotonic()
-        assert workspace.encode([slice_]).slices == 1
+        assert kv_cache.encode([slice_]).slices == 1
         assert time.monotonic() - started >= 0.2
         store.flush()
         assert list(store.files or ()) == [slice_.key]
@@ -109,13 +109,13 @@ def test_who_waits_too_long_makes_it_too(tiny: TinyModel, tmp_path: Path) -> Non
 def test_a_claim_that_is_given_back_is_taken_over(tiny: TinyModel, tmp_path: Path) -> None:
     (slice_,) = chain([some_tokens(40)])
     with opened(tiny("llama")) as context, Store(tmp_path, ram_budget=PLENTY) as store:
-        workspace = Desk(context, store, SLICES)
+        kv_cache = Desk(context, store, SLICES)
         key = slice_.key
         somebody = Claims(tmp_path / "claims")
         assert somebody.take(key)
         timer = threading.Timer(0.2, somebody.release, ([key],))
         timer.start()
-        assert workspace.encode([slice_]).slices == 1
+        assert kv_cache.encode([slice_]).slices == 1
         timer.join()
         store.flush()
         # And it is free again.

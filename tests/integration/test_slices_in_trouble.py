@@ -52,15 +52,15 @@ def test_slices_outlive_a_restart(arch: str, kv_type: KVType, tiny: TinyModel, t
     first, far = slice_of(tokens[:30]), slice_of(tokens[30:60], start=45)
     with bench(tiny(arch), kv_type, home=tmp_path) as b:
         before = b.logits(plan_of(first, far, tokens[60:]))
-        states = [b.workspace.store.get(each.key) for each in (first, far)]
+        states = [b.kv_cache.store.get(each.key) for each in (first, far)]
     # Equal slices, not the same ones: nothing but the store connects the two.
     first, far = slice_of(tokens[:30]), slice_of(tokens[30:60], start=45)
     with bench(tiny(arch), kv_type, home=tmp_path) as b:
         spent = b.prefill(plan_of(first, far, tokens[60:]))
         assert (spent.cached_tokens, spent.encoded_tokens) == (60, 0)
-        assert distance(b.workspace.context.logits(), before) < 1e-4
+        assert distance(b.kv_cache.context.logits(), before) < 1e-4
         for each, state in zip((first, far), states, strict=True):
-            again = b.workspace.store.get(each.key)
+            again = b.kv_cache.store.get(each.key)
             assert state is not None and again is not None
             assert np.array_equal(state, again)
 
@@ -125,7 +125,7 @@ def test_damaged_files_are_set_aside_and_made_again(
     with bench(tiny("llama"), home=tmp_path) as b:
         plan, _ = damaged_plan(b)
         assert b.prefill(plan).encoded_tokens == 0
-        assert distance(b.workspace.context.logits(), right) < 1e-4
+        assert distance(b.kv_cache.context.logits(), right) < 1e-4
     assert not caplog.messages
 
 
@@ -138,9 +138,9 @@ def test_a_damaged_context_is_made_again_before_what_needs_it(tiny: TinyModel, t
     next(tmp_path.rglob(names[2])).unlink()
     with bench(tiny("llama"), home=tmp_path) as b:
         plan, slices = damaged_plan(b)
-        assert b.workspace.encode(slices).slices >= 2
+        assert b.kv_cache.encode(slices).slices >= 2
         assert b.prefill(plan).encoded_tokens == 0
-        assert distance(b.workspace.context.logits(), right) < 1e-4
+        assert distance(b.kv_cache.context.logits(), right) < 1e-4
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "of another model", "empty"])
@@ -150,12 +150,12 @@ def test_a_state_that_llama_cpp_refuses_is_made_again(change: str, which: int, t
     with bench(tiny("llama", n_layer=2)) as b:
         plan, slices = damaged_plan(b)
         b.logits(plan)
-        foreign = b.workspace.store.get(slices[which].key)
+        foreign = b.kv_cache.store.get(slices[which].key)
     with bench(tiny("llama"), home=tmp_path) as b:
         plan, slices = damaged_plan(b)
         right = b.logits(plan)
         key = slices[which].key
-        state = b.workspace.store.get(key)
+        state = b.kv_cache.store.get(key)
         assert state is not None and foreign is not None
         wrong = {
             "shorter": state[:-64],
@@ -163,11 +163,11 @@ def test_a_state_that_llama_cpp_refuses_is_made_again(change: str, which: int, t
             "of another model": foreign,
             "empty": state[:0],
         }[change]
-        b.workspace.reset()
-        b.workspace.store.discard(key)
-        b.workspace.store.put(key, wrong.copy(), slices[which].tokens, SliceInfo("", "", "", "", 0, 0, "", "", 0.0))
+        b.kv_cache.reset()
+        b.kv_cache.store.discard(key)
+        b.kv_cache.store.put(key, wrong.copy(), slices[which].tokens, SliceInfo("", "", "", "", 0, 0, "", "", 0.0))
         assert distance(b.logits(plan), right) < 1e-4
-        again = b.workspace.store.get(key)
+        again = b.kv_cache.store.get(key)
         assert again is not None and np.array_equal(again, state)
 
 
@@ -177,7 +177,7 @@ def test_a_store_that_keeps_returning_nonsense_is_an_error(
     with bench(tiny("llama"), home=tmp_path) as b:
         plan, _ = damaged_plan(b)
         b.logits(plan)
-        b.workspace.reset()
+        b.kv_cache.reset()
         nonsense = np.zeros(100, np.uint8)
         monkeypatch.setattr(Store, "get", lambda self, key: nonsense)
         monkeypatch.setattr(Store, "__contains__", lambda self, key: True)
@@ -197,12 +197,12 @@ def test_a_store_too_small_for_the_prompt_still_answers_right(slices: int, tiny:
         plan_of(anchor, *modules, tokens[190:]),
     ]
     with bench(tiny("llama")) as b:
-        b.workspace.encode([anchor])
-        budget = b.workspace.store.ram.used * slices
+        b.kv_cache.encode([anchor])
+        budget = b.kv_cache.store.ram.used * slices
     with bench(tiny("llama"), ram_budget=budget) as b:
         for plan in [*plans, *reversed(plans)]:
             assert distance(b.logits(plan), b.expected(plan)) < TOLERANCE["f32"]
-            assert b.workspace.store.ram.used <= budget
+            assert b.kv_cache.store.ram.used <= budget
 
 
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
@@ -219,15 +219,15 @@ def test_an_interruption_leaves_all_in_order(arch: str, tiny: TinyModel, tmp_pat
     large = plan_of(anchor, module, tokens[700:])
     with bench(tiny(arch), home=tmp_path, n_ctx=1536) as b:
         with pytest.raises(KeyboardInterrupt):
-            b.workspace.encode([anchor, module], progress=interrupt_half_way)
-        b.workspace.store.flush()
+            b.kv_cache.encode([anchor, module], progress=interrupt_half_way)
+        b.kv_cache.store.flush()
         assert files_of(tmp_path) == []
         assert distance(b.logits(small), b.expected(small)) < TOLERANCE["f32"]
         with pytest.raises(KeyboardInterrupt):
             b.prefill(large, progress=interrupt_half_way)
         for plan in (small, large, small):
             assert distance(b.logits(plan), b.expected(plan)) < TOLERANCE["f32"]
-        b.workspace.store.flush()
+        b.kv_cache.store.flush()
         assert len(files_of(tmp_path)) == 2
 
 
@@ -241,7 +241,7 @@ from cpucache.reuse.way import answer, nothing
 
 tokens = np.array(json.loads(sys.stdin.read()), np.int32)
 engine = Engine(sys.argv[1], store=sys.argv[2], n_ctx=len(tokens) + 256, threads=1, kv_type="f32")
-workspace = engine.workspace
+kv_cache = engine.kv_cache
 seen = []
 # Where the tests run in the background of a script, Ctrl-C would be ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -269,13 +269,13 @@ def interrupted(call):
 
 def prefill(plan):
     def task(slot, told):
-        yield from answer(workspace, lambda: plan, nothing, slot=slot, progress=told)
+        yield from answer(kv_cache, lambda: plan, nothing, slot=slot, progress=told)
         return engine.context.logits(slot.index).tolist()
 
     return engine.host.do(task, progress=progress)
 
 def encode(slice_):
-    return engine.host.do(lambda slot, told: workspace.encode(slot, [slice_], progress=told), progress=progress)
+    return engine.host.do(lambda slot, told: kv_cache.encode(slot, [slice_], progress=told), progress=progress)
 
 report = {"prefill": interrupted(lambda: prefill(Plan((Span(0, tokens),))))}
 report["prefilled"] = seen[-1]
@@ -316,7 +316,7 @@ def test_more_than_the_context_holds_is_refused_and_harms_nothing(tiny: TinyMode
     long, short = slice_of(tokens[:600]), slice_of(tokens[600:620])
     behind = slice_of(tokens[620:640], [long])
     with bench(tiny("llama"), home=tmp_path) as b:
-        b.workspace.encode([long])
+        b.kv_cache.encode([long])
     with bench(tiny("llama"), home=tmp_path, n_ctx=256) as b:
         for plan in (
             plan_of(tokens[:600]),
@@ -330,7 +330,7 @@ def test_more_than_the_context_holds_is_refused_and_harms_nothing(tiny: TinyMode
             fine = plan_of(short, tokens[:10])
             assert distance(b.logits(fine), b.expected(fine)) < TOLERANCE["f32"]
         # A slice that is only too long for this context is no bad slice.
-        assert long.key in b.workspace.store
+        assert long.key in b.kv_cache.store
         assert not list(tmp_path.rglob("*.damaged"))
 
 
@@ -344,13 +344,13 @@ def test_quantized_keys_need_heads_of_a_multiple_of_64(tiny: TinyModel) -> None:
 def test_a_recurrent_model_takes_no_slices_but_answers(tiny: TinyModel) -> None:
     tokens = some_tokens(90)
     with opened(tiny("mamba")) as context, opened(tiny("mamba")) as truth:
-        workspace = Desk(context, Store(None, ram_budget=PLENTY), SLICES)
-        b = Bench(workspace, truth)
+        kv_cache = Desk(context, Store(None, ram_budget=PLENTY), SLICES)
+        b = Bench(kv_cache, truth)
         plan = plan_of(slice_of(tokens[:40]), slice_of(tokens[40:80], start=40), tokens[80:])
         with pytest.raises(ModelError, match="a mamba model keeps a recurrent state"):
             b.prefill(plan)
         with pytest.raises(ModelError, match="use_cache=False"):
-            workspace.encode(plan.slices)
+            kv_cache.encode(plan.slices)
 
         def check(plan: Plan, expected: Logits) -> None:
             assert distance(b.logits(plan), expected) < TOLERANCE["f32"]
@@ -358,7 +358,7 @@ def test_a_recurrent_model_takes_no_slices_but_answers(tiny: TinyModel) -> None:
         fresh = plan.without_reuse()
         check(fresh, b.full(tokens))
         # Going on from what is there, repeating it, and beginning anew within it.
-        workspace.append(tokens[:5])
+        kv_cache.append(tokens[:5])
         check(plan_of(np.concatenate([tokens, tokens[:9]])), b.full(np.concatenate([tokens, tokens[:9]])))
         check(fresh, b.full(tokens))
         check(fresh, b.full(tokens))

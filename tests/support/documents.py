@@ -15,7 +15,7 @@ from cpucache.pml.names import PML_TAGS, flaw
 from cpucache.pml.tree import Module, Role, SchemaNode, Scope, Union, parameters_of
 from tests.support.kitchen import PROMPT, SCHEMA
 
-# Characters that XML can hold; a carriage return comes back only as a character reference, which write_text sees to.
+# Characters that XML can hold; a carriage return comes back only as a character reference, which write_text handles.
 CHARACTERS = st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\ufffe\uffff") | st.sampled_from(
     "\t\n\r &<>]'\""
 )

@@ -12,27 +12,27 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from cpucache.reuse import Plan, Slice, Span, Workspace
-from cpucache.reuse.reports import Made
+from cpucache.reuse import KVCache, Plan, Slice, Span
+from cpucache.reuse.reports import NewSlice
 from tests.support.reference import KV, Floats, ReferenceLlama, causal
 
 
 class Oracle:
-    """The judge of the slices that one workspace makes."""
+    """The judge of the slices that one KV cache makes."""
 
-    def __init__(self, reference: ReferenceLlama, workspace: Workspace) -> None:
+    def __init__(self, reference: ReferenceLlama, kv_cache: KVCache) -> None:
         self._reference = reference
         self._states: dict[str, KV] = {}
         self.made: dict[str, Slice] = {}
-        """Every slice that the workspace has made since, by key: one that is found in the store does not know what it
+        """Every slice that the KV cache has made since, by key: one that is found in the store does not know what it
         was evaluated behind."""
-        keep = workspace._keep
+        save = kv_cache._save
 
-        def noting(made: Made, schema: str) -> None:
-            self.made[made.slice.key] = made.slice
-            keep(made, schema)
+        def noting(new: NewSlice, schema: str) -> None:
+            self.made[new.slice.key] = new.slice
+            save(new, schema)
 
-        workspace._keep = noting  # type: ignore[method-assign]
+        kv_cache._save = noting  # type: ignore[method-assign]
 
     def logits(self, plan: Plan) -> Floats:
         """Those of the last token of a plan, which ends in a token without a slice."""

@@ -1,4 +1,4 @@
-"""Prompts on one schema, planned and answered by a workspace over a tiny model, or by one that has no model at all."""
+"""Prompts on one schema, planned and answered by a KV cache over a tiny model, or by one that has no model at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, bind
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Schema
 from cpucache.reuse import Fidelity, Lookup, Metrics, Plan, Repair, Slice, Slices, reading
-from cpucache.reuse.reports import Made
+from cpucache.reuse.reports import NewSlice
 from cpucache.runtime import Context, KVType, Memory
 from cpucache.store import Store
 from tests.support.cutting import every
@@ -30,18 +30,18 @@ def written(inside: str, attributes: str = "") -> Schema:
 class Prompting:
     """A schema, and the slices that there are of it."""
 
-    def __init__(self, layout: SchemaLayout, workspace: Desk, lookup: Lookup) -> None:
+    def __init__(self, layout: SchemaLayout, kv_cache: Desk, lookup: Lookup) -> None:
         self.layout = layout
-        self.workspace = workspace
+        self.kv_cache = kv_cache
         self.lookup = lookup
 
     @property
     def store(self) -> Store:
-        return self.workspace.store
+        return self.kv_cache.store
 
     def reading(self, room: int = 1 << 20) -> list[Slice]:
         """The slices that ``encode`` makes."""
-        return reading(self.layout, self.workspace.slices, room)
+        return reading(self.layout, self.kv_cache.slices, room)
 
     def bound(self, content: str, attributes: str = "") -> Bound:
         """A prompt by what is inside it, and its attributes."""
@@ -57,23 +57,23 @@ class Prompting:
         """List slices in the store as if they had been evaluated."""
         for slice_ in slices:
             if slice_.key not in self.store:
-                self.workspace._keep(Made(slice_, np.zeros(1, np.uint8), 0.0), "s")
+                self.kv_cache._save(NewSlice(slice_, np.zeros(1, np.uint8), 0.0), "s")
 
     def answer(self, bound: Bound | str, fidelity: Fidelity | None = None, **settings: Any) -> tuple[Plan, Metrics]:
         """Get a prompt into the context; gives what was spliced, and what it took."""
         bound = self.bound(bound) if isinstance(bound, str) else bound
-        done: tuple[Plan, Metrics] = self.workspace.prefill(lambda: self.plan(bound, fidelity, **settings), "s")
+        done: tuple[Plan, Metrics] = self.kv_cache.prefill(lambda: self.plan(bound, fidelity, **settings), "s")
         return done
 
     @property
     def logits(self) -> Logits:
         """Those of the last token of the prompt that was answered last."""
-        return self.workspace.context.logits()
+        return self.kv_cache.context.logits()
 
     def with_schema(self, schema: Schema, positions: Positions | None = None) -> Prompting:
         """Another schema (or another version of it) on the same store."""
         laid = SchemaLayout(schema, self.layout.vocabulary, self.layout.template, positions or self.layout.positions)
-        return Prompting(laid, self.workspace, self.lookup)
+        return Prompting(laid, self.kv_cache, self.lookup)
 
 
 def prompting_in(
@@ -82,9 +82,9 @@ def prompting_in(
     """Prompts answered in ``context``."""
     model = context.model
     store = store or Store(None, ram_budget=PLENTY)
-    workspace = Desk(context, store, Slices(model.path.stem, context.state_format, every()))
+    kv_cache = Desk(context, store, Slices(model.path.stem, context.state_format, every()))
     layout = SchemaLayout(schema, model, ChatTemplate(model.chat_template), positions)
-    return Prompting(layout, workspace, Lookup(workspace, Repair(model.text)))
+    return Prompting(layout, kv_cache, Lookup(kv_cache, Repair(model.text)))
 
 
 @contextmanager
@@ -106,6 +106,6 @@ def planning(
     letters = letters or Letters(n_ctx_train=1 << 20)
     context: Any = SimpleNamespace(memory=Memory(), model=SimpleNamespace(path=Path("none.gguf")))
     with Store(None, ram_budget=PLENTY) as store:
-        workspace = Desk(context, store, Slices("model", "format", every()))
+        kv_cache = Desk(context, store, Slices("model", "format", every()))
         layout = SchemaLayout(schema, letters, ChatTemplate(template), positions)
-        yield Prompting(layout, workspace, Lookup(workspace, Repair(letters.text)))
+        yield Prompting(layout, kv_cache, Lookup(kv_cache, Repair(letters.text)))

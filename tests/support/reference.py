@@ -61,7 +61,7 @@ class KV:
 
 
 def causal(n: int, before: int = 0) -> Mask:
-    """The mask of plain prefill: each of ``n`` tokens sees ``before`` cached ones, its predecessors, and itself."""
+    """The mask of plain prefill: each of ``n`` tokens attends to ``before`` cached ones, to those before it, itself."""
     return np.tri(n, before + n, before, dtype=np.bool_)
 
 

@@ -85,7 +85,7 @@ def logits(running: Engine, plan: Plan, *, fresh: bool = False) -> Logits:
     """Those of the last token of a plan."""
 
     def task(slot: Slot, _: OnProgress) -> Task[Logits]:
-        yield from answer(running.workspace, lambda: plan, nothing, slot=slot, fresh=fresh)
+        yield from answer(running.kv_cache, lambda: plan, nothing, slot=slot, fresh=fresh)
         return running.context.logits(slot.index)
 
     return running.host.do(task)

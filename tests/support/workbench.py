@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cpucache.engine.request import Request
 from cpucache.engine.scheduler import Job
 from cpucache.layout.vocabulary import joined
-from cpucache.reuse import Metrics, OnProgress, Plan, Slice, Slices, Span, Workspace
+from cpucache.reuse import KVCache, Metrics, OnProgress, Plan, Slice, Slices, Span
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.way import answer, nothing
 from cpucache.reuse.work import Task
@@ -90,8 +90,8 @@ def drive(context: Context, task: Task[T]) -> T:
     return job.result  # type: ignore[no-any-return]
 
 
-class Desk(Workspace):
-    """A workspace of one slot whose tasks are run at once, by whoever asks for them."""
+class Desk(KVCache):
+    """A KV cache of one slot whose tasks are run at once, by whoever asks for them."""
 
     @property
     def only(self) -> Slot:
@@ -117,20 +117,20 @@ class Desk(Workspace):
 
 @dataclass
 class Bench:
-    """A workspace, and a second context for the truth."""
+    """A KV cache, and a second context for the truth."""
 
-    workspace: Desk
+    kv_cache: Desk
     truth: Context
 
     def prefill(self, plan: Plan, progress: OnProgress | None = None, *, fresh: bool = False) -> Metrics:
         """What it took to get ``plan`` into the llama.cpp context."""
-        spent: Metrics = self.workspace.prefill(lambda: plan, progress=progress, fresh=fresh)[1]
+        spent: Metrics = self.kv_cache.prefill(lambda: plan, progress=progress, fresh=fresh)[1]
         return spent
 
     def logits(self, plan: Plan) -> Logits:
         """Those of the last token of ``plan``, through slices."""
         self.prefill(plan)
-        return self.workspace.context.logits()
+        return self.kv_cache.context.logits()
 
     def full(self, tokens: Tokens) -> Logits:
         """Those of the last of ``tokens``, by full prefill in one go."""
@@ -181,10 +181,10 @@ def bench(
             store.close()
 
 
-def planning() -> Workspace:
-    """A workspace to plan with and nothing else: it has no llama.cpp context, and no slice has been made."""
+def planning() -> KVCache:
+    """A KV cache to plan with and nothing else: it has no llama.cpp context, and no slice has been made."""
     context: Any = SimpleNamespace(memory=Memory())
-    return Workspace(context, Store(None, ram_budget=PLENTY), SLICES)
+    return KVCache(context, Store(None, ram_budget=PLENTY), SLICES)
 
 
 def slice_of(tokens: Tokens, context: Sequence[Slice] = (), *, start: int | None = None) -> Slice:

@@ -166,7 +166,7 @@ def test_gemma3_alternates_window_and_full_attention(tiny: TinyModel) -> None:
             largest: Logits = np.abs(llama.decode(tokens, 0, 0) - llama.decode(changed, 0, 1)).max(axis=1)
         return largest
 
-    # The first layer sees 16 tokens, itself among them: beyond them, nothing is left of the first one but rounding.
+    # The first layer attends to 16 tokens, itself among them: beyond them, only rounding is left of the first one.
     windowed = effect(tiny("gemma3", n_layer=1))
     assert windowed[:16].min() > 0.1
     assert windowed[16:].max() < TOLERANCE

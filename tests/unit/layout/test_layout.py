@@ -51,7 +51,7 @@ def text(layout: SchemaLayout, part: Segment | Placeholder) -> str:
 def shown(layout: SchemaLayout) -> list[tuple[str, str, int | None]]:
     """Module (``?`` for a placeholder), text and home of every part."""
     return [
-        (part.module if isinstance(part, Segment) else "?", text(layout, part), part.home) for part in parts(layout)
+        (part.module if isinstance(part, Segment) else "?", text(layout, part), part.reserved) for part in parts(layout)
     ]
 
 
@@ -107,7 +107,7 @@ def test_equal_modules_have_segments_of_their_own() -> None:
 
 def test_long_text_is_cut() -> None:
     layout = lay(f"<module name='m'>{'x' * (2 * LONGEST)}y</module>z")
-    assert [(segment.module, len(segment.tokens), segment.home) for segment in layout.segments] == [
+    assert [(segment.module, len(segment.tokens), segment.reserved) for segment in layout.segments] == [
         ("m", LONGEST, 0),
         ("m", LONGEST, LONGEST),
         ("m", 1, 2 * LONGEST),
@@ -333,7 +333,7 @@ def test_a_layout_under_a_vocabulary_of_llama_cpp(
         assert model.text(filled[:-6]).startswith("the")
         assert (len(filled), set(filled[-6:])) == (9, {UNK})
         sizes = [len(part.tokens) for part in all_parts]
-        assert [part.home for part in all_parts] == np.cumsum([0, *sizes[:-1]]).tolist()
+        assert [part.reserved for part in all_parts] == np.cumsum([0, *sizes[:-1]]).tolist()
 
 
 def test_the_trained_context_of_a_model_decides(tiny: Callable[..., Path]) -> None:

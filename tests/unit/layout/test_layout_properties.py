@@ -119,7 +119,7 @@ def test_a_plan_holds_every_token_of_its_prompt_once_and_in_order(case: Case) ->
 @given(cases(), st.booleans())
 def test_spans_are_in_order_and_end_in_a_fresh_token(case: Case, packed: bool) -> None:
     plan = case.plan(packed=packed)
-    homes = {id(segment.tokens): segment.home for segment in case.layout.segments}
+    homes = {id(segment.tokens): segment.reserved for segment in case.layout.segments}
     end, before = 0, None
     for span in plan.spans:
         assert len(span.tokens) > 0
@@ -198,8 +198,8 @@ def test_binding_and_laying_are_deterministic(case: Case) -> None:
         for each in (case, case, other)
     ]
     assert plans[0] == plans[1] == plans[2]
-    assert [(segment.module, segment.home, segment.id) for segment in layout.segments] == [
-        (segment.module, segment.home, segment.id) for segment in case.layout.segments
+    assert [(segment.module, segment.reserved, segment.id) for segment in layout.segments] == [
+        (segment.module, segment.reserved, segment.id) for segment in case.layout.segments
     ]
 
 

@@ -1,4 +1,4 @@
-"""Every mistake in a document is told at once; who catches one error sees the first, with the others behind it."""
+"""Every mistake in a document is told at once; who catches one error gets the first, with the others behind it."""
 
 from __future__ import annotations
 

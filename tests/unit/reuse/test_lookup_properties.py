@@ -115,7 +115,7 @@ def test_no_prompt_takes_what_attended_to_text_of_another(
             if data.draw(st.booleans()):
                 keep(desk, plan.slices, known)
             if data.draw(st.booleans()):
-                keep(desk, exact_slices(asked(bound), desk.workspace.slices), known)
+                keep(desk, exact_slices(asked(bound), desk.kv_cache.slices), known)
 
 
 def closes(span: Span, bound: Bound) -> bool:
@@ -143,7 +143,7 @@ def test_a_prompt_of_encoded_modules_evaluates_its_new_tokens(
             cached -= isinstance(last, Segment) and last.cache
             share = data.draw(st.sampled_from([0, 0.1, 0.5, 1]))
             plan = desk.plan(bound, Fidelity(share), packed=data.draw(st.sampled_from([None, True])))
-            assert not any(span.made for span in plan.spans)
+            assert not any(span.missing for span in plan.spans)
             assert plan.count("foreign") == 0
             evaluated = [span for span in plan.spans if span.slice is None and not span.recomputed]
             assert {span.why for span in evaluated} <= {"new text", 'cache="false"', "the last token"}
@@ -168,7 +168,7 @@ def test_a_miss_is_paid_once(schema: Schema, positions: Positions, data: st.Data
             used = [piece for piece in bound.pieces if isinstance(piece, Segment) and piece.cache]
             had = {(each.module, each.tokens.tobytes()) for each in paid}
             for span in plan.spans:
-                if span.made and span.slice is not None:
+                if span.missing and span.slice is not None:
                     assert (span.slice.module, span.slice.tokens.tobytes()) not in had, span
             desk.pretend(plan.wanted)
             end = [piece for piece in bound.pieces if len(piece.tokens)][-1]
@@ -184,9 +184,9 @@ def test_what_was_refined_is_exact(schema: Schema, positions: Positions, data: s
         bound = bound_of(desk, data)
         level = data.draw(st.sampled_from([Fidelity(0.3), Fidelity(exact=True)]))
         before = desk.plan(bound, level)
-        desk.pretend(exact_slices(asked(bound), desk.workspace.slices))
+        desk.pretend(exact_slices(asked(bound), desk.kv_cache.slices))
         plan = desk.plan(bound, level)
-        assert plan.exact and not any(span.made or span.recomputed for span in plan.spans)
+        assert plan.exact and not any(span.missing or span.recomputed for span in plan.spans)
         assert plan.tokens.tolist() == before.tokens.tolist()
 
 
@@ -194,14 +194,14 @@ def test_arguments_of_other_prompts_are_foreign() -> None:
     """A slice that attended to another argument is taken on request only."""
     schema = written("Root. <parameter name='p' length='4'/> tail <module name='m'>green leaves</module>")
     with planning(schema, letters=letters()) as desk:
-        desk.pretend(exact_slices(asked(desk.bound("<m/>", "p='a'")), desk.workspace.slices))
+        desk.pretend(exact_slices(asked(desk.bound("<m/>", "p='a'")), desk.kv_cache.slices))
         bound = desk.bound("<m/>go", "p='bcd'")
 
         default, anywhere = desk.plan(bound), desk.plan(bound, reuse="anywhere")
 
         assert [span.relation for span in anywhere.spans if span.slice] == ["exact", "foreign", "foreign"]
         assert default.count("foreign") == 0
-        made = [span.slice.module for span in default.spans if span.slice and span.made]
+        made = [span.slice.module for span in default.spans if span.slice and span.missing]
         assert made == ["", "m"], "evaluated for this prompt, in the place of what attended to the other argument"
 
 
@@ -214,7 +214,7 @@ def test_an_older_version_of_the_schema_is_foreign() -> None:
         default, anywhere = new.plan("<b/>go"), new.plan("<b/>go", reuse="anywhere")
 
         assert [span.relation for span in anywhere.spans if span.slice] == ["foreign"]
-        assert [span.made for span in default.spans if span.slice] == [True]
+        assert [span.missing for span in default.spans if span.slice] == [True]
 
 
 @pytest.mark.parametrize("attribute", ["isolate", "anchor"])
@@ -230,5 +230,5 @@ def test_what_keeps_apart_takes_no_slice_that_saw_another_module(attribute: str)
             (of_b,) = [
                 span for span in desk.plan("<b/>go", reuse=reuse).spans if span.slice and span.slice.module == "b"
             ]
-            assert of_b.made
-            assert of_b.slice is not None and of_b.slice.sees_tokens == (2 if attribute == "isolate" else 0)
+            assert of_b.missing
+            assert of_b.slice is not None and of_b.slice.attended_tokens == (2 if attribute == "isolate" else 0)

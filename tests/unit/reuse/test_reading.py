@@ -30,7 +30,7 @@ def stands(
 ) -> list[tuple[str, str]]:
     """Text of every slice of a schema, and what stands before it."""
     with planning(written(inside, attributes), positions) as desk:  # type: ignore[arg-type]
-        made = reading(desk.layout, desk.workspace.slices, room)
+        made = reading(desk.layout, desk.kv_cache.slices, room)
         return [(text(desk, [each]), text(desk, each.context)) for each in made]
 
 
@@ -83,7 +83,7 @@ def test_a_scaffold_set_holds_its_modules_and_the_text_around_them(anchor: str) 
     inside = "R" + M("a") + "S" + M("b") + M("c") + "<scaffold modules='a c'/>"
     with planning(written(inside, f"anchor='{anchor}'")) as desk:
         (scaffold,) = desk.layout.schema.scaffolds
-        made = scaffolded(desk.layout, desk.workspace.slices, scaffold.modules, 1 << 20)
+        made = scaffolded(desk.layout, desk.kv_cache.slices, scaffold.modules, 1 << 20)
         assert [(text(desk, [each]), text(desk, each.context or ())) for each in made] == [
             *[("R", ""), ("aa", "R"), ("S", "Raa"), ("cc", "RaaS")]
         ]
@@ -101,15 +101,15 @@ def test_where_a_schema_is_longer_than_there_is_room_the_oldest_text_leaves() ->
     with planning(
         written("R<module name='x'>" + "x" * 1000 + "</module>" + now + "<module name='c'>" + "c" * 200 + "</module>")
     ) as desk:
-        desk.pretend(reading(desk.layout, desk.workspace.slices, 1700))
+        desk.pretend(reading(desk.layout, desk.kv_cache.slices, 1700))
         plan = desk.plan("<c/><user>?</user>")
-        assert not any(span.made for span in plan.spans)
+        assert not any(span.missing for span in plan.spans)
 
 
 def test_reserved_slices_are_saved_where_the_schema_has_them() -> None:
     with planning(written("R" + UNION.format("") + M("b"))) as desk:
-        made = reading(desk.layout, desk.workspace.slices, 1 << 20)
-        assert [each.start for each in made] == [segment.home for segment in desk.layout.segments]
+        made = reading(desk.layout, desk.kv_cache.slices, 1 << 20)
+        assert [each.start for each in made] == [segment.reserved for segment in desk.layout.segments]
 
 
 # ---- chains ----------------------------------------------------------------------------------------------------------

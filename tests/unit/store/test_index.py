@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 
 from cpucache.store import SliceInfo, Store, slice_key
 from cpucache.store.index import Index, Kept
-from cpucache.store.opening import rebuild
 from cpucache.store.slicefile import SliceFiles
+from cpucache.store.startup import rebuild
 
 
 def info(seconds: float = 1.0, module: str = "m") -> SliceInfo:

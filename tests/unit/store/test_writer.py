@@ -132,7 +132,7 @@ def test_a_dropped_job_is_not_done(desk: Desk) -> None:
 
 def test_idle_is_called_when_nothing_is_left_or_when_poked(desk: Desk) -> None:
     desk.proceed()
-    desk.writer.poke()
+    desk.writer.wake()
     until(lambda: desk.idle == 1)
     desk.writer.put("a", "A", 1)
     until(lambda: desk.idle == 2)
@@ -178,8 +178,8 @@ def polite() -> Iterator[Polite]:
 
 
 def test_nothing_goes_on_while_it_is_quiet(polite: Polite) -> None:
-    with polite.writer.quiet():
-        with polite.writer.quiet():
+    with polite.writer.paused():
+        with polite.writer.paused():
             polite.writer.put("a", 3, 1)
         time.sleep(0.05)
         assert polite.steps == []
@@ -188,7 +188,7 @@ def test_nothing_goes_on_while_it_is_quiet(polite: Polite) -> None:
 
 @pytest.mark.parametrize("who", ["put", "flush", "close", "drop"])
 def test_who_waits_for_the_disk_comes_before_the_quiet(who: str, polite: Polite) -> None:
-    with polite.writer.quiet():
+    with polite.writer.paused():
         polite.writer.put("a", 3, LIMIT)
         time.sleep(0.02)
         assert polite.steps == []
@@ -221,7 +221,7 @@ def test_a_job_that_fails_is_logged_and_the_next_ones_are_done(caplog: pytest.Lo
         writer.put(key, job, LIMIT)
     assert ended(beside(writer.flush))
     assert done == ["b", "d"]
-    writer.poke()
+    writer.wake()
     writer.put("e", "good", 1)
     assert ended(beside(writer.close))
     assert done == ["b", "d", "e"]

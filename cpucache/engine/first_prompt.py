@@ -12,7 +12,7 @@ from cpucache.layout.vocabulary import joined
 from cpucache.reuse import Plan, Slice, Span
 
 
-class Opening(NamedTuple):
+class FirstPrompt(NamedTuple):
     """A PML prompt for a conversation to begin with."""
 
     plan: Plan
@@ -34,8 +34,8 @@ def dump_spans(spans: Sequence[Span]) -> list[dict[str, Any]]:
             "tokens": span.slice.tokens.tolist(),
             "start": span.slice.start,
             "context": span.slice.context_key,
-            "sees": [text.hex() for text in span.slice.sees],
-            "sees_tokens": span.slice.sees_tokens,
+            "attends_to": [text.hex() for text in span.slice.attends_to],
+            "attended_tokens": span.slice.attended_tokens,
             "module": span.slice.module,
         }
         for span in spans
@@ -47,9 +47,11 @@ def load_spans(dumped: Sequence[dict[str, Any]]) -> list[Span]:
     """The spans that ``dump_spans`` was given. Their slices can be spliced, not made."""
     spans = []
     for each in dumped:
-        sees = tuple(bytes.fromhex(text) for text in each["sees"])
+        attends_to = tuple(bytes.fromhex(text) for text in each["attends_to"])
         tokens = np.array(each["tokens"], np.int32)
-        slice_ = Slice(each["key"], tokens, each["start"], each["context"], sees, each["sees_tokens"], each["module"])
+        slice_ = Slice(
+            each["key"], tokens, each["start"], each["context"], attends_to, each["attended_tokens"], each["module"]
+        )
         spans.append(Span(each["at"], tokens[: each["count"]], slice_, each["relation"]))
     return spans
 

@@ -1,4 +1,4 @@
-"""The workspace: one llama.cpp context, one store, and the slices that go between them."""
+"""The KV cache: one llama.cpp context, one store, and the slices that go between them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 
 from cpucache.errors import CpucacheError, ModelError
 from cpucache.layout import Tokens
-from cpucache.reuse.encoder import Encoder, effort
+from cpucache.reuse.encoder import Encoder, tokens_to_evaluate
 from cpucache.reuse.progress import OnProgress, Step, counting
-from cpucache.reuse.reports import Encoded, Made
+from cpucache.reuse.reports import Encoded, NewSlice
 from cpucache.reuse.slices import Plan, Slice, Slices
 from cpucache.reuse.slot import Points, Slot
 from cpucache.reuse.splicer import Refused, Splicer
@@ -79,7 +79,7 @@ class Attempts:
         return True
 
 
-class Workspace:
+class KVCache:
     """Gets plans into a llama.cpp context, making on the way what slices are missing.
 
     Raises ``ModelError`` for plans with slices when the model's state can't be spliced (recurrent models, absolute
@@ -97,7 +97,7 @@ class Workspace:
         self.prefill_rate: float | None = None
         """Tokens evaluated in a second, as last measured over 32 tokens or more, or a few at first."""
 
-    def within(self, slices: Slices) -> Workspace:
+    def within(self, slices: Slices) -> KVCache:
         """The same context and store, for the slices of a namespace."""
         other = copy.copy(self)
         other.slices = slices
@@ -193,7 +193,7 @@ class Workspace:
             for attempt in attempts:
                 with attempt:
                     missing = self.missing(slices, attempts.states)
-                    steps = counting(progress, effort(missing))
+                    steps = counting(progress, tokens_to_evaluate(missing))
                     yield from self.make(slot, missing, (), (), attempts.states, schema, report, steps, wait=wait)
         self.know(slices)
         return report
@@ -228,8 +228,8 @@ class Workspace:
         for slice_ in keep.difference(missing, held):
             self.state(states, slice_)
 
-        def made(each: Made) -> None:
-            self._keep(each, schema)
+        def made(each: NewSlice) -> None:
+            self._save(each, schema)
             report.add(each)
             if each.slice in keep:
                 states[each.slice] = each.state
@@ -263,7 +263,7 @@ class Workspace:
             _log.debug("waits for slices that another process is making: %d", len(todo))
         elif _log.isEnabledFor(logging.INFO):
             modules = ", ".join(dict.fromkeys(slice_.module or "(text)" for slice_ in mine))
-            _log.info("makes missing slices: %d, of %d tokens: %s", len(mine), effort(mine), modules)
+            _log.info("makes missing slices: %d, of %d tokens: %s", len(mine), tokens_to_evaluate(mine), modules)
 
     def _claimed(self, slices: Sequence[Slice]) -> list[Slice]:
         """Those of ``slices`` that this process is to make now: nobody else is at them, and their contexts exist."""
@@ -282,9 +282,9 @@ class Workspace:
         again = self.slices.memory.points and slice_.key in self.store
         return self.slices.point(slice_).key if again else slice_.key
 
-    def _keep(self, made: Made, schema: str) -> None:
-        slice_ = made.slice
-        self.store.put(slice_.key, made.state, slice_.tokens, self._info(slice_, schema, made.seconds))
+    def _save(self, new: NewSlice, schema: str) -> None:
+        slice_ = new.slice
+        self.store.put(slice_.key, new.state, slice_.tokens, self._info(slice_, schema, new.seconds))
 
     def know(self, slices: Iterable[Slice]) -> None:
         """Let slices be found by their content that may have been made in another namespace."""
@@ -305,8 +305,8 @@ class Workspace:
             context=slice_.context_key,
             seconds=seconds,
             content=self.slices.content(slice_.tokens),
-            sees=b"".join(slice_.sees).hex(),
-            sees_tokens=slice_.sees_tokens,
+            attends_to=b"".join(slice_.attends_to).hex(),
+            attended_tokens=slice_.attended_tokens,
         )
 
     def state(self, states: dict[Slice, Bytes], slice_: Slice) -> Bytes:
@@ -355,11 +355,11 @@ class Workspace:
             if state is not None:
                 # What making it again would take.
                 seconds = len(slice_.tokens) / (self.prefill_rate or 100.0)
-                self._keep(Made(slice_, state, seconds), schema)
+                self._save(NewSlice(slice_, state, seconds), schema)
                 taken += state.nbytes
                 if self.slices.memory.points and slice_.end == slot.end:
                     state = self.splicer.capture_point(slot)
-                    self._keep(Made(self.slices.point(slice_), state, seconds), schema)
+                    self._save(NewSlice(self.slices.point(slice_), state, seconds), schema)
                     taken += state.nbytes
         return taken
 
