@@ -297,7 +297,7 @@ def test_gc_clears_up(shop: Shop) -> None:
             {"small/shop/", "small/shop/a", "small/shop/b", "large/shop/a", "small/docs/x"},
         ),
     ],
-    ids=str,
+    ids=["schema", "model", "schema and model", "older", "all", "older and model"],
 )
 def test_rm_deletes_what_is_named(which: tuple[str, ...], left: set[str], shop: Shop) -> None:
     shop.age("small/shop/b", 31)
