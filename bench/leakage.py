@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cpucache import Engine
+from cpucache import Engine, Fidelity
 from cpucache.pml import load_schema
 
 FOLDER = Path(__file__).parent / "leakage"
@@ -68,11 +68,15 @@ def changed(model: str) -> Iterator[Answered]:
                     for value, question in ((change["old"], "Hello!"), (change["new"], change["question"]))
                 )
                 if share is None:
-                    full = engine.generate(messages=new, max_tokens=MAX_TOKENS, use_cache=False).text
+                    full = engine.generate(new, max_tokens=MAX_TOKENS, use_cache=False).text
                     break
-                engine.generate(messages=old, max_tokens=1)
-                settings: dict[str, Any] = {"reuse": "anywhere", "recompute": share, "max_tokens": MAX_TOKENS}
-                texts[f"recompute {share}"] = engine.generate(messages=new, **settings).text
+                engine.generate(old, max_tokens=1)
+                settings: dict[str, Any] = {
+                    "reuse": "anywhere",
+                    "fidelity": Fidelity(recompute=share),
+                    "max_tokens": MAX_TOKENS,
+                }
+                texts[f"recompute {share}"] = engine.generate(new, **settings).text
         yield change["name"], [change["betrays"]], full, texts
 
 

@@ -79,13 +79,13 @@ def _question(engine: Engine, number: int) -> str:
 def ask(engine: Engine, messages: Messages) -> tuple[Metrics, Plan]:
     """Answer with nothing in the llama.cpp context before."""
     engine.forget()
-    metrics = engine.generate(messages=messages, max_tokens=1, reuse="anywhere").metrics
-    return metrics, engine.plan(messages=messages, reuse="anywhere")
+    metrics = engine.generate(messages, max_tokens=1, reuse="anywhere").metrics
+    return metrics, engine.plan(messages, reuse="anywhere")
 
 
 def measure(engine: Engine, messages: Callable[[int], Messages], repeat: int) -> tuple[float, list[Row]]:
     """Milliseconds of full prefill, and a row for each prompt."""
-    full = engine.generate(messages=messages(0), max_tokens=1).metrics.ttft_ms
+    full = engine.generate(messages(0), max_tokens=1).metrics.ttft_ms
     rows = []
     for number in range(1, repeat + 1):
         first, plan = ask(engine, messages(number))

@@ -1,4 +1,4 @@
-"""Writes the tables of bench/RESULTS.md from the raw results in bench/results/.
+"""Writes the tables of bench/RESULTS.md and of the pages in docs/ from the raw results in bench/results/.
 
     python bench/report.py            write them
     python bench/report.py --check    exit 1 if they are not what the results say
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGES = (HERE / "RESULTS.md", HERE.parent / "README.md")
+_DOCS = HERE.parent / "docs"
+PAGES = (HERE / "RESULTS.md", _DOCS / "benchmarks.md", _DOCS / "fidelity.md")
 _TABLE = re.compile(r"(<!-- table (?P<name>\S+?)(?P<short> short)? -->\n).*?(<!-- end -->)", re.DOTALL)
 _NAMES = {
     "full": "full prefill",
@@ -31,7 +32,7 @@ _SHORT = ("full", "standalone", "fast", "balanced", "refined")
 
 
 def accuracy(result: dict[str, Any], *, short: bool) -> list[str]:
-    """The table of ``cpucache bench accuracy``; ``short`` for the README."""
+    """The table of ``cpucache bench accuracy``; ``short`` for the pages in docs/."""
     variants = {each["variant"]: each for each in result["variants"]}
     measures = list(result["variants"][0]["scores"])
     titles = [title for name in measures for title in (_title(name), "against full")]

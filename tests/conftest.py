@@ -13,6 +13,30 @@ import pytest
 from tests.support.command import PROMPT, SCHEMA
 from tests.support.tiny import Arch, write_tiny
 
+FOLDERS = Path(__file__).parent
+REAL = ("e2e", "clients")
+"""Folders whose tests may need the weights of SmolLM2."""
+SLOWEST_FIRST = ("e2e", "exactness", "integration")
+"""Folders that parallel runs begin with, so that what is left for the end is short."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks every test by its folder, and sorts the folders where tests run in parallel."""
+    known = {line.partition(":")[0] for line in config.getini("markers")}
+    for item in items:
+        if _folder(item) in known:
+            item.add_marker(_folder(item))
+        if "smollm2" in getattr(item, "fixturenames", ()) and _folder(item) not in REAL:
+            raise pytest.UsageError(f"{item.nodeid} needs the real model: it belongs in tests/e2e")
+    if hasattr(config, "workerinput"):
+        places = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+        items.sort(key=lambda item: places.get(_folder(item), len(places)))
+
+
+def _folder(item: pytest.Item) -> str:
+    """The folder in ``tests`` that a test is in."""
+    return item.path.relative_to(FOLDERS).parts[0]
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:

@@ -1,11 +1,11 @@
 """Ways to a schema: from Python functions, Jinja templates, files, and recorded requests."""
 
-from cpucache.authoring.decorator import AnyPrompt, PromptFunction, PromptMethod, PromptText, prompt
+from cpucache.authoring.decorator import AnyPromptFunction, PromptFunction, PromptMethod, PromptText, prompt
 from cpucache.authoring.function import MaxTokens
 from cpucache.authoring.roles import assistant, system, user
 
 __all__ = [
-    "AnyPrompt",
+    "AnyPromptFunction",
     "MaxTokens",
     "PromptFunction",
     "PromptMethod",

@@ -143,7 +143,7 @@ class PromptMethod(Method):
         return self._definition.ready(self.owner).tree
 
 
-AnyPrompt: TypeAlias = PromptFunction[Any] | PromptMethod
+AnyPromptFunction: TypeAlias = PromptFunction[Any] | PromptMethod
 """A prompt function, by itself or as an attribute."""
 
 

@@ -18,6 +18,7 @@ from cpucache.bench.series import Series
 from cpucache.bench.tasks import FULL, SCHEMA, Task, Variant
 from cpucache.bench.ttft import floor
 from cpucache.engine import Engine, Stream
+from cpucache.engine.answer import Answer as Answering
 from cpucache.engine.fidelity import Truth, distance, truth
 from cpucache.engine.planner import Question
 from cpucache.engine.saving import Saving
@@ -25,6 +26,7 @@ from cpucache.errors import ContextFull, InputError, PMLError
 from cpucache.layout.vocabulary import Tokens, joined
 from cpucache.pml import parse_schema
 from cpucache.reuse import Plan, Span
+from cpucache.reuse.way import answer, nothing
 from cpucache.runtime import Sampling
 from cpucache.store import Store
 
@@ -243,7 +245,7 @@ class _Plain(_Asking):
 
     def question(self, example: Example, variant: Variant) -> Question:
         messages = self.task.messages(example)
-        return self.engine.planner.question(None, messages, fidelity=variant.fidelity, reuse="anywhere")
+        return self.engine.planner.question(messages, fidelity=variant.fidelity, reuse="anywhere")
 
     def add(self, example: Example, variant: Variant) -> None:
         """Nothing: there is no schema."""
@@ -251,9 +253,9 @@ class _Plain(_Asking):
     def encode(self, example: Example, variant: Variant, *, once: bool) -> float:
         messages = self.task.messages(example, whole=True)
         if once or not variant.cached:
-            return _evaluated_once(self.engine, self.engine.plan(messages=messages).tokens)
+            return _evaluated_once(self.engine, self.engine.plan(messages).tokens)
         self.engine.forget()
-        return self.engine.generate(messages=messages, max_tokens=1).metrics.ttft_ms
+        return self.engine.generate(messages, max_tokens=1).metrics.ttft_ms
 
 
 def _chosen(asking: _Asking, examples: Sequence[Example], limit: int | None) -> tuple[list[Example], int]:
@@ -294,7 +296,7 @@ def _evaluated_once(engine: Engine, text: Tokens) -> float:
     engine.forget()
     started = time.perf_counter()
     plan = Plan((Span(0, text),))
-    engine.host.do(lambda slot, _: engine.workspace.prefill(slot, lambda: plan, fresh=True))
+    engine.host.do(lambda slot, _: answer(engine.workspace, lambda: plan, nothing, slot=slot, fresh=True))
     return (time.perf_counter() - started) * 1000
 
 
@@ -350,16 +352,17 @@ def _truth(engine: Engine, plan: Plan, answer: Stream) -> Truth:
 def _ask(engine: Engine, question: Question, task: Task, variant: Variant, *, max_tokens: int | None = None) -> Stream:
     """The answer to a prompt, with nothing in the llama.cpp context before."""
     engine.forget()
-    stream = engine.host.answer(
+    answer = Answering(
+        engine.workspace,
         question.plan,
         Sampling(stop=task.stop),
-        n_tokens=question.n_tokens,
         max_tokens=max_tokens or task.max_tokens,
         started=time.perf_counter(),
         label=question.label,
         use_cache=variant.cached,
         at_end=Saving(engine.workspace, question).save_answer if variant.refined else None,
     )
+    stream = Stream(engine.host, answer, question.n_tokens)
     stream.reply()
     return stream
 

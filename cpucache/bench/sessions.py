@@ -14,6 +14,8 @@ import numpy as np
 from cpucache.bench.conversation import MESSAGES
 from cpucache.bench.series import Series
 from cpucache.engine import Engine, Session
+from cpucache.engine.answer import Answer
+from cpucache.engine.stream import Stream
 from cpucache.reuse import Plan
 from cpucache.runtime import Sampling
 
@@ -190,28 +192,21 @@ def _last_turn(
     engine.forget()
     started = time.perf_counter()
     if saving:
-        stream = session.edit(number, message, max_tokens=answer, temperature=1.0, seed=seed)
+        stream = session.edit(number, message, max_tokens=answer, sampling=Sampling(temperature=1.0, seed=seed))
     else:
         sampling = Sampling(temperature=1.0, seed=seed)
-        stream = engine.host.answer(
-            lambda: plan, sampling, n_tokens=plan.n_tokens, max_tokens=answer, started=started, label=_NAME
-        )
+        given = Answer(engine.workspace, lambda: plan, sampling, max_tokens=answer, started=started, label=_NAME)
+        stream = Stream(engine.host, given, plan.n_tokens)
     stream.reply()
     return (time.perf_counter() - started) * 1000
 
 
 def _recomputed(engine: Engine, plan: Plan) -> float:
     started = time.perf_counter()
-    stream = engine.host.answer(
-        lambda: plan,
-        Sampling(),
-        n_tokens=plan.n_tokens,
-        max_tokens=1,
-        started=started,
-        label=_NAME,
-        use_cache=False,
+    answer = Answer(
+        engine.workspace, lambda: plan, Sampling(), max_tokens=1, started=started, label=_NAME, use_cache=False
     )
-    return stream.reply().metrics.ttft_ms
+    return Stream(engine.host, answer, plan.n_tokens).reply().metrics.ttft_ms
 
 
 def _bytes(engine: Engine, keys: set[str]) -> int:

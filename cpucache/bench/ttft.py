@@ -6,6 +6,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cpucache.reuse import Level, OnProgress, Plan
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context, Run, Sampler, Sampling
+from cpucache.stages import Profile, profiled
 from cpucache.store import Store
 
 Say = Callable[[str], None]
@@ -48,6 +50,8 @@ class Report:
     """Evaluation before the first token, of all prompts in another order together."""
     encode: Series = field(default_factory=Series)
     full: dict[str, Series] = field(default_factory=dict)
+    profile: dict[str, dict[str, Series]] | None = None
+    """Milliseconds by stage of what was measured, by its name, if that was asked for."""
 
     @property
     def series(self) -> dict[str, Series]:
@@ -58,6 +62,23 @@ class Report:
     def best_full(self) -> float:
         """Full prefill at llama.cpp's best settings."""
         return min(series.median for series in self.full.values())
+
+    @property
+    def profile_medians(self) -> dict[str, dict[str, float]]:
+        """The medians of ``profile``."""
+        return {
+            name: {stage: each.median for stage, each in stages.items()}
+            for name, stages in (self.profile or {}).items()
+        }
+
+    def add(self, name: str, metrics: Metrics, profile: Profile) -> None:
+        """Note the time to first token of an answer, and where it went."""
+        series: Series = getattr(self, name)
+        series.values.append(metrics.ttft_ms)
+        if self.profile is not None:
+            stages = self.profile.setdefault(name, {})
+            for stage, ms in profile.split(metrics.ttft_ms).items():
+                stages.setdefault(stage, Series()).values.append(ms)
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -80,11 +101,20 @@ class Report:
             **{name: series.as_dict() for name, series in self.series.items()},
             "full": {name: series.as_dict() for name, series in self.full.items()},
             "ratios": {name: round(value, 4) for name, value in self.ratios.items()},
+            **({} if self.profile is None else {"profile": self.profile_medians}),
         }
 
 
 def measure(
-    engine: Engine, *, tokens: int, modules: int, question: int, repeat: int, full_repeat: int, say: Say
+    engine: Engine,
+    *,
+    tokens: int,
+    modules: int,
+    question: int,
+    repeat: int,
+    full_repeat: int,
+    say: Say,
+    profiling: bool = False,
 ) -> Report:
     """Measure on one engine, in turn, ``repeat`` times over.
 
@@ -92,13 +122,13 @@ def measure(
     nothing else. The cached ones are whole calls of ``generate`` on an empty context: reading the prompt, planning,
     splicing, evaluating, choosing. First all modules in the schema's order, which is exact, then in a new order each
     time. Full prefill runs in contexts of its own with llama.cpp's defaults for a single sequence, with flash attention
-    off and on. ``full_repeat=0`` leaves the full prefill out.
+    off and on. ``full_repeat=0`` leaves the full prefill out. ``profiling`` splits the cached ones into stages.
     """
     engine.add_schema(filler_schema(engine, tokens, modules))
     prompt = filler_prompt(engine, range(modules), question)
     plan = engine.plan(prompt)
     fresh = len(plan.spans[-1].tokens)
-    report = Report(engine.model.path.stem, plan.n_tokens - fresh, fresh, modules)
+    report = Report(engine.model.path.stem, plan.n_tokens - fresh, fresh, modules, profile={} if profiling else None)
     engine.warm_up()
     with tempfile.TemporaryDirectory(prefix="cpucache-bench-") as folder:
         for turn in range(max(1, full_repeat)):
@@ -114,10 +144,10 @@ def measure(
         engine.store.flush()
         engine.generate(prompt, max_tokens=1)
         for _ in range(repeat):
-            report.ram.values.append(_cached(engine, prompt).ttft_ms)
+            _cached(engine, prompt, report, "ram")
             report.floor.values.append(floor(engine, plan))
             engine.store.ram.clear()
-            report.disk.values.append(_cached(engine, prompt).ttft_ms)
+            _cached(engine, prompt, report, "disk")
             report.floor.values.append(floor(engine, plan))
         say(f"other orders and their floor in turn, {repeat} times, each order once")
         orders = random.Random(0)
@@ -131,16 +161,12 @@ def measure(
 
 def _other(engine: Engine, prompt: str, report: Report) -> None:
     """One prompt in an order of its own: at once, again, balanced, and refined."""
-    first = _cached(engine, prompt, "fast")
-    report.other.values.append(first.ttft_ms)
-    report.encode_ms += first.encode_ms
+    report.encode_ms += _cached(engine, prompt, report, "other", "fast").encode_ms
     report.other_floor.values.append(floor(engine, engine.plan(prompt, fidelity="fast")))
-    report.other_again.values.append(_cached(engine, prompt, "fast").ttft_ms)
-    second = _cached(engine, prompt, "balanced")
-    report.balanced.values.append(second.ttft_ms)
-    report.encode_ms += second.encode_ms
+    _cached(engine, prompt, report, "other_again", "fast")
+    report.encode_ms += _cached(engine, prompt, report, "balanced", "balanced").encode_ms
     engine.refine()
-    report.refined.values.append(_cached(engine, prompt, "fast").ttft_ms)
+    _cached(engine, prompt, report, "refined", "fast")
 
 
 def floor(engine: Engine, plan: Plan) -> float:
@@ -160,9 +186,14 @@ def floor(engine: Engine, plan: Plan) -> float:
     return elapsed
 
 
-def _cached(engine: Engine, prompt: str, level: Level | None = None) -> Metrics:
+def _cached(engine: Engine, prompt: str, report: Report, name: str, level: Level | None = None) -> Metrics:
+    """Answer a prompt with nothing in the llama.cpp context before, and note what that took."""
     engine.forget()
-    return engine.generate(prompt, max_tokens=1, fidelity=level).metrics
+    profile = Profile()
+    with nullcontext() if report.profile is None else profiled(profile):
+        metrics = engine.generate(prompt, max_tokens=1, fidelity=level).metrics
+    report.add(name, metrics, profile)
+    return metrics
 
 
 def _full(engine: Engine, plan: Plan, report: Report, say: Say) -> None:

@@ -20,7 +20,7 @@ from cpucache.bench.store import measure_store
 from cpucache.bench.ttft import Report, measure
 from cpucache.cli.accuracy import accuracy
 from cpucache.cli.bench_server import server
-from cpucache.cli.console import err, out, seconds, times
+from cpucache.cli.console import err, out, profile_table, seconds, times
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
 
@@ -48,6 +48,7 @@ bench.add_command(server)
     help="Runs of encoding and full prefill; 0: none.",
 )
 @click.option("--memory", is_flag=True, help="Also compare peak memory, in processes of their own.")
+@click.option("--profile", "profiling", is_flag=True, help="Also tell where the time goes, stage by stage.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def ttft(
     model: str,
@@ -57,6 +58,7 @@ def ttft(
     repeat: int,
     full_repeat: int,
     memory: bool,
+    profiling: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -82,6 +84,7 @@ def ttft(
             question=question,
             repeat=repeat,
             full_repeat=full_repeat,
+            profiling=profiling,
             say=say,
         )
     result = report.as_dict()
@@ -97,6 +100,8 @@ def ttft(
         soft_wrap=True,
     )
     out.print(_table(report))
+    if report.profile is not None:
+        err.print(profile_table(report.profile_medians))
     out.print(f"evaluated before other orders could be answered: {seconds(report.encode_ms)}", soft_wrap=True)
     if report.full:
         ratios = report.ratios

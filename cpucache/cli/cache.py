@@ -167,34 +167,34 @@ def _ago(when: float) -> str:
 def stats(as_json: bool) -> None:
     """Show how much there is, how often it is hit, and the evaluation that it has saved."""
     with _store() as store:
-        totals, rows, budget = _index(store).totals(), _index(store).rows(), store.disk_budget
-    asked = totals["hits"] + totals["misses"]
+        rows, account = _index(store).rows(), store.account()
     models: dict[str, int] = {}
     for row in rows:
         models[row.info.model] = models.get(row.info.model, 0) + row.bytes
     result = {
-        "slices": len(rows),
-        "bytes": int(totals["bytes"]),
-        "budget": budget,
-        "hits": int(totals["hits"]),
-        "misses": int(totals["misses"]),
-        "hit_rate": round(totals["hits"] / asked, 4) if asked else None,
-        "seconds_saved": round(totals["seconds_saved"], 3),
-        "evicted": int(totals["evicted"]),
+        "slices": account.slices,
+        "bytes": account.bytes,
+        "budget": account.budget,
+        "hits": account.hits,
+        "misses": account.misses,
+        "hit_rate": None if account.hit_rate is None else round(account.hit_rate, 4),
+        "seconds_saved": round(account.seconds_saved, 3),
+        "evicted": account.evicted,
         "models": models,
     }
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
     table = Table.grid(padding=(0, 2))
-    rate = f"{totals['hits'] / asked:.1%} of {int(asked):,} look-ups" if asked else "nothing looked up yet"
+    asked = account.hits + account.misses
+    rate = f"{account.hit_rate:.1%} of {asked:,} look-ups" if account.hit_rate is not None else "nothing looked up yet"
     for name, value in (
-        ("slices", f"{len(rows):,}"),
-        ("on disk", f"{decimal(int(totals['bytes']))} of {decimal(budget)}"),
+        ("slices", f"{account.slices:,}"),
+        ("on disk", f"{decimal(account.bytes)} of {decimal(account.budget)}"),
         *((f"  {named(name)}", decimal(size)) for name, size in sorted(models.items())),
         ("hits", rate),
-        ("evicted", f"{int(totals['evicted']):,}"),
-        ("evaluation saved", f"{totals['seconds_saved']:,.0f} s"),
+        ("evicted", f"{account.evicted:,}"),
+        ("evaluation saved", f"{account.seconds_saved:,.0f} s"),
     ):
         table.add_row(Text(name, "dim"), value)
     out.print(table)

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +22,7 @@ from cpucache.cli.chat_screen import Answer, figures, markdown_answer, overflow,
 from cpucache.cli.console import check_prompt, err, out, seconds, token_bar
 from cpucache.cli.options import engine_options, sampling_options
 from cpucache.cli.run import split_sampling
-from cpucache.engine import Engine
+from cpucache.engine import Engine, Sampling
 from cpucache.engine.session import WHEN_FULL, Session
 from cpucache.engine.stream import Stream
 from cpucache.errors import InputError
@@ -79,7 +80,7 @@ def chat(
     check_name(name)
     if click.get_current_context().get_parameter_source("model") is ParameterSource.DEFAULT:
         model = _model_of(name) or model
-    settings = split_sampling(options) | {"max_tokens": max_tokens}
+    settings = {"sampling": split_sampling(options), "max_tokens": max_tokens}
     opening = None if prompt is None else load_prompt(Path(prompt))
     schema_tree = None if schema is None else load_schema(Path(schema))
     if opening is not None and schema_tree is not None:
@@ -199,7 +200,7 @@ class _Chat:
         else:
             _note(figures(stream.metrics))
             if stream.metrics.left_out_tokens:
-                _note(overflow(stream.metrics, moved=self._engine.context.can_shift))
+                _note(overflow(stream.metrics, moved=self._engine.context.memory.moves))
         if not self._reader.interactive and (stream is None or stream.metrics.finish == "interrupted"):
             # Whoever pipes messages in wants to be rid of all of them.
             raise KeyboardInterrupt
@@ -252,10 +253,11 @@ class _Chat:
             raise InputError("/edit [N] TEXT: say which of your messages is to be another, and what it is to be")
 
     def _regenerate(self, _argument: str) -> None:
-        if self._settings["temperature"] == 0:
+        sampling: Sampling = self._settings["sampling"]
+        if sampling.temperature == 0:
             _note("the likeliest answer is the same again: --temp above 0 lets it differ")
         # A seed is for the same answer again.
-        self._answer(self._session.regenerate, seed=None)
+        self._answer(self._session.regenerate, sampling=replace(sampling, seed=None))
 
     def _stats(self, _argument: str) -> None:
         session, engine = self._session, self._engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from rich.text import Text
 from cpucache.cli.console import kinds, seconds, times, token_bar
 from cpucache.cli.options import FIDELITY
 from cpucache.engine import Engine, Reply
-from cpucache.engine.planner import Message
 from cpucache.pml.tree import Prompt
 from cpucache.reuse import Encoded
 
@@ -41,27 +39,22 @@ class Comparison:
         }
 
 
-def compare(
-    engine: Engine,
-    prompt: Prompt | None,
-    settings: dict[str, Any],
-    *,
-    messages: Sequence[Message] | None = None,
-    text: str | None = None,
-    quiet: bool = False,
-) -> Comparison:
+def compare(engine: Engine, asked: dict[str, Any], settings: dict[str, Any], *, quiet: bool = False) -> Comparison:
     """Answer without the cache, make the slices that are missing, and answer from them.
 
-    One of ``prompt``, ``messages`` and ``text`` is given, as for ``Engine.stream``.
+    Args:
+        engine: Answers.
+        asked: The prompt, as ``read_asked`` gives it.
+        settings: Keywords of ``Engine.generate`` besides.
+        quiet: Show no progress.
     """
-    asked: dict[str, Any] = {"prompt": prompt, "messages": messages, "text": text}
     engine.warm_up()
     with token_bar("without the cache", shown=not quiet) as progress:
         uncached = engine.generate(**asked, use_cache=False, progress=progress, **settings)
     with token_bar("encoding, once", shown=not quiet) as progress:
-        if prompt is not None:
+        if isinstance(asked.get("prompt"), Prompt):
             exactness = {name: settings[name] for name in FIDELITY if name in settings}
-            encoded = engine.encode_for(prompt, progress, **exactness)
+            encoded = engine.encode_for(asked["prompt"], progress, **exactness)
         else:
             encoded = Encoded()
             if settings.get("reuse") != "anywhere":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +184,18 @@ def seconds(milliseconds: float) -> str:
     if milliseconds >= 1000:
         return f"{milliseconds / 1000:.2f} s"
     return f"{milliseconds:.1f} ms" if milliseconds < 10 else f"{milliseconds:.0f} ms"
+
+
+def profile_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """Milliseconds by stage, a column for each request or part of one."""
+    table = Table(Column("where the time went", no_wrap=True), box=SIMPLE_HEAD)
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for stage in next(iter(columns.values())):
+        table.add_row(stage, *(f"{column[stage]:,.2f} ms" for column in columns.values()))
+    table.add_section()
+    table.add_row("together", *(f"{sum(column.values()):,.2f} ms" for column in columns.values()))
+    return table
 
 
 def as_option(size: int) -> str:

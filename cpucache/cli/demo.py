@@ -11,7 +11,7 @@ from cpucache.cli.compare import compare, comparison_table
 from cpucache.cli.console import out
 from cpucache.cli.models import offer_to_fetch
 from cpucache.cli.options import engine_options
-from cpucache.engine import Engine
+from cpucache.engine import Engine, Sampling
 from cpucache.pml import load_prompt, load_schema
 from cpucache.pml.tree import Reference, Turn
 from cpucache.resources import resource
@@ -40,11 +40,12 @@ def demo(model: str, max_tokens: int, **options: Any) -> None:
             f"question: {question}",
             soft_wrap=True,
         )
-        result = compare(engine, prompt, {"max_tokens": max_tokens, "repeat_penalty": 1.1})
+        settings = {"max_tokens": max_tokens, "sampling": Sampling(repeat_penalty=1.1)}
+        result = compare(engine, {"prompt": prompt}, settings)
     out.print(comparison_table(result))
     out.print(
         f"What the prompt is made of: [bold]cpucache schema show {_shown(folder / 'schema.xml')}[/bold]\n"
-        "A prompt of your own:       [bold]cpucache run PROMPT -s SCHEMA[/bold] (see the README)",
+        "A prompt of your own:       [bold]cpucache run PROMPT -s SCHEMA[/bold] (see docs/tutorial.md)",
         soft_wrap=True,
     )
 

@@ -8,10 +8,12 @@ import io
 import logging
 import os
 import sys
+import traceback
 
 import click
 
 import cpucache
+from cpucache.cli.logs import debugging, following, show_logs, with_log_options
 from cpucache.errors import CpucacheError, InputError
 
 # The modules behind the commands are imported when a command is run: `cpucache --help` needs no llama.cpp.
@@ -21,6 +23,7 @@ _COMMANDS = {
     "chat": ("cpucache.cli.chat", "chat", "Talk with a model; conversations go on where they stood."),
     "sessions": ("cpucache.cli.sessions", "sessions", "List, check, delete and export conversations."),
     "serve": ("cpucache.cli.serve", "serve", "Answer programs that speak OpenAI's or Anthropic's API."),
+    "why": ("cpucache.cli.why", "why", "Show why a request to the server was no hit, and what to switch on."),
     "plan": ("cpucache.cli.plan", "plan", "Show which slice each part of a prompt takes, and why."),
     "fidelity": ("cpucache.cli.fidelity", "fidelity", "Measure how far a cached answer is from the uncached one."),
     "encode": ("cpucache.cli.encode", "encode", "Evaluate and save every module of schemas."),
@@ -43,7 +46,7 @@ class _Commands(click.Group):
             return None
         module, name, _ = _COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), name)
-        return command
+        return with_log_options(command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -74,9 +77,14 @@ def cli() -> None:
     cpucache chat                                  talk, and go on another day
     cpucache serve                                 answer other programs
 
+    -v and --debug may stand behind any command, too. $CPUCACHE_DEBUG=1 is --debug.
+
     Slices are kept in $CPUCACHE_HOME, else in the platform's cache folder; conversations in $CPUCACHE_SESSIONS, else in
     the platform's user data folder.
     """
+
+
+with_log_options(cli)
 
 
 def main() -> None:
@@ -84,6 +92,8 @@ def main() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("cpucache: %(message)s"))
     logging.getLogger("cpucache").addHandler(handler)
+    if os.environ.get("CPUCACHE_DEBUG", "0") not in ("", "0"):
+        show_logs(logging.DEBUG)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a character of an answer or of a drawing gets a question mark instead.
         sys.stdout.reconfigure(errors="replace")
@@ -94,9 +104,11 @@ def main() -> None:
         click.echo(_safe(_usage(error)), err=True)
         sys.exit(2)
     except CpucacheError as error:
+        _trace()
         click.echo(_safe(f"cpucache: {error}"), err=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except (KeyboardInterrupt, click.Abort):
+        _trace()
         click.echo("cpucache: interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
@@ -104,16 +116,31 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
+        _trace()
         click.echo(_safe(f"cpucache: {error}"), err=True)
         sys.exit(1)
 
 
+def _trace() -> None:
+    """Show where an error was raised, if everything is to be seen."""
+    if debugging():
+        click.echo(_safe(traceback.format_exc().rstrip()), err=True)
+
+
 class _Formatter(logging.Formatter):
-    """Messages name what others wrote, such as slices and conversations."""
+    """Messages name what others wrote, such as slices and conversations.
+
+    A line that is there because somebody asked to see inside tells when it was written, and which room it is from.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         text = _safe(super().format(record))
-        return text.replace(": ", ": warning: ", 1) if record.levelno >= logging.WARNING else text
+        if record.levelno >= logging.WARNING:
+            return text.replace(": ", ": warning: ", 1)
+        if not following():
+            return text
+        room = ".".join(record.name.split(".")[:2])
+        return text.replace("cpucache: ", f"{record.relativeCreated / 1000:9.3f} {room}: ", 1)
 
 
 def _safe(text: str) -> str:

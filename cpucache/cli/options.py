@@ -9,7 +9,7 @@ import click
 
 from cpucache.layout.cuts import LEAST, MOST
 from cpucache.models import default_model
-from cpucache.reuse import DEFAULT, LEVELS, REUSES
+from cpucache.reuse import DEFAULT, LEVELS, REUSES, Fidelity
 from cpucache.runtime.packing import AT_REST
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -122,7 +122,7 @@ def positions_option(command: Command) -> Command:
     )(command)
 
 
-FIDELITY = ("fidelity", "recompute", "reuse")
+FIDELITY = ("fidelity", "reuse")
 """The keywords of ``Engine.plan`` that say how near to full prefill a prompt is wanted."""
 
 
@@ -165,13 +165,14 @@ def fidelity_options(command: Command) -> Command:
 
 def split_fidelity(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of ``fidelity_options`` out of all options, as ``Engine.plan`` takes them."""
-    return {name: options.pop(name) for name in FIDELITY}
+    fidelity, recompute = options.pop("fidelity"), options.pop("recompute")
+    asked = None if fidelity is None and recompute is None else Fidelity.of(fidelity, recompute)
+    return {"fidelity": asked, "reuse": options.pop("reuse")}
 
 
 def check_text_fidelity(exactness: dict[str, Any]) -> None:
     """Raise ``UsageError`` for what a prompt without a schema has no use for."""
-    asked = exactness["fidelity"] is not None or exactness["recompute"] is not None
-    if asked and exactness["reuse"] != "anywhere":
+    if exactness["fidelity"] is not None and exactness["reuse"] != "anywhere":
         raise click.UsageError(
             "--fidelity and --recompute are for --schema, or for --reuse anywhere: all else is exact"
         )

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import click
 from rich.markup import escape
 
 from cpucache.cli.compare import compare, comparison_table
-from cpucache.cli.console import err, kinds, out, printed, seconds, token_bar
+from cpucache.cli.console import err, kinds, out, printed, profile_table, seconds, token_bar
 from cpucache.cli.options import (
     engine_options,
     fidelity_options,
@@ -20,7 +21,8 @@ from cpucache.cli.options import (
     split_fidelity,
 )
 from cpucache.cli.text import read_asked
-from cpucache.engine import Engine, Metrics, Stream
+from cpucache.engine import Engine, Metrics, Sampling, Stream
+from cpucache.stages import Profile, profiled
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop")
 
@@ -34,6 +36,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed",
 @click.option("--raw", is_flag=True, help="Go on with the text as it is, instead of answering it as a message.")
 @click.option("--no-cache", is_flag=True, help="Evaluate every token of the prompt, reusing nothing.")
 @click.option("--compare", "comparing", is_flag=True, help="Answer twice, without the cache and with it, and compare.")
+@click.option("--profile", "profiling", is_flag=True, help="Tell where the time went, stage by stage.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the answer, counts and times.")
 def run(
     prompt: str,
@@ -43,6 +46,7 @@ def run(
     raw: bool,
     no_cache: bool,
     comparing: bool,
+    profiling: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -63,27 +67,34 @@ def run(
     """
     if no_cache and comparing:
         raise click.UsageError("--no-cache and --compare exclude each other")
-    settings = split_sampling(options) | {"max_tokens": max_tokens}
+    if profiling and comparing:
+        raise click.UsageError("--profile and --compare exclude each other: profile an answer at a time")
+    settings: dict[str, Any] = {"sampling": split_sampling(options), "max_tokens": max_tokens}
     exactness = split_fidelity(options)
-    asked, schema = read_asked(prompt, schema_file, exactness, raw=raw)
+    profile = Profile()
+    with profiled(profile):
+        asked, schema = read_asked(prompt, schema_file, exactness, raw=raw)
     settings |= exactness
     with Engine(model, **options) as engine, ExitStack() as interruptible:
         if schema is not None:
             engine.add_schema(schema)
         if comparing:
-            settings["seed"] = secrets.randbits(32) if settings["seed"] is None else settings["seed"]
-            result = compare(engine, settings=settings, quiet=as_json, **{"prompt": None} | asked)
+            result = compare(engine, asked, settings | {"sampling": _seeded(settings["sampling"])}, quiet=as_json)
             if as_json:
                 click.echo(json.dumps(result.as_dict()))
             else:
                 out.print(comparison_table(result))
             return
         with token_bar("evaluating", shown=not as_json) as progress:
-            stream = engine.stream(**asked, use_cache=not no_cache, progress=progress, **settings)
+            profile.note_call()
+            with profiled(profile) if profiling else nullcontext():
+                stream = engine.stream(**asked, use_cache=not no_cache, progress=progress, **settings)
             interruptible.enter_context(_telling_what_is_kept(engine, stream))
             first = next(stream, "")
         if as_json:
-            click.echo(json.dumps(stream.reply().as_dict()))
+            reply = stream.reply()
+            split = {"profile": _split(profile, reply.metrics)} if profiling else {}
+            click.echo(json.dumps(reply.as_dict() | split))
             return
         try:
             click.echo(printed(first), nl=False)
@@ -94,6 +105,13 @@ def run(
         made = [slice_.key for slice_ in stream.plan.wanted if slice_.context is not None]
         figures = _figures(stream.metrics, saved=not engine.store.kept(made).missing)
         err.print(f"[dim]{escape(figures)}[/dim]", soft_wrap=True)
+        if profiling:
+            err.print(profile_table(_split(profile, stream.metrics)))
+
+
+def _split(profile: Profile, metrics: Metrics) -> dict[str, dict[str, float]]:
+    """Milliseconds by stage, to the first token and to the end."""
+    return {"first_token": profile.split(metrics.ttft_ms), "whole": profile.split(metrics.total_ms, first=False)}
 
 
 @contextmanager
@@ -112,9 +130,14 @@ def _telling_what_is_kept(engine: Engine, stream: Stream) -> Iterator[None]:
         raise
 
 
-def split_sampling(options: dict[str, Any]) -> dict[str, Any]:
+def split_sampling(options: dict[str, Any]) -> Sampling:
     """Take the options of ``sampling_options`` but ``max_tokens`` out of all options."""
-    return {name: options.pop(name) for name in _SAMPLING}
+    return Sampling(**{name: options.pop(name) for name in _SAMPLING})
+
+
+def _seeded(sampling: Sampling) -> Sampling:
+    """The same, with a seed: two answers are to be chosen alike."""
+    return replace(sampling, seed=secrets.randbits(32)) if sampling.seed is None else sampling
 
 
 def _figures(metrics: Metrics, *, saved: bool) -> str:

@@ -267,6 +267,6 @@ def grammar() -> None:
     """Print the folder of the RELAX NG grammars, for editors: schema.rng and prompt.rng (.rnc in compact syntax).
 
     VS Code takes them with the extension "XML" of Red Hat ("xml.fileAssociations"), Emacs with nxml-mode: its variable
-    rng-schema-locating-files takes the file schemas.xml beside them. README.md shows both.
+    rng-schema-locating-files takes the file schemas.xml beside them. docs/pml.md shows both.
     """
     click.echo(str(GRAMMARS))

@@ -83,7 +83,13 @@ def _is_loopback(host: str) -> bool:
     help="Which slices prompts may take. exact: those that were evaluated behind just what stands before them; schema: "
     "content parts marked as modules, and tools, wherever they stand, too; anywhere: all text.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="A line on standard error for each request.")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="A line on standard error for each request: its id, status, tokens by where they came from, and times.",
+)
+@click.option("--log-json", is_flag=True, help="The same, and all else that is logged, as one JSON object a line.")
 def serve(
     model: str,
     host: str,
@@ -98,6 +104,7 @@ def serve(
     tool_order: str,
     reuse: Reuse,
     verbose: bool,
+    log_json: bool,
     **options: Any,
 ) -> None:
     """Answer programs that speak OpenAI's or Anthropic's API.
@@ -114,6 +121,7 @@ def serve(
     POST /v1/chat/completions  /v1/completions  /v1/responses       OpenAI's
     POST /v1/messages  /v1/messages/count_tokens                    Anthropic's
     POST /v1/schemas  /v1/schemas/NAME/encode  /v1/cache/prepare    cpucache's own
+    GET  /v1/requests  /v1/requests/ID                              what was asked lately, and why it was no hit
     GET  /v1/models  /health  /metrics                              POST /tokenize  /detokenize  /apply-template
 
     Ctrl-C ends it: answers under way get five seconds, and what was evaluated is kept.
@@ -122,6 +130,7 @@ def serve(
         import uvicorn
 
         from cpucache.server.app import create_app
+        from cpucache.server.logs import JsonFormatter
         from cpucache.server.settings import ServerSettings
     except ImportError as error:
         raise CpucacheError(
@@ -148,8 +157,11 @@ def serve(
         reuse=reuse,
         sorted_tools=tool_order == "sorted",
     )
-    if verbose:
+    if verbose or log_json:
         logging.getLogger("cpucache.server").setLevel(logging.INFO)
+    if log_json:
+        for handler in logging.getLogger("cpucache").handlers:
+            handler.setFormatter(JsonFormatter())
     with _listening(host, port) as listener, Engine(model, parallel=parallel, refine="idle", **options) as engine:
         engine.warm_up()
         app = create_app(engine, settings, parallel=parallel)
@@ -159,12 +171,20 @@ def serve(
         listener.listen(128)
         name = f"[{host}]" if ":" in host else host
         url = f"http://{name}:{listener.getsockname()[1]}"
-        err.print(f"{engine.model.name} answers at {url} (Ctrl-C ends)", soft_wrap=True, highlight=False)
+        _say(f"{engine.model.name} answers at {url} (Ctrl-C ends)", log_json=log_json)
         # uvicorn has ended in good order then, and says so by raising what ended it.
         with suppress(KeyboardInterrupt):
             server.run([listener])
         app.state.service.close()
-    err.print("the server has ended; what was evaluated is kept")
+    _say("the server has ended; what was evaluated is kept", log_json=log_json)
+
+
+def _say(text: str, *, log_json: bool) -> None:
+    """Tell what the server does, in the form of all else that it says."""
+    if log_json:
+        logging.getLogger("cpucache.server").info("%s", text)
+    else:
+        err.print(text, soft_wrap=True, highlight=False)
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import click
 from cpucache.cli.console import check_prompt, read_prompt, read_schema
 from cpucache.cli.options import check_text_fidelity
 from cpucache.errors import InputError
+from cpucache.pml import is_prompt
 from cpucache.pml.tree import Schema
-
-_PML = re.compile(r"\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*<prompt[\s>]", re.DOTALL)
 
 
 def read_asked(
@@ -49,15 +47,15 @@ def read_text(name: str, *, raw: bool) -> dict[str, Any]:
         raise InputError(f"{name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text: {error}") from error
-    if _PML.match(text):
+    if is_prompt(text):
         raise click.UsageError(f"missing option '-s' / '--schema': {name} is a PML prompt, written against a schema")
     if name.endswith(".json"):
         if raw:
             raise click.UsageError("--raw is for text, not for a .json file of messages")
-        return {"messages": _messages(name, text)}
+        return {"prompt": _messages(name, text)}
     if not text.strip():
         raise InputError(f"{name}: there is nothing in it")
-    return {"text": text} if raw else {"messages": [{"role": "user", "content": text.strip("\r\n")}]}
+    return {"text": text} if raw else {"prompt": [{"role": "user", "content": text.strip("\r\n")}]}
 
 
 def _messages(name: str, text: str) -> list[dict[str, Any]]:

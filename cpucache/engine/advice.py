@@ -9,9 +9,11 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from cpucache.engine.answer import Answer
 from cpucache.engine.fidelity import WATCHED, Distance, Truth, distance, truth
 from cpucache.engine.host import Host
 from cpucache.engine.planner import Question
+from cpucache.engine.stream import Stream
 from cpucache.errors import ContextFull
 from cpucache.reuse import Encoded, Fidelity
 from cpucache.runtime import Sampling
@@ -127,15 +129,16 @@ def examine(
 
     say(0, "without reuse")
     host.warm_up()
-    stream = host.answer(
+    answer = Answer(
+        host.workspace,
         question.plan,
         Sampling(),
-        n_tokens=question.n_tokens,
         max_tokens=max_tokens,
         started=perf_counter(),
         label=question.label,
         use_cache=False,
     )
+    stream = Stream(host, answer, question.n_tokens)
     reply = stream.reply()
     plan = question.plan()
     watched = min(WATCHED, len(plan.spans[-1].tokens))
@@ -170,14 +173,15 @@ def _try(host: Host, question: Question, true: Truth, change: str, max_tokens: i
         text = ""
         for last in reversed(range(_TIMES)):
             host.forget()
-            stream = host.answer(
+            answer = Answer(
+                host.workspace,
                 question.plan,
                 Sampling(),
-                n_tokens=question.n_tokens,
                 max_tokens=1 if last else max_tokens,
                 started=perf_counter(),
                 label=question.label,
             )
+            stream = Stream(host, answer, question.n_tokens)
             text = stream.reply().text
             times.append(stream.metrics.ttft_ms)
         plan = question.plan()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,10 +16,13 @@ from cpucache.engine.text import TextStream
 from cpucache.errors import InputError
 from cpucache.reuse import Plan, Slice, Workspace
 from cpucache.reuse.slot import Slot
+from cpucache.reuse.way import answer
 from cpucache.reuse.work import Task
 from cpucache.runtime import Sampler, Sampling
 from cpucache.runtime.context import Logits
+from cpucache.stages import current, stage
 
+_log = logging.getLogger("cpucache.engine")
 Hook: TypeAlias = "Callable[[Answer], None]"
 
 
@@ -63,6 +67,8 @@ class Answer:
     ) -> None:
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens!r}: must be a number of at least 1")
+        if not isinstance(sampling, Sampling):
+            raise InputError(f"sampling is a Sampling, such as Sampling(temperature=0.7), not {sampling!r:.80}")
         self.text = ""
         self.tokens: list[int] = []
         """The tokens of the answer so far."""
@@ -80,9 +86,9 @@ class Answer:
         self._workspace = workspace
         self._slot: Slot | None = None
         self._sampling = sampling
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._started = started
-        self._label = label
+        self.label = label
         self._use_cache = use_cache
         self._at_start = at_start
         self._at_first = at_first
@@ -99,44 +105,51 @@ class Answer:
         try:
             if self._at_start:
                 self._timed(self._at_start)
-            planned = self.planned()
-            with self._workspace.slot(planned) as self._slot:
-                yield from self._prefill(self._slot, planned, request)
-                sampler.accept(self.plan.tokens)
-                try:
-                    yield from self._decode(self._slot, sampler, request)
-                finally:
-                    self.metrics.total_ms = self._elapsed()
-                    if self.metrics.ttft_ms:
-                        self._first()
-                        if self._at_end:
-                            self._timed(self._at_end)
+            yield from answer(
+                self._workspace,
+                self.planned,
+                partial(self._decode, sampler, request),
+                label=self.label,
+                progress=request.progress,
+                metrics=self.metrics,
+                fresh=not self._use_cache,
+            )
         finally:
             self._slot = None
-            self.metrics.total_ms = self._elapsed()
+            metrics = self.metrics
+            metrics.total_ms = self._elapsed()
             sampler.close()
+            _log.info(
+                "%s: %d of %d tokens from the cache, first token after %.1f ms, %d tokens in %.1f ms (%s)",
+                *(self.label, metrics.cached_tokens, metrics.prompt_tokens, metrics.ttft_ms),
+                *(metrics.completion_tokens, metrics.total_ms, metrics.finish),
+            )
 
-    def _prefill(self, slot: Slot, planned: Plan, request: Request[None]) -> Task[None]:
-        at_hand = [planned]
+    def _decode(self, sampler: Sampler, request: Request[None], slot: Slot, plan: Plan) -> Task[None]:
+        """Choose token after token behind a prompt that has been evaluated."""
+        self._slot, self.plan = slot, plan
+        sampler.accept(plan.tokens)
+        try:
+            yield from self._tokens(sampler, request, slot)
+        finally:
+            self.metrics.total_ms = self._elapsed()
+            if self.metrics.ttft_ms:
+                self._first()
+                if self._at_end:
+                    self._timed(self._at_end)
 
-        def plan() -> Plan:
-            return at_hand.pop() if at_hand else self.planned()
-
-        self.plan, prefill = yield from self._workspace.prefill(
-            slot, plan, self._label, request.progress, fresh=not self._use_cache
-        )
-        for name, value in asdict(prefill).items():
-            setattr(self.metrics, name, value)
-
-    def _decode(self, slot: Slot, sampler: Sampler, request: Request[None]) -> Task[None]:
+    def _tokens(self, sampler: Sampler, request: Request[None], slot: Slot) -> Task[None]:
         context, metrics = self._workspace.context, self.metrics
-        out = TextStream(self._sampling.stop)
+        out = TextStream(self._sampling.stops)
         positions = max(context.model.n_ctx_train, self.plan.end + 1) - self.plan.end
-        room = min(self._max_tokens, context.n_ctx - metrics.prompt_tokens, positions)
+        room = min(self.max_tokens, context.n_ctx - metrics.prompt_tokens, positions)
         while True:
-            token = context.sample(sampler, slot.index)
+            with stage("sample"):
+                token = context.sample(sampler, slot.index)
             if not metrics.ttft_ms:
                 metrics.ttft_ms = self._elapsed()
+                if profile := current():
+                    profile.note_first()
             if self._sampling.logprobs is not None:
                 self.logprobs.append(_logprobs(context.logits(slot.index), token, self._sampling.logprobs))
             if context.model.ends_generation(token):

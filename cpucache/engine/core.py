@@ -6,13 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from cpucache.engine.request import Priority, Request
 from cpucache.engine.scheduler import Job, Scheduler
 from cpucache.errors import ContextFull, CpucacheError
-from cpucache.reuse.work import Execution
 from cpucache.runtime import Batch, Context, Stopped
+from cpucache.stages import profiled
 
 PAUSE = 1.0
 """Seconds without a request after which the machine counts as idle."""
@@ -39,6 +40,8 @@ class Core:
         self._inbox: list[Request[Any]] = []
         self._changed = threading.Condition()
         self._closing = False
+        self._told: Request[Any] | None = None
+        """The request of which the log says that it waits for cells."""
         self._thread = threading.Thread(target=self._run, name="cpucache-core", daemon=True)
         self._thread.start()
 
@@ -87,6 +90,8 @@ class Core:
                 else:
                     self._changed.wait(due)
             for request in self._inbox:
+                if self._scheduler.busy:
+                    _log.info("%s waits; running or waiting before it: %d", request.label, self._scheduler.count)
                 self._scheduler.add(request)
             self._inbox.clear()
             return not self._closing
@@ -118,6 +123,7 @@ class Core:
             self._close(job)
             self._end(job.request)
         elif job := self._scheduler.overtaken():
+            _log.info("%s makes way for a request of higher priority", job.request.label)
             self._close(job)
             if job.request is self._idling:
                 self._end(job.request)
@@ -133,14 +139,19 @@ class Core:
         """Begin the next request, if one may."""
         request = self._scheduler.next()
         if request is None:
+            due = self._scheduler.due
+            if due is not None and due is not self._told:
+                self._told = due
+                _log.info("%s waits for cells of the context, which the answers under way take", due.label)
             return
-        job = self._scheduler.prefill = Job(request, Execution(request.task(request)))
-        self._go(job, job.execution.start)
+        _log.debug("%s begins", request.label)
+        job = self._scheduler.prefill = Job(request)
+        self._go(job, job.start)
 
     def _step(self) -> None:
         """Evaluate one batch, and let those go on whose work is done."""
         scheduler = self._scheduler
-        works = {job: list(job.execution.work.runs) for job in scheduler.running}
+        works = {job: list(job.work.runs) for job in scheduler.running}
         batch = Batch()
         jobs, chunk = scheduler.fill(batch)
         started = time.perf_counter()
@@ -152,7 +163,7 @@ class Core:
         except (Stopped, ContextFull) as error:
             # None of it has been evaluated.
             for job in jobs:
-                job.execution.work.runs = works[job]
+                job.work.runs = works[job]
             if isinstance(error, ContextFull):
                 # Answers have cells of their own: what took too many is the prefill.
                 self._fail(scheduler.prefill or jobs[-1], error)
@@ -161,13 +172,16 @@ class Core:
             for job in jobs:
                 self._fail(job, error)
             return
-        scheduler.learn(chunk, time.perf_counter() - started)
+        took = time.perf_counter() - started
+        scheduler.learn(chunk, took)
         for job in jobs:
-            work = job.execution.work
+            if job.request.profile is not None:
+                job.request.profile.add("decode", took)
+            work = job.work
             if work.progress and chunk and job is scheduler.prefill:
                 work.progress(chunk)
             if not work.runs and not (job is scheduler.prefill and job.request.cancelled):
-                self._go(job, job.execution.go_on)
+                self._go(job, job.go_on)
 
     def _stop(self) -> bool:
         """Whether a lone prefill is to be stopped: it is cancelled, or has to make way."""
@@ -186,33 +200,36 @@ class Core:
     # -- what becomes of a request -----------------------------------------------------------------------------------
     def _go(self, job: Job, step: Callable[[], None]) -> None:
         """Let a job go on. What it raises is its caller's."""
-        request, execution = job.request, job.execution
+        request = job.request
         try:
-            step()
+            with nullcontext() if request.profile is None else profiled(request.profile):
+                step()
         except ContextFull as error:
             alone = len(self._scheduler.running) == 1 or request.cells is None
             if alone or job is not self._scheduler.prefill:
                 request.end(error=error)
             else:
                 # Making slices that were missing took more cells than the prompt has: it begins again, alone.
+                _log.info("%s: the context is full; it begins again with nothing beside it", request.label)
                 request.cells = None
                 self._scheduler.add(request, first=True)
         except BaseException as error:  # whatever it is, this thread lives on
+            _log.debug("%s failed", request.label, exc_info=True)
             request.end(error=error)
         else:
-            if execution.ended:
-                request.end(execution.result)
+            if job.ended:
+                request.end(job.result)
         self._scheduler.advance(job)
-        if request.priority < Priority.REFINE and execution.ended:
+        if request.priority < Priority.REFINE and job.ended:
             self._idle_at = time.monotonic() + PAUSE
 
     def _fail(self, job: Job, error: CpucacheError) -> None:
-        self._go(job, lambda: job.execution.fail(error))
+        self._go(job, lambda: job.fail(error))
 
     def _close(self, job: Job) -> None:
         """End a task where it is."""
         try:
-            job.execution.close()
+            job.close()
         except Exception:
             _log.exception("a request failed when it was cancelled")
         self._scheduler.drop(job)

@@ -14,37 +14,35 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import psutil
 
-from cpucache.authoring import AnyPrompt
+from cpucache.authoring import AnyPromptFunction
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
+from cpucache.engine.answer import Answer
 from cpucache.engine.core import Core
 from cpucache.engine.host import Host
-from cpucache.engine.planner import Message, Planner, Question, parsed_prompt
+from cpucache.engine.planner import AnyPrompt, Planner, PMLPrompt, Question, parsed_prompt
 from cpucache.engine.reply import Prepared, Reply
 from cpucache.engine.request import Priority, Request
-from cpucache.engine.sampling import sampling_of
 from cpucache.engine.saving import Saving
 from cpucache.engine.session import Session, WhenFull
 from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
 from cpucache.errors import InputError
-from cpucache.layout import ChatTemplate, Positions, SchemaLayout, Text, Tokens
+from cpucache.layout import ChatTemplate, Positions, SchemaLayout
 from cpucache.layout.cuts import LEAST, MOST, Cuts, check_sizes
 from cpucache.layout.schema import POSITIONS
 from cpucache.models import default_model, resolve_model
-from cpucache.pml.tree import Prompt, Schema
+from cpucache.pml.tree import Schema
 from cpucache.reuse import (
     REUSES,
     Encoded,
     Fidelity,
     Level,
-    Lookup,
     OnProgress,
     Plan,
-    Repair,
     Reuse,
     Slice,
     Slices,
@@ -62,6 +60,7 @@ from cpucache.runtime import Context, KVType, Model, Sampling
 from cpucache.runtime.hardware import on_mains
 from cpucache.runtime.packing import AT_REST, AtRest, Packing
 from cpucache.sessions import Transcripts, default_sessions
+from cpucache.stages import stage
 from cpucache.store import Fingerprints, Store, default_home
 
 Refine: TypeAlias = Literal["off", "idle"]
@@ -164,8 +163,8 @@ class Engine:
                 loaded.chat_template, bos=loaded.special_text("bos"), eos=loaded.special_text("eos")
             )
             # Gaps between positions come from moving, which not every model's state allows.
-            positions = positions if self.context.can_shift else "packed"
-            self._planner_of = partial(_planner, loaded, template, positions, cells, usual, reuse)
+            positions = positions if self.context.memory.moves else "packed"
+            self._planner_of = partial(Planner, template=template, positions=positions, fidelity=usual, reuse=reuse)
             self.planner = self._planner_of(self.workspace)
             idle = partial(_refining_when_idle, self._spaces) if refine == "idle" else None
             self.host = Host(loaded, template, self.workspace, self.planner, Core(self.context, parallel, idle))
@@ -238,7 +237,7 @@ class Engine:
         self.close()
 
     # -- schemas -----------------------------------------------------------------------------------------------------
-    def add_schema(self, schema: str | Path | Schema | AnyPrompt) -> SchemaLayout:
+    def add_schema(self, schema: str | Path | Schema | AnyPromptFunction) -> SchemaLayout:
         """Read and lay out a schema; prompts then find it by its name.
 
         It is a file, a schema parsed already, or a function decorated with ``@cpucache.prompt``.
@@ -260,7 +259,7 @@ class Engine:
         return reading(self.planner.layout(schema), self.slices, self._room)
 
     def encode_likely(
-        self, schema: str, prompts: Sequence[str | Path | Prompt] = (), progress: OnProgress | None = None
+        self, schema: str, prompts: Sequence[AnyPrompt] = (), progress: OnProgress | None = None
     ) -> Encoded:
         """Make exact slices for likely prompts besides: of the schema's scaffold sets, and of these ``prompts``."""
         layout = self.planner.layout(schema)
@@ -305,29 +304,29 @@ class Engine:
     # -- prompts -----------------------------------------------------------------------------------------------------
     def plan(
         self,
-        prompt: str | Path | Prompt | None = None,
+        prompt: AnyPrompt | None = None,
         *,
-        messages: Sequence[Message] | None = None,
         text: str | None = None,
-        tokens: Sequence[int] | Tokens | Text | None = None,
         fidelity: Level | Fidelity | None = None,
-        recompute: float | None = None,
         reuse: Reuse | None = None,
     ) -> Plan:
         """What a prompt consists of: its spans, and where each token comes from, by the slices that there are now.
 
+        Messages, text and tokens are cut into segments, which are cached each behind all before it, and found again by
+        whatever begins with the same text.
+
         Args:
-            prompt: PML text, the path of a file, or a parsed prompt, whose schema must have been added.
-            messages: Instead, messages each with ``role`` (system, user, assistant) and ``content``.
-            text: Instead, text to go on with as it is.
-            tokens: Instead, ids of tokens to go on with as they are, or a ``Text``, whose parts may be reused wherever
-                they stand. Messages, text and tokens are cut into segments, which are cached each behind all before it,
-                and found again by whatever begins with the same text.
+            prompt: Its type tells what it is. A ``str`` that begins with ``<prompt``, a ``Path`` and a parsed prompt
+                are PML, on a schema that must have been added. Any other ``str`` is a message of the user. A list of
+                mappings is messages, each with ``role`` (system, user, assistant) and ``content``. A list or array of
+                numbers is ids of tokens to go on with as they are; so is a ``Text``, whose parts may be reused wherever
+                they stand.
+            text: Instead, text to go on with as it is, without the model's chat template.
             fidelity: What is done about slices that are not exact. ``"fast"``: nothing, but that the schema's
                 closing text (16 tokens at most) is evaluated with the question. ``"balanced"``: a tenth of the spliced
                 tokens is evaluated afresh besides, where the question points. ``"high"``: exact slices only; what has
-                none is evaluated, and saved. Or a ``Fidelity``. The engine's when none is given.
-            recompute: Instead of a level, the share (0 to 1) of the spliced tokens that is evaluated afresh.
+                none is evaluated, and saved. Or a ``Fidelity``, such as ``Fidelity(recompute=0.2)``, which says the
+                share of the spliced tokens that is evaluated afresh. The engine's when none is given.
             reuse: ``"schema"``: slices that attended to text of the prompt's schema alone; for prompts without one,
                 those that are exact. ``"exact"``: no others. ``"anywhere"``: slices that attended to text of other
                 prompts, too. So messages and text are answered at once when something before a known passage has
@@ -335,31 +334,27 @@ class Engine:
 
         Raises ``PMLError`` or ``InputError``.
         """
-        return self.planner.question(prompt, messages, text, tokens, fidelity, recompute, reuse).plan()
+        return self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse).plan()
 
     def encode_for(
         self,
-        prompt: str | Path | Prompt,
+        prompt: AnyPrompt,
         progress: OnProgress | None = None,
         *,
         fidelity: Level | Fidelity | None = None,
-        recompute: float | None = None,
         reuse: Reuse | None = None,
     ) -> Encoded:
-        """Make the slices that one prompt needs and the store does not have. Fidelity is given as for ``plan``."""
-        question = self.planner.question(prompt, fidelity=fidelity, recompute=recompute, reuse=reuse)
+        """Make the slices that one prompt needs and the store does not have. The prompt is given as for ``plan``."""
+        question = self.planner.question(prompt, fidelity=fidelity, reuse=reuse)
         return self._encode(question.plan().wanted, question.label, progress)
 
     def prepare(
         self,
-        prompt: str | Path | Prompt | None = None,
+        prompt: AnyPrompt | None = None,
         progress: OnProgress | None = None,
         *,
-        messages: Sequence[Message] | None = None,
         text: str | None = None,
-        tokens: Sequence[int] | Tokens | Text | None = None,
         fidelity: Level | Fidelity | None = None,
-        recompute: float | None = None,
         reuse: Reuse | None = None,
     ) -> Prepared:
         """Evaluate a prompt ahead, without an answer: what begins with it is answered at once then.
@@ -370,7 +365,7 @@ class Engine:
 
         Raises ``PMLError``, ``InputError`` or ``ContextFull``.
         """
-        question = self.planner.question(prompt, messages, text, tokens, fidelity, recompute, reuse)
+        question = self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse)
         question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
         plan = question.plan()
         wanted = list(plan.wanted)
@@ -383,13 +378,10 @@ class Engine:
 
     def prefetch(
         self,
-        prompt: str | Path | Prompt | Session | None = None,
+        prompt: AnyPrompt | Session | None = None,
         *,
-        messages: Sequence[Message] | None = None,
         text: str | None = None,
-        tokens: Sequence[int] | Tokens | Text | None = None,
         fidelity: Level | Fidelity | None = None,
-        recompute: float | None = None,
         reuse: Reuse | None = None,
     ) -> Future[None]:
         """Read the slices that a session or a prompt is going to need into memory, in the background.
@@ -398,28 +390,18 @@ class Engine:
         """
         if isinstance(prompt, Session):
             return prompt.prefetch()
-        plan = self.planner.question(prompt, messages, text, tokens, fidelity, recompute, reuse).plan()
+        plan = self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse).plan()
         return self.store.prefetch(self.workspace.keys(plan))
 
     def stream(
         self,
-        prompt: str | Path | Prompt | None = None,
+        prompt: AnyPrompt | None = None,
         *,
-        messages: Sequence[Message] | None = None,
         text: str | None = None,
-        tokens: Sequence[int] | Tokens | Text | None = None,
         max_tokens: int = 256,
         use_cache: bool = True,
         sampling: Sampling | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repeat_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
         fidelity: Level | Fidelity | None = None,
-        recompute: float | None = None,
         reuse: Reuse | None = None,
         progress: OnProgress | None = None,
     ) -> Stream:
@@ -428,51 +410,68 @@ class Engine:
         Slices that are missing are made on the way.
 
         Args:
+            prompt: In any form that ``plan`` takes.
+            text: Instead, text to go on with.
             max_tokens: Tokens of the answer at most.
             use_cache: ``False`` evaluates the same tokens from the first to the last, reusing nothing.
-            sampling: How tokens are chosen; greedily, if nothing is said. The keywords from ``temperature`` to ``stop``
-                change single settings.
+            sampling: How tokens are chosen, such as ``Sampling(temperature=0.7, seed=1)``; greedily if not given.
+            fidelity: What is done about slices that are not exact.
+            reuse: Which slices are taken.
             progress: ``progress(done, total)`` is told about tokens evaluated before the first token of the answer.
 
         Raises ``PMLError``, ``InputError`` or ``ContextFull``.
         """
         started = time.perf_counter()
-        chosen = sampling_of(
-            sampling,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repeat_penalty=repeat_penalty,
-            seed=seed,
-            stop=stop,
-        )
-        question = self.planner.question(prompt, messages, text, tokens, fidelity, recompute, reuse)
+        with stage("plan"):
+            question = self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse)
         question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
         saving = Saving(self.workspace, question) if use_cache else None
-        return self.host.answer(
+        answer = Answer(
+            self.workspace,
             question.plan,
-            chosen,
+            sampling or Sampling(),
             max_tokens=max_tokens,
             started=started,
             label=question.label,
-            n_tokens=question.n_tokens,
             use_cache=use_cache,
-            progress=progress,
             at_first=saving.save_prompt if saving else None,
             at_end=saving.save_answer if saving else None,
         )
+        return Stream(self.host, answer, question.n_tokens, progress)
+
+    def generate(
+        self,
+        prompt: AnyPrompt | None = None,
+        *,
+        text: str | None = None,
+        max_tokens: int = 256,
+        use_cache: bool = True,
+        sampling: Sampling | None = None,
+        fidelity: Level | Fidelity | None = None,
+        reuse: Reuse | None = None,
+        progress: OnProgress | None = None,
+    ) -> Reply:
+        """The whole answer to a prompt. Everything is given as for ``stream``."""
+        stream = self.stream(
+            prompt,
+            text=text,
+            max_tokens=max_tokens,
+            use_cache=use_cache,
+            sampling=sampling,
+            fidelity=fidelity,
+            reuse=reuse,
+            progress=progress,
+        )
+        return stream.reply()
 
     def fidelity(
         self,
-        prompt: str | Path | Prompt | None = None,
+        prompt: AnyPrompt | None = None,
         *,
-        messages: Sequence[Message] | None = None,
         text: str | None = None,
         max_tokens: int = 64,
         advise: bool = True,
         fidelity: Level | Fidelity | None = None,
-        recompute: float | None = None,
         reuse: Reuse | None = None,
         progress: OnTrial | None = None,
     ) -> FidelityReport:
@@ -481,28 +480,22 @@ class Engine:
         Takes as long as some full prefills. The prompt and its fidelity are given as for ``plan``; ``max_tokens``
         are those of the answer that are compared. Raises ``PMLError`` or ``ContextFull``.
         """
-        parsed = None if prompt is None else parsed_prompt(prompt)
+        if isinstance(prompt, Path):
+            prompt = parsed_prompt(prompt)  # which is read once
 
         def question(other: Fidelity | None) -> Question:
-            if other is None:
-                return self.planner.question(parsed, messages, text, None, fidelity, recompute, reuse)
-            return self.planner.question(parsed, messages, text, None, other, None, reuse)
+            return self.planner.question(prompt, text=text, fidelity=other or fidelity, reuse=reuse)
 
         return examine(self.host, question, max_tokens=max_tokens, advise=advise, progress=progress)
-
-    def generate(self, prompt: str | Path | Prompt | None = None, **settings: Any) -> Reply:
-        """The whole answer. Settings are those of ``stream``."""
-        return self.stream(prompt, **settings).reply()
 
     def session(
         self,
         name: str,
         *,
         system: str | None = None,
-        prompt: str | Path | Prompt | None = None,
+        prompt: PMLPrompt | None = None,
         when_full: WhenFull = "oldest",
         fidelity: Level | Fidelity | None = None,
-        recompute: float | None = None,
     ) -> Session:
         """A conversation that is kept: opened where it stood, or begun.
 
@@ -513,12 +506,12 @@ class Engine:
             when_full: What happens when the context overflows. The ``"oldest"`` turns leave, as many as must, or
                 ``"half"`` of them at once, and the rest moves down without being evaluated again; ``"refuse"`` raises
                 ``ContextFull``.
-            fidelity: Of ``prompt``, given as for ``plan``; likewise ``recompute``.
+            fidelity: Of ``prompt``, given as for ``plan``.
 
         Raises ``InputError`` when it is with another model, or has begun otherwise, and ``CpucacheError`` when it is
         open elsewhere.
         """
-        opening = None if prompt is None else self.planner.opening(prompt, fidelity=fidelity, recompute=recompute)
+        opening = None if prompt is None else self.planner.opening(prompt, fidelity=fidelity)
         with self._opening:
             if self._transcripts is None:
                 self._transcripts = Transcripts(self._folder)
@@ -542,20 +535,6 @@ class Engine:
     def forget(self) -> None:
         """Empty the llama.cpp context, as it is after a restart. The store keeps its slices."""
         self.host.forget()
-
-
-def _planner(
-    model: Model,
-    template: ChatTemplate,
-    positions: Positions,
-    cells: int,
-    fidelity: Fidelity | None,
-    reuse: Reuse,
-    workspace: Workspace,
-) -> Planner:
-    """The planner of a namespace."""
-    lookup = Lookup(workspace, Repair(model.text))
-    return Planner(model, template, lookup, positions, cells, fidelity=fidelity, reuse=reuse)
 
 
 def _refining_when_idle(spaces: Mapping[str, Workspace]) -> Request[None] | None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from cpucache.layout import Tokens
 from cpucache.reuse import Plan, Span, Workspace
 from cpucache.reuse.slot import Slot
+from cpucache.reuse.way import forced
 from cpucache.reuse.work import Task
 
 Floats = npt.NDArray[np.float32]
@@ -99,7 +100,7 @@ def truth(
 ) -> Task[Truth]:
     """What is said without reuse behind the last tokens of ``plan``, so many ``watched``, and along ``answer``."""
     tokens = np.array(answer, np.int32)
-    rows = yield from workspace.forced(slot, _ending(plan.without_reuse(), watched), tokens[:-1])
+    rows = yield from forced(workspace, slot, _ending(plan.without_reuse(), watched), tokens[:-1])
     asked = plan.tokens[-watched:]
     # Behind the last token of all stands nothing to be predicted, when the answer is empty.
     return Truth(tokens, text, ttft_ms, asked, log_probabilities(rows[: watched - 1 + len(tokens)]))
@@ -108,7 +109,7 @@ def truth(
 def distance(workspace: Workspace, slot: Slot, plan: Plan, true: Truth, label: str = "") -> Task[Distance]:
     """How far ``plan``, with its slices, is from the truth. It ends with the tokens asked, all of them fresh."""
     wanted = true.log_probabilities
-    rows = yield from workspace.forced(slot, _ending(plan, len(true.asked)), true.answer[:-1], label)
+    rows = yield from forced(workspace, slot, _ending(plan, len(true.asked)), true.answer[:-1], label)
     found = log_probabilities(rows[: len(wanted)])
     return Distance(*between(wanted, found, true.targets), asked=len(true.asked) - 1)
 

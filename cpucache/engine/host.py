@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
-from cpucache.engine.answer import Answer, Hook
 from cpucache.engine.core import Core
 from cpucache.engine.planner import Planner
 from cpucache.engine.request import Priority, Request
-from cpucache.engine.stream import Stream
 from cpucache.layout import ChatTemplate
-from cpucache.reuse import OnProgress, Plan, Slices, Workspace
+from cpucache.reuse import OnProgress, Slices, Workspace
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
-from cpucache.runtime import Context, Model, Sampling
+from cpucache.runtime import Context, Model
 from cpucache.store import Store
 
 T = TypeVar("T")
@@ -66,65 +62,6 @@ class Host:
         request = Request(in_slot, priority=priority)
         self.core.submit(request)
         return request.result(progress)
-
-    def answer(
-        self,
-        plan: Callable[[], Plan],
-        sampling: Sampling,
-        *,
-        max_tokens: int,
-        started: float,
-        label: str,
-        n_tokens: int,
-        use_cache: bool = True,
-        progress: OnProgress | None = None,
-        at_start: Hook | None = None,
-        at_first: Hook | None = None,
-        at_end: Hook | None = None,
-    ) -> Stream:
-        """The answer to a plan. The settings are those of ``Answer``.
-
-        ``n_tokens``: of the prompt. ``progress(done, total)`` is told about tokens evaluated before the first token of
-        the answer, in the thread that reads the stream.
-        """
-        answer = Answer(
-            self.workspace,
-            plan,
-            sampling,
-            max_tokens=max_tokens,
-            started=started,
-            label=label,
-            use_cache=use_cache,
-            at_start=at_start,
-            at_first=at_first,
-            at_end=at_end,
-        )
-        # One more, for the token that applies a shift.
-        request = Request(answer.task, cells=min(n_tokens + max_tokens + 1, self.context.n_ctx))
-        return Stream(answer, request, partial(self._begin, answer, request), progress)
-
-    def _begin(self, answer: Answer, request: Request[None]) -> None:
-        if not self.core.busy:
-            self.core.submit(request)
-            return
-        # What it needs is read into memory, and kept there, while it waits.
-        store, keys = self.store, self.workspace.keys(answer.planned())
-        once = threading.Lock()
-
-        def let_go() -> None:
-            if once.acquire(blocking=False):
-                store.let_go(keys)
-
-        store.hold(keys)
-        request.at_end = let_go
-        accepted = False
-        try:
-            store.prefetch(keys)
-            accepted = self.core.submit(request)
-        finally:
-            # It may have been cancelled before it knew what to let go.
-            if not accepted:
-                let_go()
 
     def forget(self) -> None:
         """Empty the llama.cpp context, as it is after a restart. The store keeps its slices."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,17 +11,20 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cpucache.authoring import AnyPrompt, PromptFunction, PromptMethod
+from cpucache.authoring import AnyPromptFunction, PromptFunction, PromptMethod
 from cpucache.engine.opening import Opening
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Text, Tokens, Turns, bind
-from cpucache.pml import load_prompt, load_schema, parse_prompt, resolve, tree
+from cpucache.pml import is_prompt, load_prompt, load_schema, parse_prompt, resolve, tree
 from cpucache.pml.tree import Prompt, Reference, RoleName, Schema, Turn
-from cpucache.reuse import REUSES, Fidelity, Level, Lookup, Plan, Reuse
-from cpucache.runtime import Model
+from cpucache.reuse import REUSES, Fidelity, Level, Lookup, Plan, Repair, Reuse, Workspace, plan_text
 
 Message: TypeAlias = Mapping[str, object]
 """``role`` and ``content``."""
+PMLPrompt: TypeAlias = "str | Path | Prompt"
+"""A prompt on a schema: PML text, the ``Path`` of a file, or a parsed prompt."""
+AnyPrompt: TypeAlias = "PMLPrompt | Sequence[Message] | Sequence[int] | Tokens | Text"
+"""A prompt in any form; its type tells which, see ``Engine.plan``."""
 PREFIX = "(text)"
 """What slices of plain text and messages are listed under, as if it were their schema."""
 _HEAD = 16  # characters of a text that are tokenized first, for each token that there is room for
@@ -75,36 +77,34 @@ class Planner:
     """Knows the schemas and the chat template of one model.
 
     Args:
-        model: Tokenizes.
-        template: Its chat template.
-        lookup: Finds slices.
+        workspace: Has the model, which tokenizes, and the slices.
+        template: The model's chat template.
         positions: How schemas are laid out.
-        n_ctx: Cells of the llama.cpp context.
         fidelity: Of prompts that do not say theirs.
         reuse: Likewise.
     """
 
     def __init__(
         self,
-        model: Model,
+        workspace: Workspace,
         template: ChatTemplate,
-        lookup: Lookup,
         positions: Positions,
-        n_ctx: int,
         *,
         fidelity: Fidelity | None = None,
         reuse: Reuse = "schema",
     ) -> None:
-        self._model = model
+        self._workspace = workspace
+        self._model = model = workspace.context.model
+        self._repair = Repair(model.text)
+        self._lookup = Lookup(workspace, self._repair)
         self._template = template
-        self._lookup = lookup
         self._positions = positions
         self._fidelity = fidelity
         self._reuse = reuse
-        self._n_ctx = n_ctx
+        self._n_ctx = workspace.context.n_ctx
         self.schemas: dict[str, SchemaLayout] = {}
 
-    def add_schema(self, schema: str | Path | Schema | AnyPrompt) -> SchemaLayout:
+    def add_schema(self, schema: str | Path | Schema | AnyPromptFunction) -> SchemaLayout:
         """Read and lay out a schema; prompts then find it by its name. Raises ``PMLError``."""
         if isinstance(schema, PromptFunction | PromptMethod):
             schema = schema.tree()
@@ -127,45 +127,52 @@ class Planner:
 
     def question(
         self,
-        prompt: str | Path | Prompt | None,
-        messages: Sequence[Message] | None = None,
+        prompt: AnyPrompt | None,
+        *,
         text: str | None = None,
-        tokens: Sequence[int] | Tokens | Text | None = None,
         fidelity: Level | Fidelity | None = None,
-        recompute: float | None = None,
         reuse: Reuse | None = None,
     ) -> Question:
-        """A prompt in one of the forms that ``Engine.plan`` takes."""
+        """A prompt in one of the forms that ``Engine.plan`` takes. Raises ``PMLError`` or ``InputError``."""
         reuse = self._reuse if reuse is None else reuse
         if reuse not in REUSES:
             raise InputError(f"reuse={reuse!r}: must be one of {', '.join(REUSES)}")
-        if sum(given is not None for given in (prompt, messages, text, tokens)) != 1:
-            raise InputError("give one of prompt, messages, text and tokens")
-        wanted = Fidelity.of(fidelity, recompute, usual=self._fidelity)
-        if prompt is not None:
-            parsed = parsed_prompt(prompt)
-            layout = self.layout(parsed.schema)
-            included = resolve(parsed, layout.schema)
-            self._check_size(parsed.file, _new_texts(parsed.children))
-            bound = bind(layout, included, file=parsed.file)
-            plan = self._planning(bound, wanted, reuse)
-            return Question(plan, bound.n_tokens, parsed.schema, parsed.file, wanted, bound)
-        if tokens is not None:
-            ids = self.checked_tokens(tokens.tokens if isinstance(tokens, Text) else tokens)
-            given = replace(tokens, tokens=ids) if isinstance(tokens, Text) else Text(ids)
-            return self._of_text(given, wanted, reuse, "tokens")
-        name = "messages" if text is None else "text"
-        if text is not None and not isinstance(text, str):
-            raise InputError(f"text is a str to go on with, not {text!r}")
-        if messages is not None and (isinstance(messages, str | bytes) or not isinstance(messages, Sequence)):
-            raise InputError(f'messages is a list such as [{{"role": "user", "content": "..."}}], not {messages!r}')
-        checked = None if messages is None else [_checked(message) for message in messages]
-        self._check_size(name, [text or ""] if checked is None else [content for _, content in checked])
-        ids = self._tokens(checked, text)
-        return self._of_text(Text(ids), wanted, reuse, name)
+        wanted = Fidelity.of(fidelity, usual=self._fidelity)
+        if text is not None:
+            if prompt is not None:
+                raise InputError("give a prompt, or text to go on with, not both")
+            if not isinstance(text, str):
+                raise InputError(f"text is a str to go on with, not {_shown(text)}")
+            return self._of_text(Text(self.tokens_of(text)), wanted, reuse, "text")
+        if isinstance(prompt, Prompt | Path) or (isinstance(prompt, str) and is_prompt(prompt)):
+            return self._of_pml(parsed_prompt(prompt), wanted, reuse)
+        if isinstance(prompt, str):
+            return self._of_messages([("user", _message(prompt))], wanted, reuse)
+        if isinstance(prompt, Text):
+            ids = self.checked_tokens(prompt.tokens)
+            return self._of_text(replace(prompt, tokens=ids), wanted, reuse, "tokens")
+        if isinstance(prompt, np.ndarray):
+            return self._of_text(Text(self.checked_tokens(prompt)), wanted, reuse, "tokens")
+        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+            raise InputError(f"a prompt is {_FORMS}, not {_shown(prompt)}")
+        if prompt and not isinstance(prompt[0], str | Mapping):
+            return self._of_text(Text(self.checked_tokens(prompt)), wanted, reuse, "tokens")
+        return self._of_messages([_checked(message) for message in prompt], wanted, reuse)
+
+    def _of_pml(self, prompt: Prompt, fidelity: Fidelity, reuse: Reuse) -> Question:
+        layout = self.layout(prompt.schema)
+        included = resolve(prompt, layout.schema)
+        self._check_size(prompt.file, _new_texts(prompt.children))
+        bound = bind(layout, included, file=prompt.file)
+        plan = self._planning(bound, fidelity, reuse)
+        return Question(plan, bound.n_tokens, prompt.schema, prompt.file, fidelity, bound)
+
+    def _of_messages(self, messages: Sequence[tuple[RoleName, str]], fidelity: Fidelity, reuse: Reuse) -> Question:
+        self._check_size("messages", [content for _, content in messages])
+        return self._of_text(Text(self._tokens(messages, None)), fidelity, reuse, "messages")
 
     def _of_text(self, text: Text, fidelity: Fidelity, reuse: Reuse, name: str) -> Question:
-        plan = partial(self._lookup.plan_text, text, fidelity, reuse)
+        plan = partial(plan_text, self._workspace, self._repair, text, fidelity, reuse)
         return Question(plan, len(text.tokens), PREFIX, name, fidelity)
 
     def tokens_of(self, text: str) -> Tokens:
@@ -173,7 +180,7 @@ class Planner:
         self._check_size("text", [text])
         return self._tokens(None, text)
 
-    def checked_tokens(self, tokens: Sequence[int] | Tokens) -> Tokens:
+    def checked_tokens(self, tokens: Sequence[object] | Tokens) -> Tokens:
         """Ids as an array. Raises ``InputError`` for what are no ids of tokens."""
         try:
             ids = np.array(tokens)
@@ -185,15 +192,9 @@ class Planner:
             raise InputError(f"tokens: the model knows ids from 0 to {self._model.n_vocab - 1}")
         return ids.astype(np.int32)
 
-    def opening(
-        self,
-        prompt: str | Path | Prompt,
-        *,
-        fidelity: Level | Fidelity | None = None,
-        recompute: float | None = None,
-    ) -> Opening:
+    def opening(self, prompt: PMLPrompt, *, fidelity: Level | Fidelity | None = None) -> Opening:
         """What a conversation begins with that begins with a PML prompt."""
-        wanted = Fidelity.of(fidelity, recompute, usual=self._fidelity)
+        wanted = Fidelity.of(fidelity, usual=self._fidelity)
         parsed = parsed_prompt(prompt)
         layout = self.layout(parsed.schema)
         bound = bind(layout, resolve(parsed, layout.schema), file=parsed.file, opens=True)
@@ -241,23 +242,40 @@ class Planner:
         return tokens
 
 
-def parsed_prompt(prompt: str | Path | Prompt) -> Prompt:
-    """PML text, the path of a file, or a parsed prompt, as a parsed prompt. Raises ``PMLError`` or ``InputError``."""
+def parsed_prompt(prompt: PMLPrompt) -> Prompt:
+    """A PML prompt, parsed. Raises ``PMLError``, and ``InputError`` for what is none."""
     if isinstance(prompt, Prompt):
         return prompt
-    if not isinstance(prompt, str | Path):
-        raise InputError(f"a prompt is PML text, the path of a file or a parsed prompt, not {prompt!r}{_PLAIN}")
-    if isinstance(prompt, str) and prompt.lstrip().startswith("<"):
+    if isinstance(prompt, Path):
+        return load_prompt(prompt)
+    if isinstance(prompt, str) and is_prompt(prompt):
         return parse_prompt(prompt)
-    # Unlike a ``Path``, this takes any text, whether it could be a path or not.
-    if isinstance(prompt, str) and (not prompt.strip() or "\n" in prompt or not os.path.exists(prompt)):  # noqa: PTH110
-        shown = prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}…"
-        raise InputError(f"{shown!r} is neither PML text nor the path of a file{_PLAIN}")
-    return load_prompt(Path(prompt))
+    raise InputError(f'a PML prompt is text that begins with <prompt, a Path("...") or parsed, not {_shown(prompt)}')
 
 
-_PLAIN = '; for a plain message pass messages=[{"role": "user", "content": "..."}], for text to go on with text="..."'
+_FORMS = (
+    'a message, PML text that begins with <prompt, a Path("...") of a PML file, messages such as '
+    '[{"role": "user", "content": "..."}], or ids of tokens; text to go on with is given as text="..."'
+)
 _SHOWN = 60
+
+
+def _shown(value: object) -> str:
+    """A value as errors quote it."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _message(text: str) -> str:
+    """The text of a user's message. Raises ``InputError`` for what is rather meant as the path of a PML file."""
+    if text.casefold().endswith(".xml") and not any(map(str.isspace, text)):
+        raise InputError(
+            f"{_shown(text)} looks like the path of a PML file: pass Path({_shown(text)}) for the prompt in it, or "
+            '[{"role": "user", "content": "..."}] for a message that says so'
+        )
+    if not text.strip():
+        raise InputError(f"the prompt is empty; it is {_FORMS}")
+    return text
 
 
 def _advice(n_ctx: int, n_ctx_train: int) -> str:

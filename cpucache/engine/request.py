@@ -11,6 +11,7 @@ from typing import Generic, TypeAlias, TypeVar
 from cpucache.errors import CpucacheError
 from cpucache.reuse import OnProgress
 from cpucache.reuse.work import Task
+from cpucache.stages import current
 
 T = TypeVar("T")
 Event: TypeAlias = "str | tuple[int, int] | None"
@@ -35,6 +36,7 @@ class Request(Generic[T]):
         task: Makes the task, and makes it anew where the request has to begin again.
         cells: Cells of the llama.cpp context that it needs at most; ``None``: all, so that it runs alone.
         priority: What is served first.
+        label: What the log calls it.
     """
 
     def __init__(
@@ -43,10 +45,14 @@ class Request(Generic[T]):
         *,
         cells: int | None = None,
         priority: Priority = Priority.ANSWER,
+        label: str = "",
     ) -> None:
         self.task = task
+        self.label = label or Priority(priority).name.lower()
         self.cells = cells
         self.priority = priority
+        self.profile = current()
+        """Told where its time goes, if anybody asked."""
         self.cancelled = False
         """Whether it is to end as soon as possible."""
         self.begun = False

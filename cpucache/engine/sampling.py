@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from cpucache.runtime import Sampling
 
 
-def sampling_of(
-    sampling: Sampling | None = None, *, stop: str | Sequence[str] | None = None, **keywords: Any
-) -> Sampling:
+def sampling_of(sampling: Sampling | None = None, **keywords: Any) -> Sampling:
     """``sampling``, else the greedy default, with those of its fields changed that are given and not ``None``.
 
     Raises ``InputError`` for values out of range, ``TypeError`` for a keyword that is no field.
     """
     given = {name: value for name, value in keywords.items() if value is not None}
-    if stop is not None:
-        given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     return replace(sampling or Sampling(), **given)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from cpucache.engine.request import Priority, Request
-from cpucache.reuse.work import Execution
+from cpucache.reuse.work import Work
 from cpucache.runtime import Batch
 
 HELD_UP = 2.0
@@ -17,12 +17,42 @@ _SMALLEST = 4
 _WEIGHT = 0.2  # of the newest measurement in an average
 
 
-@dataclass(eq=False)
 class Job:
-    """A request that runs."""
+    """A request that runs: its task, step by step."""
 
-    request: Request[Any]
-    execution: Execution[Any]
+    def __init__(self, request: Request[Any]) -> None:
+        self.request = request
+        self._task = request.task(request)
+        self.work = Work([])
+        """What it wants evaluated next."""
+        self.ended = False
+        self.result: Any = None
+
+    def start(self) -> None:
+        """Go on to the first work. Raises what the task raises."""
+        self._go(lambda: next(self._task))
+
+    def go_on(self) -> None:
+        """Go on, when its work has been evaluated, to the next, or the end. Raises what the task raises."""
+        self._go(lambda: self._task.send(self.work.index))
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the task that its work can't be evaluated. Raises what the task raises, usually ``error``."""
+        self._go(lambda: self._task.throw(error))
+
+    def close(self) -> None:
+        """End the task where it is."""
+        self.ended = True
+        self._task.close()
+
+    def _go(self, step: Callable[[], Work]) -> None:
+        try:
+            self.work = step()
+        except StopIteration as end:
+            self.ended, self.result = True, end.value
+        except BaseException:
+            self.ended = True
+            raise
 
 
 class Scheduler:
@@ -59,6 +89,18 @@ class Scheduler:
         """Whether there is anything to do."""
         return bool(self.running) or any(self.waiting.values())
 
+    @property
+    def count(self) -> int:
+        """How many requests run or wait."""
+        return len(self.running) + sum(map(len, self.waiting.values()))
+
+    @property
+    def due(self) -> Request[Any] | None:
+        """The request whose turn it is, whether there are cells for it or not."""
+        if self.prefill or len(self.answers) >= self._slots:
+            return None
+        return next((queue[0] for queue in self.waiting.values() if queue), None)
+
     def add(self, request: Request[Any], *, first: bool = False) -> None:
         """Let a request wait, behind the others of its priority or as the first of them."""
         queue = self.waiting[request.priority]
@@ -75,12 +117,10 @@ class Scheduler:
 
     def next(self) -> Request[Any] | None:
         """The request that may begin now, which waits no longer."""
-        if self.prefill or len(self.answers) >= self._slots:
+        request = self.due
+        if request is None or not self._fits(request):
             return None
-        queue = next((queue for queue in self.waiting.values() if queue), None)
-        if queue is None or not self._fits(queue[0]):
-            return None
-        return queue.popleft()
+        return self.waiting[request.priority].popleft()
 
     def _fits(self, request: Request[Any]) -> bool:
         if not self.answers:
@@ -92,9 +132,9 @@ class Scheduler:
 
     def advance(self, job: Job) -> None:
         """Note what has become of a job that went on: its answer has begun, or it has ended."""
-        if job.execution.ended:
+        if job.ended:
             self.drop(job)
-        elif job is self.prefill and job.execution.work.answers:
+        elif job is self.prefill and job.work.answers:
             self.prefill = None
             self.answers.append(job)
 
@@ -108,10 +148,10 @@ class Scheduler:
     def fill(self, batch: Batch) -> tuple[list[Job], int]:
         """Fill a batch: a token of each answer, and a chunk of the prefill. Gives whose, and the size of the chunk."""
         for job in self.answers:
-            job.execution.work.fill(batch, self._batch)
+            job.work.fill(batch, self._batch)
         if self.prefill is None:
             return list(self.answers), 0
-        return self.running, self.prefill.execution.work.fill(batch, self._chunk() - batch.size)
+        return self.running, self.prefill.work.fill(batch, self._chunk() - batch.size)
 
     def _chunk(self) -> int:
         """Tokens of the next batch."""

@@ -7,6 +7,7 @@ today in this process or days later in another, evaluates what is new and nothin
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -22,18 +23,20 @@ from cpucache.engine.host import Host
 from cpucache.engine.opening import Opening, dump_spans, load_spans, tokens_of
 from cpucache.engine.reply import Reply
 from cpucache.engine.request import Request
-from cpucache.engine.sampling import sampling_of
 from cpucache.engine.stream import Stream
 from cpucache.engine.turn import Turn
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Tokens, Turns
 from cpucache.layout.vocabulary import empty, joined
 from cpucache.reuse import History, OnProgress, Slice, Span
+from cpucache.runtime import Sampling
 from cpucache.sessions import Entry, Transcripts
+from cpucache.stages import stage
 
 WhenFull: TypeAlias = Literal["oldest", "half", "refuse"]
 WHEN_FULL: tuple[WhenFull, ...] = ("oldest", "half", "refuse")
 MAX_TOKENS = 512
+_log = logging.getLogger("cpucache.engine")
 
 
 class Session:
@@ -131,32 +134,42 @@ class Session:
         return bool(self.entries) and (self.entries[-1].role == "user" or self._asks)
 
     # -- turns -------------------------------------------------------------------------------------------------------
-    def send(self, text: str | None = None, **settings: Any) -> Reply:
-        """The whole answer to a message. Settings are those of ``stream``. Calls from several threads take turns."""
+    def send(
+        self,
+        text: str | None = None,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        sampling: Sampling | None = None,
+        progress: OnProgress | None = None,
+    ) -> Reply:
+        """The whole answer to a message, given as for ``stream``. Calls from several threads take turns."""
         with self._lock:
-            return self.stream(text, **settings).reply()
+            return self.stream(text, max_tokens=max_tokens, sampling=sampling, progress=progress).reply()
 
     def stream(
         self,
         text: str | None = None,
         *,
         max_tokens: int = MAX_TOKENS,
+        sampling: Sampling | None = None,
         progress: OnProgress | None = None,
-        **sampling: Any,
     ) -> Stream:
         """The answer to a message, piece by piece; without ``text``, to the one that is ``unanswered``.
 
-        ``sampling`` are the settings of ``Engine.stream``: temperature, top_k, top_p, min_p, repeat_penalty, seed,
-        stop. The session's next turn waits until this answer has ended (``stop`` it first where the rest is not
-        wanted); it ends a stream of which nothing was read. Raises ``ContextFull`` when there is no room for the
-        message, and none that may be made.
+        ``max_tokens``, ``sampling`` and ``progress`` are those of ``Engine.stream``. The session's next turn waits
+        until this answer has ended (``stop`` it first where the rest is not wanted); it ends a stream of which nothing
+        was read. Raises ``ContextFull`` when there is no room for the message, and none that may be made.
         """
         with self._lock:
             self._finish_last()
-            return self._turn(text, len(self.entries), max_tokens, progress, sampling)
+            return self._turn(text, len(self.entries), max_tokens, sampling, progress)
 
     def regenerate(
-        self, *, max_tokens: int = MAX_TOKENS, progress: OnProgress | None = None, **sampling: Any
+        self,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        sampling: Sampling | None = None,
+        progress: OnProgress | None = None,
     ) -> Stream:
         """Another answer to the last message, in place of the one that there is, if any."""
         with self._lock:
@@ -164,7 +177,7 @@ class Session:
             answered = bool(self.entries) and self.entries[-1].role == "assistant"
             if not answered and not self.unanswered:
                 raise InputError("there is no answer yet to be given again")
-            return self._turn(None, len(self.entries) - answered, max_tokens, progress, sampling)
+            return self._turn(None, len(self.entries) - answered, max_tokens, sampling, progress)
 
     def edit(
         self,
@@ -172,8 +185,8 @@ class Session:
         text: str,
         *,
         max_tokens: int = MAX_TOKENS,
+        sampling: Sampling | None = None,
         progress: OnProgress | None = None,
-        **sampling: Any,
     ) -> Stream:
         """Go back to the user's message ``number`` (1: the first), say ``text`` in its place, and go on from there."""
         with self._lock:
@@ -181,7 +194,7 @@ class Session:
             said = [index for index, entry in enumerate(self.entries) if entry.role == "user"]
             if not 1 <= number <= len(said):
                 raise InputError(f"no message {number}: there are {len(said)} of yours")
-            return self._turn(text, said[number - 1], max_tokens, progress, sampling)
+            return self._turn(text, said[number - 1], max_tokens, sampling, progress)
 
     def fork(self, name: str, messages: int | None = None) -> None:
         """Give the conversation so far, or its first ``messages``, another name too, under which it goes its own way.
@@ -197,10 +210,9 @@ class Session:
 
     # -- inside ------------------------------------------------------------------------------------------------------
     def _turn(
-        self, text: str | None, keep: int, max_tokens: int, progress: OnProgress | None, settings: dict[str, Any]
+        self, text: str | None, keep: int, max_tokens: int, sampling: Sampling | None, progress: OnProgress | None
     ) -> Stream:
         started = perf_counter()
-        sampling = sampling_of(**settings)
         if self._closed:
             raise InputError(f"session '{self.name}' has been closed")
         if keep == len(self.entries):
@@ -215,23 +227,24 @@ class Session:
         self._make_room(history, len(new), max_tokens)
         number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
         slices = self._host.slices
-        plan = slices.plan(history.spans, new, f"turn {number}")
+        with stage("plan"):
+            plan = slices.plan(history.spans, new, f"turn {number}")
         # The last token is evaluated in any case, and its logits give the answer: it goes with the answer.
         message = slices.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
         opening = new[-1:] if text is not None else new
         turn = Turn(text, keep, history, turns, message, opening, number, len(history), len(history.slices))
-        stream = self._host.answer(
+        answer = Answer(
+            self._workspace,
             lambda: plan,
-            sampling,
+            sampling or Sampling(),
             max_tokens=max_tokens,
             started=started,
             label=self._label,
-            n_tokens=plan.n_tokens,
-            progress=progress,
             at_start=lambda _answer: self._begin(turn) if keep == len(self.entries) else None,
             at_first=lambda answer: self._prefilled(turn, answer),
             at_end=lambda answer: self._keep(turn, answer),
         )
+        stream = Stream(self._host, answer, plan.n_tokens, progress)
         stream.metrics.left_out_tokens = before - history.n_tokens
         self._last = stream.request
         return stream
@@ -253,7 +266,7 @@ class Session:
             return history.n_tokens + new + room <= n_ctx and history.end + new + room <= known
 
         # What stays is evaluated again where it can't be moved: that is to happen rarely.
-        oldest = self.when_full == "oldest" and self._host.context.can_shift
+        oldest = self.when_full == "oldest" and self._host.context.memory.moves
         roles = [entry.role for entry in self.entries[: len(history)]]
         while not fits(room):
             # A question leaves with its answer.
@@ -264,7 +277,9 @@ class Session:
             ]
             if self.when_full == "refuse" or not ends:
                 break
-            history.leave_out(ends[0] if oldest else ends[(len(ends) - 1) // 2])
+            leaving = ends[0] if oldest else ends[(len(ends) - 1) // 2]
+            _log.info("session %s: its first %d messages leave the context", self.name, leaving)
+            history.leave_out(leaving)
         if fits(room if self.when_full == "refuse" else 1):
             return
         where = f"a context of {n_ctx}" if n_ctx <= known else f"the {known} positions that the model knows"
@@ -295,7 +310,7 @@ class Session:
         history, rate = turn.history, self._workspace.prefill_rate
         self._begin(turn)
         answer.capture(turn.message[len(answer.plan.slices) - turn.known :], self._label)
-        if answer.metrics.left_out_tokens and rate and self._host.context.can_shift:
+        if answer.metrics.left_out_tokens and rate and self._host.context.memory.moves:
             moved = sum(history.size(index) for index in range(history.fixed, turn.before))
             answer.metrics.recompute_ms = moved / rate * 1000
 
@@ -343,7 +358,7 @@ class Session:
     def _replayed(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
         """The history of the first ``keep`` entries as it was then, and what follows from them for the next."""
         host = self._host
-        history = History(host.slices, movable=host.context.can_shift)
+        history = History(host.slices, movable=host.context.memory.moves)
         turns = Turns(host.template, host.model)
         # Where nothing stands before, every text begins with this.
         pending = empty() if host.model.bos is None else np.array([host.model.bos], np.int32)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from cpucache.engine.answer import Answer, TokenLogprobs
+from cpucache.engine.host import Host
 from cpucache.engine.reply import Metrics, Reply
 from cpucache.engine.request import Request
 from cpucache.reuse import OnProgress, Plan
@@ -18,15 +19,22 @@ class Stream:
     nobody wait for longer than the answer takes. ``stop`` and ``close`` end it, from any thread and in any state, and
     touch no other answer; so does forgetting the stream, and Ctrl-C while a piece is waited for. ``text`` and
     ``metrics`` hold what there is of it, also then (``metrics.finish`` is ``"interrupted"``).
+
+    Args:
+        host: Has the core that gives the answer.
+        answer: Has not begun.
+        n_tokens: Tokens of the prompt.
+        progress: ``progress(done, total)`` is told about tokens evaluated before the first token of the answer, in the
+            thread that reads the stream.
     """
 
-    def __init__(
-        self, answer: Answer, request: Request[None], begin: Callable[[], None], progress: OnProgress | None = None
-    ) -> None:
+    def __init__(self, host: Host, answer: Answer, n_tokens: int, progress: OnProgress | None = None) -> None:
+        self._host = host
         self._answer = answer
-        self.request = request
-        """What the core was given, or will be."""
-        self._begin = begin
+        # One more, for the token that applies a shift.
+        cells = min(n_tokens + answer.max_tokens + 1, host.context.n_ctx)
+        self.request: Request[None] = Request(answer.task, cells=cells, label=answer.label)
+        """What the core is given when the answer begins."""
         self._beginning = threading.Lock()
         self._progress = progress
         self._closed = False
@@ -53,8 +61,33 @@ class Stream:
     def begin(self) -> None:
         """Have the prompt evaluated, without waiting for a piece. Nothing happens the second time."""
         with self._beginning:
-            if not self.request.begun:
-                self._begin()
+            if self.request.begun:
+                return
+            if self._host.core.busy:
+                self._wait_in_line()
+            else:
+                self._host.core.submit(self.request)
+
+    def _wait_in_line(self) -> None:
+        """Give the prompt to a core that is busy. What it needs is read into memory, and kept there, while it waits."""
+        host, request = self._host, self.request
+        keys = host.workspace.keys(self.planned())
+        once = threading.Lock()
+
+        def let_go() -> None:
+            if once.acquire(blocking=False):
+                host.store.let_go(keys)
+
+        host.store.hold(keys)
+        request.at_end = let_go
+        accepted = False
+        try:
+            host.store.prefetch(keys)
+            accepted = host.core.submit(request)
+        finally:
+            # It may have been cancelled before it knew what to let go.
+            if not accepted:
+                let_go()
 
     # -- the answer so far -------------------------------------------------------------------------------------------
     @property

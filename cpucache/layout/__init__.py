@@ -2,7 +2,7 @@
 
 from cpucache.layout.bind import Bound, bind
 from cpucache.layout.schema import Extent, Positions, SchemaLayout
-from cpucache.layout.segment import NewText, Piece, Placeholder, Segment, Text
+from cpucache.layout.segment import NewText, Piece, Placeholder, RoleRun, Segment, Text
 from cpucache.layout.template import ChatTemplate
 from cpucache.layout.turns import Turns
 from cpucache.layout.vocabulary import Tokens, Vocabulary
@@ -15,6 +15,7 @@ __all__ = [
     "Piece",
     "Placeholder",
     "Positions",
+    "RoleRun",
     "SchemaLayout",
     "Segment",
     "Text",

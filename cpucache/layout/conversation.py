@@ -11,7 +11,7 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, zip_longest
 from typing import Any, Literal, TypeAlias
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from cpucache.errors import InputError
 from cpucache.layout.sandbox import MOST, Given
-from cpucache.layout.segment import Text
+from cpucache.layout.segment import RoleRun, Text
 from cpucache.layout.template import ChatTemplate, template_environment
 from cpucache.layout.turns import Turns
 from cpucache.layout.vocabulary import Tokens, Vocabulary, joined
@@ -32,6 +32,10 @@ _MARK = re.compile(rf"{_NONCE}x(\d+|[BE])Qx")
 _BEGIN, _END = f"{_NONCE}xBQx", f"{_NONCE}xEQx"
 _MODULES = 256
 """Modules that a conversation may have."""
+_REASONING = "reasoning"
+"""The role of a mark in the place of what the assistant thought."""
+_THINK = "<think>"
+"""What templates put before reasoning, as the models write it."""
 _SHORTEST = 128
 """Characters of a module at least. Fewer are evaluated as fast as looked up."""
 _PER_MESSAGE = 1 << 12
@@ -133,8 +137,12 @@ class Conversations:
             raise InputError("messages: there is none")
         bos = self._vocabulary.bos
         if self._template is None:
-            parts = self._plain(_told(messages if written is None else written, tools))
-            return Text(joined(([] if bos is None else [np.array([bos], np.int32)]) + parts))
+            told = _told(messages if written is None else written, tools)
+            parts = ([] if bos is None else [np.array([bos], np.int32)]) + self._plain(told)
+            ends = np.cumsum([len(part) for part in parts]).tolist()
+            begin = len(parts) - len(told) - 1  # the last part opens the answer
+            runs = zip(told, [0, *ends][begin:], ends[begin:], strict=False)
+            return Text(joined(parts), roles=tuple(RoleRun(each.role, *run) for each, *run in runs))
         problem: Exception | None = None
         within = sorted({text for each in modules if len(text := each.strip()) >= _SHORTEST}, key=len, reverse=True)
         if len(within) > _MODULES:
@@ -161,16 +169,14 @@ class Conversations:
         assert self._template is not None
         texts: list[tuple[_Text, bool]] = []
 
-        def mark(
-            text: str, *, needed: bool = True, quoted: bool = False, said: bool = False, named: bool = True
-        ) -> str:
+        def mark(text: str, role: str = "", *, needed: bool = True, quoted: bool = False, named: bool = True) -> str:
             bare = text.strip()
             if not bare:
                 return text
             marks = ""
             for part, module in _split(bare, modules if not quoted and named else ()):
                 marks += f"{_NONCE}x{len(texts)}Qx"
-                texts.append((_Text(part, quoted=quoted, said=said, module=module), needed))
+                texts.append((_Text(part, role, quoted=quoted, module=module), needed))
             begin = text.index(bare)
             return f"{text[:begin]}{marks}{text[begin + len(bare) :]}"
 
@@ -186,10 +192,10 @@ class Conversations:
         for message in messages:
             entry: dict[str, Any] = {
                 "role": message.role,
-                "content": mark(message.text, said=message.role == "assistant"),
+                "content": mark(message.text, message.role),
             }
             if message.reasoning:
-                entry["reasoning_content"] = mark(message.reasoning, needed=False)
+                entry["reasoning_content"] = mark(message.reasoning, _REASONING, needed=False)
             if message.calls:
                 entry["tool_calls"] = [
                     {
@@ -224,8 +230,8 @@ class Conversations:
         tokenize = self._vocabulary.tokenize
         return len(tokenize(text, special=True)) != len(tokenize(text))
 
-    def _tokenized(self, text: str, texts: Sequence[tuple[_Text, bool]]) -> Text:
-        pieces = _MARK.split(text)
+    def _tokenized(self, text: str, marked: Sequence[tuple[_Text, bool]]) -> Text:
+        pieces, texts = self._as_thought(_MARK.split(text), [each for each, _ in marked])
         bos = self._vocabulary.bos
         parts: list[Tokens] = []
         if bos is not None:
@@ -233,18 +239,38 @@ class Conversations:
             pieces[0] = pieces[0].removeprefix(self._vocabulary.special_text("bos"))
         size = begin = len(parts)
         modules: list[tuple[int, int]] = []
+        roles: list[RoleRun] = []
         for index, piece in enumerate(pieces):
             if index % 2 and not piece.isdigit():
                 if piece == "E":
                     modules.append((begin, size))
+                    roles.append(RoleRun("tools", begin, size))
                 begin = size
                 continue
-            each = texts[int(piece)][0] if index % 2 else None
+            each = texts[int(piece)] if index % 2 else None
             parts.append(self._vocabulary.tokenize(piece, special=True) if each is None else self._ids(each))
             size += len(parts[-1])
             if each and each.module:
                 modules.append((size - len(parts[-1]), size))
-        return Text(joined(parts), tuple(modules))
+            if each and each.role:
+                role = "assistant" if each.role == _REASONING else each.role
+                roles.append(RoleRun(role, size - len(parts[-1]), size))
+        return Text(joined(parts), tuple(modules), roles=tuple(roles))
+
+    def _as_thought(self, pieces: list[str], texts: list[_Text]) -> tuple[list[str], list[_Text]]:
+        """Reasoning and the answer behind it as one text, where it is known how the model wrote both."""
+        for at in range(1, len(pieces) - 2, 2):
+            first, second = (texts[int(piece)] if piece.isdigit() else None for piece in (pieces[at], pieces[at + 2]))
+            if first is None or second is None or first.role != _REASONING or not second.said:
+                continue
+            before, thought = pieces[at - 1], first.text + pieces[at + 1] + second.text
+            # Some templates open the answer with the tag, others leave that to the model.
+            for head in (before[before.rfind(_THINK) :] if _THINK in before else "", ""):
+                if self._remembered(head + thought) is not None:
+                    pieces[at - 1 : at + 3] = [before.removesuffix(head), str(len(texts)), "", str(len(texts) + 1)]
+                    texts += [replace(second, text=head + thought), replace(second, text="")]
+                    break
+        return pieces, texts
 
     def _ids(self, text: _Text) -> Tokens:
         known = self._remembered(text.text) if text.said else None
@@ -282,12 +308,17 @@ class _Text:
     """What a mark stands for."""
 
     text: str
+    role: str
+    """Whose message it is; empty for a part of a tool's definition or of a call."""
     quoted: bool
     """It stands inside a JSON string."""
-    said: bool
-    """The assistant said it."""
     module: bool
     """It is reused wherever it stands."""
+
+    @property
+    def said(self) -> bool:
+        """Whether the assistant said it."""
+        return self.role == "assistant"
 
     @property
     def shown(self) -> str:

@@ -58,6 +58,16 @@ Piece: TypeAlias = Segment | NewText
 """A prompt on its schema's layout is a list of pieces, in the order in which the model reads them."""
 
 
+@dataclass(frozen=True)
+class RoleRun:
+    """A run of tokens that one message says, without what the template puts around it."""
+
+    role: str
+    """Whose message it is; ``"tools"``: the run describes a tool."""
+    begin: int
+    end: int
+
+
 @dataclass(frozen=True, eq=False)
 class Text:
     """Text without markup, as tokens."""
@@ -68,6 +78,8 @@ class Text:
     come in order."""
     edges: tuple[int, ...] = ()
     """Places, as indices into the tokens, where one segment ends and the next begins, besides those of the parts."""
+    roles: tuple[RoleRun, ...] = ()
+    """Of a conversation: who says what, in order. Reuse does not depend on it."""
 
     def first(self, count: int) -> Text:
         """The first tokens, with the parts that lie among them."""
@@ -75,6 +87,7 @@ class Text:
             self.tokens[:count],
             tuple(part for part in self.parts if part[1] <= count),
             tuple(edge for edge in self.edges if edge <= count),
+            tuple(run for run in self.roles if run.end <= count),
         )
 
     def within(self, begin: int, end: int) -> bool:

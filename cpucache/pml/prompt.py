@@ -5,6 +5,7 @@ Nothing is known of a schema here: ``resolve`` checks a prompt against one.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import cast
 
@@ -13,12 +14,21 @@ from cpucache.pml.names import flaw, quote, tag
 from cpucache.pml.structure import Part, Shape, structure
 from cpucache.pml.tree import ROLES, Prompt, Reference, RoleName, Text, Turn
 from cpucache.pml.xml import Element, is_blank, read_file, read_xml
+from cpucache.stages import stage
+
+_HEAD = re.compile(r"\ufeff?\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*<prompt[\s/>]", re.DOTALL)
+
+
+def is_prompt(text: str) -> bool:
+    """Whether text is a PML prompt: its first tag is ``<prompt>``, behind nothing but a declaration and comments."""
+    return _HEAD.match(text) is not None
 
 
 def load_prompt(path: Path, limits: Limits | None = None) -> Prompt:
     """Parse the prompt in the file ``path``. Raises like ``parse_prompt``."""
     limits = limits or Limits()
-    return parse_prompt(read_file(path, limits), file=str(path), limits=limits)
+    with stage("parse"):
+        return parse_prompt(read_file(path, limits), file=str(path), limits=limits)
 
 
 def parse_prompt(data: str | bytes, *, file: str = "<prompt>", limits: Limits | None = None) -> Prompt:
@@ -27,7 +37,12 @@ def parse_prompt(data: str | bytes, *, file: str = "<prompt>", limits: Limits | 
     Raises ``PMLError`` for what no schema makes valid and what exceeds ``limits``; its ``others`` are the further
     mistakes. Only what is not well-formed XML ends the search for more.
     """
-    root = read_xml(data, file=file, root="prompt", limits=limits or Limits())
+    with stage("parse"):
+        return _parsed(data, file, limits or Limits())
+
+
+def _parsed(data: str | bytes, file: str, limits: Limits) -> Prompt:
+    root = read_xml(data, file=file, root="prompt", limits=limits)
     shape = structure("prompt")
     root.check_attributes(shape)
     arguments = dict(root.attributes)

@@ -1,14 +1,15 @@
 """Reuse: slices looked up, made (encoder) and put into a llama.cpp context (splicer), and the two brought together."""
 
-from cpucache.reuse.fidelity import DEFAULT, LEVELS, Fidelity, Level
+from cpucache.reuse.fidelity import DEFAULT, LEVELS, REUSES, Fidelity, Level, Reuse
 from cpucache.reuse.history import History
-from cpucache.reuse.lookup import REUSES, Lookup, Reuse
+from cpucache.reuse.lookup import Lookup
 from cpucache.reuse.progress import OnProgress
 from cpucache.reuse.reading import reading, scaffolded
 from cpucache.reuse.refine import asked, refine, text_parts
 from cpucache.reuse.repair import Repair
-from cpucache.reuse.reports import Encoded, Prefill
+from cpucache.reuse.reports import Encoded, Metrics
 from cpucache.reuse.slices import Plan, Slice, Slices, Span
+from cpucache.reuse.text import plan_text
 from cpucache.reuse.workspace import Workspace
 
 __all__ = [
@@ -20,9 +21,9 @@ __all__ = [
     "History",
     "Level",
     "Lookup",
+    "Metrics",
     "OnProgress",
     "Plan",
-    "Prefill",
     "Repair",
     "Reuse",
     "Slice",
@@ -30,6 +31,7 @@ __all__ = [
     "Span",
     "Workspace",
     "asked",
+    "plan_text",
     "reading",
     "refine",
     "scaffolded",

@@ -91,14 +91,14 @@ class Encoder:
             context = Plan(runs[0].first.context or ())
             # One cell stays free for the token that applies a shift.
             room = min(_BATCH, self._context.n_ctx - context.n_tokens - 1)
-            short = [run for run in runs if len(run.tokens) <= room and self._context.can_shift]
+            short = [run for run in runs if len(run.tokens) <= room and self._context.memory.moves]
             beside = len(short) > 1 or any(run.first.delta for run in short)
             batches = list(_batches(short, room, len(self._splicer.free) - 1)) if beside else []
             placed = {run for batch in batches for run in batch}
             batches += [[run] for run in runs if run.first.delta and run not in placed]
             for batch in batches:
                 scattered = True
-                yield from self._splicer.splice(slot, context, state)
+                yield from self._splicer.build(slot, context, state)
                 yield from self._side_by_side(slot, batch, made, progress)
             for run in runs:
                 if run not in placed and not run.first.delta:
@@ -120,14 +120,21 @@ class Encoder:
                 tokens = _Run(batch).tokens
                 # The slot may hold the first of these tokens already.
                 plan = Plan((*(batch[0].context or ()), Span(batch[0].start, tokens)))
-                yield from self._splicer.splice(slot, plan, state, progress)
+                yield from self._splicer.build(slot, plan, state, progress)
                 seconds = (time.perf_counter() - started) / len(tokens)
+                lost: list[Slice] = []
                 for slice_ in batch:
                     captured = self._splicer.capture(slot, slice_)
-                    assert captured is not None, "a slice just evaluated behind its context"
-                    made(Made(slice_, captured, seconds * len(slice_.tokens)))
+                    if captured is None:
+                        lost.append(slice_)
+                    else:
+                        made(Made(slice_, captured, seconds * len(slice_.tokens)))
+                assert len(batch) > 1 or not lost, "a slice just evaluated behind its context"
+                for slice_ in lost:
+                    # It has left a sliding window, and been overwritten by what was evaluated with it.
+                    yield from self._in_place(slot, _Run([slice_]), state, made, progress)
                 last = batch[-1]
-                if self._slices.recurrent:
+                if self._slices.memory.points:
                     point = Made(self._slices.point(last), self._splicer.capture_point(slot), seconds * len(tokens))
                     if last in points:
                         made(point)
@@ -143,7 +150,7 @@ class Encoder:
 
         The last, those at the ends of messages (but of very short ones), and one now and then in between.
         """
-        if not self._slices.recurrent:
+        if not self._slices.memory.points:
             return set()
         points = {slices[-1]}
         # The end of the first message, which is what others have in common, counts however short it is.

@@ -8,6 +8,10 @@ from typing import Literal, TypeAlias
 from cpucache.errors import InputError
 
 Level: TypeAlias = Literal["fast", "balanced", "high"]
+Reuse: TypeAlias = Literal["exact", "schema", "anywhere"]
+"""Which slices a prompt may take: those that attended to all that stands before them in it and to nothing else, those
+that attended to text of its schema alone, or any."""
+REUSES: tuple[Reuse, ...] = ("exact", "schema", "anywhere")
 
 
 @dataclass(frozen=True)

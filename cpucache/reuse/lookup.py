@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
-from cpucache.layout import Bound, NewText, Piece, Segment, Text
+from cpucache.layout import Bound, NewText, Piece, Segment
 from cpucache.reuse.chain import Chain
-from cpucache.reuse.fidelity import Fidelity
+from cpucache.reuse.fidelity import Fidelity, Reuse
 from cpucache.reuse.repair import Repair
 from cpucache.reuse.slices import Plan, Relation, Slice, Span
-from cpucache.reuse.text import plan_text
 from cpucache.reuse.workspace import Workspace
+from cpucache.stages import stage
 from cpucache.store import SliceInfo, Store, text_id
 
-Reuse: TypeAlias = Literal["exact", "schema", "anywhere"]
-"""Which slices a prompt may take: those that attended to all that stands before them in it and to nothing else, those
-that attended to text of its schema alone, or any."""
-REUSES: tuple[Reuse, ...] = ("exact", "schema", "anywhere")
 _CLOSING = 16  # tokens of a closing text at most
 
 
@@ -71,23 +67,10 @@ class Lookup:
         """
         # Tokens recomputed could not be evaluated behind a gap.
         packed = bound.layout.packed or bool(packed) or fidelity.exact or fidelity.recompute > 0
-        planning = _Planning(self._workspace, bound, fidelity, reuse, packed=packed, ends=ends)
-        plan = Plan(tuple(planning.run()))
-        return plan if fidelity.exact else self._repaired(plan, fidelity)
-
-    def plan_text(self, text: Text, fidelity: Fidelity, reuse: Reuse) -> Plan:
-        """The plan of a text without markup; see ``cpucache.reuse.text``.
-
-        It is exact for models whose states can't be moved, whatever ``reuse`` says.
-        """
-        exact = reuse == "exact" or fidelity.exact or not self._workspace.context.can_shift
-        return plan_text(
-            self._workspace,
-            self._repair,
-            replace(text, parts=()) if exact else text,
-            anywhere=reuse == "anywhere" and not exact,
-            recompute=fidelity.recompute,
-        )
+        with stage("look up"):
+            planning = _Planning(self._workspace, bound, fidelity, reuse, packed=packed, ends=ends)
+            plan = Plan(tuple(planning.run()))
+            return plan if fidelity.exact else self._repaired(plan, fidelity)
 
     def _repaired(self, plan: Plan, fidelity: Fidelity) -> Plan:
         """The plan with slices within the budget evaluated afresh, and the schema's closing text."""
@@ -142,8 +125,7 @@ class _Planning:
         self._slices = workspace.slices
         self._layout = bound.layout
         self._exact = fidelity.exact
-        # A recurrent state can't be cut back to the tokens before the last.
-        self._cuts = workspace.context.can_shift
+        self._cuts = workspace.context.memory.cuts
         self._reuse = reuse
         self._packed = packed
         self._ends = ends

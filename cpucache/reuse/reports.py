@@ -1,12 +1,14 @@
-"""Reports: what it took to encode slices, to build a sequence, and to get a prompt into the llama.cpp context."""
+"""Reports: what it took to encode slices, and to answer a prompt."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, TypeAlias, get_args
 
 from cpucache.reuse.slices import Plan, Relation, Slice
 from cpucache.runtime.context import Bytes
+
+Finish: TypeAlias = Literal["stop", "length", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -39,49 +41,59 @@ class Encoded:
 
 
 @dataclass
-class Spliced:
-    """What building a sequence took. Times in milliseconds."""
+class Metrics:
+    """Counts of tokens, and times in milliseconds from the call on."""
 
-    loaded: int = 0
-    """Tokens whose state was loaded."""
-    kept: int = 0
-    """Tokens that the context held already."""
-    evaluated: int = 0
-    splice_ms: float = 0.0
-    prefill_ms: float = 0.0
-
-
-@dataclass
-class Prefill:
-    """What it took to get a prompt into the llama.cpp context. Times in milliseconds."""
-
+    model: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Tokens that were not evaluated: spliced, or in the context already."""
+    """Tokens of the prompt that were not evaluated for it: spliced from slices, or left in the context."""
     fresh_tokens: int = 0
-    """Tokens that were evaluated: new text, missing slices, and what was recomputed."""
+    """Tokens of the prompt that were evaluated: new text, missing slices, and what was recomputed."""
     encoded_tokens: int = 0
-    """Tokens evaluated to make slices that were missing."""
+    """Tokens evaluated to make slices that were missing (0 from the second time on)."""
     exact_tokens: int = 0
     """Cached tokens whose state is that of full prefill."""
     clean_tokens: int = 0
+    """Cached tokens that were evaluated behind a part of what stands before them."""
     related_tokens: int = 0
+    """Cached tokens that were evaluated behind other text of the schema."""
     foreign_tokens: int = 0
+    """Cached tokens that were evaluated behind text of other prompts."""
     recomputed_tokens: int = 0
     """Tokens of slices that were evaluated afresh."""
+    completion_tokens: int = 0
+    ttft_ms: float = 0.0
+    """Time to first token: everything from the call to the first token of the answer."""
     encode_ms: float = 0.0
+    """Part of it that made missing slices."""
     splice_ms: float = 0.0
+    """Part of it that put slices into the context."""
     prefill_ms: float = 0.0
+    """Part of it that evaluated fresh tokens."""
+    total_ms: float = 0.0
+    save_ms: float = 0.0
+    """Time that it took to take new state out of the context, after the first token; writing goes on in the background.
+    """
+    left_out_tokens: int = 0
+    """In a session: tokens of old turns that had to leave the context for this one."""
+    recompute_ms: float = 0.0
+    """What evaluating the turns behind them again would have taken, going by how fast prompts are evaluated here."""
+    finish: Finish = "stop"
+    stop: str = ""
+    """The text to stop at that ended the answer, if one did."""
 
-    @classmethod
-    def of(cls, plan: Plan, evaluated: int, encoded: Encoded, spliced: Spliced) -> Prefill:
-        """What it took to get ``plan`` there.
+    @property
+    def tpot_ms(self) -> float:
+        """Time per output token after the first."""
+        return (self.total_ms - self.ttft_ms) / max(1, self.completion_tokens - 1)
+
+    def note(self, plan: Plan, evaluated: int) -> None:
+        """Count the tokens of a prompt that lies in the llama.cpp context.
 
         Args:
             plan: The plan that was spliced.
             evaluated: How many of its tokens were evaluated.
-            encoded: What was encoded for it.
-            spliced: What building the sequence took.
         """
         cached = {relation: plan.count(relation) for relation in get_args(Relation) if relation != "exact"}
         exact = plan.n_tokens - evaluated - sum(cached.values())
@@ -91,17 +103,11 @@ class Prefill:
             kept = max(0, exact - sum(len(span.tokens) for span in plan.spans[:first]))
             exact -= kept
             cached[plan.spans[first].relation] += kept
-        return cls(
-            prompt_tokens=plan.n_tokens,
-            cached_tokens=plan.n_tokens - evaluated,
-            fresh_tokens=evaluated,
-            encoded_tokens=encoded.tokens,
-            exact_tokens=exact,
-            clean_tokens=cached["clean"],
-            related_tokens=cached["related"],
-            foreign_tokens=cached["foreign"],
-            recomputed_tokens=plan.n_recomputed,
-            encode_ms=encoded.seconds * 1000,
-            splice_ms=spliced.splice_ms,
-            prefill_ms=spliced.prefill_ms,
-        )
+        self.prompt_tokens = plan.n_tokens
+        self.cached_tokens = plan.n_tokens - evaluated
+        self.fresh_tokens = evaluated
+        self.exact_tokens = exact
+        self.clean_tokens = cached["clean"]
+        self.related_tokens = cached["related"]
+        self.foreign_tokens = cached["foreign"]
+        self.recomputed_tokens = plan.n_recomputed

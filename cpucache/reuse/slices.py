@@ -16,6 +16,7 @@ import numpy as np
 
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
+from cpucache.runtime import Memory
 from cpucache.store import SliceInfo, content_key, slice_key, text_id
 
 Relation: TypeAlias = Literal["exact", "clean", "related", "foreign"]
@@ -317,8 +318,8 @@ class Slices:
         self.scope = state_format
         """Part of what slices are found by whose contexts may be others than what stands before them in a prompt."""
         self.cuts: Cutting = cuts or Whole()
-        self.recurrent = False
-        """Whether the model has a recurrent state; the workspace says so."""
+        self.memory = Memory()
+        """What the model's memory can do; the workspace says so."""
 
     def point(self, slice_: Slice) -> Slice:
         """The recurrent state behind a slice, as a slice of no tokens: one goes on from it, and only from it."""
@@ -393,7 +394,7 @@ class Slices:
         its state before the last token is not to be had once that has been evaluated.
         """
         whole = [0, *(self.cuts(tokens[:-1], part=True) if ends is None else ends)]
-        if not self.recurrent:
+        if not self.memory.points:
             whole.pop()
         made = self.cut(before, tokens, module, ends=whole[1:])
         spans = [*before, *(slice_.span for slice_ in made)]

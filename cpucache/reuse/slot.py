@@ -47,6 +47,21 @@ class Slot:
         pairs = zip(self.held, plan.spans, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0].same(pair[1]), pairs))
 
+    def stays(self, plan: Plan) -> int:
+        """Number of leading spans of ``plan`` that the slot holds and that can be gone on from.
+
+        Where there are points, that is all that it holds, or it is to be taken back to a slice with a point behind it.
+        """
+        shared = self.shared(plan)
+        if self.points is None:
+            return shared
+        # The last token is evaluated in any case, for its logits.
+        evaluates = shared < len(plan.spans) or not plan.spans or plan.spans[-1].slice is not None
+        if shared == len(self.held) and evaluates:
+            return shared
+        there = (each.slice is not None and self.points.there(each.slice) for each in plan.spans[:shared][::-1])
+        return next((shared - index for index, found in enumerate(there) if found), 0)
+
     def known(self, plan: Plan) -> int:
         """Leading tokens of ``plan`` without a slice that the slot holds; never the last of all, evaluated anyway."""
         shared = self.shared(plan)
@@ -78,9 +93,7 @@ class Slot:
         Slices can be loaded up to one with a recurrent state behind it.
         """
         assert self.points is not None
-        shared = self.shared(plan)
-        # What the slot goes on from is there. A state that has gone on is not.
-        done = shared if shared == len(self.held) else 0
+        done = self.stays(plan)
         spans: list[Span] = list(plan.spans[:done])
         run: list[Span] = []
         for span in [*plan.spans[done:], None]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TypeAlias
 
@@ -12,18 +13,20 @@ import numpy as np
 
 from cpucache.layout import Tokens
 from cpucache.reuse.progress import Step
-from cpucache.reuse.reports import Spliced
+from cpucache.reuse.reports import Metrics
 from cpucache.reuse.slices import Plan, Slice, Span
 from cpucache.reuse.slot import Points, Slot
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context, Run
 from cpucache.runtime.context import SEQUENCES, Bytes, Logits
 from cpucache.runtime.rotation import Rotation, learn
+from cpucache.stages import stage
 
 SLOTS = SEQUENCES // 2
 """Slots of a context at most."""
 _ROWS = 16  # tokens whose logits are read at once
 
+_log = logging.getLogger("cpucache.reuse")
 State: TypeAlias = Callable[[Slice], Bytes]
 
 
@@ -38,9 +41,8 @@ class Refused(Exception):
 class Splicer:
     """Owner of the slots of a context.
 
-    A slot keeps what it holds, so that the next plan only pays for where it differs (``Spliced.kept``). The sequences
-    that are no slots are empty between calls. A task that fails leaves its slot empty, one that is closed what it has
-    evaluated.
+    A slot keeps what it holds, so that the next plan only pays for where it differs. The sequences that are no slots
+    are empty between calls. A task that fails leaves its slot empty, one that is closed what it has evaluated.
 
     Args:
         context: Where slices are loaded, and tokens evaluated.
@@ -66,12 +68,14 @@ class Splicer:
         idle = [slot for slot in self.slots if not slot.busy]
         taken = max(idle, key=lambda slot: slot.shared(plan) if slot.owner == owner else -1)
         if taken.owner != owner:
+            _log.debug("slot %d changes hands, and is emptied", taken.sequence)
             self.reset(taken)
             taken.owner = owner
         taken.busy = True
-        taken.points = points if self.context.model.recurrent else None
+        taken.points = points if self.context.memory.points else None
         for slot in idle:
             if slot is not taken and slot.held:
+                _log.debug("slot %d, which is idle, is emptied: its cells would slow evaluation", slot.sequence)
                 self.reset(slot)
         return taken
 
@@ -93,14 +97,20 @@ class Splicer:
         self._learn(self.context.save(slot.sequence))
 
     def splice(
-        self, slot: Slot, plan: Plan, state: State, progress: Step | None = None, *, fresh: bool = False
-    ) -> Task[Spliced]:
-        """Make a slot hold ``plan``. ``state`` gives the saved state of a slice. ``fresh``: take nothing from any slot.
+        self, slot: Slot, plan: Plan, state: State, metrics: Metrics | None = None, *, fresh: bool = False
+    ) -> Splicing:
+        """Put the slices of a plan into the llama.cpp context; ``prefill`` has a slot hold the plan then.
 
-        Logits of the last token are there afterwards if the plan ends with fresh tokens. ``progress`` is told about
-        tokens evaluated. Raises ``Refused`` or ``ContextFull``, with the slot empty.
+        Nothing may be evaluated in between. Raises ``Refused`` or ``ContextFull``, with the slot empty.
+
+        Args:
+            slot: Keeps what it shares with ``plan``.
+            plan: What it is to hold.
+            state: Gives the saved state of a slice.
+            metrics: Told how long it takes.
+            fresh: Take nothing from any slot.
         """
-        report = Spliced()
+        metrics = metrics or Metrics()
         started = time.perf_counter()
         wanted = plan
         if slot.points and not fresh:
@@ -108,13 +118,35 @@ class Splicer:
         try:
             if fresh:
                 self.reset(slot)
-            spans = list(plan.spans) if fresh else self._keep(slot, plan, report)
-            report.splice_ms += _since(started)
-            for group in _grouped(spans, len(self.free)):
-                yield from self._join(slot, group, state, report, progress)
+            spans = list(plan.spans) if fresh else self._keep(slot, plan, state)
+            groups = _grouped(spans, len(self.free))
+            splicing = Splicing(slot, wanted, plan, groups, state, metrics)
+            if groups:
+                self._load_group(splicing, groups[0])
+        except BaseException:
+            self.reset(slot)
+            raise
+        metrics.splice_ms += _since(started)
+        return splicing
+
+    def prefill(self, splicing: Splicing, progress: Step | None = None) -> Task[int]:
+        """Make a slot hold a plan whose slices have been put into the context; gives how many tokens were evaluated.
+
+        Logits of the last token are there afterwards if the plan ends with fresh tokens. ``progress`` is told about
+        tokens evaluated. Raises ``Refused`` or ``ContextFull``, with the slot empty.
+        """
+        slot, plan = splicing.slot, splicing.plan
+        evaluated = 0
+        try:
+            for number, group in enumerate(splicing.groups):
+                if number:
+                    started = time.perf_counter()
+                    self._load_group(splicing, group)
+                    splicing.metrics.splice_ms += _since(started)
+                evaluated += yield from self._join(splicing, group, progress)
             slot.held = list(plan.spans)
-            if plan is not wanted:
-                for slice_ in wanted.slices:
+            if plan is not splicing.wanted:
+                for slice_ in splicing.wanted.slices:
                     slot.recognise(slice_)
         except GeneratorExit:
             # Ended while tokens were being evaluated: what has been done is there for the next plan.
@@ -123,7 +155,11 @@ class Splicer:
         except BaseException:
             self.reset(slot)
             raise
-        return report
+        return evaluated
+
+    def build(self, slot: Slot, plan: Plan, state: State, progress: Step | None = None) -> Task[int]:
+        """Make a slot hold a plan: ``splice``, and ``prefill``."""
+        return (yield from self.prefill(self.splice(slot, plan, state), progress))
 
     def _keep_evaluated(self, slot: Slot, plan: Plan) -> None:
         """Have a slot hold what its sequence has of ``plan``, and empty the sequences that are no slots."""
@@ -161,13 +197,13 @@ class Splicer:
     def capture(self, slot: Slot, slice_: Slice) -> Bytes | None:
         """The state of a slice whose tokens a slot has evaluated: they count as the slice from then on.
 
-        ``None`` when the slot holds something else there, or before.
+        ``None`` when the slot holds something else there, or before, or what stood in a window has been overwritten.
         """
         if slice_.delta or not slot.recognise(slice_):
             return None
         self.context.remove(self.scratch)
         self.context.share(slot.sequence, self.scratch, slice_.start, slice_.end)
-        state = self.context.save(self.scratch)
+        state = self.context.save(self.scratch) if self._whole(self.scratch, [slice_.span]) else None
         self.context.remove(self.scratch)
         return state
 
@@ -175,15 +211,19 @@ class Splicer:
         """The recurrent state of a slot."""
         return self.context.save_point(slot.sequence)
 
-    def _keep(self, slot: Slot, plan: Plan, report: Spliced) -> list[Span]:
+    def _keep(self, slot: Slot, plan: Plan, state: State) -> list[Span]:
         """Cut a slot back to what it shares with ``plan``; gives the spans that are still to come."""
         self._adopt(slot, plan)
         self._close_up(slot, plan)
-        shared = slot.shared(plan)
-        rest = list(plan.spans[shared:])
-        end = plan.spans[shared - 1].end if shared else 0
-        if rest and shared < len(slot.held):
-            common = slot.evaluated(shared, rest[0])
+        stays = slot.stays(plan)
+        rest = list(plan.spans[stays:])
+        end = plan.spans[stays - 1].end if stays else 0
+        if slot.points:
+            if end and end < slot.end:
+                # What the cells behind it hold is taken off below: a state can be put before them, not taken back.
+                self._load_point(slot.points, slot.sequence, plan.spans[stays - 1], state)
+        elif rest and stays < len(slot.held):
+            common = slot.evaluated(stays, rest[0])
             # The last token of all is evaluated in any case, for its logits.
             common = min(common, len(rest[0].tokens) - (len(rest) == 1))
             if common:
@@ -195,12 +235,11 @@ class Splicer:
             end = last.end - 1
         if not self._cut(slot, end):
             return list(plan.spans)
-        report.kept = plan.n_tokens - sum(len(span.tokens) for span in rest)
         return rest
 
     def _adopt(self, slot: Slot, plan: Plan) -> None:
         """Where another slot holds more of the head of ``plan``, share its cells."""
-        if not self.context.can_shift or self.context.model.window:
+        if not self.context.memory.cuts:
             return
         other = max((each for each in self.slots if each.owner == slot.owner), key=lambda each: each.shared(plan))
         shared = other.shared(plan)
@@ -208,6 +247,8 @@ class Splicer:
             self.reset(slot)
             slot.held = list(plan.spans[:shared])
             self.context.share(other.sequence, slot.sequence, 0, slot.end)
+            if not self._whole(slot.sequence, slot.held):
+                self.reset(slot)
 
     def _close_up(self, slot: Slot, plan: Plan) -> None:
         """Where ``plan`` leaves out what stands in the middle of a slot, move the rest down in place.
@@ -215,7 +256,7 @@ class Splicer:
         So a truncated conversation costs one rotation of keys: nothing is evaluated, and nothing loaded.
         """
         begin = slot.shared(plan)
-        if begin >= min(len(slot.held), len(plan.spans)) or not self.context.can_shift or self.context.model.window:
+        if begin >= min(len(slot.held), len(plan.spans)) or not self.context.memory.moves:
             return
         # Cells that belong to another slot as well would move there, too.
         if any(other.held for other in self.slots if other is not slot):
@@ -233,8 +274,11 @@ class Splicer:
                     return
                 self.context.remove(slot.sequence, staying[-1].end)
                 self.context.remove(slot.sequence, gap, held.start)
-                self.context.shift(slot.sequence, delta, held.start)
+                with stage("shift"):
+                    self.context.shift(slot.sequence, delta, held.start)
                 slot.held[begin:] = [span.moved(delta) for span in staying]
+                if not self._whole(slot.sequence, slot.held):
+                    self.reset(slot)
             return
 
     def _cut(self, slot: Slot, end: int) -> bool:
@@ -242,28 +286,43 @@ class Splicer:
         # Emptied even where it should be empty: an error may have come within ``reset``.
         if end and end == slot.end:
             return True
-        # A sliding window's cells before ``end`` may be gone already, overwritten or never saved.
-        if end == 0 or self.context.model.window or not self.context.remove(slot.sequence, end):
+        held = [replace(span, tokens=span.tokens[: end - span.start]) for span in slot.held if span.start < end]
+        if end == 0 or not self.context.remove(slot.sequence, end) or not self._whole(slot.sequence, held):
             self.reset(slot)
             return False
         return True
 
-    def _join(
-        self, slot: Slot, parts: Sequence[_Part], state: State, report: Spliced, progress: Step | None
-    ) -> Task[None]:
-        """Load all slices of some parts, then join them to a slot in turn, evaluating what is fresh between.
+    def _whole(self, sequence: int, spans: Sequence[Span]) -> bool:
+        """Whether a sequence that holds some spans has all of them that its next token looks back on.
+
+        Cells that have left a sliding window are overwritten when that suits llama.cpp, even though there is room.
+        """
+        if not self.context.memory.window:
+            return True
+        end = spans[-1].end
+        first = end - self.context.memory.window
+        inside = (span.end - max(span.start, first) for span in spans if span.end > first)
+        return self.context.whole(sequence, end, sum(inside))
+
+    def _load_group(self, splicing: Splicing, parts: Sequence[_Part]) -> None:
+        """Load all slices of some parts, each part into a sequence of its own.
 
         Loaded before anything is evaluated, those that llama.cpp has to move all cost a single rotation of keys (it
         rotates every cell of the context, however few have moved).
         """
-        started = time.perf_counter()
+        slot, state = splicing.slot, splicing.state
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
             for span in part.slices:
-                self._load(slot, span, park, state)
+                with stage("load"):
+                    self._load(slot, span, park, state)
             if slot.points and part.slices:
-                self._load_point(slot.points, park, part.slices[-1], state)
-            report.loaded += sum(len(span.tokens) for span in part.slices)
-        report.splice_ms += _since(started)
+                with stage("load"):
+                    self._load_point(slot.points, park, part.slices[-1], state)
+
+    def _join(self, splicing: Splicing, parts: Sequence[_Part], progress: Step | None) -> Task[int]:
+        """Join parts that were loaded to a slot in turn, evaluating what is fresh between; gives how many tokens."""
+        slot = splicing.slot
+        evaluated = 0
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
             if park != slot.sequence and part.slices:
                 self.context.share(park, slot.sequence)
@@ -272,8 +331,9 @@ class Splicer:
                 started = time.perf_counter()
                 run = Run(slot.sequence, part.fresh.start, part.fresh.tokens)
                 slot.index = yield Work([run], logits="last", progress=progress)
-                report.evaluated += len(run.tokens)
-                report.prefill_ms += _since(started)
+                evaluated += len(run.tokens)
+                splicing.metrics.prefill_ms += _since(started)
+        return evaluated
 
     def _load(self, slot: Slot, span: Span, sequence: int, state: State) -> None:
         assert span.slice is not None
@@ -286,13 +346,16 @@ class Splicer:
         # llama.cpp compares the shapes in the state's header with the model's, but takes whatever positions it finds.
         loaded = self.context.load(self.scratch, saved)
         end = start + len(span.slice.tokens)
-        # Of a recurrent model it tells the position of what is loaded later.
-        if not loaded or not (self.context.model.recurrent or self.context.last_position(self.scratch) == end - 1):
+        # Where there are points it tells the position of what is loaded later.
+        if not loaded or not (slot.points or self.context.last_position(self.scratch) == end - 1):
+            raise Refused(span.slice)
+        if not self._whole(self.scratch, [span.slice.span.moved(start - span.slice.start)]):
             raise Refused(span.slice)
         if not span.whole:
             self.context.remove(self.scratch, start + len(span.tokens))
         if start != span.start:
-            self.context.shift(self.scratch, span.delta)
+            with stage("shift"):
+                self.context.shift(self.scratch, span.delta)
         self.context.share(self.scratch, sequence)
         self.context.remove(self.scratch)
 
@@ -304,18 +367,23 @@ class Splicer:
 
     def _borrow(self, slot: Slot, span: Span, sequence: int) -> bool:
         """Share the cells of another slot that holds the same slice at the same position."""
-        if not self.context.can_shift or self.context.model.window:
+        if not self.context.memory.cuts:
             return False
         others = (each for each in self.slots if each is not slot)
         owner = next((each for each in others if any(span.same(held) for held in each.held)), None)
         if owner is None:
             return False
-        self.context.share(owner.sequence, sequence, span.start, span.end)
-        return True
+        self.context.share(owner.sequence, self.scratch, span.start, span.end)
+        whole = self._whole(self.scratch, [span])
+        if whole:
+            self.context.share(self.scratch, sequence)
+        self.context.remove(self.scratch)
+        return whole
 
     def _moved(self, state: Bytes, delta: int) -> Bytes | None:
-        self._learn(state)
-        return self._rotation.moved(state, delta) if self._rotation else None
+        with stage("shift"):
+            self._learn(state)
+            return self._rotation.moved(state, delta) if self._rotation else None
 
     def _learn(self, state: Bytes) -> None:
         if not self._learnt:
@@ -329,6 +397,20 @@ class _Part:
 
     slices: tuple[Span, ...]
     fresh: Span | None
+
+
+@dataclass(frozen=True)
+class Splicing:
+    """A plan on its way into a slot: what of its slices fits is in the llama.cpp context, nothing is joined yet."""
+
+    slot: Slot
+    wanted: Plan
+    """What was asked for."""
+    plan: Plan
+    """The same, with tokens to evaluate in the place of slices that can't be gone on from."""
+    groups: list[list[_Part]]
+    state: State
+    metrics: Metrics
 
 
 def _grouped(spans: Sequence[Span], free: int) -> list[list[_Part]]:

@@ -8,36 +8,47 @@ from dataclasses import dataclass, replace
 
 from cpucache.layout import Text, Tokens
 from cpucache.reuse.chain import Chain
+from cpucache.reuse.fidelity import Fidelity, Reuse
 from cpucache.reuse.repair import Repair
 from cpucache.reuse.slices import Plan, Relation, Slice
 from cpucache.reuse.workspace import Workspace
+from cpucache.stages import stage
 from cpucache.store import text_id
 
 SHORTEST = 64
 """Tokens of neighbouring segments at least, that are taken from elsewhere. Fewer are evaluated as fast as spliced."""
 
 
-def plan_text(workspace: Workspace, repair: Repair, text: Text, *, anywhere: bool, recompute: float) -> Plan:
+def plan_text(workspace: Workspace, repair: Repair, text: Text, fidelity: Fidelity, reuse: Reuse) -> Plan:
     """The plan of a text.
 
     First comes the longest known slice behind all before it, again and again, however it was cut: all of it exact. Then
     come the segments that are left. Those that may be taken from elsewhere are, where there are slices of them; the
-    others are evaluated, and saved. The last token is evaluated in any case.
+    others are evaluated, and saved. The last token is evaluated in any case. The plan is exact for models whose states
+    can't be moved, whatever ``reuse`` says.
 
     Args:
         workspace: Its store has the slices.
         repair: Chooses what to recompute.
         text: Segments within its parts may be taken from elsewhere.
-        anywhere: So may all others.
-        recompute: The share of the tokens taken from elsewhere that is evaluated afresh.
+        fidelity: Whether slices must be exact, and else the share of the tokens taken from elsewhere that is evaluated
+            afresh.
+        reuse: ``"anywhere"``: all others may be taken from elsewhere, too. ``"exact"``: none may.
     """
+    with stage("look up"):
+        exact = reuse == "exact" or fidelity.exact or not workspace.context.memory.moves
+        text = replace(text, parts=()) if exact else text
+        return _planned(workspace, repair, text, anywhere=reuse == "anywhere" and not exact, share=fidelity.recompute)
+
+
+def _planned(workspace: Workspace, repair: Repair, text: Text, *, anywhere: bool, share: float) -> Plan:
     chain = _known_prefix(workspace, text.tokens[:-1])
     *segments, tail = _segments(workspace, text, chain.end)
     if anywhere or text.parts:
         _find(workspace, [each for each in segments if anywhere or text.within(each.begin, each.end)])
         _drop_short(segments)
         taken = [each for each in segments if each.slice]
-        budget = math.ceil(recompute * sum(len(each.tokens) for each in taken))
+        budget = math.ceil(share * sum(len(each.tokens) for each in taken))
         new = [each.tokens for each in segments if not each.slice] + [tail.tokens]
         for index in repair.choose([[each.tokens] for each in taken], new, budget) if budget else ():
             taken[index].recomputed = True
@@ -98,7 +109,7 @@ def _segments(workspace: Workspace, text: Text, begin: int) -> list[_Segment]:
     for end in ends[:-1]:
         found.append(_Segment(begin, text.tokens[begin:end]))
         begin = end
-    if workspace.slices.recurrent and begin < len(text.tokens) - 1:
+    if workspace.slices.memory.points and begin < len(text.tokens) - 1:
         # The state before the last token is not to be had once that has been evaluated.
         found.append(_Segment(begin, text.tokens[begin:-1]))
         begin = len(text.tokens) - 1

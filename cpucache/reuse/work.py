@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from cpucache.reuse.progress import Step
-from cpucache.runtime import Batch, Context, Run
+from cpucache.runtime import Batch, Run
 from cpucache.runtime.context import Wanted
 
 T = TypeVar("T")
@@ -51,64 +51,3 @@ class Work:
 Task: TypeAlias = Generator[Work, int, T]
 """Yields ``Work``, and is sent the index of the logits that were kept, in the last batch. Returns what it was to find
 out. Closing it, or an error thrown into it, leaves nothing half-done in the llama.cpp context."""
-
-
-class Execution(Generic[T]):
-    """A task under way.
-
-    Args:
-        task: Has not been started yet.
-    """
-
-    def __init__(self, task: Task[T]) -> None:
-        self._task = task
-        self.work = Work([])
-        """What it wants evaluated next."""
-        self.ended = False
-        self.result: T | None = None
-
-    def start(self) -> None:
-        """Go on to the first work. Raises what the task raises."""
-        self._go(lambda: next(self._task))
-
-    def go_on(self) -> None:
-        """Go on, when its work has been evaluated, to the next, or the end. Raises what the task raises."""
-        self._go(lambda: self._task.send(self.work.index))
-
-    def fail(self, error: BaseException) -> None:
-        """Tell the task that its work can't be evaluated. Raises what the task raises, usually ``error``."""
-        self._go(lambda: self._task.throw(error))
-
-    def close(self) -> None:
-        """End the task where it is."""
-        self.ended = True
-        self._task.close()
-
-    def _go(self, step: Callable[[], Work]) -> None:
-        try:
-            self.work = step()
-        except StopIteration as end:
-            self.ended, self.result = True, end.value
-        except BaseException:
-            self.ended = True
-            raise
-
-
-def drive(context: Context, task: Task[T]) -> T:
-    """Run a task to its end with nothing beside it; gives what it returns."""
-    execution = Execution(task)
-    execution.start()
-    while not execution.ended:
-        work = execution.work
-        try:
-            while work.runs:
-                batch = Batch()
-                work.fill(batch, context.n_batch)
-                context.evaluate(batch)
-                if work.progress:
-                    work.progress(batch.size)
-        except BaseException as error:
-            execution.fail(error)
-        else:
-            execution.go_on()
-    return execution.result  # type: ignore[return-value]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import TypeVar
+from types import TracebackType
 
 import numpy as np
 
@@ -15,21 +15,66 @@ from cpucache.errors import CpucacheError, ModelError
 from cpucache.layout import Tokens
 from cpucache.reuse.encoder import Encoder, effort
 from cpucache.reuse.progress import OnProgress, Step, counting
-from cpucache.reuse.reports import Encoded, Made, Prefill, Spliced
+from cpucache.reuse.reports import Encoded, Made
 from cpucache.reuse.slices import Plan, Slice, Slices
 from cpucache.reuse.slot import Points, Slot
 from cpucache.reuse.splicer import Refused, Splicer
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context
-from cpucache.runtime.context import Bytes, Logits
+from cpucache.runtime.context import Bytes
 from cpucache.store import SliceInfo, Store
 
-T = TypeVar("T")
+_log = logging.getLogger("cpucache.reuse")
 _FUTILE = 20  # attempts to get at slices none of which got any further than the one before
 
 
-class _Gone(Exception):
+class Gone(Exception):
     """A slice that was there is not any more: found damaged, or evicted by another process."""
+
+
+class Attempts:
+    """Attempts at what needs slices, until one succeeds; each is a context manager.
+
+    Slices that turn out to be unusable are discarded, to be made again, each of them once. Slices that go before they
+    are had are waited for as often as that happens: what is in ``states`` by then is kept, so that each attempt gets
+    further than the one before. Raises ``CpucacheError`` where that leads nowhere.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.states: dict[Slice, Bytes] = {}
+        """The states that are at hand."""
+        self._store = store
+        self._done = False
+        self._refused: set[Slice] = set()
+        self._had, self._futile = -1, 0
+
+    def __iter__(self) -> Iterator[Attempts]:
+        while not self._done:
+            yield self
+
+    def __enter__(self) -> None:
+        self._done = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, Gone):
+            self._futile = self._futile + 1 if len(self.states) == self._had else 0
+            self._had = len(self.states)
+            if self._futile == _FUTILE:
+                raise CpucacheError("slices are evicted faster than they are made; give the store more room") from None
+            _log.info("a slice is gone that was there; looking again")
+        elif isinstance(error, Refused):
+            if error.slice in self._refused:
+                raise CpucacheError(f"{error}, not even when made anew; check the store's disk") from error
+            _log.info("%s; it is made again", error)
+            self._refused.add(error.slice)
+            self.states.pop(error.slice, None)
+            self._store.discard(error.slice.key)
+        else:
+            return False
+        self._done = False
+        return True
 
 
 class Workspace:
@@ -43,9 +88,10 @@ class Workspace:
         self.context = context
         self.store = store
         self.slices = slices
-        slices.recurrent = context.model.recurrent
-        self._splicer = Splicer(context, slots)
-        self._encoder = Encoder(self._splicer, slices)
+        slices.memory = context.memory
+        self.splicer = Splicer(context, slots)
+        """Owns the slots, and all other sequences of the context."""
+        self._encoder = Encoder(self.splicer, slices)
         self.prefill_rate: float | None = None
         """Tokens evaluated in a second, as last measured over 32 tokens or more, or a few at first."""
 
@@ -53,18 +99,26 @@ class Workspace:
         """The same context and store, for the slices of a namespace."""
         other = copy.copy(self)
         other.slices = slices
-        slices.recurrent = self.slices.recurrent
-        other._encoder = Encoder(self._splicer, slices)
+        slices.memory = self.slices.memory
+        other._encoder = Encoder(self.splicer, slices)
         return other
 
     @contextmanager
-    def slot(self, plan: Plan | None = None) -> Iterator[Slot]:
-        """A slot of one's own: of those that are idle, the one that holds most of ``plan``."""
-        slot = self._splicer.take(plan or Plan(()), self.slices.state_format, self.points)
+    def slot(self) -> Iterator[Slot]:
+        """A slot of one's own."""
+        slot = self.take(Plan(()))
         try:
             yield slot
         finally:
             slot.busy = False
+
+    def take(self, plan: Plan) -> Slot:
+        """The slot that holds most of ``plan``, of those that are idle. It is busy from then on."""
+        return self.splicer.take(plan, self.slices.state_format, self.points)
+
+    def attempts(self) -> Attempts:
+        """Attempts at what needs slices."""
+        return Attempts(self.store)
 
     @property
     def points(self) -> Points:
@@ -78,13 +132,13 @@ class Workspace:
 
     def loaded(self, slices: Sequence[Slice]) -> Sequence[Slice]:
         """Consecutive slices, and what else is loaded with them: the recurrent state behind the last."""
-        point = self.slices.point(slices[-1]) if slices and self.slices.recurrent else None
+        point = self.slices.point(slices[-1]) if slices and self.slices.memory.points else None
         return [*slices, point] if point and point.key in self.store else slices
 
     def missing(self, slices: Iterable[Slice], held: Collection[Slice] = ()) -> list[Slice]:
         """Those of ``slices`` that the store lacks, and what of their contexts is needed to make them, in order.
 
-        Those ``held`` count as had. Raises ``_Gone`` for one that can't be made here.
+        Those ``held`` count as had. Raises ``Gone`` for one that can't be made here.
         """
         needed: dict[Slice, None] = {}
         had = set(held)
@@ -96,7 +150,7 @@ class Workspace:
                 had.add(slice_)
                 return
             if slice_.context is None:
-                raise _Gone
+                raise Gone
             for other in slice_.needs:
                 add(other)
             needed[slice_] = None
@@ -104,7 +158,7 @@ class Workspace:
         last: Slice | None = None
         for last in slices:
             add(last)
-        if last and self.slices.recurrent and last not in held and self.slices.point(last).key not in self.store:
+        if last and self.slices.memory.points and last not in held and self.slices.point(last).key not in self.store:
             needed[last] = None
         return list(needed)
 
@@ -131,23 +185,21 @@ class Workspace:
         slices = list(slices)
         report = Encoded() if report is None else report
         report.wanted += slices
-        states: dict[Slice, Bytes] = {}
-
-        def make() -> Task[None]:
-            missing = self.missing(slices, states)
-            steps = counting(progress, effort(missing))
-            yield from self._make(slot, missing, (), (), states, schema, report, steps, wait=wait)
-
+        attempts = self.attempts()
         # Slices of one schema do not push one another out.
         with self.store.using(slice_.key for slice_ in slices):
-            yield from self._mending(make, states)
-        self._know(slices)
+            for attempt in attempts:
+                with attempt:
+                    missing = self.missing(slices, attempts.states)
+                    steps = counting(progress, effort(missing))
+                    yield from self.make(slot, missing, (), (), attempts.states, schema, report, steps, wait=wait)
+        self.know(slices)
         return report
 
-    def _make(
+    def make(
         self,
         slot: Slot,
-        missing: list[Slice],
+        missing: Sequence[Slice],
         wanted: Collection[Slice],
         held: Collection[Slice],
         states: dict[Slice, Bytes],
@@ -169,10 +221,10 @@ class Workspace:
         started = waiting = time.monotonic()
         # Kept at hand besides the wanted: contexts of what comes later. A small store may drop any of them for what is
         # made now.
-        first = missing[:1] if self.slices.recurrent else missing
+        first = missing[:1] if self.slices.memory.points else missing
         keep = {*wanted, *(other for slice_ in first for other in slice_.needs)}
         for slice_ in keep.difference(missing, held):
-            self._held(states, slice_)
+            self.state(states, slice_)
 
         def made(each: Made) -> None:
             self._keep(each, schema)
@@ -180,15 +232,19 @@ class Workspace:
             if each.slice in keep:
                 states[each.slice] = each.state
 
-        todo = missing
+        todo, told = list(missing), 0
         while todo:
             mine = self._claimed(todo)
             if not mine and not wait:
                 break
             if not mine and time.monotonic() - waiting > self.store.patience:
+                _log.info("slices that another process has not made in %.0f s: %d", self.store.patience, len(todo))
                 mine = todo
+            if mine or told != len(todo):
+                self._tell(mine, todo)
+                told = len(todo)
             try:
-                yield from self._encoder.encode(slot, mine, partial(self._held, states), made, progress)
+                yield from self._encoder.encode(slot, mine, lambda slice_: self.state(states, slice_), made, progress)
             finally:
                 self.store.release(map(self._claim, mine))
             if not mine:
@@ -199,7 +255,15 @@ class Workspace:
             todo = left
         report.seconds += time.monotonic() - started
 
-    def _claimed(self, slices: list[Slice]) -> list[Slice]:
+    def _tell(self, mine: Sequence[Slice], todo: Sequence[Slice]) -> None:
+        """Log what is made now, and what is waited for."""
+        if not mine:
+            _log.debug("waits for slices that another process is making: %d", len(todo))
+        elif _log.isEnabledFor(logging.INFO):
+            modules = ", ".join(dict.fromkeys(slice_.module or "(text)" for slice_ in mine))
+            _log.info("makes missing slices: %d, of %d tokens: %s", len(mine), effort(mine), modules)
+
+    def _claimed(self, slices: Sequence[Slice]) -> list[Slice]:
         """Those of ``slices`` that this process is to make now: nobody else is at them, and their contexts exist."""
         mine: dict[Slice, None] = {}
         elsewhere: set[Slice] = set()
@@ -213,14 +277,14 @@ class Workspace:
 
     def _claim(self, slice_: Slice) -> str:
         """The key that is claimed for making a slice, or the recurrent state behind one that is there."""
-        again = self.slices.recurrent and slice_.key in self.store
+        again = self.slices.memory.points and slice_.key in self.store
         return self.slices.point(slice_).key if again else slice_.key
 
     def _keep(self, made: Made, schema: str) -> None:
         slice_ = made.slice
         self.store.put(slice_.key, made.state, slice_.tokens, self._info(slice_, schema, made.seconds))
 
-    def _know(self, slices: Iterable[Slice]) -> None:
+    def know(self, slices: Iterable[Slice]) -> None:
         """Let slices be found by their content that may have been made in another namespace."""
         for slice_ in slices if self.slices.shared else ():
             if slice_.key in self.store:
@@ -243,122 +307,38 @@ class Workspace:
             sees_tokens=slice_.sees_tokens,
         )
 
-    def _held(self, states: dict[Slice, Bytes], slice_: Slice) -> Bytes:
-        """The state of a slice, kept at hand in ``states`` from then on. Raises ``_Gone``."""
+    def state(self, states: dict[Slice, Bytes], slice_: Slice) -> Bytes:
+        """The state of a slice, kept at hand in ``states`` from then on. Raises ``Gone``."""
         if slice_ not in states:
             state = self.store.get(slice_.key)
             if state is None:
-                raise _Gone
+                raise Gone
             states[slice_] = state
         return states[slice_]
 
     def _check_can_be_made(self, slices: Iterable[Slice]) -> None:
         """What attends to everything before it is made where it stands, with any model. The rest has to be moved."""
-        if not self.context.can_shift and not all(slice_.chained for slice_ in slices):
+        if not self.context.memory.moves and not all(slice_.chained for slice_ in slices):
             raise self._rigid()
 
-    def _check_can_be_spliced(self, plan: Plan) -> None:
-        if self.context.can_shift:
-            return
-        for span in plan.spans:
-            if span.slice and (span.relation != "exact" or span.delta or not span.whole):
+    def check_can_be_spliced(self, plan: Plan) -> None:
+        """Raise ``ModelError`` for a plan that needs states to be moved, where the model's can't be."""
+        memory = self.context.memory
+        for span in () if memory.moves else plan.spans:
+            if span.slice and (span.relation != "exact" or span.delta or not (span.whole or memory.cuts)):
                 raise self._rigid()
 
     def _rigid(self) -> ModelError:
         model = self.context.model
-        kind = "keeps a recurrent state" if model.recurrent else "ties what it knows to absolute positions"
         return ModelError(
-            f"{model.path.name}: a {model.architecture} model {kind}, so that modules can't be spliced into it; "
-            "use --fidelity high, which reuses whole combinations of them, or --no-cache (use_cache=False)"
+            f"{model.path.name}: a {model.architecture} model {self.context.memory.fixed}, so that modules can't be "
+            "spliced into it; use --fidelity high, which reuses whole combinations of them, or --no-cache "
+            "(use_cache=False)"
         )
 
-    # -- prompts -----------------------------------------------------------------------------------------------------
-    def prefill(
-        self,
-        slot: Slot,
-        plan: Callable[[], Plan],
-        schema: str = "",
-        progress: OnProgress | None = None,
-        *,
-        fresh: bool = False,
-    ) -> Task[tuple[Plan, Prefill]]:
-        """Get a plan into a slot, with logits of its last token; gives the plan and what it took.
-
-        Args:
-            slot: The one that answers.
-            plan: Gives the plan by the slices that there are. It is asked again when a slice turns out to be gone or
-                unusable.
-            schema: What slices made on the way are listed under.
-            progress: Told about tokens evaluated.
-            fresh: Take nothing from any slot, so that every token without a slice is evaluated.
-        """
-        encoded = Encoded()
-        states: dict[Slice, Bytes] = {}
-        known = counted = 0
-
-        def splice() -> Task[tuple[Plan, Spliced]]:
-            nonlocal known, counted
-            planned = plan()
-            known = 0 if fresh else self._splicer.known(planned, slot.owner)
-            self._check_can_be_spliced(planned)
-            with self.store.using(self.keys(planned)):
-                shared = 0 if fresh else slot.shared(planned)
-                if self.slices.recurrent and shared < len(slot.held):
-                    shared = 0  # its state has gone on
-                held = {span.slice for span in planned.spans[:shared] if span.slice}
-                wanted = [slice_ for slice_ in planned.slices if slice_ not in held]
-                missing = self.missing([*wanted, *planned.besides], states.keys() | held)
-                told = counting(progress, effort(missing) + planned.n_tokens - planned.n_cached)
-
-                def step(count: int) -> None:
-                    nonlocal counted
-                    counted += count
-                    if told:
-                        told(count)
-
-                yield from self._make(slot, missing, wanted, held, states, schema, encoded, step)
-                with self.store.quiet():
-                    state = partial(self._held, states)
-                    spliced = yield from self._splicer.splice(slot, planned, state, step, fresh=fresh)
-                return planned, spliced
-
-        planned, spliced = yield from self._mending(splice, states)
-        self._know(planned.slices)
-        made = sum(len(span.tokens) for span in planned.spans if span.slice in encoded.made)
-        # What stands before slices made on the way was evaluated with them.
-        evaluated = made + max(spliced.evaluated, planned.n_tokens - planned.n_cached - known)
-        if self.slices.recurrent:
-            # So are tokens between the recurrent state that was gone on from and them.
-            evaluated = max(evaluated, min(counted, planned.n_tokens))
-        self._learn_rate(encoded.tokens + spliced.evaluated, encoded.seconds + spliced.prefill_ms / 1000)
-        return planned, Prefill.of(planned, evaluated, encoded, spliced)
-
-    def _mending(self, action: Callable[[], Task[T]], states: dict[Slice, Bytes]) -> Task[T]:
-        """Do ``action``; slices that turn out to be unusable are made again, each of them once.
-
-        So are those that go before they are had, as often as that happens: what is in ``states`` by then is kept, so
-        that each attempt gets further than the one before.
-        """
-        refused: set[Slice] = set()
-        had, futile = -1, 0
-        while True:
-            try:
-                return (yield from action())
-            except _Gone:
-                futile = futile + 1 if len(states) == had else 0
-                had = len(states)
-                if futile == _FUTILE:
-                    raise CpucacheError(
-                        "slices are evicted faster than they are made; give the store more room"
-                    ) from None
-            except Refused as error:
-                if error.slice in refused:
-                    raise CpucacheError(f"{error}, not even when made anew; check the store's disk") from error
-                refused.add(error.slice)
-                states.pop(error.slice, None)
-                self.store.discard(error.slice.key)
-
-    def _learn_rate(self, tokens: int, seconds: float) -> None:
+    # -- the slots ---------------------------------------------------------------------------------------------------
+    def learn_rate(self, tokens: int, seconds: float) -> None:
+        """Note how long so many tokens took to evaluate."""
         if seconds > 0 and tokens >= (8 if self.prefill_rate is None else 32):
             self.prefill_rate = tokens / seconds
 
@@ -369,42 +349,30 @@ class Workspace:
         """
         taken = 0
         for slice_ in slices:
-            state = self._splicer.capture(slot, slice_)
+            state = self.splicer.capture(slot, slice_)
             if state is not None:
                 # What making it again would take.
                 seconds = len(slice_.tokens) / (self.prefill_rate or 100.0)
                 self._keep(Made(slice_, state, seconds), schema)
                 taken += state.nbytes
-                if self.slices.recurrent and slice_.end == slot.end:
-                    state = self._splicer.capture_point(slot)
+                if self.slices.memory.points and slice_.end == slot.end:
+                    state = self.splicer.capture_point(slot)
                     self._keep(Made(self.slices.point(slice_), state, seconds), schema)
                     taken += state.nbytes
         return taken
 
     def append(self, slot: Slot, tokens: Tokens) -> Task[None]:
         """Evaluate tokens of an answer behind all that a slot holds, with logits of the last."""
-        return self._splicer.append(slot, tokens)
-
-    def forced(
-        self, slot: Slot, plan: Plan, tokens: Tokens, schema: str = "", progress: OnProgress | None = None
-    ) -> Task[Logits]:
-        """Logits behind each token of the plan's last span, which is fresh, and behind each of ``tokens`` after it.
-
-        One row for each, a vocabulary long: what the model would say next if this is how it went on.
-        """
-        *before, last = plan.spans
-        yield from self.prefill(slot, lambda: Plan(tuple(before)), schema, progress)
-        rows = yield from self._splicer.rows(slot, np.concatenate([last.tokens, tokens]))
-        return np.stack(rows)
+        return self.splicer.append(slot, tokens)
 
     def warm_up(self, slot: Slot, token: int) -> Task[None]:
         """Do once what the first prompt would otherwise pay for. Leaves the slot empty."""
-        self._splicer.reset(slot)
-        yield from self._splicer.append(slot, np.array([token], np.int32))
-        self._splicer.prepare(slot)
-        self._splicer.reset(slot)
+        self.splicer.reset(slot)
+        yield from self.splicer.append(slot, np.array([token], np.int32))
+        self.splicer.prepare(slot)
+        self.splicer.reset(slot)
 
     def reset(self, slot: Slot) -> Task[None]:
         """Empty a slot. The store keeps its slices."""
-        self._splicer.reset(slot)
+        self.splicer.reset(slot)
         yield from ()

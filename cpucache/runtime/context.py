@@ -15,6 +15,7 @@ from cpucache.errors import ContextFull, CpucacheError, InputError
 from cpucache.runtime import llama
 from cpucache.runtime.hardware import default_threads
 from cpucache.runtime.llama import api
+from cpucache.runtime.memory import Memory
 from cpucache.runtime.model import Model, Tokens
 from cpucache.runtime.sampler import Sampler
 
@@ -129,10 +130,13 @@ class Context:
         params = api.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = min(BATCH, n_ctx)
-        params.n_seq_max = sequences
+        # One sequence more, to measure others by.
+        params.n_seq_max = sequences + (model.window > 0)
+        self._spare = sequences
+        self._cell_sizes: tuple[int, int] | None = None
         # Logits of at most this many tokens at a time: llama.cpp would else set aside a vocabulary of floats for each
         # of 512 (300 MB with 150,000 words).
-        params.n_outputs_max = SEQUENCES
+        params.n_outputs_max = max(SEQUENCES, params.n_seq_max)
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = True
         params.swa_full = True
@@ -151,12 +155,11 @@ class Context:
         self.n_ctx = n_ctx
         self.n_batch = min(BATCH, int(api.llama_n_batch(self._ctx)))
         """Tokens of a batch at most. llama.cpp aborts the process when it is given more."""
-        # llama_memory_can_shift is true for recurrent memory too, which has positions to count but none to move.
-        self.can_shift = (
-            bool(self._memory and api.llama_memory_can_shift(self._memory)) and model.relative and not model.recurrent
-        )
+        shifts = bool(self._memory and api.llama_memory_can_shift(self._memory))
+        self.memory = Memory.of(model, shifts=shifts)
+        """What can be done with its cells."""
         # What stands for the recurrent state in a saved state that has none: no sequence has any yet.
-        self._no_point = self.save_point(0)[_POINT_HEAD:] if model.recurrent else np.empty(0, np.uint8)
+        self._no_point = self.save_point(0)[_POINT_HEAD:] if self.memory.points else np.empty(0, np.uint8)
         self._stop: Callable[[], bool] | None = None
         self._asked = api.ggml_abort_callback(lambda _data: self._stop is not None and self._stop())
         self._never = api.ggml_abort_callback()
@@ -191,10 +194,10 @@ class Context:
 
         A run must start right behind its sequence's last position, or anywhere in an empty sequence. ``stop`` is asked
         now and then, from this thread, whether to stop a batch of 32 tokens or more: then ``Stopped`` is raised. A
-        batch of a recurrent model is evaluated to its end.
+        batch that could not be taken back is evaluated to its end.
         """
         # A recurrent state would be left half-way through a batch that is stopped.
-        if stop is None or batch.size < _LONG or self.model.recurrent:
+        if stop is None or batch.size < _LONG or not self.memory.cuts:
             self._decode(*batch.arrays())
             return
         self._stop = stop
@@ -290,11 +293,34 @@ class Context:
         """The highest position of a sequence, -1 when it is empty."""
         return int(api.llama_memory_seq_pos_max(self._memory, sequence))
 
+    def whole(self, sequence: int, end: int, cells: int) -> bool:
+        """Whether layers with a window have all of a sequence that its next token, at ``end``, may look back on.
+
+        llama.cpp keeps no account of which cells it has overwritten. How large a state of them would be tells: that of
+        ``cells``, the tokens that stand within the window.
+        """
+        if not self.memory.window:
+            return True
+        if self.last_position(sequence) != end - 1:
+            return False
+        if self._cell_sizes is None:
+            last, sizes = self.last_position(sequence), []
+            for begin in (last, last - 1):
+                self.share(sequence, self._spare, begin)
+                sizes.append(self._size(self._spare, api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY))
+            self.remove(self._spare)
+            one, two = sizes
+            if one == two:
+                return cells == 1 == last + 1
+            self._cell_sizes = one, two - one
+        first, each = self._cell_sizes
+        return self._size(sequence, api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == first + (cells - 1) * each
+
     # -- state -------------------------------------------------------------------------------------------------------
     def save(self, sequence: int) -> Bytes:
         """The cells of a sequence (``llama_state_seq_get_data``), without its recurrent state, if it has one."""
         state = self._save(sequence, _WHOLE)
-        if not self.model.recurrent:
+        if not self.memory.points:
             return state
         # The recurrent state comes last (llama_memory_hybrid::state_write).
         point = self.save_point(sequence)[_POINT_HEAD:]
@@ -319,12 +345,15 @@ class Context:
         return self._load(sequence, state, api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
 
     def _save(self, sequence: int, flags: int) -> Bytes:
-        size = int(api.llama_state_seq_get_size_ext(self._ctx, sequence, flags))
+        size = self._size(sequence, flags)
         out = np.empty(size, np.uint8)
         written = int(api.llama_state_seq_get_data_ext(self._ctx, out.ctypes.data_as(_U8), size, sequence, flags))
         if written != size:
             raise CpucacheError(f"llama.cpp saved {written} of {size} bytes of state: {llama.last_errors()}")
         return out
+
+    def _size(self, sequence: int, flags: int) -> int:
+        return int(api.llama_state_seq_get_size_ext(self._ctx, sequence, flags))
 
     def _load(self, sequence: int, state: Bytes, flags: int) -> bool:
         llama.last_errors(clear=True)

@@ -12,8 +12,11 @@ from cpucache.runtime.context import Bytes
 F32, F16 = 0, 1  # GGML_TYPE_F32, GGML_TYPE_F16 (ggml.h)
 FLOATS: dict[int, np.dtype[np.floating]] = {F32: np.dtype("<f4"), F16: np.dtype("<f2")}
 CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
+# Models with positions in several dimensions (M-RoPE) note two more of them, and the token (llama_kv_cell_ext).
+_WIDE_CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("more", "<i4", 3), ("sequence", "<i4")])
 HEAD = 16
 """Bytes before the cells: what a state is and of which sequence, the number of streams, the number of cells."""
+_MOST_LAYERS = 1 << 16
 
 
 class UnknownLayout(Exception):
@@ -49,6 +52,8 @@ class Layout:
         self._at = 0
         self.keys: list[Block] = []
         self.values: list[Block] = []
+        self.plain = True
+        """Whether cells have one position each."""
         self._take(8)
         self.count, self.transposed = self._cache()
         while self._at < len(state):
@@ -59,12 +64,16 @@ class Layout:
         streams, self._cells = self._numbers(2)
         if streams != 1 or not self._cells:
             raise UnknownLayout(f"a state of {streams} streams and {self._cells} cells")
-        cells = self._take(self._cells * CELL.itemsize).view(CELL)
-        if (cells["sequences"] != 1).any():
-            raise UnknownLayout("cells that say more than a position")
-        transposed, layers = self._numbers(2)
-        if transposed > 1 or layers > len(self._state):
-            raise UnknownLayout("no layers where they were expected")
+        at = self._at
+        for kind in (CELL, _WIDE_CELL):
+            self._at = at
+            cells = self._take(self._cells * kind.itemsize).view(kind)
+            transposed, layers = self._numbers(2)
+            if (cells["sequences"] == 1).all() and transposed <= 1 and layers <= _MOST_LAYERS:
+                break
+        else:
+            raise UnknownLayout("cells that are not as expected")
+        self.plain &= kind is CELL
         self.keys += [self._by_cell() for _ in range(layers)]
         self.values += [self._by_value() if transposed else self._by_cell() for _ in range(layers)]
         return self._cells, transposed

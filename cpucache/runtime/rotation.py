@@ -84,7 +84,7 @@ class Rotation:
         except UnknownLayout as why:
             log.debug("a state is shifted by llama.cpp: %s", why)
             return None
-        if len(layout.keys) != len(self._turns):
+        if len(layout.keys) != len(self._turns) or not layout.plain:
             return None
         out = np.empty_like(state)
         first = layout.keys[0].start
@@ -130,7 +130,7 @@ def learn(context: Context, state: Bytes) -> Rotation | None:
     # Where the context is longer than what the model was first trained on, some models turn keys in another way.
     trained = int(model.meta(f"{model.architecture}.rope.scaling.original_context_length") or model.n_ctx_train)
     try:
-        if not context.can_shift or model.window or model.gpu_layers or context.n_ctx > trained:
+        if not context.memory.moves or context.memory.window or model.gpu_layers or context.n_ctx > trained:
             raise UnknownLayout("a kind of model or context whose keys are left to llama.cpp")
         layout = Layout(state)
         turns = list(_learn(context, state, layout))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Sampling:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = field(default=())
+    stop: str | Sequence[str] = ()
     grammar: str = ""
     """A GBNF grammar that the answer follows."""
     logprobs: int | None = None
@@ -48,13 +49,22 @@ class Sampling:
             ("min_p", 0 <= self.min_p < 1, "from 0 to below 1"),
             ("repeat_penalty", self.repeat_penalty > 0, "above 0"),
             ("seed", self.seed is None or 0 <= self.seed < 2**32, "from 0 to 4294967295"),
-            ("stop", all(self.stop), "without empty strings"),
-            ("stop", len(self.stop) <= 64 and all(len(text) <= 1000 for text in self.stop), "64 short strings at most"),
+            ("stop", all(self.stops), "without empty strings"),
+            (
+                "stop",
+                len(self.stops) <= 64 and all(len(text) <= 1000 for text in self.stops),
+                "64 short strings at most",
+            ),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
         ):
             if not fine:
                 raise InputError(f"{name}={getattr(self, name)!r:.200}: must be {range_}")
         _check_grammar(self.grammar)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts to stop at."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 def _check_grammar(grammar: str) -> None:

@@ -7,7 +7,8 @@ import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -17,8 +18,9 @@ from cpucache.engine import Metrics, Sampling
 from cpucache.engine.sampling import sampling_of
 from cpucache.errors import InputError
 from cpucache.layout import Text, Tokens
-from cpucache.layout.conversation import ChatMessage, Tool, ToolCall
+from cpucache.layout.conversation import ChatMessage, Role, Tool, ToolCall
 from cpucache.layout.vocabulary import common
+from cpucache.server.answers import Said
 from cpucache.server.asked import Asked, Extension, Mark
 from cpucache.server.choice import anthropic_choice
 from cpucache.server.events import event, streamed
@@ -26,10 +28,11 @@ from cpucache.server.marks import SECONDS, marked
 from cpucache.server.openai_requests import modules_of
 from cpucache.server.service import Service, new_id, while_connected
 from cpucache.server.tenant import Tenant
-from cpucache.server.toolcalls import ToolParser
 
 _BILLING = "x-anthropic-billing-header:"
 """What Claude Code puts in front of its system text, anew in each request."""
+_THINKING = {"type": "thinking", "thinking": "", "signature": ""}
+"""A block of what the model thought; this server signs nothing."""
 _log = logging.getLogger("cpucache.server")
 
 
@@ -78,6 +81,7 @@ def messages_of(body: CountRequest) -> list[ChatMessage]:
         if role not in ("user", "assistant"):
             raise InputError(f"{where}.role: user or assistant, not {role!r}")
         texts: list[str] = []
+        thoughts: list[str] = []
         calls: list[ToolCall] = []
         results: list[ChatMessage] = []
         for block in _blocks(each.get("content"), where):
@@ -92,11 +96,14 @@ def messages_of(body: CountRequest) -> list[ChatMessage]:
                 identity = str(block.get("tool_use_id") or "")
                 said = "\n".join(_text(part, where) for part in _blocks(block.get("content") or "", where))
                 results.append(ChatMessage("tool", said, call=identity, name=names.get(identity, "")))
+            elif kind == "thinking" and role == "assistant":
+                thoughts.append(str(block.get("thinking") or ""))
             elif kind not in ("thinking", "redacted_thinking"):
                 raise InputError(f"{where}.content: this model takes text only, not a block of type {kind!r}")
         messages += results
         if texts or calls or not results:
-            messages.append(ChatMessage("user" if role == "user" else "assistant", "\n".join(texts), calls))
+            text, thought = "\n".join(texts), "\n".join(filter(None, thoughts))
+            messages.append(ChatMessage(cast(Role, role), text, calls, reasoning=thought))
     return messages
 
 
@@ -105,8 +112,14 @@ def _system(given: str | list[dict[str, Any]] | None) -> str:
     texts = [_text(block, "system") for block in blocks]
     kept = [text for text in texts if not text.startswith(_BILLING)]
     if len(kept) < len(texts):
-        _log.debug("a billing header, which is new in every request, was left out of the system text")
+        _tell_of_billing()
     return "\n\n".join(text for text in kept if text)
+
+
+@cache
+def _tell_of_billing() -> None:
+    """Log, once, that something is left out."""
+    _log.info("billing headers, which are new in every request, are left out of system texts")
 
 
 def _blocks(content: Any, where: str) -> list[dict[str, Any]]:
@@ -229,12 +242,16 @@ class Anthropic:
         self, request: Request, prompt: Asked, sampling: Sampling, most: int, names: Sequence[str]
     ) -> JSONResponse:
         service = self._service
+        tenant = service.tenant(request)
         async with service.answer(request, prompt, sampling, most) as reader:
-            parser = ToolParser(names)
-            text = "".join([parser.feed(piece) async for piece in reader.pieces()]) + parser.finish()
-        service.tenant(request).remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+            parser = tenant.parser(prompt, names)
+            async for piece in reader.pieces():
+                parser.feed(piece)
+            parser.finish()
+        tenant.remember(parser, reader.stream, prompt)
         metrics = reader.stream.metrics
-        content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not parser.calls else []
+        content = [{**_THINKING, "thinking": parser.reasoning}] if parser.reasoning else []
+        content += [{"type": "text", "text": parser.text}] if parser.text or not parser.calls else []
         content += [_used(call, dict(call.arguments)) for call in parser.calls]
         reason, sequence = _stopped(metrics, parser.calls)
         told = {"stop_reason": reason, "stop_sequence": sequence, "usage": usage(metrics, prompt)}
@@ -244,6 +261,7 @@ class Anthropic:
         self, request: Request, prompt: Asked, sampling: Sampling, most: int, names: Sequence[str]
     ) -> AsyncIterator[str | dict[str, str]]:
         service = self._service
+        tenant = service.tenant(request)
         async with service.answer(request, prompt, sampling, most) as reader:
             metrics = reader.stream.metrics
             yield service.facts(metrics)
@@ -254,27 +272,22 @@ class Anthropic:
             }
             yield _event("message_start", message={**self._head(), "content": [], **begun})
             yield _event("ping")
-            parser = ToolParser(names)
-            text, index = "", 0
+            parser = tenant.parser(prompt, names)
+            blocks = _Blocks()
             async for piece in reader.pieces():
-                said = parser.feed(piece)
-                for told in _text_events(said, index, begun=bool(text)):
+                for told in blocks.events(parser.feed(piece)):
                     yield told
-                text += said
-            rest = parser.finish()
-            for told in _text_events(rest, index, begun=bool(text)):
+            for told in blocks.events(parser.finish()):
                 yield told
-            text += rest
-        if text:
-            yield _event("content_block_stop", index=index)
-            index += 1
-        for number, call in enumerate(parser.calls, index):
+        for told in blocks.close():
+            yield told
+        for number, call in enumerate(parser.calls, blocks.index):
             yield _event("content_block_start", index=number, content_block=_used(call, {}))
             written = json.dumps(dict(call.arguments))
             delta = {"type": "input_json_delta", "partial_json": written}
             yield _event("content_block_delta", index=number, delta=delta)
             yield _event("content_block_stop", index=number)
-        service.tenant(request).remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+        tenant.remember(parser, reader.stream, prompt)
         reason, sequence = _stopped(metrics, parser.calls)
         ended = {"stop_reason": reason, "stop_sequence": sequence}
         yield _event("message_delta", delta=ended, usage=usage(metrics, prompt))
@@ -284,12 +297,35 @@ class Anthropic:
         return {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": self._service.model}
 
 
-def _text_events(said: str, index: int, *, begun: bool) -> list[str]:
-    if not said:
-        return []
-    start = _event("content_block_start", index=index, content_block={"type": "text", "text": ""})
-    delta = _event("content_block_delta", index=index, delta={"type": "text_delta", "text": said})
-    return [delta] if begun else [start, delta]
+class _Blocks:
+    """The blocks of an answer, as they are streamed: what the model thinks, then what it says."""
+
+    def __init__(self) -> None:
+        self.index = 0
+        self._open = ""
+
+    def events(self, said: Said) -> list[str]:
+        """What tells a piece."""
+        told = self._told("thinking", said.reasoning, {"type": "thinking_delta", "thinking": said.reasoning})
+        return told + self._told("text", said.text, {"type": "text_delta", "text": said.text})
+
+    def close(self) -> list[str]:
+        """What ends the block that is open."""
+        ended = [_event("content_block_stop", index=self.index)] if self._open else []
+        self.index += bool(self._open)
+        self._open = ""
+        return ended
+
+    def _told(self, kind: str, said: str, delta: dict[str, str]) -> list[str]:
+        if not said:
+            return []
+        told = []
+        if self._open != kind:
+            told = self.close()
+            self._open = kind
+            begun = _THINKING if kind == "thinking" else {"type": "text", "text": ""}
+            told.append(_event("content_block_start", index=self.index, content_block=begun))
+        return [*told, _event("content_block_delta", index=self.index, delta=delta)]
 
 
 def _used(call: ToolCall, arguments: dict[str, Any]) -> dict[str, Any]:

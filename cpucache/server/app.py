@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -18,15 +19,18 @@ from cpucache.errors import CpucacheError, InputError
 from cpucache.server.access import Keys
 from cpucache.server.anthropic import Anthropic
 from cpucache.server.failures import Refusal, response_of
+from cpucache.server.logs import log_request
 from cpucache.server.openai import OpenAI
 from cpucache.server.openai_requests import messages_of, tools_of
 from cpucache.server.prepare import Prepare
+from cpucache.server.requests import Requests
 from cpucache.server.responses import Responses
 from cpucache.server.schemas import Schemas
 from cpucache.server.service import Service, new_id
 from cpucache.server.settings import ServerSettings
+from cpucache.server.web import PATHS, add_page
 
-_OPEN = ("/health",)
+_OPEN = ("/health", *PATHS)
 """Paths that need no key."""
 _log = logging.getLogger("cpucache.server")
 
@@ -64,7 +68,9 @@ def create_app(engine: Engine, settings: ServerSettings, *, parallel: int = 1) -
     app.include_router(Anthropic(service).router)
     app.include_router(Schemas(service).router)
     app.include_router(Prepare(service).router)
+    app.include_router(Requests(service).router)
     _add_plain_endpoints(app, service)
+    add_page(app)
     for kind in (CpucacheError, Refusal, RequestValidationError, HTTPException, TimeoutError):
         app.add_exception_handler(kind, _failed)
     app.add_middleware(_Gate, service=service)
@@ -89,6 +95,11 @@ def _add_plain_endpoints(app: FastAPI, service: Service) -> None:
         """Metrics for Prometheus."""
         text = await asyncio.to_thread(service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/cache")
+    async def cache() -> dict[str, Any]:
+        """What the store holds of all keys together, against its budgets, and how often that was asked for."""
+        return {"object": "cache", **asdict(await asyncio.to_thread(engine.store.account))}
 
     def described() -> dict[str, Any]:
         room = min(engine.context.n_ctx, model.n_ctx_train)
@@ -147,6 +158,7 @@ class _Gate:
             return
         request = Request(scope)
         identity = new_id("req_")
+        request.state.id, request.state.records = identity, []
         status = 500
         begun = False
         refused: Refusal | None = None
@@ -188,7 +200,8 @@ class _Gate:
             route = scope.get("route")
             path = getattr(route, "path", "other")
             self._service.metrics.requests.labels(path, str(status)).inc()
-            _log.info("%s %s %s %d", identity, request.method, request.scope["path"], status)
+            record = self._service.ended(request, status)
+            log_request(request, status, record)
 
     def _too_large(self) -> Refusal:
         return Refusal(413, f"a request has {self._settings.max_body >> 20} MiB at most")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from cpucache.layout import Text
 from cpucache.layout.conversation import ChatMessage, Tool
 from cpucache.pml import parse_prompt
 from cpucache.pml.tree import Prompt, RoleName, Turn
-from cpucache.reuse import Level, Reuse
+from cpucache.reuse import Fidelity, Level, Reuse
 
 
 class Extension(BaseModel):
@@ -31,8 +31,9 @@ class Extension(BaseModel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it says of fidelity and reuse, as ``Engine.plan`` takes it."""
-        given = {"fidelity": self.fidelity, "recompute": self.recompute, "reuse": self.reuse}
+        """What it says of fidelity and reuse, as ``Engine.plan`` takes it. Raises ``InputError``."""
+        said = self.fidelity is not None or self.recompute is not None
+        given = {"fidelity": Fidelity.of(self.fidelity, self.recompute) if said else None, "reuse": self.reuse}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -46,6 +47,15 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given."""
+
+    messages: Sequence[ChatMessage]
+    tools: Sequence[Tool] = ()
+    modules: Collection[str] = ()
+
+
+@dataclass(frozen=True)
 class Asked:
     """A prompt to be answered."""
 
@@ -55,11 +65,8 @@ class Asked:
     settings: dict[str, Any] = field(default_factory=dict)
     """What it says of fidelity and reuse."""
     marks: tuple[Mark, ...] = ()
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The same as ``Engine.stream`` takes it."""
-        return {"tokens" if isinstance(self.prompt, Text) else "prompt": self.prompt, **self.settings}
+    conversation: Conversation | None = None
+    """What was rendered, where it was one."""
 
 
 def prompt_of(extension: Extension, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> Prompt:

@@ -93,6 +93,11 @@ class Background:
                 self._thread.start()
         return job
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job waits or runs."""
+        return self._thread is not None
+
     def close(self) -> None:
         """Cancel everything."""
         with self._lock:

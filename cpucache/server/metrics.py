@@ -45,10 +45,8 @@ class ServerMetrics:
 
     def text(self) -> bytes:
         """All of them in Prometheus' format."""
-        store = self._engine.store
-        self._bytes.labels("ram").set(store.ram.used)
-        if store.index is not None:
-            totals = store.index.totals()
-            self._bytes.labels("disk").set(totals["bytes"])
-            self._evicted.set(totals["evicted"])
+        account = self._engine.store.account()
+        self._bytes.labels("ram").set(account.ram_bytes)
+        self._bytes.labels("disk").set(account.bytes)
+        self._evicted.set(account.evicted)
         return generate_latest(self.registry)

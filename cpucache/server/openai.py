@@ -16,13 +16,13 @@ from cpucache.engine.answer import TokenLogprobs
 from cpucache.engine.sampling import sampling_of
 from cpucache.errors import InputError
 from cpucache.layout import Text
-from cpucache.layout.conversation import ChatMessage, ToolCall
+from cpucache.layout.conversation import ToolCall
+from cpucache.server.answers import Said
 from cpucache.server.asked import Asked
 from cpucache.server.choice import openai_choice
 from cpucache.server.events import event, streamed
 from cpucache.server.openai_requests import CHOICES, ChatRequest, CompletionRequest, messages_of, modules_of, tools_of
 from cpucache.server.service import Reader, Service, new_id, while_connected
-from cpucache.server.toolcalls import ToolParser
 
 
 def usage(metrics: Metrics) -> dict[str, Any]:
@@ -56,6 +56,11 @@ def _told_calls(calls: Sequence[ToolCall], *, numbered: bool = False) -> list[di
         each = {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
         told.append({"index": number, **each} if numbered else each)
     return told
+
+
+def _delta(said: Said) -> dict[str, Any]:
+    told = {"reasoning_content": said.reasoning, "content": said.text}
+    return {name: text for name, text in told.items() if text}
 
 
 class OpenAI:
@@ -98,12 +103,17 @@ class OpenAI:
         async def whole(number: int) -> tuple[Reader, dict[str, Any]]:
             chosen = varied(sampling, number)
             async with service.answer(request, prompt, chosen, most, use_cache=body.cache_prompt) as reader:
-                parser = ToolParser(names)
-                text = "".join([parser.feed(piece) async for piece in reader.pieces()]) + parser.finish()
+                parser = tenant.parser(prompt, names)
+                async for piece in reader.pieces():
+                    parser.feed(piece)
+                parser.finish()
+            text = parser.text
             message: dict[str, Any] = {"role": "assistant", "content": text or None if parser.calls else text}
+            if parser.reasoning:
+                message["reasoning_content"] = parser.reasoning
             if parser.calls:
                 message["tool_calls"] = _told_calls(parser.calls)
-            tenant.remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+            tenant.remember(parser, reader.stream, prompt)
             choice = {"index": number, "message": message, "logprobs": self._chat_logprobs(reader)}
             return reader, {**choice, "finish_reason": _finish(reader.stream.metrics, parser.calls)}
 
@@ -126,6 +136,7 @@ class OpenAI:
         shown: bool,
     ) -> AsyncIterator[str | dict[str, str]]:
         service = self._service
+        tenant = service.tenant(request)
 
         def chunk(delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> str:
             choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -135,23 +146,21 @@ class OpenAI:
         async with service.answer(request, prompt, sampling, most, use_cache=use_cache) as reader:
             yield service.facts(reader.stream.metrics)
             yield chunk({"role": "assistant", "content": ""})
-            parser = ToolParser(names)
-            text, told = "", 0
+            parser = tenant.parser(prompt, names)
+            told = 0
             async for piece in reader.pieces():
                 said = parser.feed(piece)
-                if said:
-                    text += said
+                if any(said):
                     end = len(reader.stream.tokens)
                     logprobs = self._chat_logprobs(reader, told, end)
                     told = end
-                    yield chunk({"content": said}, logprobs=logprobs)
+                    yield chunk(_delta(said), logprobs=logprobs)
             rest = parser.finish()
-            if rest:
-                text += rest
-                yield chunk({"content": rest}, logprobs=self._chat_logprobs(reader, told))
+            if any(rest):
+                yield chunk(_delta(rest), logprobs=self._chat_logprobs(reader, told))
             if parser.calls:
                 yield chunk({"tool_calls": _told_calls(parser.calls, numbered=True)})
-        service.tenant(request).remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+        tenant.remember(parser, reader.stream, prompt)
         yield chunk({}, _finish(reader.stream.metrics, parser.calls))
         if shown:
             totals = usage(reader.stream.metrics)

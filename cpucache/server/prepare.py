@@ -12,11 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from cpucache.engine.reply import Prepared
 from cpucache.errors import InputError
 from cpucache.layout import Text
-from cpucache.layout.conversation import ChatMessage
-from cpucache.layout.vocabulary import common
 from cpucache.reuse import OnProgress
 from cpucache.server import anthropic
-from cpucache.server.asked import Asked, Extension
+from cpucache.server.asked import Asked, Conversation, Extension
 from cpucache.server.background import Job
 from cpucache.server.openai_requests import messages_of, modules_of, tools_of
 from cpucache.server.service import Service, while_connected
@@ -70,7 +68,7 @@ class Prepare:
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def work(progress: OnProgress) -> Prepared:
-            return tenant.engine.prepare(progress=progress, **asked.given)
+            return tenant.engine.prepare(asked.prompt, progress, **asked.settings)
 
         def at_end() -> None:
             with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
@@ -84,6 +82,7 @@ class Prepare:
         if job.error is not None:
             raise job.error
         made: Prepared = job.result
+        request.state.records.append(tenant.records.prepared(request.state.id, asked, made, service.model))
         return {
             "object": "cache.prepared",
             "prompt_tokens": asked.size,
@@ -109,7 +108,5 @@ def _asked(tenant: Tenant, body: PrepareRequest) -> Asked:
         assert asked is not None
         return asked  # with what opens the answer
     # What the user says next is not known: as much is evaluated as does not depend on it.
-    one, other = (tenant.text([*messages, ChatMessage("user", text)], tools, modules) for text in "1A")
-    size = common(one.tokens, other.tokens)
-    # The last token is not evaluated.
-    return Asked(one.first(size + 1), size, {} if body.cpucache is None else body.cpucache.settings)
+    settings = {} if body.cpucache is None else body.cpucache.settings
+    return tenant.following(Conversation(messages, tools, modules), settings)

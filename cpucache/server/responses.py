@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -19,13 +20,13 @@ from cpucache.engine.sampling import sampling_of
 from cpucache.errors import InputError
 from cpucache.layout.conversation import ChatMessage, Tool, ToolCall
 from cpucache.runtime.grammar import ANY_JSON, grammar_of
+from cpucache.server.answers import AnswerParser, Said
 from cpucache.server.asked import Asked, Extension
 from cpucache.server.choice import openai_choice
 from cpucache.server.events import event, streamed
 from cpucache.server.failures import refusal_of
 from cpucache.server.openai_requests import messages_of, modules_of, text_of, tools_of
-from cpucache.server.service import Service, new_id, while_connected
-from cpucache.server.toolcalls import ToolParser
+from cpucache.server.service import Reader, Service, new_id, while_connected
 
 _CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
 _log = logging.getLogger("cpucache.server")
@@ -78,25 +79,39 @@ def conversation_of(body: ResponsesRequest) -> list[ChatMessage]:
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     messages = [] if not body.instructions else [ChatMessage("system", body.instructions)]
     names: dict[str, str] = {}
+    thought = ""
     for number, item in enumerate(items):
         where, kind = f"input[{number}]", item.get("type", "message")
+        if kind == "reasoning":
+            thought = _thought(item)
+            continue
+        reasoning, thought = thought, ""
         if kind == "message":
-            messages += messages_of([{"role": item.get("role"), "content": text_of(item.get("content"), where)}])
+            role = item.get("role")
+            given = {"role": role, "content": text_of(item.get("content"), where)}
+            messages += messages_of([{**given, "reasoning_content": reasoning} if role == "assistant" else given])
         elif kind == "function_call":
             call = _call(item, where)
             names[call.id] = call.name
             last = messages[-1] if messages else None
             if last is not None and last.role == "assistant":
-                messages[-1] = ChatMessage("assistant", last.text, [*last.calls, call])
+                messages[-1] = replace(last, calls=[*last.calls, call])
             else:
-                messages.append(ChatMessage("assistant", "", [call]))
+                messages.append(ChatMessage("assistant", "", [call], reasoning=reasoning))
         elif kind == "function_call_output":
             identity = str(item.get("call_id") or "")
             said = text_of(item.get("output"), where)
             messages.append(ChatMessage("tool", said, call=identity, name=names.get(identity, "")))
-        elif kind != "reasoning":
+        else:
             raise InputError(f"{where}: this server does not know items of type {kind!r}")
     return messages
+
+
+def _thought(item: dict[str, Any]) -> str:
+    """What an item says that the model thought. What only its own server can read says nothing here."""
+    parts = item.get("content")
+    texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def _call(item: dict[str, Any], where: str) -> ToolCall:
@@ -116,13 +131,13 @@ def functions_of(body: ResponsesRequest) -> list[Tool]:
     return tools_of(functions, body.tool_choice)
 
 
-def usage(metrics: Metrics) -> dict[str, Any]:
+def usage(metrics: Metrics, reasoning: int = 0) -> dict[str, Any]:
     """What an answer took."""
     return {
         "input_tokens": metrics.prompt_tokens,
         "input_tokens_details": {"cached_tokens": metrics.cached_tokens},
         "output_tokens": metrics.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning},
         "total_tokens": metrics.prompt_tokens + metrics.completion_tokens,
     }
 
@@ -192,33 +207,41 @@ class Responses:
         }
         item = {"id": new_id("msg_"), "type": "message", "role": "assistant", "status": "in_progress", "content": []}
         place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+        thinking = {"id": new_id("rs_"), "type": "reasoning", "status": "in_progress", "summary": [], "content": []}
+        tenant = service.tenant(request)
+        output: list[dict[str, Any]] = []
         async with service.answer(request, prompt, sampling, body.max_output_tokens) as reader:
             yield service.facts(reader.stream.metrics)
             yield numbered("response.created", response=made)
             yield numbered("response.in_progress", response=made)
-            parser, text = ToolParser(names), ""
-            async for piece in reader.pieces():
-                said = parser.feed(piece)
-                if said and not text:
-                    yield numbered("response.output_item.added", output_index=0, item=item)
+            parser = tenant.parser(prompt, names)
+            thought = text = ""
+            async for said in _said(parser, reader):
+                if said.reasoning and not thought:
+                    yield numbered("response.output_item.added", output_index=0, item=thinking)
+                if said.reasoning:
+                    thought += said.reasoning
+                    told = {"item_id": thinking["id"], "output_index": 0, "content_index": 0}
+                    yield numbered("response.reasoning_text.delta", **told, delta=said.reasoning)
+                if said.text and thought and not output:
+                    for each in _thoughts_end(thinking, thought, output):
+                        yield numbered(**each)
+                if said.text and not text:
+                    place["output_index"] = len(output)
+                    yield numbered("response.output_item.added", output_index=len(output), item=item)
                     yield numbered("response.content_part.added", **place, part=_part(""))
-                if said:
-                    text += said
-                    yield numbered("response.output_text.delta", **place, delta=said, logprobs=[])
-            rest = parser.finish()
+                if said.text:
+                    text += said.text
+                    yield numbered("response.output_text.delta", **place, delta=said.text, logprobs=[])
         metrics = reader.stream.metrics
-        output: list[dict[str, Any]] = []
-        if rest and not text:
-            yield numbered("response.output_item.added", output_index=0, item=item)
-            yield numbered("response.content_part.added", **place, part=_part(""))
-        if rest:
-            text += rest
-            yield numbered("response.output_text.delta", **place, delta=rest, logprobs=[])
+        if thought and not output:
+            for each in _thoughts_end(thinking, thought, output):
+                yield numbered(**each)
         if text:
             whole = {**item, "status": "completed", "content": [_part(text)]}
             yield numbered("response.output_text.done", **place, text=text, logprobs=[])
             yield numbered("response.content_part.done", **place, part=_part(text))
-            yield numbered("response.output_item.done", output_index=0, item=whole)
+            yield numbered("response.output_item.done", output_index=len(output), item=whole)
             output.append(whole)
         for index, call in enumerate(parser.calls, len(output)):
             arguments = json.dumps(dict(call.arguments))
@@ -231,15 +254,31 @@ class Responses:
             done = {**asked, "arguments": arguments, "status": "completed"}
             yield numbered("response.output_item.done", output_index=index, item=done)
             output.append(done)
-        service.tenant(request).remember(ChatMessage("assistant", text, parser.calls), reader.stream)
+        tenant.remember(parser, reader.stream, prompt)
         cut = metrics.finish != "stop" and not parser.calls
         made |= {
             "status": "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": output,
-            "usage": usage(metrics),
+            "usage": usage(metrics, len(tenant.engine.model.tokenize(thought))),
         }
         yield numbered("response.incomplete" if cut else "response.completed", response=made)
+
+
+async def _said(parser: AnswerParser, reader: Reader) -> AsyncIterator[Said]:
+    """What an answer says, as it becomes certain."""
+    async for piece in reader.pieces():
+        yield parser.feed(piece)
+    yield parser.finish()
+
+
+def _thoughts_end(item: dict[str, Any], thought: str, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events that end what the model thought, which is then the first of the output."""
+    content = [{"type": "reasoning_text", "text": thought}]
+    output.append({**item, "status": "completed", "content": content})
+    told = {"item_id": item["id"], "output_index": 0, "content_index": 0, "text": thought}
+    done = {"kind": "response.output_item.done", "output_index": 0, "item": output[0]}
+    return [{"kind": "response.reasoning_text.done", **told}, done]
 
 
 def _part(text: str) -> dict[str, Any]:

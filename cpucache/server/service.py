@@ -13,16 +13,20 @@ from fastapi import Request
 from cpucache.engine import Engine, Metrics, Sampling, Stream
 from cpucache.engine.request import Event
 from cpucache.layout import Text
+from cpucache.reuse import Reuse
 from cpucache.server.admission import Admission
 from cpucache.server.asked import Asked
 from cpucache.server.background import Background
 from cpucache.server.failures import Refusal
 from cpucache.server.keeping import Keeper
 from cpucache.server.metrics import ServerMetrics
+from cpucache.server.records import Record
 from cpucache.server.settings import ServerSettings
 from cpucache.server.tenant import Tenant
 
 T = TypeVar("T")
+ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
+"""Paths that answer prompts."""
 
 
 class Reader:
@@ -100,6 +104,11 @@ class Service:
             found = self._tenants[namespace] = Tenant(engine, self.settings, self.background)
         return found
 
+    @property
+    def tenants(self) -> list[Tenant]:
+        """Those who have asked for something."""
+        return list(self._tenants.values())
+
     def close(self) -> None:
         """End what is done in the background, and let go of what is kept for a time."""
         self.background.close()
@@ -111,33 +120,64 @@ class Service:
         self, request: Request, prompt: Asked, sampling: Sampling, max_tokens: int | None, *, use_cache: bool = True
     ) -> AsyncIterator[Reader]:
         """An answer whose first piece is there. When the block ends, or its client goes, so does the answer."""
-        engine = self.tenant(request).engine
+        tenant = self.tenant(request)
+        engine = tenant.engine
         known = min(self.engine.context.n_ctx, self.engine.model.n_ctx_train)
         room = max(1, min(max_tokens or self.settings.max_tokens, known - prompt.size))
         # Keys share a machine: whoever has many requests waits behind those who have few.
         key = request.headers.get("authorization") or request.headers.get("x-api-key") or ""
+        settings = {"reuse": self.settings.reuse, **prompt.settings}
+        record = self._recorded(request, prompt, use_cache=use_cache, reuse=settings["reuse"])
         async with self._admission.place(key, self.settings.timeout):
             self.metrics.waiting.set(self._admission.waiting)
-            given = {"reuse": self.settings.reuse, **prompt.given}
             # A prompt may be a long text to be laid out, and looked up.
             stream = await asyncio.to_thread(
-                engine.stream, max_tokens=room, sampling=sampling, use_cache=use_cache, **given
+                engine.stream, prompt.prompt, max_tokens=room, sampling=sampling, use_cache=use_cache, **settings
             )
             reader = Reader(stream, asyncio.get_running_loop())
             self.metrics.running.inc()
             timer = asyncio.get_running_loop().call_later(self.settings.timeout, reader.expire)
             try:
                 await while_connected(request, reader.begin())
+                record.looked_up(stream.metrics)
                 yield reader
             finally:
                 timer.cancel()
                 stream.stop()
+                tenant.records.answered(record, stream)
                 if prompt.marks:
                     task = asyncio.create_task(self._keep(engine, prompt, stream))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
                 self.metrics.running.dec()
                 self.metrics.note(stream.metrics)
+
+    def _recorded(self, request: Request, prompt: Asked, *, use_cache: bool, reuse: Reuse) -> Record:
+        """The record of an answer to a request, which may have several."""
+        records = request.state.records
+        identity = request.state.id if not records else f"{request.state.id}-{len(records) + 1}"
+        record = Record(identity, request.scope["path"], self.model, use_cache=use_cache, reuse=reuse)
+        if isinstance(prompt.prompt, Text):
+            record.prompt, record.roles = prompt.prompt.tokens, prompt.prompt.roles
+        else:
+            record.schema = True
+        records.append(record)
+        return self.tenant(request).records.begin(record)
+
+    def ended(self, request: Request, status: int) -> Record | None:
+        """Note the status of a request; gives the record of its answer, if one was asked for.
+
+        One that was refused has a record, too.
+        """
+        records = request.state.records
+        if not records and request.scope["path"] in ANSWERING and hasattr(request.state, "namespace"):
+            records.append(Record(request.state.id, request.scope["path"], self.model, finish="refused"))
+            self.tenant(request).records.begin(records[0])
+        for record in records:
+            record.status = status
+            if record.finish == "running":
+                record.finish = "interrupted"  # before it had a place
+        return records[0] if records else None
 
     async def _keep(self, engine: Engine, prompt: Asked, stream: Stream) -> None:
         """Keep a prompt, as far as it was evaluated, up to each of its marks."""
@@ -151,7 +191,7 @@ class Service:
         assert isinstance(prompt.prompt, Text)
         # The last token is evaluated in any case: one more than are kept.
         head = prompt.prompt.first(position + 1)
-        plan = engine.plan(tokens=head, reuse=prompt.settings.get("reuse", self.settings.reuse))
+        plan = engine.plan(head, reuse=prompt.settings.get("reuse", self.settings.reuse))
         return [key for key in engine.workspace.keys(plan) if key in engine.store]
 
     def facts(self, metrics: Metrics) -> dict[str, str]:

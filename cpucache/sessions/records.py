@@ -97,7 +97,7 @@ class Transcripts:
             self._database.row_factory = sqlite3.Row
             self._database.text_factory = lambda content: content.decode(errors="surrogateescape")
         except (OSError, sqlite3.Error) as error:
-            raise CpucacheError(f"can't keep conversations in {self.folder}: {error}") from error
+            raise CpucacheError(f"can't keep conversations in {self.folder}: {_line(error)}") from error
 
     def close(self) -> None:
         """Close the file."""
@@ -271,7 +271,7 @@ class Transcripts:
             except sqlite3.IntegrityError:
                 raise
             except sqlite3.Error as error:
-                raise CpucacheError(f"can't keep conversations in {self.folder}: {error}") from error
+                raise CpucacheError(f"can't keep conversations in {self.folder}: {_line(error)}") from error
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
@@ -342,6 +342,11 @@ def _spelt(name: object) -> bytes:
 def _shown(name: object) -> str:
     """A name as text, whatever it is."""
     return _spelt(name).decode(errors="replace")
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line: SQLite quotes the names that it finds in a damaged file."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(error))
 
 
 def check_name(name: str) -> None:

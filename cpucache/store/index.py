@@ -6,6 +6,7 @@ never looked for by reading folders.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 from cpucache.database import open_database, read_database
 from cpucache.private import private_folder
 from cpucache.store.slicefile import SliceInfo
+
+_log = logging.getLogger("cpucache.store")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS slices (
@@ -188,8 +191,12 @@ class Index:
                         (key, time.time(), info.model, info.schema, size),
                     )
                     self._forget()
+                    why = "it is larger" if size > budget else "others keep more" if smaller else "the rest is in use"
+                    _log.info("no room on disk for %.8s, %d bytes of a budget of %d: %s", key, size, budget, why)
                     return False
                 leaving = self._doom(victims)
+            freed = sum(victim.bytes for victim in victims)
+            _log.info("slices worth least leave the disk for %.8s: %d of them, %d bytes", key, len(victims), freed)
             self._evict(victims, leaving, delete)
 
     def shrink(self, budget: int, delete: Callable[[str], None], *, given: bool = False) -> int:
@@ -325,6 +332,11 @@ class Index:
         """``bytes`` in all, and since the store was made: ``hits``, ``misses``, ``evicted``, ``seconds_saved``."""
         with self._lock:
             return dict(self._database.execute("SELECT name, number FROM totals"))
+
+    def count(self) -> int:
+        """How many slices are whole."""
+        with self._lock:
+            return int(self._database.execute("SELECT count(*) FROM slices WHERE whole = 1").fetchone()[0])
 
     def rows(self) -> list[Row]:
         """Every slice that is whole, the latest used first."""

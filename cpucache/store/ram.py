@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Container
@@ -10,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+_log = logging.getLogger("cpucache.store")
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 
@@ -54,8 +56,10 @@ class RAM:
                     leaving.append(other)
                     excess -= there.nbytes
             if excess > 0:
+                _log.debug("no room in memory for %.8s: %d bytes of a budget of %d", key, state.nbytes, self.budget)
                 return
             for other in leaving:
+                _log.debug("%.8s leaves memory, as used least lately, for %.8s", other, key)
                 self.drop(other)
             self._states[key] = state
             self.used += state.nbytes

@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias
 
 import platformdirs
 
+from cpucache.store.account import Account
 from cpucache.store.asked import Asked, Part
 from cpucache.store.claims import Claims
 from cpucache.store.index import Index, Kept
@@ -304,6 +305,18 @@ class Store:
         keys = list(keys)
         return Kept(0, 0, len(keys), 0) if self.index is None else self.index.kept(keys)
 
+    def account(self) -> Account:
+        """What the store holds at the moment, and what that has been good for."""
+        with self._lock:
+            hits, misses = sum(self._uses.values()), self._misses  # what is not in the index yet
+        account = Account(len(self.ram), self.ram.used, self.ram.budget, hits=hits, misses=misses)
+        if self.index is not None:
+            try:
+                return account.with_disk(self.index.count(), self.disk_budget, self.index.totals())
+            except sqlite3.Error as error:
+                self._trouble(error)
+        return account
+
     def missed(self, count: int) -> None:
         """Note that so many slices were asked for that were not there."""
         with self._lock:
@@ -354,7 +367,10 @@ class Store:
     # -- one process makes it, the others wait -----------------------------------------------------------------------
     def claim(self, key: str) -> bool:
         """Say that this process is going to make a slice. False: it is there already, or somebody else is at it."""
-        if key in self or not self._claims.take(key):
+        if key in self:
+            return False
+        if not self._claims.take(key):
+            _log.debug("%.8s is being made by another process", key)
             return False
         if key in self:
             self._claims.release([key])

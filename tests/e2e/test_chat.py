@@ -259,9 +259,9 @@ def test_an_answer_is_drawn_once(step: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert [line for line in lines if line] == [line for line in whole if line]
     # One empty line between blocks, also before those that rich begins with one of their own.
     shown = "\n".join(lines)
-    for begin in ("\n • onions", "\n 1 one"):
-        assert f"\n{begin}" in shown
-        assert f"\n\n{begin}" not in shown
+    for block in ("\n • onions", "\n 1 one"):
+        assert f"\n{block}" in shown
+        assert f"\n\n{block}" not in shown
 
 
 _SEQUENCE = re.compile(r"\x1b\[\??(\d*)[;\d]*([A-Za-z])|\x1b\][^\x1b]*\x1b\\|([\r\n])|([^\x1b\r\n]+)")

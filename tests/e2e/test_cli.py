@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from cpucache.resources import resource
-from cpucache.store.slicefile import SliceFiles
-from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
+from tests.support.command import PROMPT, SCHEMA, cpucache, invoke, slices
 
 NAMES = {
     "text": str,
@@ -49,14 +48,6 @@ def run(model: Path, *options: str, prompt: str = "prompt.xml", stdin: str | Non
         invoke("run", prompt, "-s", "schema.xml", "-m", model, "--json", *settings, stdin=stdin)
     )
     return answer
-
-
-def slices(home: Path) -> set[str]:
-    """Keys of the slices on disk, each of which must be sound."""
-    files = SliceFiles(home / "slices")
-    keys = set(files)
-    assert all(files.check(key) for key in keys)
-    return keys
 
 
 # -- run ---------------------------------------------------------------------------------------------------------------

@@ -6,52 +6,16 @@ import json
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from cpucache.store.index import Index
-from cpucache.store.slicefile import SliceFiles
-from tests.support.command import PATIENCE, cpucache
-
-# Where the tests run in the background of a script, commands would inherit that Ctrl-C is ignored.
-_START = """
-import runpy, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_module("cpucache.cli.main", run_name="__main__")
-"""
-
-
-@contextmanager
-def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A command under way, which is gone when the block ends."""
-    command = subprocess.Popen(
-        [sys.executable, "-c", _START, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
-    with command:
-        try:
-            yield command
-        finally:
-            command.kill()
+from tests.support.command import PATIENCE, cpucache, slices, started, until
 
 
 def words(count: int, seed: int) -> str:
     """Text of so many words."""
     return " ".join(random.Random(seed).choices(("rain", "and", "sun", "fell", "on", "the", "old", "house"), k=count))
-
-
-def slices(home: Path) -> set[str]:
-    """Keys of the slices on disk, each of which must be sound."""
-    files = SliceFiles(home / "slices")
-    keys = set(files)
-    assert all(files.check(key) for key in keys)
-    return keys
 
 
 def test_encode_goes_on_where_it_was_interrupted(smollm2: Path, store_home: Path, tmp_path: Path) -> None:
@@ -144,12 +108,3 @@ def test_where_nothing_is_kept_nothing_is_said(smollm2: Path, tmp_path: Path) ->
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=PATIENCE)
     assert (running.returncode, err) == (130, "\ncpucache: interrupted\n")
-
-
-def until(reached: Callable[[], bool], command: subprocess.Popen[str]) -> None:
-    """Wait for something that a running command does."""
-    end = time.monotonic() + PATIENCE
-    while not reached():
-        assert command.poll() is None, command.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.02)

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 import pytest
 
-from cpucache import Engine
+from cpucache import Engine, Sampling
 from cpucache.errors import ModelError
 from cpucache.layout import ChatTemplate, SchemaLayout, Segment, bind
 from cpucache.models import known_models, resolve_model
@@ -18,8 +18,10 @@ from cpucache.pml import load_prompt, load_schema, parse_schema, resolve
 from cpucache.resources import resource
 from cpucache.reuse import OnProgress, Plan
 from cpucache.reuse.slot import Slot
+from cpucache.reuse.way import answer, nothing
 from cpucache.reuse.work import Task
 from cpucache.runtime import Model
+from tests.support.templates import Conversation, assembled, rendered
 
 EXAMPLES = sorted(resource("schemas").glob("*/schema.xml"))
 STEPS = 64
@@ -53,7 +55,7 @@ def steps(engine: Engine, plan: Plan, forced: list[int] | None = None) -> list[S
 
     def task(slot: Slot, _: OnProgress) -> Task[list[Step]]:
         workspace = engine.workspace
-        yield from workspace.prefill(slot, lambda: plan, fresh=True)
+        yield from answer(workspace, lambda: plan, nothing, slot=slot, fresh=True)
         made: list[Step] = []
         for i in range(STEPS):
             logits = workspace.context.logits(slot.index)
@@ -143,8 +145,9 @@ def test_the_python_interface(engine: Engine) -> None:
     assert "".join(pieces) == stream.text == reply.text
     # All but its last token is still in the context.
     assert stream.metrics.fresh_tokens == 1
-    assert engine.generate(prompt, max_tokens=12, temperature=0.8, seed=7).text == (
-        engine.generate(prompt, max_tokens=12, temperature=0.8, seed=7).text
+    drawn = Sampling(temperature=0.8, seed=7)
+    assert engine.generate(prompt, max_tokens=12, sampling=drawn).text == (
+        engine.generate(prompt, max_tokens=12, sampling=drawn).text
     )
     assert set(reply.as_dict()) >= {
         "text",
@@ -158,3 +161,14 @@ def test_the_python_interface(engine: Engine) -> None:
         "total_ms",
         "model",
     }
+
+
+def test_a_real_model_s_template(smollm2: Path) -> None:
+    with Model(smollm2, vocab_only=True) as model:
+        source = model.chat_template
+        assert source is not None
+        template = ChatTemplate(source, bos=model.special_text("bos"), eos=model.special_text("eos"))
+        asked: Conversation = [("user", "U"), ("assistant", "A"), ("user", "V")]
+        for conversation in (asked, [("system", "S"), *asked]):
+            assert assembled(template, conversation) == rendered(source, conversation)
+        assert template.start("system", previous=None, first=False) == "<|im_start|>system\n"

@@ -22,7 +22,11 @@ TinyModel = Callable[..., Path]
 
 TOLERANCE = {"f32": 1e-3, "f16": 1e-2, "q8_0": 0.15}
 FAST = LEVELS["fast"]
-EVERY: dict[str, Fidelity] = {**LEVELS, "recompute 0.3": Fidelity(0.3), "recompute 1": Fidelity(1.0)}
+EVERY = {
+    **{str(level): each for level, each in LEVELS.items()},
+    "recompute 0.3": Fidelity(0.3),
+    "recompute 1": Fidelity(1.0),
+}
 
 VOCABULARIES: dict[str, dict[str, Any]] = {
     "bpe": {},

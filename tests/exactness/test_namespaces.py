@@ -61,19 +61,19 @@ def test_what_lies_in_the_context_is_reused_likewise(isolate: bool, tiny: Tiny, 
 def test_foreign_slices_stay_where_they_are(isolate: bool, tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, **SIZES) as running:
         ann, bob = (running.within(name, isolate=isolate) for name in ("ann", "bob"))
-        ann.generate(tokens=marked(running, FIRST, SECOND), max_tokens=1)
+        ann.generate(marked(running, FIRST, SECOND), max_tokens=1)
         swapped = marked(running, SECOND, FIRST)
-        bobs = bob.generate(tokens=swapped, max_tokens=1).metrics
+        bobs = bob.generate(swapped, max_tokens=1).metrics
         assert bobs.cached_tokens == bobs.foreign_tokens == bobs.clean_tokens == 0
         # Bob's are exact by now, and Ann may take them where all is shared.
-        anns = ann.generate(tokens=swapped, max_tokens=1).metrics
+        anns = ann.generate(swapped, max_tokens=1).metrics
         assert (anns.foreign_tokens + anns.clean_tokens > 0) == isolate
         assert anns.cached_tokens > 0
         # Behind other text, Bob's own serve Bob, and nobody else.
         third = marked(running, "So:", SECOND, FIRST)
-        bobs = bob.generate(tokens=third, max_tokens=1).metrics
+        bobs = bob.generate(third, max_tokens=1).metrics
         assert bobs.foreign_tokens + bobs.clean_tokens > 100
-        carls = running.within("carl", isolate=isolate).generate(tokens=third, max_tokens=1).metrics
+        carls = running.within("carl", isolate=isolate).generate(third, max_tokens=1).metrics
         assert carls.foreign_tokens == carls.clean_tokens == 0
         assert carls.fresh_tokens > 100
 

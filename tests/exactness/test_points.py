@@ -68,12 +68,13 @@ def test_the_disk_grows_with_the_text_and_no_faster(arch: str, tiny: Tiny, tmp_p
     with engine(model, tmp_path, n_ctx=4096) as running:
         for number in range(20):
             messages.append({"role": "user", "content": message(number, 25)})
-            reply = running.generate(messages=messages, max_tokens=8)
+            reply = running.generate(messages, max_tokens=8)
             messages.append({"role": "assistant", "content": reply.text})
             running.store.flush()
             assert running.store.index is not None
             sizes.append(running.store.index.totals()["bytes"])
             tokens.append(reply.metrics.prompt_tokens)
+        assert running.store.index is not None
         point = max(row.bytes for row in running.store.index.rows() if row.info.tokens == 0)
         context = running.context
         cells = running.host.do(lambda slot, _: _cells_of(context, tokens[-1]))
@@ -106,7 +107,7 @@ def test_after_a_restart_what_stands_behind_the_last_message_is_evaluated(
         for number in range(5):
             with engine(model, tmp_path, n_ctx=4096) as running:
                 messages.append({"role": "user", "content": message(number, 40)})
-                answer = said(running, running.stream(messages=messages, max_tokens=8))
+                answer = said(running, running.stream(messages, max_tokens=8))
                 true.check(arch, answer)
                 assert answer.fresh == answer.stream.plan.n_tokens - held
                 held = len(answer.tokens)
@@ -124,9 +125,9 @@ def test_another_question_behind_the_same_system_text(arch: str, reopened: bool,
                 stack = engine(model, tmp_path, n_ctx=4096)
                 running = stack.__enter__()
             asked = [SYSTEM, {"role": "user", "content": message(number, 10)}]
-            answer = said(running, running.stream(messages=asked, max_tokens=4))
+            answer = said(running, running.stream(asked, max_tokens=4))
             true.check(arch, answer)
-            behind = len(running.plan(messages=asked).tokens) - len(running.model.tokenize(SYSTEM["content"]))
+            behind = len(running.plan(asked).tokens) - len(running.model.tokenize(SYSTEM["content"]))
             assert number == 0 or answer.fresh < behind
             if reopened:
                 stack.__exit__(None, None, None)
@@ -161,3 +162,28 @@ def test_a_state_that_is_gone_is_made_again(arch: str, tiny: Tiny, tmp_path: Pat
         assert again.fresh == first.fresh
     with engine(tiny(arch), tmp_path) as running:
         assert said(running, running.stream(text=message(1, 100), max_tokens=3)).fresh == 1
+
+
+@pytest.mark.parametrize("arch", RECURRENT_ARCHS)
+def test_a_session_goes_back_by_a_state_alone(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+    """The cells before what is left out stay where they are: one state is read, and no cells."""
+    model = plain_spoken(tiny(arch))
+    with engine(model, tmp_path) as running, truth(model) as true:
+        session = running.session("s", system=SYSTEM["content"])
+        for number in range(4):
+            said(running, session.stream(message(number, 20), max_tokens=5))
+        read: list[str] = []
+        get = running.store.get
+
+        def noting(key: str) -> object:
+            read.append(key)
+            return get(key)
+
+        running.store.get = noting  # type: ignore[method-assign, assignment]
+        edited = said(running, session.edit(3, "Something else?", max_tokens=4))
+        true.check(arch, edited)
+        assert edited.fresh < 40
+        running.store.flush()
+        assert running.store.index is not None
+        tokens = {row.key: row.info.tokens for row in running.store.index.rows()}
+        assert [tokens[key] for key in read] == [0]

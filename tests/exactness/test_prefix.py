@@ -14,7 +14,7 @@ from cpucache.errors import ContextFull, InputError
 from tests.support import sessions
 from tests.support.sessions import Said, Truth, chatml, engine, message, plain_spoken, rendered, said, truth
 from tests.support.tiny import ARCHS, ATTENTION_ARCHS, RECURRENT_ARCHS
-from tests.support.workbench import distance, tolerance
+from tests.support.workbench import Tokens, distance, tolerance
 
 Tiny = Callable[..., Path]
 
@@ -27,12 +27,12 @@ MESSAGES = [
     {"role": "assistant", "content": message(3, 10)},
     {"role": "user", "content": message(4, 5)},
 ]
-REQUESTS: dict[str, dict[str, Any]] = {"text": {"text": TEXT}, "messages": {"messages": MESSAGES}}
+REQUESTS: dict[str, dict[str, Any]] = {"text": {"text": TEXT}, "messages": {"prompt": MESSAGES}}
 
 requests = pytest.mark.parametrize("kind", REQUESTS)
 
 
-def whole(running: Engine, prompt: Sequence[int]) -> int:
+def whole(running: Engine, prompt: Sequence[int] | Tokens) -> int:
     """Tokens of a prompt that stand before its last segment."""
     ends = running.slices.cuts(np.array(prompt[:-1], np.int32))
     return ends[-2] if len(ends) > 1 else 0
@@ -47,7 +47,7 @@ class Known:
         self.points: set[tuple[int, tuple[int, ...]]] = set()
         """Slices with a recurrent state behind them: one can go on from these alone."""
 
-    def of(self, prompt: Sequence[int]) -> int:
+    def of(self, prompt: Sequence[int] | Tokens) -> int:
         """Tokens of a prompt that are known, its last token aside."""
         at = known = 0
         while True:
@@ -85,7 +85,7 @@ class Known:
         self._cut(running, tokens, at, len(tokens))
         return len(prompt) - known
 
-    def _chain(self, prompt: Sequence[int]) -> int:
+    def _chain(self, prompt: Sequence[int] | Tokens) -> int:
         """Tokens of a prompt that there are slices of, its last token aside."""
         self.recurrent, was = False, self.recurrent
         try:
@@ -137,8 +137,8 @@ def test_a_prompt_is_what_full_prefill_is(arch: str, kind: str, tiny: Tiny, tmp_
             known = Known(arch)
             assert known.ask(running, first) == count
             left = known.ask(running, again)
-            # All of it is in the context, which a recurrent model's state has left behind, and a window may have.
-            assert again.fresh == (left if arch in (*RECURRENT_ARCHS, "gemma3") else 1)
+            # All of it is in the context, which a recurrent model's state has left behind.
+            assert again.fresh == (left if arch in RECURRENT_ARCHS else 1)
             same(again, full, arch)
             asked(running, text="Something else.")
             third = asked(running, **request)
@@ -171,7 +171,7 @@ def test_found_by_another_process(kind: str, tiny: Tiny, tmp_path: Path) -> None
 
 def test_messages_are_what_the_template_makes_of_them(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path) as running:
-        plan = running.plan(messages=MESSAGES)
+        plan = running.plan(MESSAGES)
         assert rendered(running, plan.tokens) == chatml(*((each["role"], each["content"]) for each in MESSAGES))
         assert rendered(running, running.plan(text=TEXT).tokens) == TEXT
         # Control tokens in a text are plain characters.
@@ -210,7 +210,7 @@ def test_a_changed_token_is_known_up_to_its_segment(arch: str, place: float, tin
     with engine(model, tmp_path, segment_tokens=SEGMENTS) as running, truth(model) as true:
         known = Known(arch)
         known.ask(running, first)
-        answer = asked(running, tokens=changed)
+        answer = asked(running, prompt=changed)
         assert answer.fresh == known.ask(running, answer)
         # A recurrent model goes on from a message's end.
         assert answer.fresh < len(tokens) or place == 0 or arch in RECURRENT_ARCHS
@@ -259,7 +259,7 @@ def test_the_next_request_goes_on_from_the_answer(arch: str, reopened: bool, tin
                 running.close()
                 running = Engine(model, store=tmp_path, threads=1, n_ctx=1024, kv_type="f32", segment_tokens=SEGMENTS)
             messages.append({"role": "user", "content": message(number)})
-            answer = asked(running, messages=messages, max_tokens=30)
+            answer = asked(running, prompt=messages, max_tokens=30)
             prompt = answer.stream.plan.tokens
             assert prompt[: len(held)].tolist() == held.tolist()
             # What was evaluated of the last answer is known.
@@ -279,7 +279,7 @@ def test_a_recurrent_model_goes_on_from_its_prompt(tiny: Tiny, tmp_path: Path) -
         for number in range(4):
             with engine(model, tmp_path, segment_tokens=SEGMENTS) as running:
                 messages.append({"role": "user", "content": message(number)})
-                answer = asked(running, messages=messages, max_tokens=30)
+                answer = asked(running, prompt=messages, max_tokens=30)
                 prompt = answer.stream.plan.tokens
                 assert answer.fresh <= len(prompt) - known
                 true.check("mamba", answer)
@@ -305,15 +305,16 @@ def test_any_sequence_of_prompts_gives_what_each_gives_alone(arch: str, tiny: Ti
 # ---- what can't be ---------------------------------------------------------------------------------------------------
 def test_prompts_that_are_none(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, n_ctx=256) as running:
-        for request in ({}, {"text": "a", "messages": MESSAGES}, {"prompt": "<prompt/>", "text": "a"}):
-            with pytest.raises(InputError, match="give one of prompt, messages, text and tokens"):
+        request: dict[str, Any]
+        for request in ({"prompt": MESSAGES, "text": "a"}, {"prompt": "<prompt/>", "text": "a"}):
+            with pytest.raises(InputError, match="a prompt, or text to go on with, not both"):
                 running.generate(**request)
-        for request in ({"text": ""}, {"messages": []}):
+        for request in ({"text": ""}, {"prompt": []}, {"prompt": " "}):
             with pytest.raises(InputError, match="the prompt is empty"):
                 running.generate(**request)
         for bad in ({"role": "tool", "content": "a"}, {"role": "user"}, {"role": "user", "content": 3}):
             with pytest.raises(InputError, match="a message is a mapping with a role"):
-                running.generate(messages=[bad])
+                running.generate([bad])
         with pytest.raises(ContextFull, match=r"text: the prompt is \d+ tokens long .* context of 256; raise --ctx"):
             running.generate(text=TEXT * 4)
         assert running.generate(text="And yet", max_tokens=3).metrics.fresh_tokens > 0

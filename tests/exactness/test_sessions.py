@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def test_an_edit_that_never_begins_changes_nothing(tiny: Tiny, tmp_path: Path, m
     with engine(tiny("llama"), tmp_path) as running, running.session("s") as session:
         session.send(message(1), max_tokens=2)
         before = [entry.text for entry in session.entries]
-        for ask in (lambda: session.edit(1, message(2)), session.regenerate):
+        for ask in (partial(session.edit, 1, message(2)), session.regenerate):
             stopped(running, ask())
             assert [entry.text for entry in session.entries] == before
         # A new message is kept.
@@ -262,7 +263,7 @@ def test_another_model_another_beginning_or_a_closed_session_is_refused(tiny: Ti
         with pytest.raises(InputError, match="has begun already, with another system text"):
             running.session("s", system="Something else.")
         with pytest.raises(InputError, match="when_full='never'"):
-            running.session("s", when_full="never")
+            running.session("s", when_full="never")  # type: ignore[arg-type]
         with pytest.raises(InputError, match="closed"):
             session.send(message(2))
         with running.session("s") as session:
@@ -271,7 +272,7 @@ def test_another_model_another_beginning_or_a_closed_session_is_refused(tiny: Ti
             with pytest.raises(InputError, match="no message 2: there are 1 of yours"):
                 session.edit(2, "x")
             with pytest.raises(TypeError, match="'warmth'"):
-                session.send("x", warmth=2)
+                session.send("x", warmth=2)  # type: ignore[call-arg]
     with engine(tiny("qwen2"), tmp_path) as running, pytest.raises(InputError, match="conversation 's' is with llama"):
         running.session("s")
     with engine(tiny("llama"), tmp_path) as running, running.session("new") as session:

@@ -49,7 +49,7 @@ class Talk:
         """The next turn. The truth lets the same tokens leave."""
         if self._reopened or not self.number:
             self.open()
-        counts, gone = [sizes(self.session), self.session.left_out] if self.number else ([], 0)
+        counts, gone = (sizes(self.session), self.session.left_out) if self.number else ([], 0)
         answer = said(self.running, self.session.stream(message(self.number, words=14), max_tokens=ROOM))
         self.number += 1
         if self.session.left_out > gone:

@@ -18,9 +18,8 @@ from cpucache.bench.datasets import read_examples
 from cpucache.bench.results import Answer, Results
 from cpucache.bench.tasks import TASKS
 from cpucache.errors import InputError
-from tests.support.command import cpucache, invoke
+from tests.support.command import cpucache, invoke, started, until
 from tests.support.questions import MULTI_NEWS, MUSIQUE, ORACLE, TREC, write_data
-from tests.e2e.test_cli_interrupt import started, until
 
 VARIANTS = ("full", "standalone", "fast", "refined", "isolate", "recompute:0.2")
 """Those that are run."""

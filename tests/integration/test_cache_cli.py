@@ -504,7 +504,8 @@ def test_a_store_that_can_only_be_read(log: bool, shop: Shop, as_nobody: Any, ca
 def test_a_fingerprint_is_found_in_an_index_that_can_only_be_read(store_home: Path, as_nobody: Any) -> None:
     path = store_home / "model"
     path.write_bytes(b"x" * 100)
-    first, read = Fingerprints(store_home / "index.sqlite").of(path), []
+    first = Fingerprints(store_home / "index.sqlite").of(path)
+    read: list[int] = []
     with as_nobody(store_home):
         assert Fingerprints(store_home / "index.sqlite").of(path, read.append) == first
     assert read == []

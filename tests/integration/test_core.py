@@ -17,13 +17,16 @@ import pytest
 
 from cpucache import Engine, InputError
 from cpucache.engine import Stream
-from cpucache.engine.request import Request
+from cpucache.engine.answer import Answer
+from cpucache.engine.request import Priority, Request
 from cpucache.engine.scheduler import Job, Scheduler
 from cpucache.errors import ContextFull, CpucacheError
 from cpucache.pml import parse_schema
-from cpucache.reuse.work import Execution, Task, Work
+from cpucache.reuse import Plan
+from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Batch, Run, Sampler, Stopped
 from tests.support.command import SCHEMA
+from tests.support.pace import slow
 from tests.support.serving import until
 from tests.support.sessions import engine, greedy, message, said, truth
 from tests.support.tiny import ARCHS
@@ -55,17 +58,6 @@ def parallel(tiny: Tiny, tmp_path: Path) -> Iterator[Engine]:
         yield running
 
 
-def slow(running: Engine, seconds: float = 0.01) -> None:
-    """Let every evaluation take longer, so that others come meanwhile."""
-    evaluate = running.context.evaluate
-
-    def slowly(*arguments: Any) -> None:
-        time.sleep(seconds)
-        evaluate(*arguments)
-
-    running.context.evaluate = slowly  # type: ignore[method-assign]
-
-
 def begin(*streams: Stream) -> None:
     """Ask for the first piece of each, at the same time."""
     with ThreadPoolExecutor(len(streams)) as pool:
@@ -88,7 +80,7 @@ def test_answers_side_by_side_are_those_given_alone(arch: str, tiny: Tiny, tmp_p
             rows[sampler].append(context.logits(index))
             return sample(sampler, index)
 
-        context.sample = noting  # type: ignore[method-assign]
+        context.sample = noting  # type: ignore[method-assign, assignment]
         streams = [running.stream(text=text, max_tokens=12) for text in TEXTS]
         begin(*streams)
         for stream in streams:
@@ -126,12 +118,11 @@ def test_modules_at_the_same_position_share_their_cells(arch: str, tiny: Tiny, t
         streams = [running.stream(prompt, max_tokens=10) for prompt in PROMPTS]
         begin(*streams)
         assert [stream.reply().text for stream in streams] == alone
-        if arch != "gemma3":  # a sliding window's cells may be gone
-            same = [running.stream(PROMPTS[0], max_tokens=100) for _ in range(4)]
-            loads.clear()
-            begin(*same)
-            assert len({stream.reply().text for stream in same}) == 1
-            assert not any(loads)
+        same = [running.stream(PROMPTS[0], max_tokens=100) for _ in range(4)]
+        loads.clear()
+        begin(*same)
+        assert len({stream.reply().text for stream in same}) == 1
+        assert not any(loads)
 
 
 def test_a_prompt_that_comes_meanwhile_does_not_hold_answers_up(parallel: Engine) -> None:
@@ -146,7 +137,7 @@ def test_a_prompt_that_comes_meanwhile_does_not_hold_answers_up(parallel: Engine
         evaluate(batch, *arguments)
 
     answer = parallel.stream(text="the sea", max_tokens=300)
-    parallel.context.evaluate = noting  # type: ignore[method-assign]
+    parallel.context.evaluate = noting  # type: ignore[method-assign, assignment]
     next(answer)
     long = parallel.stream(text="hay " * 500, max_tokens=1)
     next(long)
@@ -167,7 +158,7 @@ def test_a_prompt_waits_for_cells_that_others_have(tiny: Tiny, tmp_path: Path) -
             most.append(len(running.host.core._scheduler.running))
             return sample(*arguments)
 
-        running.context.sample = noting  # type: ignore[method-assign]
+        running.context.sample = noting  # type: ignore[method-assign, assignment]
         # 150 cells each: three fit.
         streams = [running.stream(text=text, max_tokens=130) for text in TEXTS[:1] * 6]
         begin(*streams)
@@ -175,6 +166,10 @@ def test_a_prompt_waits_for_cells_that_others_have(tiny: Tiny, tmp_path: Path) -
         assert max(most) == 3
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(lambda text: running.generate(text=text, max_tokens=40).text, TEXTS)) == alone
+
+
+def answer_to(running: Engine, plan: Plan) -> Answer:
+    return Answer(running.workspace, lambda: plan, greedy(), max_tokens=5, started=0.0, label="(text)")
 
 
 def test_a_prompt_that_needs_more_cells_than_it_said_waits_for_them(tiny: Tiny, tmp_path: Path) -> None:
@@ -187,15 +182,13 @@ def test_a_prompt_that_needs_more_cells_than_it_said_waits_for_them(tiny: Tiny, 
         other = running.stream(text="the sea", max_tokens=150)
         until(lambda: bool(next(other)) and len(other.tokens) > 100)
         plan = running.plan(text="y" * 450)
-        more = running.host.answer(lambda: plan, greedy(), n_tokens=1, max_tokens=5, started=0.0, label="(text)")
+        more = Stream(running.host, answer_to(running, plan), n_tokens=1)
         assert more.reply().text == alone
         assert other.reply().text == wanted.text
         # Alone, there is nothing to wait for.
         too_long = running.slices.plan((), np.tile(plan.tokens, 2))
         with pytest.raises(ContextFull):
-            running.host.answer(
-                lambda: too_long, greedy(), n_tokens=1, max_tokens=5, started=0.0, label="(text)"
-            ).reply()
+            Stream(running.host, answer_to(running, too_long), n_tokens=1).reply()
         assert running.generate(text="the sea", max_tokens=150).text == wanted.text
 
 
@@ -293,7 +286,7 @@ def test_what_a_stopped_prompt_has_evaluated_is_kept(arch: str, tiny: Tiny, tmp_
             if sum(evaluated) >= 1000:
                 stream.stop()
 
-        running.context.evaluate = stopping  # type: ignore[method-assign]
+        running.context.evaluate = stopping  # type: ignore[method-assign, assignment]
         stream = running.stream(text=text, max_tokens=4)
         assert stream.reply().metrics.completion_tokens == 0
         # Whole steps of 256 tokens and more are in the store, but for the last; that is in the slot, and found there.
@@ -316,7 +309,7 @@ def test_what_was_stopped_for_nobody_goes_on(parallel: Engine) -> None:
             raise Stopped
         evaluate(*arguments)
 
-    parallel.context.evaluate = stopping  # type: ignore[method-assign]
+    parallel.context.evaluate = stopping  # type: ignore[method-assign, assignment]
     assert parallel.generate(text="y" * 600, max_tokens=5).text == wanted
     assert calls > 3
 
@@ -420,7 +413,8 @@ def test_answers_overtake_encoding(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_of_each_priority_the_first_comes_first() -> None:
     scheduler = Scheduler(1, 100, 512)
-    requests = [Request(lambda _: iter(()), priority=priority) for priority in (2, 0, 1, 0, 2)]  # type: ignore[arg-type, return-value]
+    nothing: Any = iter(())
+    requests: list[Request[Any]] = [Request(lambda _: nothing, priority=Priority(each)) for each in (2, 0, 1, 0, 2)]
     for request in requests:
         scheduler.add(request)
     assert [scheduler.next() for _ in range(6)] == [*(requests[index] for index in (1, 3, 2, 0, 4)), None]
@@ -437,8 +431,8 @@ def test_a_chunk_takes_as_long_as_two_steps() -> None:
         def task() -> Task[None]:
             yield Work([Run(0, 0, np.zeros(count, np.int32))], answers=answers)
 
-        job = Job(Request(lambda _: task()), Execution(task()))
-        job.execution.start()
+        job = Job(Request(lambda _: task()))
+        job.start()
         return job
 
     scheduler = Scheduler(4, 10_000, 512)
@@ -450,7 +444,7 @@ def test_a_chunk_takes_as_long_as_two_steps() -> None:
     # 16 tokens in 0.08 s are 200 in a second, 40 in two steps.
     scheduler.learn(16, 0.18)
     for job in scheduler.answers:
-        job.execution.work = Work([Run(0, 0, np.zeros(1, np.int32))], answers=True)
+        job.work = Work([Run(0, 0, np.zeros(1, np.int32))], answers=True)
     assert batch(scheduler, 40).size == 42
     # Alone, a whole batch.
     scheduler.answers = []

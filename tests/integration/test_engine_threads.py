@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,11 +14,11 @@ TinyModel = Callable[..., Path]
 
 
 @pytest.fixture
-def engine(tiny: TinyModel, tmp_path: Path) -> Engine:
+def engine(tiny: TinyModel, tmp_path: Path) -> Iterator[Engine]:
     with Engine(
         tiny("llama"), store=tmp_path / "store", sessions=tmp_path / "sessions", threads=1, n_ctx=512
     ) as opened:
-        yield opened  # type: ignore[misc]
+        yield opened
 
 
 def test_threads_take_turns(engine: Engine) -> None:

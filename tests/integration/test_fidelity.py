@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cpucache.engine import Engine
+from cpucache.engine import Engine, Fidelity
 from cpucache.engine.advice import FidelityReport, Trial
 from cpucache.engine.fidelity import WATCHED, Distance, Truth, between, log_probabilities
 from cpucache.errors import ContextFull, InputError, ModelError
@@ -208,7 +208,7 @@ def test_shares_and_exact_slices_are_tried_one_by_one(running: Engine) -> None:
 
 def test_what_is_done_already_is_not_tried(running: Engine) -> None:
     assert changes(measured(running, fidelity="balanced")) == {"--recompute 0.2", HIGH}
-    assert changes(measured(running, recompute=0.2)) == {HIGH}
+    assert changes(measured(running, fidelity=Fidelity(0.2))) == {HIGH}
     assert changes(measured(running, fidelity="high")) == set()
 
 
@@ -221,7 +221,7 @@ def test_what_is_advised_is_what_one_gets(settings: dict[str, Any], tiny: Tiny, 
         report = measured(made, content, schema, fidelity="fast")
         trials = {trial.change: trial.distance for trial in report.trials}
         for share in (0.1, 0.2):
-            done = measured(made, content, schema, advise=False, recompute=share).now.distance
+            done = measured(made, content, schema, advise=False, fidelity=Fidelity(share)).now.distance
             assert trials[f"--recompute {share}"].kl == pytest.approx(done.kl, abs=1e-3)
         assert trials["--recompute 0.2"].kl != pytest.approx(report.now.distance.kl, abs=1e-3)
         done = measured(made, content, schema, advise=False, fidelity="high").now.distance

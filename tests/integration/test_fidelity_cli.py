@@ -15,8 +15,7 @@ import pytest
 from cpucache.engine import Engine
 from cpucache.errors import InputError
 from cpucache.pml import parse_schema
-from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
-from tests.e2e.test_cli_interrupt import started
+from tests.support.command import PROMPT, SCHEMA, cpucache, invoke, started
 
 TRIALS = {"--recompute 0.1", "--recompute 0.2", "--fidelity high, or cpucache encode --refine"}
 """What is tried where nothing is recomputed."""

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cpucache.errors import InputError
+from cpucache import Engine
+from cpucache.errors import CpucacheError, InputError
 from cpucache.layout import Text
 from cpucache.layout.conversation import _split
 from cpucache.reuse import Workspace
 from cpucache.runtime import Batch, Run, Stopped
 from cpucache.server.toolcalls import ToolParser
+from cpucache.sessions import Damaged
+from tests.support.command import PROMPT, SCHEMA
+from tests.support.held import no_collector, open_files
 from tests.support.serving import serving
 from tests.support.sessions import engine, message, plain_spoken
 from tests.support.tiny import RECURRENT_ARCHS
@@ -46,7 +53,7 @@ def test_the_scratch_sequence_is_nobody_s_while_others_are_evaluated(tiny: Tiny)
     """Answers are saved through it in between."""
     with bench(tiny("llama")) as desk:
         workspace = desk.workspace
-        splicer = workspace._splicer
+        splicer = workspace.splicer
         first = slice_of(some_tokens(20))
         moved = [slice_of(some_tokens(10, seed), [first], start=100 + 20 * seed) for seed in (1, 2)]
         task = Workspace.encode(workspace, workspace.only, [first, *moved])
@@ -89,7 +96,7 @@ def test_what_is_kept_behind_a_foreign_slice_is_not_exact(tiny: Tiny, tmp_path: 
 @pytest.mark.parametrize("bad", [Text(np.empty(0, np.int32)), Text(np.array([1 << 20])), Text(np.array([-1]))])
 def test_a_text_is_checked_like_tokens(bad: Text, tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path) as running, pytest.raises(InputError, match="tokens"):
-        running.generate(tokens=bad)
+        running.generate(bad)
 
 
 def test_a_locked_account_of_what_was_asked_stops_no_answer(tiny: Tiny, tmp_path: Path) -> None:
@@ -137,3 +144,37 @@ def test_odd_requests_are_answered_with_what_is_wrong(tiny: Tiny, tmp_path: Path
         body = b'{"input": "a", "instructions": "\\ud800", "max_output_tokens": 1, "stream": true}'
         told = served.http.post("/v1/responses", content=body, headers={"content-type": "application/json"})
         assert (told.status_code < 500 and "response.completed" in told.text) or "response.incomplete" in told.text
+
+
+@pytest.mark.parametrize("tokens", [[[1, 2, 3]], [[(1 << 31) - 1]], [[]], [[0] * 5000]])
+def test_tokens_that_are_none_of_the_model(tokens: Any, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny("llama")
+    with engine(model, tmp_path) as running:
+        with running.session("talk") as talk:
+            talk.send("Hello", max_tokens=2)
+        with contextlib.closing(sqlite3.connect(tmp_path / "sessions" / "sessions.sqlite")) as database:
+            pieces = json.dumps({"parts": tokens, "pending": []})
+            database.execute("UPDATE entries SET pieces = ? WHERE id = 1", (pieces,))
+            database.commit()
+        with contextlib.suppress(Damaged, CpucacheError), running.session("talk") as talk:
+            talk.send("Again", max_tokens=2)
+        # Whatever came of it, the engine goes on.
+        with running.session("other") as other:
+            assert other.send("Hello", max_tokens=2).metrics.completion_tokens
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_closed_engine_holds_no_file(kept: bool, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """At once, also when somebody still has the engine."""
+    (tmp_path / "schema.xml").write_text(SCHEMA)
+    engines = []
+    with no_collector():
+        for _ in range(3):
+            with Engine(tiny("llama"), store=tmp_path / "store", n_ctx=512, threads=1) as engine:
+                engine.add_schema(tmp_path / "schema.xml")
+                engine.generate(PROMPT, max_tokens=2)
+                engine.prefetch(PROMPT).result()
+                assert engine.store.ram.used > 0
+            if kept:
+                engines.append(engine)
+            assert open_files(tmp_path) == []

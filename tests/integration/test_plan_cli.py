@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from cpucache.resources import resource
-from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
-from tests.e2e.test_cli import slices
+from tests.support.command import PROMPT, SCHEMA, cpucache, invoke, slices
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -149,30 +147,6 @@ def test_refine_makes_what_was_asked_exact(model: Path) -> None:
     assert (answer["related_tokens"], answer["clean_tokens"], answer["recomputed_tokens"]) == (0, 0, 0)
     assert answer["exact_tokens"] == answer["cached_tokens"] == found["exact"]
     assert answer["text"] == run(model, "--no-cache")["text"]
-
-
-def test_the_real_model_is_refined_and_a_small_disk_is_told(smollm2: Path, folder: Path) -> None:
-    trip = resource("schemas") / "trip"
-    (folder / "schema.xml").write_bytes((trip / "schema.xml").read_bytes())
-    (folder / "prompt.xml").write_bytes((trip / "lisbon-with-grandmother.xml").read_bytes())
-
-    small = cpucache("encode", "schema.xml", "--disk", "1MiB", "-m", smollm2)
-    encode(smollm2)
-    first = run(smollm2, "--compare")
-    encode(smollm2, "--refine")
-    second = run(smollm2, "--compare")
-
-    assert small.status == 1
-    told = re.fullmatch(
-        r"cpucache: trip: (\d+) of (\d+) slices found no room on the disk; to keep all of them, use --disk (\d+)MiB\n",
-        small.err,
-    )
-    assert told and 0 < int(told[1]) <= int(told[2]) and 1 < int(told[3]) < 100
-    assert first["cached"]["related_tokens"] > 0
-    assert first["same"] == (first["cached"]["text"] == first["uncached"]["text"])
-    assert second["cached"]["related_tokens"] == second["cached"]["clean_tokens"] == 0
-    assert second["same"] is True
-    assert {span["relation"] for span in plan(smollm2)["spans"] if "slice" in span} == {"exact"}
 
 
 # -- recurrent models --------------------------------------------------------------------------------------------------

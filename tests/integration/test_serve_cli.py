@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -15,9 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.command import PATIENCE, cpucache
+from tests.support.command import PATIENCE, cpucache, started
 from tests.support.sessions import message, plain_spoken
-from tests.e2e.test_cli_interrupt import started
 
 Tiny = Callable[..., Path]
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": message(1, 60)}], "temperature": 0, "max_tokens": 8}
@@ -116,6 +116,24 @@ def test_verbose_tells_a_line_for_each_request(tiny: Tiny, store_home: Path) -> 
     lines = err.splitlines()
     assert re.fullmatch(r"cpucache: req_[0-9a-f]{24} GET /v1/models 200", lines[0])
     assert lines[1] == f"cpucache: {reply.headers['x-request-id']} POST /v1/chat/completions 400"
+
+
+def test_logs_as_json(tiny: Tiny, store_home: Path) -> None:
+    with started("serve", "-m", plain_spoken(tiny("llama")), "--port", "0", "--threads", "1", "--log-json") as process:
+        assert process.stderr
+        first = json.loads(process.stderr.readline())
+        url = re.search(r"http://\S+", first["message"])
+        assert url
+        reply = httpx.post(f"{url[0]}/v1/chat/completions", json=ASKED, timeout=60)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE)
+    answered, ended = map(json.loads, err.splitlines())
+    assert answered["id"] == reply.headers["x-request-id"]
+    told = f"exact={answered['exact']}, clean={answered['clean']}, related={answered['related']}, "
+    assert reply.headers["x-cpucache"].startswith(told)
+    assert (answered["path"], answered["status"]) == ("/v1/chat/completions", 200)
+    assert answered["ttft_ms"] > 0
+    assert ended["message"] == "the server has ended; what was evaluated is kept"
 
 
 @pytest.mark.parametrize("word", ["OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "--api-key", "/v1/messages"])

@@ -43,8 +43,8 @@ def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 # ---- OpenAI ----------------------------------------------------------------------------------------------------------
 def test_a_chat_is_what_the_engine_says(served: Served) -> None:
-    wanted = served.engine.generate(messages=ASKED, max_tokens=12)
-    answer = served.openai.chat.completions.create(messages=ASKED, **GREEDY)  # type: ignore[arg-type]
+    wanted = served.engine.generate(ASKED, max_tokens=12)
+    answer = served.openai.chat.completions.create(messages=ASKED, **GREEDY)
     assert answer.choices[0].message.content == wanted.text
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
@@ -57,9 +57,9 @@ def test_a_chat_is_what_the_engine_says(served: Served) -> None:
 
 
 def test_a_stream_is_the_same_in_pieces(served: Served) -> None:
-    whole = served.openai.chat.completions.create(messages=ASKED, **GREEDY)  # type: ignore[arg-type]
+    whole = served.openai.chat.completions.create(messages=ASKED, **GREEDY)
     with served.openai.chat.completions.create(
-        messages=ASKED,  # type: ignore[arg-type]
+        messages=ASKED,
         stream=True,
         stream_options={"include_usage": True},
         **GREEDY,
@@ -102,10 +102,7 @@ def test_completions_of_text_and_of_tokens(served: Served) -> None:
 
 def test_several_answers_differ_by_their_seed(served: Served) -> None:
     settings = {**GREEDY, "temperature": 1.5, "seed": 7}
-    first, second = (
-        served.openai.chat.completions.create(messages=ASKED, n=3, **settings)  # type: ignore[arg-type]
-        for _ in range(2)
-    )
+    first, second = (served.openai.chat.completions.create(messages=ASKED, n=3, **settings) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]
     assert texts == [choice.message.content for choice in second.choices]
     assert len(set(texts)) == 3
@@ -113,10 +110,10 @@ def test_several_answers_differ_by_their_seed(served: Served) -> None:
 
 
 def test_a_text_to_stop_at_and_log_probabilities(served: Served) -> None:
-    text = served.engine.generate(messages=ASKED, max_tokens=12).text
+    text = served.engine.generate(ASKED, max_tokens=12).text
     stop = text[4:6]
     answer = served.openai.chat.completions.create(
-        messages=ASKED,  # type: ignore[arg-type]
+        messages=ASKED,
         stop=stop,
         logprobs=True,
         top_logprobs=3,
@@ -132,11 +129,11 @@ def test_a_text_to_stop_at_and_log_probabilities(served: Served) -> None:
 
 
 def test_an_answer_follows_a_json_schema(served: Served) -> None:
-    schema = {"type": "object", "properties": {"age": {"type": "integer"}, "ok": {"type": "boolean"}}}
-    schema["required"] = ["age", "ok"]  # type: ignore[assignment]
+    schema: dict[str, Any] = {"type": "object", "properties": {"age": {"type": "integer"}, "ok": {"type": "boolean"}}}
+    schema["required"] = ["age", "ok"]
     for seed in range(3):
         answer = served.openai.chat.completions.create(
-            messages=ASKED,  # type: ignore[arg-type]
+            messages=ASKED,
             model="any",
             seed=seed,
             temperature=1.2,
@@ -151,16 +148,16 @@ def test_an_answer_follows_a_json_schema(served: Served) -> None:
 def test_a_tool_is_called_and_its_result_read(served: Served) -> None:
     settings = {**GREEDY, "max_tokens": 200, "tools": [{"type": "function", "function": WEATHER}]}
     forced = {"extra_body": {"grammar": SAYS_CALL}}
-    answer = served.openai.chat.completions.create(messages=ASKED, **settings, **forced)  # type: ignore[arg-type]
+    answer = served.openai.chat.completions.create(messages=ASKED, **settings, **forced)
     (choice,) = answer.choices
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content == "One moment."
     assert choice.message.tool_calls
     (call,) = choice.message.tool_calls
-    assert call.function.name == "get_weather"  # type: ignore[union-attr]
-    assert json.loads(call.function.arguments) == {"city": "Ulm"}  # type: ignore[union-attr]
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Ulm"}
     with served.openai.chat.completions.create(
-        messages=ASKED,  # type: ignore[arg-type]
+        messages=ASKED,
         stream=True,
         **settings,
         **forced,
@@ -176,7 +173,7 @@ def test_a_tool_is_called_and_its_result_read(served: Served) -> None:
     said = [*ASKED, spoken, {"role": "tool", "tool_call_id": call.id, "content": "It rains."}]
     reply = served.http.post("/v1/chat/completions", json={"messages": said, **settings})
     usage = reply.json()["usage"]
-    before = answer.usage.prompt_tokens + answer.usage.completion_tokens  # type: ignore[union-attr]
+    before = answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert usage["prompt_tokens_details"]["cached_tokens"] >= before - 3
 
 
@@ -222,7 +219,7 @@ def test_what_is_no_text_is_refused_with_a_reason(served: Served) -> None:
 
 # ---- OpenAI's Responses ----------------------------------------------------------------------------------------------
 def test_a_response_is_what_the_engine_says(served: Served) -> None:
-    wanted = served.engine.generate(messages=ASKED, max_tokens=12)
+    wanted = served.engine.generate(ASKED, max_tokens=12)
     settings: dict[str, Any] = {"model": "any", "max_output_tokens": 12, "temperature": 0}
     asked: dict[str, Any] = {"instructions": SYSTEM["content"], "input": ASKED[1]["content"], **settings}
     answer = served.openai.responses.create(**asked)
@@ -249,11 +246,11 @@ def test_a_function_called_in_a_response(served: Served) -> None:
             (done,) = [each.response for each in stream if each.type == "response.completed"]
     for each in (answer, done):
         text, call = each.output
-        assert text.content[0].text == "One moment."  # type: ignore[union-attr]
-        assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Ulm"})  # type: ignore[union-attr]
+        assert text.content[0].text == "One moment."
+        assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Ulm"})
     said += [
         *(each.model_dump(exclude_none=True) for each in answer.output),
-        {"type": "function_call_output", "call_id": answer.output[1].call_id, "output": "It rains."},  # type: ignore[union-attr]
+        {"type": "function_call_output", "call_id": answer.output[1].call_id, "output": "It rains."},
     ]
     reply = served.openai.responses.create(model="any", input=said, tools=tools, max_output_tokens=4)
     assert reply.usage is not None and answer.usage is not None
@@ -263,15 +260,15 @@ def test_a_function_called_in_a_response(served: Served) -> None:
 
 # ---- Anthropic -------------------------------------------------------------------------------------------------------
 def test_messages_are_what_the_engine_says(served: Served) -> None:
-    wanted = served.engine.generate(messages=ASKED, max_tokens=12)
+    wanted = served.engine.generate(ASKED, max_tokens=12)
     settings: dict[str, Any] = {"model": "any", "max_tokens": 12, "extra_body": {"temperature": 0}}
     system = [
         {"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=0a1b2;"},
         {"type": "text", "text": SYSTEM["content"], "cache_control": {"type": "ephemeral"}},
     ]
     asked = [{"role": "user", "content": [{"type": "text", "text": ASKED[1]["content"]}]}]
-    answer = served.anthropic.messages.create(system=system, messages=asked, **settings)  # type: ignore[arg-type]
-    assert answer.content[0].text == wanted.text  # type: ignore[union-attr]
+    answer = served.anthropic.messages.create(system=system, messages=asked, **settings)
+    assert answer.content[0].text == wanted.text
     assert answer.stop_reason == "max_tokens"
     usage = answer.usage
     assert usage.output_tokens == 12
@@ -279,10 +276,10 @@ def test_messages_are_what_the_engine_says(served: Served) -> None:
     assert total == wanted.metrics.prompt_tokens
     # The header, which is new each time, spoils nothing.
     assert usage.cache_read_input_tokens == wanted.metrics.prompt_tokens - 1
-    with served.anthropic.messages.stream(system=system, messages=asked, **settings) as stream:  # type: ignore[arg-type]
+    with served.anthropic.messages.stream(system=system, messages=asked, **settings) as stream:
         assert "".join(stream.text_stream) == wanted.text
         assert stream.get_final_message().usage.output_tokens == 12
-    counted = served.anthropic.messages.count_tokens(model="any", system=system, messages=asked)  # type: ignore[arg-type]
+    counted = served.anthropic.messages.count_tokens(model="any", system=system, messages=asked)
     assert counted.input_tokens == wanted.metrics.prompt_tokens
 
 
@@ -293,16 +290,16 @@ def test_tools_in_anthropic_s_words(served: Served) -> None:
     # The dialect has no grammars: what the engine is told to say, it says here.
     with forced(served, SAYS_CALL):
         answer = served.anthropic.messages.create(messages=asked, **settings)
-        with served.anthropic.messages.stream(messages=asked, **settings) as stream:
+        with served.anthropic.messages.stream(asked, **settings) as stream:
             final = stream.get_final_message()
     for each in (answer, final):
         assert each.stop_reason == "tool_use"
         text, use = each.content
-        assert text.text == "One moment."  # type: ignore[union-attr]
-        assert (use.name, use.input) == ("get_weather", {"city": "Ulm"})  # type: ignore[union-attr]
+        assert text.text == "One moment."
+        assert (use.name, use.input) == ("get_weather", {"city": "Ulm"})
     asked += [
         {"role": "assistant", "content": [each.model_dump() for each in answer.content]},
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "It rains."}]},  # type: ignore[union-attr]
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "It rains."}]},
     ]
     reply = served.anthropic.messages.create(messages=asked, **settings)
     before = sum(
@@ -328,9 +325,9 @@ def forced(served: Served, grammar: str) -> Iterator[None]:
 # ---- together --------------------------------------------------------------------------------------------------------
 def test_eight_clients_get_what_each_gets_alone(served: Served) -> None:
     asked = [[SYSTEM, {"role": "user", "content": message(number, 15)}] for number in range(8)]
-    alone = [served.engine.generate(messages=each, max_tokens=12).text for each in asked]
+    alone = [served.engine.generate(each, max_tokens=12).text for each in asked]
 
-    def ask(messages: Any) -> str | None:
+    def ask(messages: Any) -> Any:
         answer = served.openai.chat.completions.create(messages=messages, **GREEDY)
         return answer.choices[0].message.content
 

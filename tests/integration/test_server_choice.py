@@ -17,7 +17,7 @@ from cpucache.server.choice import BARE, LIST, TAGS, Forced, form_of
 from cpucache.server.toolcalls import ToolParser
 from tests.support.letters import Letters
 from tests.support.serving import Served, serving
-from tests.unit.layout.test_conversation import CHATML, TOOLS
+from tests.support.toolchat import CHATML, TOOLS
 
 Tiny = Callable[..., Path]
 
@@ -68,7 +68,7 @@ def test_openai_s_choices(served: Served) -> None:
             answer = served.openai.chat.completions.create(
                 messages=ASKED,
                 tools=OPENAI,
-                tool_choice=choice,  # type: ignore[arg-type]
+                tool_choice=choice,
                 seed=seed,
                 **more,
                 **WARM,
@@ -76,9 +76,9 @@ def test_openai_s_choices(served: Served) -> None:
             (made,) = answer.choices
             calls = made.message.tool_calls or []
             assert made.finish_reason == "tool_calls"
-            assert all(right(call.function.name, json.loads(call.function.arguments)) for call in calls)  # type: ignore[union-attr]
+            assert all(right(call.function.name, json.loads(call.function.arguments)) for call in calls)
             assert len(calls) == 1 or (choice == "required" and not more)
-            assert choice == "required" or calls[0].function.name == "roll_dice"  # type: ignore[union-attr]
+            assert choice == "required" or calls[0].function.name == "roll_dice"
             assert not made.message.content
     free = served.openai.chat.completions.create(messages=ASKED, tools=OPENAI, tool_choice="auto", seed=1, **WARM)
     assert free.choices[0].message.tool_calls is None
@@ -91,7 +91,7 @@ def test_a_forced_call_is_streamed(served: Served) -> None:
         deltas = [chunk.choices[0].delta for chunk in stream if chunk.choices]
     told = [each for delta in deltas for each in delta.tool_calls or ()]
     assert told
-    assert all(right(each.function.name, json.loads(each.function.arguments)) for each in told)  # type: ignore[union-attr, arg-type]
+    assert all(right(each.function.name, json.loads(each.function.arguments)) for each in told)
     assert not "".join(delta.content or "" for delta in deltas)
 
 
@@ -102,14 +102,14 @@ def test_anthropic_s_choices(served: Served) -> None:
             messages=ASKED,
             max_tokens=400,
             tools=ANTHROPIC,
-            tool_choice=choice,  # type: ignore[arg-type]
+            tool_choice=choice,
             extra_body={"temperature": 0.9},
         )
         assert answer.stop_reason == "tool_use"
         assert answer.content
         for use in answer.content:
             assert use.type == "tool_use" and right(use.name, use.input)
-        assert choice["type"] == "any" or [use.name for use in answer.content] == ["get_weather"]  # type: ignore[union-attr]
+        assert choice["type"] == "any" or [use.name for use in answer.content] == ["get_weather"]
 
 
 def test_a_response_s_choice(served: Served) -> None:
@@ -119,13 +119,13 @@ def test_a_response_s_choice(served: Served) -> None:
             model="any",
             input="Roll.",
             tools=tools,
-            tool_choice=choice,  # type: ignore[arg-type]
+            tool_choice=choice,
             max_output_tokens=400,
         )
         assert answer.output
         for call in answer.output:
             assert call.type == "function_call" and right(call.name, json.loads(call.arguments))
-        assert choice == "required" or [call.name for call in answer.output] == ["roll_dice"]  # type: ignore[union-attr]
+        assert choice == "required" or [call.name for call in answer.output] == ["roll_dice"]
 
 
 @pytest.mark.parametrize(

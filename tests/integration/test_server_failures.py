@@ -17,9 +17,9 @@ from cpucache.errors import ContextFull, CpucacheError
 from cpucache.runtime import Batch
 from cpucache.server.responses import _written
 from cpucache.server.settings import ServerSettings
+from tests.support.pace import slow
 from tests.support.serving import Served, serving, until
 from tests.support.sessions import plain_spoken
-from tests.integration.test_core import slow
 
 Tiny = Callable[..., Path]
 
@@ -71,7 +71,7 @@ def test_size_and_depth(path: str, served: Served) -> None:
     for _ in range(400):
         nested = {"a": nested, "type": "text"}
     for name in ("messages", "input", "tools", "system"):
-        reply = served.http.post(path, json=body(path, **{name: [nested]}))
+        reply = served.http.post(path, json={**body(path), name: [nested]})
         assert reply.status_code < 500, reply.text
     # What no page of another site can send without being asked: anything but JSON.
     reply = served.http.post(path, content=json.dumps(body(path)), headers={"content-type": "text/plain"})
@@ -119,7 +119,7 @@ def failing(served: Served) -> Served:
             raise CpucacheError("the memory has gone")
         evaluate(batch, *arguments)
 
-    served.engine.context.evaluate = failing  # type: ignore[method-assign]
+    served.engine.context.evaluate = failing  # type: ignore[method-assign, assignment]
     return served
 
 
@@ -129,7 +129,7 @@ def test_a_response_that_fails_says_so_in_an_event(failing: Served) -> None:
     assert [each.sequence_number for each in events] == list(range(len(events)))
     last = events[-1]
     assert last.type == "response.failed"
-    assert last.response.id == events[0].response.id  # type: ignore[union-attr]
+    assert last.response.id == events[0].response.id
     assert last.response.status == "failed"
     assert last.response.error is not None
     assert (last.response.error.code, last.response.error.message) == ("server_error", "the memory has gone")

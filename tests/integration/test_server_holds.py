@@ -17,11 +17,12 @@ import psutil
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from schemathesis.core.result import Ok
 
 from cpucache.server.settings import ServerSettings
+from tests.support.pace import slow
 from tests.support.serving import Served, serving, until
 from tests.support.sessions import plain_spoken
-from tests.integration.test_core import slow
 
 Tiny = Callable[..., Path]
 CHAT = "/v1/chat/completions"
@@ -47,7 +48,7 @@ def test_a_key_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
                 assert "API key" in reply.json()["error"]["message"]
         assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
         for headers in ({"Authorization": "Bearer sesame"}, {"x-api-key": "sesame"}):
-            encoded = {name: value.encode() for name, value in headers.items()}
+            encoded = {name.encode(): value.encode() for name, value in headers.items()}
             assert httpx.post(served.url + CHAT, json=asking(max_tokens=2), headers=encoded).status_code == 200
 
 
@@ -224,7 +225,7 @@ def test_many_clients_that_come_and_go_leave_nothing(served: Served) -> None:
     assert wrong == []
     until(served.idle)
     assert served.service._admission._free == 3
-    assert not any(slot.busy for slot in served.engine.workspace._splicer.slots)
+    assert not any(slot.busy for slot in served.engine.workspace.splicer.slots)
     assert not served.engine.store._using
     until(lambda: process.num_fds() <= files + 5)
     # The threads that begin requests stay for the next.
@@ -235,7 +236,7 @@ def test_many_clients_that_come_and_go_leave_nothing(served: Served) -> None:
 # ---- anything --------------------------------------------------------------------------------------------------------
 def test_no_request_of_any_shape_makes_the_server_fail(served: Served) -> None:
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
-    operations = [found.ok() for found in schema.get_all_operations()]
+    operations = [found.ok() for found in schema.get_all_operations() if isinstance(found, Ok)]
     assert len(operations) >= 10
     for operation in operations:
 

@@ -16,10 +16,10 @@ import pytest
 
 from cpucache.server.access import namespace_of
 from cpucache.server.settings import ServerSettings
+from tests.support.pace import slow
 from tests.support.serving import Served, serving, until
 from tests.support.sessions import message, plain_spoken
-from tests.integration.test_core import slow
-from tests.integration.test_server_schemas import SCHEMA
+from tests.support.shelf import SCHEMA
 
 Tiny = Callable[..., Path]
 
@@ -58,7 +58,7 @@ def test_each_key_is_enough_and_all_are_compared(tiny: Tiny, tmp_path: Path, mon
         monkeypatch.setattr(hmac, "compare_digest", noting)
         for shown in (*KEYS, "first", "", "First-key", "first-keyy"):
             compared.clear()
-            reply = httpx.get(f"{served.url}/v1/models", headers={"x-api-key": shown.encode()})
+            reply = httpx.get(f"{served.url}/v1/models", headers={b"x-api-key": shown.encode()})
             assert reply.status_code == (200 if shown in KEYS else 401)
             # In constant time: none is passed over, whichever is shown.
             assert compared == [key.encode() for key in KEYS]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cpucache.reuse import Reuse
 from tests.support.serving import Served, serving
 from tests.support.sessions import message, plain_spoken
 
@@ -98,6 +99,7 @@ def test_a_tool_is_found_behind_another_system_text(served: Served) -> None:
 
 def test_what_the_server_may_reuse(served: Served) -> None:
     facts(served, "/v1/chat/completions", chat([0, 1, 2, 3], marked=True))
+    reuse: Reuse
     for reuse, marked, taken in (("exact", True, False), ("anywhere", False, True)):
         served.service.settings = replace(served.service.settings, reuse=reuse)
         found = facts(served, "/v1/chat/completions", chat([2, 3, 1, 0] if marked else [1, 0, 3, 2], marked=marked))

@@ -15,21 +15,13 @@ import pytest
 from cpucache.engine import Engine
 from cpucache.pml import parse_schema
 from cpucache.server.settings import ServerSettings
+from tests.support.pace import slow
 from tests.support.serving import Served, serving, until
 from tests.support.sessions import message, plain_spoken
-from tests.integration.test_core import slow
+from tests.support.shelf import FULL, PROMPT, SCHEMA
 
 Tiny = Callable[..., Path]
 
-SCHEMA = (
-    "<schema name='shelf'><system>Answer from the books.</system>"
-    f"<module name='one'>{message(1, 40)}</module><module name='two'>{message(2, 40)}</module>"
-    f"<union><module name='near'>{message(3, 20)}</module><module name='far'>{message(4, 20)}</module></union>"
-    "<parameter name='place' length='12'/><module name='now' cache='false'>Today.</module></schema>"
-)
-PROMPT = "<prompt schema='shelf'><two/><one/><far/></prompt>"
-"""Its argument comes besides."""
-FULL = PROMPT.replace("schema='shelf'", "schema='shelf' place='Ulm &amp; Bonn'")
 ASKED: list[Any] = [{"role": "user", "content": "Which of them?"}]
 GREEDY: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 6}
 
@@ -164,7 +156,7 @@ def test_a_prompt_is_what_the_engine_says_in_every_dialect(served: Served, tmp_p
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == wanted.text
     settings: dict[str, Any] = {"model": "any", "max_tokens": 6, "extra_body": {"temperature": 0, "cpucache": given}}
     answer = served.anthropic.messages.create(messages=ASKED, **settings)
-    assert answer.content[0].text == wanted.text  # type: ignore[union-attr]
+    assert answer.content[0].text == wanted.text
     counted = served.anthropic.messages.count_tokens(model="any", messages=ASKED, extra_body={"cpucache": given})
     assert counted.input_tokens == wanted.metrics.prompt_tokens
     response = served.openai.responses.create(

@@ -12,9 +12,9 @@ import pytest
 from cpucache.engine import Engine
 from cpucache.engine.session import Session
 from cpucache.store import Store
+from tests.support.pace import slow
 from tests.support.sessions import SYSTEM, engine, message, said, sizes, truth
 from tests.support.tiny import RECURRENT_ARCHS
-from tests.integration.test_core import slow
 
 Tiny = Callable[..., Path]
 TEXT = message(1, 60)
@@ -118,7 +118,9 @@ def test_of_a_recurrent_model_one_state_is_read(arch: str, tiny: Tiny, tmp_path:
     size = begun(tiny(arch), tmp_path)
     with engine(tiny(arch), tmp_path) as running, running.session("s") as session:
         session.prefetch().result()
-        points = [key for key in session.keys if running.store.files and not running.store.files.info(key)[0].tokens]
+        assert running.store.files is not None
+        found = {key: running.store.files.info(key) for key in session.keys}
+        points = [key for key, info in found.items() if info and not info[0].tokens]
         assert len(points) == 1
         assert 0 < running.store.ram.used < size
         # It is the one.

@@ -90,7 +90,7 @@ def test_what_decides_a_slice_decides_its_key(tiny: TinyModel) -> None:
     assert len(set(keys)) == 3 * len(variants)
     # Numbers of NumPy name what Python's own do.
     whole = variants[4]
-    assert SLICES.key(whole.context_key, whole.tokens.astype(np.int64), np.int64(whole.start)) == whole.key  # type: ignore[arg-type]
+    assert SLICES.key(whole.context_key, whole.tokens.astype(np.int64), np.int64(whole.start)) == whole.key
 
 
 def damaged_plan(b: Bench) -> tuple[Plan, list[Slice]]:
@@ -237,6 +237,7 @@ from pathlib import Path
 import numpy as np
 from cpucache import Engine
 from cpucache.reuse import Plan, Span
+from cpucache.reuse.way import answer, nothing
 
 tokens = np.array(json.loads(sys.stdin.read()), np.int32)
 engine = Engine(sys.argv[1], store=sys.argv[2], n_ctx=len(tokens) + 256, threads=1, kv_type="f32")
@@ -268,7 +269,7 @@ def interrupted(call):
 
 def prefill(plan):
     def task(slot, told):
-        yield from workspace.prefill(slot, lambda: plan, progress=told)
+        yield from answer(workspace, lambda: plan, nothing, slot=slot, progress=told)
         return engine.context.logits(slot.index).tolist()
 
     return engine.host.do(task, progress=progress)

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.command import PATIENCE
-from tests.e2e.test_cli_interrupt import slices, started
+from tests.support.command import PATIENCE, slices, started
 
 SCHEMA = """<schema name="shop">Root text of it all.
 <module name="first">Once upon a time there was a shop.</module>

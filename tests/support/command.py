@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from click.testing import CliRunner
 
 from cpucache.cli.main import cli
+from cpucache.store.slicefile import SliceFiles
 
 PATIENCE = 300
 """Seconds until a command counts as hanging, on however slow a machine."""
@@ -30,6 +34,13 @@ SCHEMA = """
 </schema>
 """
 PROMPT = '<prompt schema="shop"><hours opens="ten"/><summer/><user>What is there to eat?</user></prompt>'
+
+# Where the tests run in the background of a script, commands would inherit that Ctrl-C is ignored.
+_START = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("cpucache.cli.main", run_name="__main__")
+"""
 
 
 @dataclass(frozen=True)
@@ -61,3 +72,36 @@ def invoke(*arguments: str | Path, stdin: str | None = None) -> str:
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments], input=stdin, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+@contextmanager
+def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A command under way, which is gone when the block ends."""
+    command = subprocess.Popen(
+        [sys.executable, "-c", _START, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    with command:
+        try:
+            yield command
+        finally:
+            command.kill()
+
+
+def until(reached: Callable[[], bool], command: subprocess.Popen[str]) -> None:
+    """Wait for something that a running command does."""
+    end = time.monotonic() + PATIENCE
+    while not reached():
+        assert command.poll() is None, command.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def slices(home: Path) -> set[str]:
+    """Keys of the slices on disk, each of which must be sound."""
+    files = SliceFiles(home / "slices")
+    keys = set(files)
+    assert all(files.check(key) for key in keys)
+    return keys

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from itertools import count
+from typing import Any
 
 from hypothesis import strategies as st
 
 from cpucache.layout import ChatTemplate, Placeholder, SchemaLayout, Segment
 from cpucache.pml.tree import Module, Schema, Scope, Union
+from tests.support.documents import choose
 from tests.support.letters import Letters
 from tests.support.prompting import written
 from tests.support.tiny import CHATML
-from tests.unit.pml.test_pml_properties import choose
 
 TEXTS = (
     "red",
@@ -83,7 +84,7 @@ def changed(schema: Schema, source: str, text: str) -> Schema:
 
     from cpucache.pml.tree import Role, Text
 
-    def of(node: object) -> object:
+    def of(node: Any) -> Any:
         if isinstance(node, Text):
             return replace(node, text=node.text.replace(source, text))
         if isinstance(node, Module | Role):
@@ -92,7 +93,7 @@ def changed(schema: Schema, source: str, text: str) -> Schema:
             return replace(node, members=tuple(map(of, node.members)))
         return node
 
-    return replace(schema, children=tuple(map(of, schema.children)))  # type: ignore[arg-type]
+    return replace(schema, children=tuple(map(of, schema.children)))
 
 
 def texts_of(layout: SchemaLayout) -> list[tuple[str, str, tuple[int, ...]]]:

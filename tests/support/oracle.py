@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from cpucache.reuse import Plan, Slice, Span, Workspace
-from cpucache.reuse.encoder import Made
+from cpucache.reuse.reports import Made
 from tests.support.reference import KV, Floats, ReferenceLlama, causal
 
 

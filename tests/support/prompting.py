@@ -13,9 +13,9 @@ import numpy as np
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, bind
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Schema
-from cpucache.reuse import Fidelity, Lookup, Plan, Prefill, Repair, Slice, Slices, reading
+from cpucache.reuse import Fidelity, Lookup, Metrics, Plan, Repair, Slice, Slices, reading
 from cpucache.reuse.encoder import Made
-from cpucache.runtime import Context, KVType
+from cpucache.runtime import Context, KVType, Memory
 from cpucache.store import Store
 from tests.support.cutting import every
 from tests.support.letters import Letters
@@ -59,10 +59,11 @@ class Prompting:
             if slice_.key not in self.store:
                 self.workspace._keep(Made(slice_, np.zeros(1, np.uint8), 0.0), "s")
 
-    def answer(self, bound: Bound | str, fidelity: Fidelity | None = None, **settings: Any) -> tuple[Plan, Prefill]:
+    def answer(self, bound: Bound | str, fidelity: Fidelity | None = None, **settings: Any) -> tuple[Plan, Metrics]:
         """Get a prompt into the context; gives what was spliced, and what it took."""
         bound = self.bound(bound) if isinstance(bound, str) else bound
-        return self.workspace.prefill(lambda: self.plan(bound, fidelity, **settings), "s")
+        done: tuple[Plan, Metrics] = self.workspace.prefill(lambda: self.plan(bound, fidelity, **settings), "s")
+        return done
 
     @property
     def logits(self) -> Logits:
@@ -103,7 +104,7 @@ def planning(
 ) -> Iterator[Prompting]:
     """Prompts that are planned only: there is no model, and slices are listed in a store without being evaluated."""
     letters = letters or Letters(n_ctx_train=1 << 20)
-    context: Any = SimpleNamespace(can_shift=True, model=SimpleNamespace(path=Path("none.gguf"), recurrent=False))
+    context: Any = SimpleNamespace(memory=Memory(), model=SimpleNamespace(path=Path("none.gguf")))
     with Store(None, ram_budget=PLENTY) as store:
         workspace = Desk(context, store, Slices("model", "format", every()))
         layout = SchemaLayout(schema, letters, ChatTemplate(template), positions)

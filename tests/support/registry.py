@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote
 
 
@@ -112,3 +113,19 @@ def serve_registry() -> Iterator[Registry]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+# ---- catalogues of one model -----------------------------------------------------------------------------------------
+MISSING = {"kind": "pip", "download": 9, "parts": [{"package": "not-there", "version": "1.0", "member": "m"}]}
+
+
+def entry(data: bytes, *sources: dict[str, Any], **changes: Any) -> str:
+    known = {"name": "tiny", "description": "d", "licence": "MIT", "architecture": "llama"}
+    numbers = {"parameters": 1, "context": 64, "size": len(data)}
+    fields = {**known, **numbers, "sha256": hashlib.sha256(data).hexdigest(), **changes}
+    lines = ["[[model]]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items() if value is not None)]
+    for source in sources:
+        parts = ", ".join("{ " + ", ".join(f'{k} = "{v}"' for k, v in part.items()) + " }" for part in source["parts"])
+        lines += ["[[model.source]]", f'kind = "{source["kind"]}"', f"download = {source['download']}"]
+        lines += [f"parts = [{parts}]"]
+    return "\n".join(lines)

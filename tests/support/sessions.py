@@ -27,6 +27,7 @@ from cpucache.engine.session import Session
 from cpucache.engine.stream import Stream
 from cpucache.reuse import OnProgress, Plan
 from cpucache.reuse.slot import Slot
+from cpucache.reuse.way import answer, nothing
 from cpucache.reuse.work import Task
 from cpucache.runtime import Context, Run, Sampling
 from tests.support.tiny import BYTES
@@ -84,7 +85,7 @@ def logits(running: Engine, plan: Plan, *, fresh: bool = False) -> Logits:
     """Those of the last token of a plan."""
 
     def task(slot: Slot, _: OnProgress) -> Task[Logits]:
-        yield from running.workspace.prefill(slot, lambda: plan, fresh=fresh)
+        yield from answer(running.workspace, lambda: plan, nothing, slot=slot, fresh=fresh)
         return running.context.logits(slot.index)
 
     return running.host.do(task)
@@ -101,7 +102,7 @@ def said(running: Engine, stream: Stream, *, tokens: int | None = None) -> Said:
             stream.stop()
         return sample(sampler, index)
 
-    context.sample = noting  # type: ignore[method-assign]
+    context.sample = noting  # type: ignore[method-assign, assignment]
     try:
         stream.reply()
     finally:
@@ -239,7 +240,7 @@ def plain_spoken(model: Path) -> Path:
         copy = path.with_suffix(".part")
         shutil.copy(model, copy)
         reader = gguf.GGUFReader(copy, "r+")
-        rows = next(tensor for tensor in reader.tensors if tensor.name == "output.weight").data
+        rows: Any = next(tensor for tensor in reader.tensors if tensor.name == "output.weight").data
         letters = [BYTES + byte for byte in range(ord("A"), ord("Z") + 1)]
         rows[np.setdiff1d(np.arange(len(rows)), letters)] = 0
         rows.flush()
@@ -344,7 +345,7 @@ def _hold(model: Path, folder: Path, name: str, answering: str, reports: Connect
                 wait()
             evaluate(*arguments)
 
-        running.context.evaluate = evaluate_or_wait  # type: ignore[method-assign]
+        running.context.evaluate = evaluate_or_wait  # type: ignore[method-assign, assignment]
         stream.reply()
 
 

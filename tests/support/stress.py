@@ -279,7 +279,8 @@ def _state(files: SliceFiles, key: str) -> np.ndarray:
     found = files.get(key)
     assert found is not None
     # A mapping would change with the file.
-    return found[0].copy()
+    state: np.ndarray = found[0].copy()
+    return state
 
 
 def _place(content: bytes, state: int, rng: random.Random) -> tuple[str, int]:
@@ -330,6 +331,7 @@ def hammer(model: Path, folder: Path, processes: int, *, rounds: int, seed: int 
         _add_schemas(running)
         alone = [answer(running, question, "high") for question in questions]
         running.store.flush()
+        assert running.store.files is not None
         sizes = [running.store.files.path(key).stat().st_size for key in running.store.files]
     report = Hammered(processes, budget=sum(sizes) // 3, largest=max(sizes))
     home, log = folder / "shared", folder / "log"
@@ -419,21 +421,27 @@ def _listen(store: Store, note: Any) -> None:
     """Have everything noted that changes which slices there are."""
     assert store.files is not None
     assert store.index is not None
-    put, drop, reserve = store.put, store.files.drop, store.index.reserve
+    files = store.files
+    put, drop, reserve = store.put, files.drop, store.index.reserve
 
     def noted_put(key: str, *rest: Any) -> None:
         note("encode", key)
         put(key, *rest)
 
     def noted_drop(key: str) -> None:
-        if key in store.files:
+        if key in files:
             note("drop", key)
         drop(key)
 
     def noted_reserve(key: str, *rest: Any, **named: Any) -> bool:
-        done = reserve(key, *rest, **named)
+        done: bool = reserve(key, *rest, **named)
         if not done:
             note("unsaved", key)
         return done
 
-    store.put, store.files.drop, store.index.reserve = noted_put, noted_drop, noted_reserve
+    for part, name, noted in (
+        (store, "put", noted_put),
+        (files, "drop", noted_drop),
+        (store.index, "reserve", noted_reserve),
+    ):
+        setattr(part, name, noted)

@@ -11,20 +11,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cpucache.engine.request import Request
+from cpucache.engine.scheduler import Job
 from cpucache.layout.vocabulary import joined
-from cpucache.reuse import OnProgress, Plan, Prefill, Slice, Slices, Span, Workspace
+from cpucache.reuse import Metrics, OnProgress, Plan, Slice, Slices, Span, Workspace
 from cpucache.reuse.slot import Slot
-from cpucache.reuse.work import drive
-from cpucache.runtime import Context, KVType, Model, Run
+from cpucache.reuse.way import answer, nothing
+from cpucache.reuse.work import Task
+from cpucache.runtime import Batch, Context, KVType, Memory, Model, Run
 from cpucache.store import Store
 from tests.support.cutting import every
 from tests.support.tiny import BYTES
 
+T = TypeVar("T")
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
 
@@ -66,20 +70,43 @@ def opened(path: Path, kv_type: KVType = "f32", *, n_ctx: int = 1024) -> Iterato
             context.close()
 
 
+def drive(context: Context, task: Task[T]) -> T:
+    """Run a task to its end with nothing beside it; gives what it returns."""
+    job = Job(Request(lambda _: task))
+    job.start()
+    while not job.ended:
+        work = job.work
+        try:
+            while work.runs:
+                batch = Batch()
+                work.fill(batch, context.n_batch)
+                context.evaluate(batch)
+                if work.progress:
+                    work.progress(batch.size)
+        except BaseException as error:
+            job.fail(error)
+        else:
+            job.go_on()
+    return job.result  # type: ignore[no-any-return]
+
+
 class Desk(Workspace):
     """A workspace of one slot whose tasks are run at once, by whoever asks for them."""
 
     @property
     def only(self) -> Slot:
-        slot = self._splicer.slots[0]
-        slot.points = self.points if self.context.model.recurrent else None
+        slot = self.splicer.slots[0]
+        slot.points = self.points if self.context.memory.points else None
         return slot
 
     def encode(self, slices: Iterable[Slice], *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]
         return drive(self.context, super().encode(self.only, slices, *arguments, **settings))
 
-    def prefill(self, plan: Callable[[], Plan], *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]
-        return drive(self.context, super().prefill(self.only, plan, *arguments, **settings))
+    def prefill(self, plan: Callable[[], Plan], label: str = "", **settings: Any) -> tuple[Plan, Metrics]:
+        """Get a plan into the slot; gives it, and what it took."""
+        metrics = Metrics()
+        way = answer(self, plan, nothing, slot=self.only, label=label, metrics=metrics, **settings)
+        return drive(self.context, way), metrics
 
     def append(self, tokens: Tokens) -> None:  # type: ignore[override]
         drive(self.context, super().append(self.only, tokens))
@@ -95,9 +122,10 @@ class Bench:
     workspace: Desk
     truth: Context
 
-    def prefill(self, plan: Plan, progress: OnProgress | None = None, *, fresh: bool = False) -> Prefill:
+    def prefill(self, plan: Plan, progress: OnProgress | None = None, *, fresh: bool = False) -> Metrics:
         """What it took to get ``plan`` into the llama.cpp context."""
-        return self.workspace.prefill(lambda: plan, progress=progress, fresh=fresh)[1]
+        spent: Metrics = self.workspace.prefill(lambda: plan, progress=progress, fresh=fresh)[1]
+        return spent
 
     def logits(self, plan: Plan) -> Logits:
         """Those of the last token of ``plan``, through slices."""
@@ -155,7 +183,7 @@ def bench(
 
 def planning() -> Workspace:
     """A workspace to plan with and nothing else: it has no llama.cpp context, and no slice has been made."""
-    context: Any = SimpleNamespace(can_shift=True, model=SimpleNamespace(recurrent=False))
+    context: Any = SimpleNamespace(memory=Memory())
     return Workspace(context, Store(None, ram_budget=PLENTY), SLICES)
 
 

@@ -1,4 +1,4 @@
-"""FAULTS.md names tests that there are."""
+"""docs/faults.md names tests that there are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 _TESTS = Path(__file__).parents[1]
-_ROWS = (_TESTS.parent / "FAULTS.md").read_text(encoding="utf-8").split("|---|---|---|\n")[1].splitlines()
+_ROWS = (_TESTS.parent / "docs" / "faults.md").read_text(encoding="utf-8").split("|---|---|---|\n")[1].splitlines()
 
 
 def test_every_test_that_is_named_is_there() -> None:

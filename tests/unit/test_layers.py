@@ -14,6 +14,7 @@ import cpucache
 
 PACKAGE = Path(cpucache.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = Path(__file__).parents[1]
 TOP = ""
 """The room of ``cpucache/__init__.py``."""
 
@@ -21,23 +22,24 @@ TOP = ""
 MAY_IMPORT = {
     "errors": set(),
     "private": set(),
+    "stages": set(),
     "database": {"private"},
     "resources": {"errors"},
-    "pml": {"errors"},
+    "pml": {"errors", "stages"},
     "authoring": {"errors", "pml"},
     "models": {"errors", "resources"},
     "store": {"errors", "private", "database"},
     "runtime": {"errors"},
     "layout": {"errors", "pml", "runtime", "store"},
-    "reuse": {"errors", "pml", "runtime", "store", "layout"},
+    "reuse": {"errors", "stages", "pml", "runtime", "store", "layout"},
     "sessions": {"errors", "private", "database"},
-    "engine": {"errors", "pml", "authoring", "runtime", "store", "layout", "reuse", "models", "sessions"},
-    "bench": {"errors", "pml", "runtime", "store", "layout", "reuse", "models", "engine"},
+    "engine": {"errors", "stages", "pml", "authoring", "runtime", "store", "layout", "reuse", "models", "sessions"},
+    "bench": {"errors", "stages", "pml", "runtime", "store", "layout", "reuse", "models", "engine"},
     "server": {"errors", "pml", "runtime", "store", "layout", "reuse", "engine"},
     "cli": {
         TOP,
         "server",
-        *("errors", "private", "resources", "pml", "authoring", "runtime", "store", "layout", "reuse"),
+        *("errors", "private", "stages", "resources", "pml", "authoring", "runtime", "store", "layout", "reuse"),
         *("models", "sessions", "engine", "bench"),
     },
     TOP: {"errors", "engine", "authoring"},
@@ -136,6 +138,17 @@ def test_the_language_needs_nothing_but_lxml() -> None:
         if not is_ours(module)
     }
     assert packages - sys.stdlib_module_names == {"lxml"}
+
+
+def test_no_test_imports_from_another() -> None:
+    """What several tests need is in ``tests/support``."""
+    wrong = [
+        f"{path.relative_to(TESTS.parent)}:{line}: {module}"
+        for path in sorted(TESTS.rglob("*.py"))
+        for line, module in imports_of(path)
+        if module.partition(".")[0] == "tests" and module.split(".")[1:2] != ["support"]
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from tests.support.tiny import (
     IM_END,
     IM_START,
     PAD,
+    RECURRENT_ARCHS,
     UNK,
     write_tiny,
 )
@@ -128,8 +129,9 @@ def test_every_architecture_loads_and_spreads_its_logits(arch: str, tiny: TinyMo
         assert logits.std(axis=1).min() > 1.0
         assert logits.std(axis=1).max() < 4.0
         # True of recurrent memories, too (nothing but a number would change), so this is what tells them apart:
-        assert llama_cpp.llama_memory_can_shift(llama.memory)
-        assert llama_cpp.llama_model_is_recurrent(llama.model) == (arch == "mamba")
+        # (Not with positions in several dimensions.)
+        assert llama_cpp.llama_memory_can_shift(llama.memory) == (arch != "qwen35")
+        assert llama_cpp.llama_model_is_recurrent(llama.model) == (arch in RECURRENT_ARCHS and arch not in HYBRID_ARCHS)
         assert llama_cpp.llama_model_is_hybrid(llama.model) == (arch in HYBRID_ARCHS)
         assert llama_cpp.llama_model_n_ctx_train(llama.model) == 4096
 

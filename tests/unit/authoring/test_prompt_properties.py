@@ -98,7 +98,9 @@ class _Source:
                 else ['"""one', '   two"""']
             )
         if kind == "set":
-            return [self.one(("v = s * 2", "v = n", "v *= 2", "u = K", "v: Annotated[str, MaxTokens(9)] = f'<{s}>'"))]
+            return [
+                self.one(("v = s * 2", "v = f'{n}'", "v += ''", "u = K", "v: Annotated[str, MaxTokens(9)] = f'<{s}>'"))
+            ]
         if kind == "call":
             return [self.one(self._calls)] if self._calls else ["pass"]
         if kind == "return":
@@ -149,16 +151,16 @@ class _Collecting(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.stmt:
         if isinstance(node.value, ast.Call):
             return node
-        values = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
+        values: list[Any] = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
         if node.value.end_lineno != node.value.lineno:
             # The lines of the triple-quoted strings above lie as far to the right in each constant.
-            for each in values:
-                if isinstance(each, ast.Constant):
-                    head, line_end, rest = each.value.partition("\n")
-                    each.value = head + textwrap.dedent(line_end + rest)
+            constants: list[Any] = [each for each in values if isinstance(each, ast.Constant)]
+            for each in constants:
+                head, line_end, rest = each.value.partition("\n")
+                each.value = head + textwrap.dedent(line_end + rest)
             values[0].value = values[0].value.removeprefix("\n")
-        last = values[-1]
-        written = (
+        last: Any = values[-1]
+        written: Any = (
             last.value if isinstance(last, ast.Constant) else "x" if not isinstance(last, ast.Name) else "constant"
         )
         end = "" if written[-1:] in (" ", "\t", "\r", "\n", "") else "\n"
@@ -215,8 +217,8 @@ def test_two_processes_make_the_same(tmp_path: Path) -> None:
         HEAD
         + GLOBALS
         + (
-            "@prompt\ndef f(a, s='x'):\n    for t in TOPICS:\n        f'{t} {s}'\n"
-            "    if {'p', 'q'} & {s}:\n        'seen'\n"
+            "@prompt\ndef f(a, s='x'):\n"
+            "    for t in TOPICS:\n        f'{t} {s}'\n    if {'p', 'q'} & {s}:\n        'seen'\n"
             "print(f.schema(), f(True, s='p'))\n"
         )
     )

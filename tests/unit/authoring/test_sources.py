@@ -34,7 +34,7 @@ def same(turned: Turned, inside: str, folder: Path | None = None) -> bool:
     written = write_schema("t", turned.nodes, folder=folder)
     assert canonical(written, file="t.xml", folder=folder) == written
     hand = parse_schema(f'<schema name="t" xml:space="preserve">{inside}</schema>', folder=folder)
-    return meaning(parse_schema(written, folder=folder)) == meaning(hand)
+    return bool(meaning(parse_schema(written, folder=folder)) == meaning(hand))
 
 
 # ---- templates -------------------------------------------------------------------------------------------------------

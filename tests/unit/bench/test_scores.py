@@ -67,13 +67,14 @@ def test_the_interval_is_of_differences_of_pairs() -> None:
     others = draw.uniform(0, 100, 400)
 
     # However much the values differ among themselves, each is 3 above the other of its pair.
-    assert paired_interval(others + 3, others) == pytest.approx((3, 3, 3))
-    noisy = paired_interval(others + 3 + draw.normal(0, 2, 400), others)
+    assert paired_interval((others + 3).tolist(), others.tolist()) == pytest.approx((3, 3, 3))
+    noisy = paired_interval((others + 3 + draw.normal(0, 2, 400)).tolist(), others.tolist())
     assert noisy.mean == pytest.approx(3, abs=0.3)
     # The standard error is 2 / sqrt(400).
     assert noisy.high - noisy.low == pytest.approx(2 * 1.96 * 0.1, rel=0.1)
     assert noisy.low < noisy.mean < noisy.high
-    assert paired_interval(others, others[::-1]) == paired_interval(others, others[::-1])
+    one, other = others.tolist(), others[::-1].tolist()
+    assert paired_interval(one, other) == paired_interval(one, other)
 
 
 def test_the_summary_is_of_means_medians_and_pairs() -> None:

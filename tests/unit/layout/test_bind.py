@@ -13,9 +13,9 @@ from cpucache.layout.segment import LONGEST
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.reuse import LEVELS, Lookup, Plan, Repair, Span
 from tests.support.letters import FILLER, Letters
+from tests.support.templates import WITH_DEFAULT
 from tests.support.tiny import CHATML
 from tests.support.workbench import planning, slice_of, some_tokens
-from tests.unit.layout.test_layout import WITH_DEFAULT
 
 BEGIN, END = "<|im_start|>", "<|im_end|>\n"
 ANSWER = f"{BEGIN}assistant\n"
@@ -42,7 +42,7 @@ class Laid:
         prompt = parse_prompt(f"<prompt schema='s' {attributes}>{content}</prompt>", file="p.xml")
         return bind(self.layout, resolve(prompt, self.schema), file="p.xml", **settings)
 
-    def plan(self, content: str, attributes: str = "", **settings: bool | None) -> Plan:
+    def plan(self, content: str, attributes: str = "", **settings: Any) -> Plan:
         lookup = Lookup(planning(), Repair(self.letters.text))
         return lookup.plan(self.bound(content, attributes), LEVELS["fast"], **settings)
 

@@ -12,30 +12,8 @@ from cpucache.errors import InputError
 from cpucache.layout import ChatTemplate
 from cpucache.layout.conversation import ChatMessage, Conversations, Tool, ToolCall
 from tests.support.letters import Letters
+from tests.support.toolchat import CHATML, STRICT, TOOLS, TRIMMING
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TRIMMING = CHATML.replace("m.content", "m.content | trim")
-# As Mistral's: turns of user and assistant that alternate, a system text in the first, or none.
-STRICT = (
-    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
-)
-# As Qwen's: tools, calls and results in tags.
-TOOLS = (
-    "{% if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}\n"
-    "<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools><|im_end|>\n"
-    "{% elif messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}{% if m.role == 'user' or m.role == 'assistant' and not m.tool_calls %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% elif m.role == 'assistant' %}<|im_start|>assistant"
-    '{% for c in m.tool_calls %}\n<tool_call>\n{"name": "{{ c.function.name }}", "arguments": '
-    "{{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n"
-    "{% elif m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 WEATHER = Tool("weather", "The weather", {"type": "object", "properties": {"city": {"type": "string"}}})
 CALLED = [
     ChatMessage("system", "Be brief."),
@@ -172,6 +150,56 @@ def test_how_an_answer_was_written_is_remembered() -> None:
     made = Conversations(letters, ChatTemplate(CHATML), lambda text: odd if text == "hello" else None)
     told = letters.text(made.text([ChatMessage("user", "hello"), ChatMessage("assistant", "hello")]).tokens)
     assert "user\nhello" in told and "assistant\nHELLO" in told
+
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and KEPT %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("kept", ["true", "false"])
+def test_how_reasoning_was_written_is_remembered(kept: str, opened: bool) -> None:
+    """The tags may be the model's, or the template's that opens the answer with one."""
+    source = THINKS.replace("KEPT", kept)
+    letters = Letters(n_ctx_train=1 << 20, chat_template=source)
+    raw = f"{'' if opened else '<think>' + chr(10)}hm\n</think>\n\nhello"
+    odd = letters.tokenize("HELLO")
+    made = Conversations(letters, ChatTemplate(source), lambda text: odd if text == raw else None)
+    messages = [ChatMessage("user", "hi"), ChatMessage("assistant", "hello", reasoning="hm"), ChatMessage("user", "?")]
+    text = made.text(messages)
+    told = letters.text(text.tokens)
+    head = "<think>\n" if opened else ""
+    assert f"assistant\n{f'{head}HELLO' if kept == 'true' else 'hello'}<|im_end|>\n" in told
+    assert told.count("<think>") == (kept == "true" and opened)
+    said = [letters.text(text.tokens[run.begin : run.end]) for run in text.roles if run.role == "assistant"]
+    assert "".join(said) == ("HELLO" if kept == "true" else "hello")
+
+
+@pytest.mark.parametrize("template", [CHATML, TOOLS, STRICT, None])
+def test_who_says_what(template: str | None) -> None:
+    messages = [
+        ChatMessage("system", "Be brief."),
+        ChatMessage("user", "Hello"),
+        ChatMessage("assistant", "Hi"),
+        ChatMessage("user", " And? \n"),
+    ]
+    made, letters = conversations(template)
+    text = made.text(messages, [WEATHER] if template == TOOLS else [])
+    runs = [(run.role, letters.text(text.tokens[run.begin : run.end])) for run in text.roles if run.role != "tools"]
+    if template == STRICT:
+        assert runs[0] == ("user", "Be brief.\n\nHello")
+    else:
+        assert [role for role, _ in runs] == [message.role for message in messages]
+        assert all(message.text.strip() in said for message, (_, said) in zip(messages, runs, strict=True))
+    tools = [letters.text(text.tokens[run.begin : run.end]) for run in text.roles if run.role == "tools"]
+    assert tools == ([json.dumps(WEATHER.as_dict(), ensure_ascii=False)] if template == TOOLS else [])
+    # In order, and none within another.
+    edges = [edge for run in text.roles for edge in (run.begin, run.end)]
+    assert edges == sorted(edges) and edges[-1] <= len(text.tokens)
+    assert all(run.end <= 30 for run in text.first(30).roles)
 
 
 def test_a_long_conversation_is_rendered_in_a_moment() -> None:

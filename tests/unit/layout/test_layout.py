@@ -17,12 +17,8 @@ from cpucache.pml.tree import Module, Scope, Union
 from cpucache.runtime import Model
 from cpucache.store import text_id
 from tests.support.letters import FILLER, Letters
+from tests.support.templates import WITH_DEFAULT
 from tests.support.tiny import BOS, CHATML, IM_END, IM_START, UNK
-
-# The system text of a conversation that brings none, as Qwen's template has it.
-WITH_DEFAULT = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}{{ '' }}" + CHATML
-)
 
 
 def lay(

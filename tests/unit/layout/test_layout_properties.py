@@ -15,12 +15,12 @@ from cpucache.layout.segment import LONGEST
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import ANCHORS, Argument, Included, NewText, RoleEnd, RoleStart, Text, Turn
 from cpucache.reuse import Fidelity, Lookup, Plan, Repair
+from tests.support.documents import choose, scopes, write
 from tests.support.letters import Letters
 from tests.support.tiny import CHATML
 from tests.support.workbench import planning
-from tests.unit.pml.test_pml_properties import choose, scopes, write
 
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=100, deadline=None)
 
 BEGIN, END = "<|im_start|>", "<|im_end|>\n"
 TURNS = st.sampled_from(["", "<user>go</user>", "<user>go</user><assistant>we</assistant>", "<assistant/>"])
@@ -47,9 +47,9 @@ def laid(schema: Any, letters: Letters, chatml: bool, positions: Positions) -> S
     return SchemaLayout(schema, letters, ChatTemplate(CHATML if chatml else None), positions)
 
 
-def without_parameters(nodes: list) -> list:
+def without_parameters(nodes: list[Any]) -> list[Any]:
     """The same scope with no parameters in it, where any text must be allowed to be long."""
-    kept: list = []
+    kept: list[Any] = []
     for kind, *rest in nodes:
         if kind in ("role", "module"):
             kept.append((kind, *rest[:-1], without_parameters(rest[-1])))
@@ -181,7 +181,7 @@ def test_reserved_homes_never_overlap_but_among_members_of_a_union(case: Case) -
             inside = max(child.end for child in extent.children) - extent.start
         if extent.kind == "parameter":
             assert extent.end - extent.start == extent.own
-            return extent.own
+            return int(extent.own)
         assert extent.own + inside == extent.end - extent.start
         return int(extent.end - extent.start)
 

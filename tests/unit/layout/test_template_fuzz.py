@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from cpucache.layout import ChatTemplate
 from cpucache.layout.sandbox import LONGEST
 from tests.support.changes import tries
+from tests.support.templates import TEMPLATES, assembled
 from tests.support.tiny import CHATML
-from tests.unit.layout.test_template import TEMPLATES, assembled
 
 HOSTILE = (Path(__file__).parents[2] / "corpus" / "template" / "hostile.txt").read_text().splitlines()
 SEEDS = [*TEMPLATES.values(), *HOSTILE]
 PATIENCE = 60
-"""Seconds for one template, on however slow a machine: the worst take two on an idle one."""
+"""Seconds of CPU time for one template, on however slow a machine: the worst take two on an idle one."""
 ROOM = 256 << 20
 """Bytes of memory that one template may take."""
 LARGE = {
@@ -96,12 +96,12 @@ PIECES = st.sampled_from(
 
 def checked(source: str) -> tuple[ChatTemplate, list[str]]:
     """A template whose writer can't be trusted, when everything is done with it, and which bounds that exceeded."""
-    begun, peak = time.monotonic(), memory()
+    begun, peak = time.process_time(), memory()
     template = ChatTemplate(source, bos="<s>", eos="</s>")
     made = assembled(template, [("system", "be"), ("user", "a"), ("assistant", "b"), ("user", "c")])
     bounds = {
         "text": len(made) < LONGEST * 4,
-        "seconds": time.monotonic() - begun < PATIENCE,
+        "seconds": time.process_time() - begun < PATIENCE,
         "bytes": memory() - peak < ROOM,
     }
     return template, [name for name, kept in bounds.items() if not kept]
@@ -145,7 +145,7 @@ def changed(draw: st.DrawFn) -> str:
     return source + draw(st.sampled_from(("", CHATML)))
 
 
-@tries(200)
+@tries(100)
 @given(st.composite(changed)())
 def test_a_changed_template_exceeds_no_bound(source: str) -> None:
     assert checked(source)[1] == []

@@ -16,10 +16,9 @@ from cpucache.pml import canonical, parse_schema
 from cpucache.pml.canonical import meaning, parse_pml
 from cpucache.reuse import Slices, reading
 from tests.support.changes import tries
+from tests.support.documents import changed, choose, scopes, source_of
 from tests.support.drawn import letters
 from tests.support.tiny import CHATML
-from tests.unit.pml.test_pml_fuzz import changed
-from tests.unit.pml.test_pml_properties import choose, scopes, source_of
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "schemas").rglob("*.xml"))
@@ -52,9 +51,9 @@ def kept(source: str) -> tuple[Any, list[str]]:
     return meaning(parse_pml(source, file="d.xml")), comments
 
 
-@tries(250)
+@tries(120)
 @given(scopes(), st.data())
-def test_a_schema_stays_the_same(nodes: list, data: st.DataObject) -> None:
+def test_a_schema_stays_the_same(nodes: list[Any], data: st.DataObject) -> None:
     source = data.draw(st.composite(lambda draw: noisy(draw, source_of(nodes)))())
     try:
         parse_schema(source)
@@ -67,7 +66,7 @@ def test_a_schema_stays_the_same(nodes: list, data: st.DataObject) -> None:
 
 @tries(100)
 @given(scopes(), st.data(), st.sampled_from(["", "<user> go \n</user> <assistant/>"]))
-def test_a_prompt_stays_the_same(nodes: list, data: st.DataObject, turns: str) -> None:
+def test_a_prompt_stays_the_same(nodes: list[Any], data: st.DataObject, turns: str) -> None:
     schema = parse_schema(source_of(nodes))
     picked = data.draw(st.composite(lambda draw: choose(draw, schema))())
     written = f"<prompt schema='s'{picked.attributes}>{picked.content}{turns}</prompt>"
@@ -86,7 +85,7 @@ def keys(source: str) -> list[str]:
 
 @tries(80)
 @given(scopes(), st.data())
-def test_the_plan_stays_the_same(nodes: list, data: st.DataObject) -> None:
+def test_the_plan_stays_the_same(nodes: list[Any], data: st.DataObject) -> None:
     source = data.draw(st.composite(lambda draw: noisy(draw, source_of(nodes)))())
     # What stands for an argument must not be longer than it.
     source = re.sub(r" scaffold=(\"[^\"]*\"|'[^']*')(?=/>)", "", source)
@@ -148,7 +147,7 @@ You answer.   Always.
     )
 
 
-@tries(150)
+@tries(100)
 @given(st.composite(changed)())
 def test_a_changed_document_is_formatted_or_refused(data: bytes) -> None:
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,13 +17,14 @@ from cpucache.errors import PMLError
 from cpucache.pml import parse_prompt, parse_schema
 from cpucache.pml.names import PML_TAGS
 from cpucache.pml.structure import GRAMMARS, structure
+from cpucache.pml.tree import Prompt, Schema
 from tests.support.changes import tries
-from tests.unit.pml.test_pml_fuzz import changed
-from tests.unit.pml.test_pml_properties import PROMPT, TEXTS, choose, scopes, source_of
+from tests.support.documents import TEXTS, changed, choose, scopes, source_of
+from tests.support.kitchen import PROMPT
 
 ROOT = Path(__file__).parents[3]
 RELAX = {name: etree.RelaxNG(file=str(GRAMMARS / f"{name}.rng")) for name in ("schema", "prompt")}
-PARSE = {"schema": parse_schema, "prompt": parse_prompt}
+PARSE: dict[str, Callable[[str], Schema | Prompt]] = {"schema": parse_schema, "prompt": parse_prompt}
 
 BEYOND = re.compile(
     "duplicate (module|parameter) name"
@@ -48,7 +51,7 @@ def mistakes(name: str, data: str) -> list[str]:
 
 def valid(name: str, root: etree._Element) -> bool:
     """What the grammar says of a document."""
-    return RELAX[name].validate(etree.fromstring(etree.tostring(root, encoding="unicode")))
+    return bool(RELAX[name].validate(etree.fromstring(etree.tostring(root, encoding="unicode"))))
 
 
 def agree(name: str, root: etree._Element) -> bool:
@@ -110,7 +113,7 @@ def document(draw: st.DrawFn) -> tuple[str, etree._Element]:
 
 @tries(50)
 @given(scopes(), st.data())
-def test_what_is_written_by_the_rules_is_valid(nodes: list, data: st.DataObject) -> None:
+def test_what_is_written_by_the_rules_is_valid(nodes: list[Any], data: st.DataObject) -> None:
     schema = source_of(nodes)
     assert valid("schema", etree.fromstring(schema))
     assert not mistakes("schema", schema)
@@ -120,7 +123,7 @@ def test_what_is_written_by_the_rules_is_valid(nodes: list, data: st.DataObject)
     assert agree("prompt", prompt)
 
 
-@tries(300)
+@tries(120)
 @given(st.data())
 def test_grammar_and_parser_take_the_same_documents(data: st.DataObject) -> None:
     name, root = data.draw(st.composite(document)())
@@ -173,7 +176,7 @@ def test_the_parser_knows_every_tag_from_the_grammar() -> None:
                     walk(inner, done)
 
     for name in ("schema", "prompt"):
-        walk(structure(name), set())  # type: ignore[arg-type]
+        walk(structure(name), set())
     assert seen == set(PML_TAGS)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +14,7 @@ from cpucache.pml.canonical import parse_pml
 from cpucache.pml.mend import mend
 from cpucache.pml.tree import Module, Text, Turn
 from tests.support.changes import tries
-from tests.unit.pml.test_pml_fuzz import changed
-from tests.unit.pml.test_pml_properties import scopes, source_of
+from tests.support.documents import changed, scopes, source_of
 
 CODE = [
     "if 0 <= position[0] < self.grid_size and 0 <= position[1] < self.grid_size:",
@@ -61,7 +62,7 @@ def test_many_lines(lines: list[str]) -> None:
 
 @tries(80)
 @given(scopes())
-def test_what_is_right_stays_as_it_is(nodes: list) -> None:
+def test_what_is_right_stays_as_it_is(nodes: list[Any]) -> None:
     source = source_of(nodes)
     assert mend(source) == source
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,32 +23,7 @@ from cpucache.pml.tree import (
     Turn,
     modules_of,
 )
-
-SCHEMA = """<schema name="kitchen">
-<parameter name="guest" length="3"/>
-<module name="pantry">
-  Shelf of <parameter name="owner" length="2"/>.
-  <module name="flour">Flour.</module>
-  <module name="sugar">Sugar.</module>
-  <system>
-    Rules.
-    <union scaffold="gas">
-      <module name="gas">Gas.</module>
-      <module name="coal">Coal.</module>
-    </union>
-    <module name="clock">Clock.</module>
-  </system>
-  <module name="salt">Salt.</module>
-</module>
-<union>
-  <module name="soup">Soup for <parameter name="many" length="2"/></module>
-  <module name="cake">Cake.<module name="icing">Icing.</module></module>
-</union>
-<module name="wine">Wine.</module>
-Now cook.
-<module name="late">Late.</module>
-</schema>
-"""
+from tests.support.kitchen import SCHEMA
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +31,9 @@ def schema() -> Schema:
     return parse_schema(SCHEMA, file="kitchen.xml")
 
 
-def shape(items: tuple) -> list:
+def shape(items: tuple[Any, ...]) -> list[Any]:
     """Items as short, comparable values."""
-    shapes: list = []
+    shapes: list[Any] = []
     for item in items:
         if isinstance(item, Included):
             shapes.append((item.scope.name, shape(item.items)))
@@ -74,7 +50,7 @@ def shape(items: tuple) -> list:
     return shapes
 
 
-def cook(content: str, schema: Schema) -> list:
+def cook(content: str, schema: Schema) -> list[Any]:
     return shape(resolve(parse_prompt(f'<prompt schema="kitchen" guest="Ann">{content}</prompt>'), schema).items)
 
 
@@ -214,7 +190,7 @@ def test_mistakes_in_a_prompt(source: str, line: int, words: list[str]) -> None:
         ("<wine>more</wine>", ["guest=Ann", ("wine", ["Wine.", "+more"]), "Now cook."]),
     ],
 )
-def test_reading_order(content: str, expected: list, schema: Schema) -> None:
+def test_reading_order(content: str, expected: list[Any], schema: Schema) -> None:
     assert cook(content, schema) == expected
 
 

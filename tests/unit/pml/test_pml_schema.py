@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ EXAMPLE = """<!-- a ship's computer -->
 """
 
 
-def only(scope: Scope | Role, kind: type) -> list:
+def only(scope: Scope | Role, kind: type) -> list[Any]:
     return [node for node in scope.children if isinstance(node, kind)]
 
 

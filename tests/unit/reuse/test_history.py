@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ class Oracle:
 
 
 def tokens(span: Span) -> list[int]:
-    return span.tokens.tolist()
+    found: list[int] = span.tokens.tolist()
+    return found
 
 
 def slices(size: int = 256) -> Slices:
@@ -51,7 +53,7 @@ steps = st.lists(st.one_of(adding, adding, leaving, st.just(("copy", None))), ma
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2), steps, st.booleans(), st.integers(1, 3))
-def test_any_history_is_what_lists_say(fixed: int, steps: list, movable: bool, size: int) -> None:
+def test_any_history_is_what_lists_say(fixed: int, steps: list[tuple[str, Any]], movable: bool, size: int) -> None:
     oracle = Oracle(fixed)
     history = History(slices(size), movable=movable)
     history.fixed = fixed

@@ -14,6 +14,7 @@ from cpucache.store import text_id
 from tests.support.cutting import every
 from tests.support.letters import Letters
 from tests.support.prompting import Prompting, planning, written
+from tests.support.workbench import Tokens
 
 SLICES = Slices("model", "format", every(4))
 
@@ -114,7 +115,7 @@ def test_reserved_slices_are_saved_where_the_schema_has_them() -> None:
 # ---- chains ----------------------------------------------------------------------------------------------------------
 
 
-def tokens(letters: str) -> np.ndarray:  # type: ignore[type-arg]
+def tokens(letters: str) -> Tokens:
     return np.frombuffer(letters.encode(), np.uint8).astype(np.int32)
 
 

@@ -12,12 +12,13 @@ from cpucache.reuse import Slice, Slices, Span
 from cpucache.reuse.slices import Trail
 from tests.support.cutting import every
 from tests.support.meaning import Meanings
+from tests.support.workbench import Tokens
 
 quick = settings(max_examples=150, deadline=None)
 SLICES = Slices("model", "format", every())
 
 
-def array(tokens: list[int]) -> np.ndarray:  # type: ignore[type-arg]
+def array(tokens: list[int]) -> Tokens:
     return np.array(tokens, np.int32)
 
 

@@ -163,13 +163,14 @@ def test_what_can_be_spliced_is_known(tiny: TinyModel) -> None:
     for arch, can in (("llama", True), ("mpt", True), ("mamba", False)):
         with Model(tiny(arch)) as model:
             context = Context(model, n_ctx=64, n_threads=1)
-            assert context.can_shift == can
+            assert context.memory.moves == can
             context.close()
 
 
 def test_formats_of_states_that_differ_have_names_that_differ(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     names = set()
-    for options in ({}, {"kv_type": "f32"}, {"kv_type": "q8_0"}, {"flash": "on"}):
+    every: list[dict[str, Any]] = [{}, {"kv_type": "f32"}, {"kv_type": "q8_0"}, {"flash": "on"}]
+    for options in every:
         context = Context(model, n_ctx=64, n_threads=1, **options)
         names.add(context.state_format)
         context.close()

@@ -13,13 +13,13 @@ import pytest
 
 from cpucache.reuse.slices import Plan, Slice, Span
 from cpucache.reuse.splicer import Splicer
-from cpucache.reuse.work import drive
 from cpucache.runtime import Context, Model, Run
 from cpucache.runtime.context import Bytes
 from cpucache.runtime.layout import Layout, UnknownLayout
 from cpucache.runtime.model import Tokens
 from cpucache.runtime.rotation import _DELTAS, Floats, _fit, _rotate, learn
 from tests.support.tiny import BYTES
+from tests.support.workbench import drive
 
 TinyModel = Callable[..., Path]
 
@@ -219,7 +219,7 @@ def test_a_slice_spliced_elsewhere_leaves_nothing_for_llama_cpp_to_move(
         splicer = Splicer(context)
         (slot,) = splicer.slots
         # The first 60 tokens of it.
-        drive(context, splicer.splice(slot, Plan((Span(10, slice_.tokens[:60], slice_),)), lambda _: state))
+        drive(context, splicer.build(slot, Plan((Span(10, slice_.tokens[:60], slice_),)), lambda _: state))
         spliced = context.save(0)
         drive(context, splicer.append(slot, some_tokens(3, seed=1)))
         logits = context.logits()

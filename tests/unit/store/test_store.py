@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import resource
@@ -20,13 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpucache import Engine
 from cpucache.store import Fingerprints, Kept, SliceInfo, Store, content_key, default_home, slice_key
 from cpucache.store.ram import RAM, Bytes
 from cpucache.store.slicefile import Damaged, SliceFiles
 from cpucache.store.upkeep import collect, verify
 from tests.support.changes import changes, tries
-from tests.support.command import PROMPT, SCHEMA
+from tests.support.held import no_collector, open_files
 
 KEY, OTHER = "ab" * 16, "cd" * 16
 TOKENS = np.array([5, 6, 7], np.int32)
@@ -275,7 +273,7 @@ def test_a_slice_of_no_use_stops_neither_the_next_ones_nor_who_waits(
 ) -> None:
     with Store(tmp_path, ram_budget=0) as store:
         assert store.claim(KEY)
-        store.put(KEY, state(), np.array(["no", "tokens"]), INFO)  # type: ignore[arg-type]
+        store.put(KEY, state(), np.array(["no", "tokens"]), INFO)
         store.put(OTHER, state(), TOKENS, INFO)
         store.flush()
         assert (KEY in store, OTHER in store, store.writable) == (False, True, True)
@@ -427,43 +425,6 @@ def test_slices_are_for_their_owner_alone(mask: int, tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
 
-@contextmanager
-def no_collector() -> Iterator[None]:
-    """Cycles are not found."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def opened(folder: Path) -> list[str]:
-    """The files below a folder that this process has open."""
-    names = []
-    for each in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            names.append(str(each.readlink()))
-    return [name for name in names if name.startswith(str(folder))]
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_closed_engine_holds_no_file(kept: bool, tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """At once, also when somebody still has the engine."""
-    (tmp_path / "schema.xml").write_text(SCHEMA)
-    engines = []
-    with no_collector():
-        for _ in range(3):
-            with Engine(tiny("llama"), store=tmp_path / "store", n_ctx=512, threads=1) as engine:
-                engine.add_schema(tmp_path / "schema.xml")
-                engine.generate(PROMPT, max_tokens=2)
-                engine.prefetch(PROMPT).result()
-                assert engine.store.ram.used > 0
-            if kept:
-                engines.append(engine)
-            assert opened(tmp_path) == []
-
-
 def test_a_closed_store_holds_no_file(tmp_path: Path) -> None:
     """At once: not only when the collector of cycles runs."""
     with no_collector():
@@ -476,7 +437,7 @@ def test_a_closed_store_holds_no_file(tmp_path: Path) -> None:
             store.prefetch([KEY]).result()
             store.close()
             del store
-            assert opened(tmp_path) == []
+            assert open_files(tmp_path) == []
 
 
 def test_the_default_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from cpucache.store import SliceInfo, Store, content_key
 
 _processes = multiprocessing.get_context("forkserver")
-MANY = 100_000
+MANY = 20_000
 
 
 def info(content: str) -> SliceInfo:

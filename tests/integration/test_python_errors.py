@@ -17,24 +17,28 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
         yield running
 
 
-@pytest.mark.parametrize(
-    "prompt", ["Hello", "", " ", "no/such/file.xml", "two\nlines", "x" * 5000, 5, b"<prompt/>", ["a"]]
-)
+@pytest.mark.parametrize("prompt", [5, b"<prompt/>", None, {"role": "user", "content": "x"}, "", " \n", object()])
 def test_what_is_no_prompt_is_told_what_is(engine: Engine, prompt: Any) -> None:
-    with pytest.raises(InputError, match="messages="):
+    with pytest.raises(InputError, match=r"message.* PML .*Path\(.*role.*tokens.*text="):
         engine.generate(prompt)
 
 
-@pytest.mark.parametrize("messages", ["hi", b"hi", 5, {"role": "user", "content": "x"}])
-def test_messages_are_a_list(engine: Engine, messages: Any) -> None:
-    with pytest.raises(InputError, match="messages is a list"):
-        engine.generate(messages=messages)
+@pytest.mark.parametrize("prompt", ["no/such/file.xml", "x.XML", "prompt-with-a-name.xml"])
+def test_a_str_that_looks_like_a_path_is_not_answered(engine: Engine, prompt: str) -> None:
+    with pytest.raises(InputError, match=r"pass Path\("):
+        engine.generate(prompt)
 
 
-@pytest.mark.parametrize("message", ["hi", 5, {}, {"role": "wizard", "content": "x"}, {"role": "user", "content": 5}])
+@pytest.mark.parametrize("prompt", ["Hello", 5, b"<prompt/>", ["a"], None])
+def test_a_session_begins_with_pml_alone(engine: Engine, prompt: Any) -> None:
+    with pytest.raises(InputError, match=r"begins with <prompt, a Path\("):
+        engine.planner.opening(prompt)
+
+
+@pytest.mark.parametrize("message", ["hi", {}, {"role": "wizard", "content": "x"}, {"role": "user", "content": 5}])
 def test_a_message_has_a_role_and_text(engine: Engine, message: Any) -> None:
     with pytest.raises(InputError, match="role"):
-        engine.generate(messages=[message])
+        engine.generate([message])
 
 
 @pytest.mark.parametrize("text", [5, b"text", ["text"]])

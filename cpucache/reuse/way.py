@@ -1,0 +1,193 @@
+"""The way of a prompt: plan, look up, splice, prefill, decode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+
+from cpucache.layout import Tokens
+from cpucache.reuse.encoder import effort
+from cpucache.reuse.progress import OnProgress, counting
+from cpucache.reuse.reports import Encoded, Metrics
+from cpucache.reuse.slices import Plan, Slice
+from cpucache.reuse.slot import Slot
+from cpucache.reuse.work import Task
+from cpucache.reuse.workspace import Workspace
+from cpucache.runtime.context import Logits
+from cpucache.stages import stage
+
+T = TypeVar("T")
+_log = logging.getLogger("cpucache.reuse")
+
+
+def answer(
+    workspace: Workspace,
+    plan: Callable[[], Plan],
+    decode: Callable[[Slot, Plan], Task[T]],
+    *,
+    slot: Slot | None = None,
+    label: str = "",
+    progress: OnProgress | None = None,
+    metrics: Metrics | None = None,
+    fresh: bool = False,
+) -> Task[T]:
+    """The way of a prompt, from its plan to what ``decode`` returns. Every prompt goes it.
+
+    Args:
+        workspace: Has the llama.cpp context and the store.
+        plan: Gives the plan by the slices that there are. It is asked again when a slice turns out to be gone or
+            unusable.
+        decode: Given the slot that holds the plan, with logits of its last token.
+        slot: Where the prompt is evaluated; the idle one that holds most of it if none is given.
+        label: What slices made on the way are listed under.
+        progress: Told about tokens evaluated.
+        metrics: Told what the prompt took.
+        fresh: Take nothing from any slot, so that every token without a slice is evaluated.
+    """
+    with _Filling(workspace, slot, label, progress, metrics or Metrics(), fresh=fresh) as filling:
+        for attempt in filling.attempts:
+            with attempt:
+                planned = plan()
+                with filling.look_up(planned):
+                    yield from filling.splice()
+                    yield from filling.prefill()
+        return (yield from decode(filling.slot, planned))
+
+
+def nothing(_: Slot, plan: Plan) -> Task[Plan]:
+    """Decodes nothing: the plan is in the slot."""
+    yield from ()
+    return plan
+
+
+def forced(workspace: Workspace, slot: Slot, plan: Plan, tokens: Tokens, label: str = "") -> Task[Logits]:
+    """Logits behind each token of the plan's last span, which is fresh, and behind each of ``tokens`` after it.
+
+    One row for each, a vocabulary long: what the model would say next if this is how it went on.
+    """
+    *before, last = plan.spans
+
+    def rows(slot: Slot, _: Plan) -> Task[Logits]:
+        return np.stack((yield from workspace.splicer.rows(slot, np.concatenate([last.tokens, tokens]))))
+
+    return answer(workspace, lambda: Plan(tuple(before)), rows, slot=slot, label=label)
+
+
+class _Filling:
+    """A slot that is being filled with a plan, step by step."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        slot: Slot | None,
+        label: str,
+        progress: OnProgress | None,
+        metrics: Metrics,
+        *,
+        fresh: bool,
+    ) -> None:
+        self.attempts = workspace.attempts()
+        self._workspace = workspace
+        self._given = slot
+        self._slot = slot
+        self._label = label
+        self._progress = progress
+        self._metrics = metrics
+        self._fresh = fresh
+        self._encoded = Encoded()
+        self._counted = 0
+
+    def __enter__(self) -> _Filling:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._slot is not None and self._given is None:
+            self._slot.busy = False
+
+    @property
+    def slot(self) -> Slot:
+        """The slot; there is one from the first ``look_up`` on."""
+        assert self._slot is not None
+        return self._slot
+
+    @contextmanager
+    def look_up(self, plan: Plan) -> Iterator[None]:
+        """Find what the slot holds of a plan, and what of its slices the store lacks. None is evicted meanwhile."""
+        workspace = self._workspace
+        with stage("look up"):
+            workspace.check_can_be_spliced(plan)
+            slot = self._slot = self._slot or workspace.take(plan)
+            keys = workspace.keys(plan)
+        with ExitStack() as self._until:
+            self._until.enter_context(workspace.store.using(keys))
+            with stage("look up"):
+                stays = 0 if self._fresh else slot.stays(plan)
+                self._known = 0 if self._fresh else workspace.splicer.known(plan, slot.owner)
+                self._held = {span.slice for span in plan.spans[:stays] if span.slice}
+                self._wanted = [slice_ for slice_ in plan.slices if slice_ not in self._held]
+                had = self.attempts.states.keys() | self._held
+                self._missing: Sequence[Slice] = workspace.missing([*self._wanted, *plan.besides], had)
+            self._plan = plan
+            self._tell()
+            told = counting(self._progress, effort(self._missing) + plan.n_tokens - plan.n_cached)
+
+            def step(count: int) -> None:
+                self._counted += count
+                if told:
+                    told(count)
+
+            self._step = step
+            yield
+
+    def _tell(self) -> None:
+        """Log what becomes of each part of the plan, and why."""
+        plan = self._plan
+        if _log.isEnabledFor(logging.INFO):
+            here = sum(len(slice_.tokens) for slice_ in self._held)
+            _log.info(
+                "%s: %d tokens: %d from slices (%d of them in the context), %d to evaluate; slices missing: %d",
+                *(self._label or "a prompt", plan.n_tokens, plan.n_cached, here, plan.n_tokens - plan.n_cached),
+                len(self._missing),
+            )
+        if _log.isEnabledFor(logging.DEBUG):
+            for span in plan.spans:
+                taken = f"{span.relation} slice {span.slice.key[:8]}" if span.slice else "evaluated"
+                module = span.slice.module if span.slice else span.module
+                why = f": {span.why}" if span.why else ""
+                _log.debug("  %d..%d %s %s%s", span.start, span.end, module or "(text)", taken, why)
+
+    def splice(self) -> Task[None]:
+        """Make the slices that are missing, and put all slices of the plan into the llama.cpp context."""
+        workspace, states = self._workspace, self.attempts.states
+        yield from workspace.make(
+            self.slot, self._missing, self._wanted, self._held, states, self._label, self._encoded, self._step
+        )
+        self._until.enter_context(workspace.store.quiet())
+        self._splicing = workspace.splicer.splice(
+            self.slot, self._plan, lambda slice_: workspace.state(states, slice_), self._metrics, fresh=self._fresh
+        )
+
+    def prefill(self) -> Task[None]:
+        """Evaluate what is fresh, and count what the plan took."""
+        workspace, plan, encoded = self._workspace, self._plan, self._encoded
+        before = self._metrics.prefill_ms
+        spent = yield from workspace.splicer.prefill(self._splicing, self._step)
+        workspace.know(plan.slices)
+        made = sum(len(span.tokens) for span in plan.spans if span.slice in encoded.made)
+        # What stands before slices made on the way was evaluated with them.
+        evaluated = made + max(spent, plan.n_tokens - plan.n_cached - self._known)
+        if workspace.slices.memory.points:
+            # So are tokens between the recurrent state that was gone on from and them.
+            evaluated = max(evaluated, min(self._counted, plan.n_tokens))
+        seconds = (self._metrics.prefill_ms - before) / 1000
+        workspace.learn_rate(encoded.tokens + spent, encoded.seconds + seconds)
+        self._metrics.note(plan, evaluated)
+        self._metrics.encoded_tokens = encoded.tokens
+        self._metrics.encode_ms = encoded.seconds * 1000

@@ -1,0 +1,1 @@
+"""What real clients do to a cache, one file a cause, and what it costs here on the second request."""

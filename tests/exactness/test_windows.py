@@ -1,0 +1,114 @@
+"""Models with sliding windows: what may be cut, shared and saved, and when what a window held has been overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpucache.runtime import Run
+from tests.support.sessions import engine, message, plain_spoken, said, truth
+from tests.support.tiny import WINDOW_ARCHS
+from tests.support.workbench import bench, chain, distance, opened, plan_of, some_tokens, tolerance
+
+Tiny = Callable[..., Path]
+WINDOW = 16
+
+archs = pytest.mark.parametrize("arch", WINDOW_ARCHS)
+
+
+@archs
+def test_what_a_window_has_lost_is_noticed(arch: str, tiny: Tiny) -> None:
+    """A sequence is whole up to a position if, and only if, it can be gone on from there."""
+    tokens, found = some_tokens(760), set()
+    with opened(tiny(arch)) as context, opened(tiny(arch)) as truth:
+        context.decode([Run(1, 0, tokens[:300])])
+        context.decode([Run(0, 0, tokens[:300])])
+        context.remove(1)  # so that what comes is written before what is there, and then over what a window has left
+        context.decode([Run(0, 300, tokens[300:750])])
+        for end in (750, 749, 700, 600, 450, 350, 290, 200, 100, 10):
+            context.share(0, 2, 0, end)
+            whole = context.whole(2, end, min(end, WINDOW))
+            found.add(whole)
+            if context.last_position(2) == end - 1:
+                context.decode([Run(2, end, tokens[end : end + 5])], logits="last")
+                truth.clear()
+                truth.decode([Run(0, 0, tokens[: end + 5])], logits="last")
+                exact = distance(context.logits(), truth.logits()) < tolerance(arch, "f32")
+                assert exact == whole, end
+            else:
+                assert not whole
+            context.remove(2)
+    assert found == {True, False}
+
+
+@archs
+def test_a_slice_whose_window_is_lost_is_not_saved(arch: str, tiny: Tiny) -> None:
+    """What was evaluated beside another sequence, and overwritten since, is evaluated again rather than saved."""
+    tokens = some_tokens(800)
+    with bench(tiny(arch)) as b:
+        desk, slices = b.workspace, chain(np.split(tokens[:700], range(50, 700, 50)))
+        b.prefill(plan_of(tokens[:10]))
+        desk.context.decode([Run(20, 0, tokens[:300])])
+        b.prefill(plan_of(tokens[:300]))
+        desk.context.remove(20)
+        b.prefill(plan_of(tokens[:700]))
+        saved = desk.capture(desk.only, slices)
+        there = [slice_ for slice_ in slices if slice_.key in desk.store]
+        assert saved and 0 < len(there) < len(slices)
+        for count in range(1, len(slices) + 1):
+            plan = plan_of(*slices[:count], tokens[50 * count : 50 * count + 7])
+            desk.reset()
+            assert distance(b.logits(plan), b.full(plan.tokens)) < tolerance(arch, "f32")
+
+
+@archs
+def test_a_session_goes_back_within_the_context(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Nothing but the new message is evaluated, and nothing is loaded."""
+    model = plain_spoken(tiny(arch))
+    with engine(model, tmp_path) as running, truth(model) as true:
+        session = running.session("s")
+        for number in range(4):
+            said(running, session.stream(message(number, 20), max_tokens=5))
+        reads: list[str] = []
+        get = running.store.get
+
+        def noting(key: str) -> object:
+            reads.append(key)
+            return get(key)
+
+        running.store.get = noting  # type: ignore[method-assign, assignment]
+        edited = said(running, session.edit(3, "Something else?", max_tokens=4))
+        true.check(arch, edited)
+        assert not reads
+        assert edited.fresh < 40
+
+
+@archs
+def test_the_disk_grows_with_the_text_and_no_faster(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Each cell of a layer is saved once at most, however often a conversation is sent again."""
+    model = plain_spoken(tiny(arch))
+    messages: list[dict[str, str]] = []
+    sizes: list[int] = []
+    tokens: list[int] = []
+    for begin in range(0, 20, 5):
+        with engine(model, tmp_path, n_ctx=4096) as running:
+            for number in range(begin, begin + 5):
+                messages.append({"role": "user", "content": message(number, 25)})
+                reply = running.generate(messages, max_tokens=8)
+                messages.append({"role": "assistant", "content": reply.text})
+            running.store.flush()
+            assert running.store.index is not None
+            sizes.append(int(running.store.index.totals()["bytes"]))
+            tokens.append(reply.metrics.prompt_tokens)
+    with opened(model, n_ctx=4096) as context:
+        count = tokens[-1]
+        context.decode([Run(0, 0, some_tokens(count))])
+        base = len(context.save(0)) - len(context.save_point(0))
+        window = len(context.save_point(0)) / WINDOW
+    # Of layers with a window no more than the last cells of each segment are kept.
+    assert base < sizes[-1] < 1.1 * (base + window * count)
+    first, last = sizes[1] - sizes[0], sizes[3] - sizes[2]
+    assert last < 1.2 * first * (tokens[3] - tokens[2]) / (tokens[1] - tokens[0])
