@@ -179,9 +179,8 @@ def from_messages(
     count, about = _counter(model)
     repetition = messages.from_messages(found, count, least=least)
     _write(repetition.nodes, _named(name, "messages"), output, Path.cwd())
-    together = (
-        "" if repetition.conversations == repetition.requests else f" in {repetition.conversations:,} conversations"
-    )
+    talks = f"{repetition.conversations:,} conversation{'s' if repetition.conversations > 1 else ''}"
+    together = "" if repetition.conversations == repetition.requests else f" in {talks}"
     share = repetition.saved / repetition.tokens if repetition.tokens else 0
     rows = sorted(repetition.modules, key=lambda module: -module.saved)
     columns = (

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import pytest
 
-from cpucache import Engine, MaxTokens, prompt, system, user
+from cpucache import Engine, MaxTokens, Sampling, prompt, system, user
 from tests.support.command import cpucache
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -127,11 +127,11 @@ def test_the_engine_takes_a_function(tiny: Callable[..., Path], tmp_path: Path) 
     with Engine(tiny("llama"), store=tmp_path / "store") as engine:
         layout = engine.add_schema(shop)
         engine.encode("shop")
-        by_function = engine.generate(shop("Bo", summer=False), max_tokens=4)
+        by_function = engine.generate(shop("Bo", summer=False), max_tokens=4, sampling=Sampling(temperature=0))
         assert by_function.metrics.cached_tokens
         # The same schema as PML finds the same slices: nothing is evaluated again.
         (tmp_path / "shop.xml").write_text(shop.schema())
         assert engine.add_schema(tmp_path / "shop.xml").length == layout.length
         assert engine.encode("shop").tokens == 0
-        by_file = engine.generate(shop("Bo", summer=False), max_tokens=4)
+        by_file = engine.generate(shop("Bo", summer=False), max_tokens=4, sampling=Sampling(temperature=0))
         assert by_file.text == by_function.text

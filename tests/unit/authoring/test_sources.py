@@ -1,4 +1,4 @@
-"""Schemas from Jinja templates, folders of files and recorded requests: their content, and what is told of the rest."""
+"""Schemas from Jinja templates, folders of files and recorded requests, and what is told of what they lack."""
 
 from __future__ import annotations
 
