@@ -43,7 +43,8 @@ function open() {
 }
 
 for (const [index, tab] of tabs.entries()) {
-  tab.onclick = () => { location.hash = `/${tab.id.slice(4)}`; // the name of no element: going to one would take the focus away };
+  // The hash is the name of no element: going to an element would take the focus away.
+  tab.onclick = () => { location.hash = `/${tab.id.slice(4)}`; };
   tab.onkeydown = (event) => {
     const to = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: -1 }[event.key];
     if (to === undefined) return;
