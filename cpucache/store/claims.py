@@ -6,12 +6,10 @@ import contextlib
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
 
 from cpucache.private import private_folder
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 
 class Claims:
@@ -30,9 +28,6 @@ class Claims:
         """Claim a slice. False: somebody else is making it."""
         if self._folder is None or key in self._held:
             return True
-        # Needed where a slice is made, only.
-        from filelock import FileLock, Timeout
-
         # Taken by the thread that evaluates, given back by the one that writes.
         lock = FileLock(self._folder / f"{key}.lock", mode=0o600, thread_local=False)
         try:
