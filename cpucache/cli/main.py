@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import io
 import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -36,6 +39,22 @@ _COMMANDS = {
 }
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Imports without garbage collection, which would look at every new function and class, several times, for nothing.
+
+    What has been imported stays, so no later collection looks at it either.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _Commands(click.Group):
     """A group that knows its commands by name and imports them when they are asked for."""
 
@@ -46,7 +65,8 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, name, _ = _COMMANDS[cmd_name]
-        command: click.Command = getattr(importlib.import_module(module), name)
+        with _importing():
+            command: click.Command = getattr(importlib.import_module(module), name)
         return with_log_options(command)
 
     def resolve_command(

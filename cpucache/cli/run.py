@@ -12,7 +12,6 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from cpucache.cli.compare import compare, comparison_table
 from cpucache.cli.console import err, kinds, out, printed, profile_table, seconds, token_bar
 from cpucache.cli.options import (
     engine_options,
@@ -79,6 +78,8 @@ def run(
         if schema is not None:
             engine.add_schema(schema)
         if comparing:
+            from cpucache.cli.compare import compare, comparison_table
+
             result = compare(engine, asked, settings | {"sampling": _seeded(settings["sampling"])}, silent=as_json)
             if as_json:
                 click.echo(json.dumps(result.as_dict()))

@@ -14,11 +14,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import psutil
 
-from cpucache.authoring import AnyPromptFunction
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
 from cpucache.engine.ahead import Preparation
 from cpucache.engine.answer import Answer
@@ -63,6 +62,9 @@ from cpucache.runtime.packing import AT_REST, AtRest, Packing
 from cpucache.sessions import Transcripts, default_sessions
 from cpucache.stages import stage
 from cpucache.store import Fingerprints, Store, default_home
+
+if TYPE_CHECKING:
+    from cpucache.authoring import AnyPromptFunction
 
 Refine: TypeAlias = Literal["off", "idle"]
 REFINES: tuple[Refine, ...] = ("off", "idle")

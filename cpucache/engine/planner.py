@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from cpucache.authoring import AnyPromptFunction, PromptFunction, PromptMethod
 from cpucache.engine.first_prompt import FirstPrompt
 from cpucache.engine.writing import certain, rewritten
 from cpucache.errors import ContextFull, InputError
@@ -19,6 +18,9 @@ from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segmen
 from cpucache.pml import is_prompt, load_prompt, load_schema, parse_prompt, resolve, tree
 from cpucache.pml.tree import Prompt, Reference, RoleName, Schema, Turn
 from cpucache.reuse import REUSES, Fidelity, KVCache, Level, Lookup, Plan, Repair, Reuse, plan_text
+
+if TYPE_CHECKING:
+    from cpucache.authoring import AnyPromptFunction
 
 Message: TypeAlias = Mapping[str, object]
 """``role`` and ``content``."""
@@ -112,8 +114,12 @@ class Planner:
 
     def add_schema(self, schema: str | Path | Schema | AnyPromptFunction) -> SchemaLayout:
         """Read and lay out a schema; prompts then find it by its name. Raises ``PMLError``."""
-        if isinstance(schema, PromptFunction | PromptMethod):
-            schema = schema.tree()
+        if not isinstance(schema, str | Path | Schema):
+            # Whoever has a prompt function has imported these already.
+            from cpucache.authoring import PromptFunction, PromptMethod
+
+            if isinstance(schema, PromptFunction | PromptMethod):
+                schema = schema.tree()
         parsed = schema if isinstance(schema, Schema) else load_schema(Path(schema))
         layout = self.schemas[parsed.name] = self.lay(parsed)
         return layout

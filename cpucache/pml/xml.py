@@ -19,7 +19,6 @@ from cpucache.pml.limits import Limits, TooLarge, read_regular
 from cpucache.pml.names import clip, hint, quote, tag
 from cpucache.pml.problems import Problems
 from cpucache.pml.structure import Shape
-from cpucache.pml.syntax import explain
 from cpucache.pml.tree import Text
 
 # Tags that say something about the whole and stand for nothing where they are: like comments, they do not split text,
@@ -143,6 +142,9 @@ def read_xml(data: str | bytes, *, file: str, root: str, limits: Limits) -> Elem
     try:
         node = etree.fromstring(text.encode(), parser)
     except etree.XMLSyntaxError as error:
+        # Needed by documents that are not well-formed, only.
+        from cpucache.pml.syntax import explain
+
         problems.stop(*explain(parser, error, text, file))
     reader = _Reader(problems, line, limits)
     element = reader.element(node, preserve=False, depth=1)

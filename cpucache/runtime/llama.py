@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 from collections import deque
 from typing import Any
 
+import llama_cpp
 import llama_cpp.llama_cpp as api
 
 __all__ = ["api", "last_errors", "start", "version"]
@@ -46,4 +46,4 @@ def last_errors(*, clear: bool = False) -> str:
 
 def version() -> str:
     """The version of the binding, which fixes that of llama.cpp."""
-    return importlib.metadata.version("llama-cpp-python")
+    return str(llama_cpp.__version__)

@@ -175,6 +175,24 @@ def test_llama_cpp_is_loaded_late(code: str, loaded: bool) -> None:
     assert done.stdout.split()[-1] == str(loaded)
 
 
+@pytest.mark.parametrize(
+    ("code", "unneeded"),
+    [
+        ("import cpucache", {"llama_cpp", "numpy", "jinja2"}),
+        ("from cpucache.cli.main import cli; cli.main(['--help'], standalone_mode=False)", {"numpy", "jinja2", "rich"}),
+        (
+            "import cpucache.cli.run",
+            {"fastapi", "prompt_toolkit", "cpucache.authoring", "cpucache.cli.compare", "cpucache.pml.mend"},
+        ),
+    ],
+)
+def test_nothing_unneeded_is_loaded(code: str, unneeded: set[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert not unneeded & set(done.stdout.splitlines()[-1].split())
+
+
 def test_the_package_names_what_it_offers() -> None:
     assert all(getattr(cpucache, name) is not None for name in cpucache.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Engin'"):
