@@ -1,4 +1,4 @@
-"""``cpucache chat``: a conversation that can be left and taken up again."""
+"""``cpucache chat``: conversations that can be resumed."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ _RECAP = 400  # characters of a message that are shown when a conversation is op
 @click.argument("name", metavar="[SESSION]", default="default")
 @engine_options
 @sampling_options
-@click.option("--system", metavar="TEXT", help="The system text of a new conversation.")
-@click.option("--prompt", metavar="FILE", help="A PML prompt that a new conversation begins with; needs -s.")
-@click.option("-s", "--schema", metavar="FILE", help="The schema of that prompt.")
+@click.option("--system", metavar="TEXT", help="System text of a new conversation.")
+@click.option("--prompt", metavar="FILE", help="PML prompt that a new conversation begins with; needs -s.")
+@click.option("-s", "--schema", metavar="FILE", help="Schema of that prompt.")
 @click.option(
     "--when-full",
     type=click.Choice(WHEN_FULL),
     default="oldest",
     show_default=True,
-    help="When the context overflows: let the oldest turns leave, or half of them at once, or refuse to go on.",
+    help="When the context is full: drop the oldest turns, drop half of the turns at once, or refuse further messages.",
 )
 @click.option("--plain", is_flag=True, help="Show answers as they come, not as Markdown.  [default: unless a terminal]")
 def chat(
@@ -70,13 +70,13 @@ def chat(
     plain: bool,
     **options: Any,
 ) -> None:
-    """Talk with a model. SESSION names the conversation ("default" unless given): a new one, or one to go on with.
+    """Talk with a model. SESSION names the conversation, new or existing ("default" unless given).
 
-    Every turn is kept with the state that the model was in, so that a conversation goes on where it stood, days later
-    or in another window, without being evaluated again. /help shows what can be done besides talking. An existing
-    conversation finds its model unless -m says otherwise.
+    Every turn is saved with its KV state. A conversation can be resumed days later, or in another window, without
+    evaluating its turns again. /help lists the commands. An existing conversation uses the model that it was started
+    with, unless -m names another.
 
-    Messages may be piped in, one a line; answers go to standard output, everything else to standard error.
+    Messages may be piped in, one per line. Answers go to standard output, everything else to standard error.
 
     \b
     cpucache chat
@@ -104,7 +104,7 @@ def chat(
 
 
 def _model_of(name: str) -> str | None:
-    """The name of the model that a conversation is with: of the catalogue, or of a file beside its weights."""
+    """Name of the model of a saved conversation: from the catalogue, or a GGUF file in the same folder."""
     transcripts = Transcripts()
     try:
         if name not in transcripts:
@@ -117,7 +117,7 @@ def _model_of(name: str) -> str | None:
 
 
 class _Chat:
-    """A conversation with somebody who types, or with a file."""
+    """Runs a conversation with messages from a terminal or a pipe."""
 
     def __init__(
         self, engine: Engine, session: Session, reader: Reader, answer: Answer, settings: dict[str, Any]
@@ -139,7 +139,7 @@ class _Chat:
         }
 
     def run(self) -> None:
-        """Until there is nothing more to say."""
+        """Answers messages until the input ends or the user leaves."""
         session = self._session
         if any(entry.role in ("user", "assistant") for entry in session.entries):
             self._recap()
@@ -179,11 +179,11 @@ class _Chat:
             if stream.metrics.left_out_tokens:
                 note(overflow(stream.metrics, moved=self._engine.context.memory.moves))
         if not self._reader.interactive and (stream is None or stream.metrics.finish == "interrupted"):
-            # Whoever pipes messages in wants to be rid of all of them.
+            # Ctrl-C ends a run with piped messages; at a terminal it ends only the answer.
             raise KeyboardInterrupt
 
     def _typed(self, typed: str) -> None:
-        """Have what is being typed evaluated, as far as it has come."""
+        """Evaluates ahead the text that the user has typed so far."""
         text = unfinished(typed)
         if text and not text.isspace():
             self._ahead.typed(text)

@@ -1,4 +1,4 @@
-"""What the user of ``chat`` types, or pipes into it, as messages and commands."""
+"""Input of ``chat`` and ``ask``: messages and commands, from a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ COMMANDS = {
     "help": ("", "show this"),
     "save": ("[NAME]", "everything is saved as it is said; with a name, like /fork"),
     "fork": ("NAME", "give the conversation so far another name too, under which it goes its own way"),
-    "edit": ("[N] TEXT", "go back to your message N (the last) and say TEXT in its place"),
-    "regen": ("", "another answer in place of the last, or the first where there is none"),
+    "edit": ("[N] TEXT", "replace your message N (default: the last) by TEXT, and drop what followed it"),
+    "regen": ("", "replace the last answer by another, or answer if there is none"),
     "stats": ("", "show the size of the conversation and what was reused for it"),
     "quit": ("", "leave (Ctrl-D does it too)"),
 }
@@ -37,27 +37,30 @@ _QUOTED = re.compile(r'\s*(?:/\w+\s+(?:\d+\s+)?)?"""')
 
 
 class Command(NamedTuple):
-    """``/name argument``."""
+    """Command, typed as ``/name argument``."""
 
     name: str
     argument: str
 
 
 class Reader(Protocol):
-    """Where messages come from."""
+    """Source of messages: a terminal or a pipe."""
 
     interactive: bool
-    """Somebody sits there, who can put right what went wrong."""
+    """Whether a user is at a terminal and can correct a mistake."""
 
     def read(self, prompt: str, draft: str = "", typed: Callable[[str], None] | None = None) -> str | None:
-        """The next that was said, possibly ``draft`` after some editing; None when there is nothing more to come.
+        """Returns the next line of input, or ``None`` at its end.
 
-        ``typed`` is told, after each change, what somebody has typed so far.
+        Args:
+            prompt: Printed before the input field.
+            draft: Text that the input field starts with.
+            typed: Called after each change with the text typed so far.
         """
 
 
 def parse(typed: str, commands: Collection[str] = COMMANDS) -> Command | str:
-    """A command or a message. Raises ``InputError`` for one that is none of the ``commands``."""
+    """Returns a line of input as a command or as a message. Raises ``InputError`` for an unknown command."""
     said = typed.strip()
     if not said.startswith("/"):
         return unquoted(said)
@@ -70,7 +73,7 @@ def parse(typed: str, commands: Collection[str] = COMMANDS) -> Command | str:
 
 
 def unfinished(typed: str, commands: Collection[str] = COMMANDS) -> str | None:
-    """The message that somebody is typing, as far as it has come, with the blanks at its end; None for a command."""
+    """Returns the message typed so far, trailing blanks included, or ``None`` for a command."""
     try:
         said = parse(typed, commands)
     except InputError:
@@ -79,20 +82,20 @@ def unfinished(typed: str, commands: Collection[str] = COMMANDS) -> str | None:
 
 
 def unquoted(text: str) -> str:
-    """The text between the quotes, if it is in quotes."""
+    """Returns the text without its enclosing triple quotes, if it has any."""
     if not text.startswith(_QUOTES):
         return text
     return text.removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\n")
 
 
 def is_open(typed: str) -> bool:
-    """Whether quotes have been opened at the beginning, and not been closed at the end."""
+    """Whether the text begins with triple quotes that are not closed at its end."""
     opened = _QUOTED.match(typed)
     return opened is not None and not typed[opened.end() :].rstrip().endswith(_QUOTES)
 
 
 class Lines:
-    """Messages from a pipe or a file, a line each but for backslashes and quotes."""
+    """Messages from a pipe or a file, one per line; a backslash or quotes continue a message on the next line."""
 
     interactive = False
 
@@ -119,7 +122,7 @@ class Lines:
 
 
 class Terminal:
-    """Messages that somebody types, with a history of them below ``folder``."""
+    """Messages typed at a terminal, with an input history in ``folder``."""
 
     interactive = True
 
@@ -129,7 +132,7 @@ class Terminal:
         from prompt_toolkit.output import create_output
 
         history = folder / "history"
-        # What somebody wrote is nobody else's business.
+        # The history holds private messages: only its owner may read it.
         private_file(history)
         self._leaving = False
         self._typed: Callable[[str], None] | None = None
@@ -195,7 +198,7 @@ class Terminal:
 
 @contextmanager
 def unechoed() -> Iterator[None]:
-    """What is typed meanwhile is not shown in the middle of what is printed; the next prompt gets it."""
+    """Turns the terminal's echo off; the next prompt receives what was typed meanwhile."""
     if not sys.stdin.isatty():
         yield
         return

@@ -1,4 +1,4 @@
-"""How ``chat`` shows an answer while it comes, and what it took."""
+"""Display of ``chat``: an answer while it is decoded, and the figures of a turn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cpucache.cli.console import printed, safe, seconds
 from cpucache.engine import Metrics
 
 Answer: TypeAlias = Callable[[], AbstractContextManager[Callable[[str], None]]]
-"""Opens a place for an answer, which is given piece by piece."""
+"""Context manager that yields a function to call with each piece of an answer."""
 
 _PARSER = MarkdownIt().enable("strikethrough").enable("table")  # as rich.markdown has it
 _PERIOD = 0.08  # seconds between two drawings of what is unfinished, at least
@@ -27,9 +27,9 @@ _SHARE = 20  # and this many times what a drawing takes: the evaluation waits fo
 
 
 def finished(text: str) -> int:
-    """The length of that part of a Markdown text which no more text can change: all blocks but the last.
+    """Length of the prefix of a Markdown text that no further text can change: all blocks but the last.
 
-    Only whole lines count: "foo\\n-" may become a list behind a paragraph, or a heading.
+    Only whole lines count: "foo\\n-" may become a paragraph followed by a list, or a heading.
     """
     whole = text[: text.rfind("\n") + 1]
     starts = [token.map[0] for token in _PARSER.parse(whole) if token.level == 0 and token.map and token.nesting >= 0]
@@ -37,7 +37,7 @@ def finished(text: str) -> int:
 
 
 class _Block:
-    """Markdown without the empty lines that some blocks begin with, cut to its last lines if it is to be ``low``."""
+    """Markdown without the empty lines that some blocks begin with; if ``low``, only its last lines."""
 
     def __init__(self, text: str, *, low: bool = False) -> None:
         self._inner = Markdown(text)
@@ -47,7 +47,7 @@ class _Block:
         lines = console.render_lines(self._inner, options.update(height=None), pad=False)
         while lines and not any(_visible(segment) for segment in lines[0]):
             del lines[0]
-        # What is drawn over again must not be higher than the screen: what has scrolled away can't be taken back.
+        # A block that is redrawn must fit the screen: lines that have scrolled off can't be erased.
         for line in lines[-max(1, console.height - 2) :] if self._low else lines:
             yield from line
             yield Segment.line()
@@ -58,7 +58,7 @@ def _visible(segment: Segment) -> bool:
 
 
 class _Blocks:
-    """Prints the blocks of an answer for good as they are finished, and draws the last one until then."""
+    """Prints each block of an answer once it is complete, and redraws the incomplete last block."""
 
     def __init__(self, console: Console, live: Live) -> None:
         self._console = console
@@ -68,7 +68,7 @@ class _Blocks:
         self._begun = False
 
     def add(self, piece: str) -> None:
-        """More of the answer."""
+        """Adds a piece of the answer."""
         self._pending += piece
         if "\n" in piece and (end := finished(self._pending)):
             done, self._pending = self._pending[:end], self._pending[end:]
@@ -82,7 +82,7 @@ class _Blocks:
         self._due = ended + max(_PERIOD, _SHARE * (ended - began))
 
     def finish(self) -> None:
-        """There is no more."""
+        """Prints the last block."""
         self._live.update(Text(""), refresh=True)
         self._live.stop()
         self._print(self._pending)
@@ -99,11 +99,11 @@ class _Blocks:
 
 
 def markdown_answer(console: Console) -> Answer:
-    """Answers as Markdown, on a terminal."""
+    """Shows answers as Markdown on a terminal."""
 
     @contextmanager
     def answer() -> Iterator[Callable[[str], None]]:
-        # Drawn by the one who adds to it: a thread that does so would compete with the evaluation.
+        # The thread that adds a piece also draws: a drawing thread would compete with the evaluation.
         with Live(console=console, auto_refresh=False, transient=True) as live:
             blocks = _Blocks(console, live)
             try:
@@ -116,7 +116,7 @@ def markdown_answer(console: Console) -> Answer:
 
 @contextmanager
 def plain_answer() -> Iterator[Callable[[str], None]]:
-    """An answer as it comes."""
+    """Prints an answer unformatted, piece by piece."""
     try:
         yield lambda piece: click.echo(printed(piece), nl=False)
     finally:
@@ -124,7 +124,7 @@ def plain_answer() -> Iterator[Callable[[str], None]]:
 
 
 def figures(metrics: Metrics) -> str:
-    """What a turn took, in a line."""
+    """The times and token counts of a turn, in one line."""
     parts = [
         f"first token after {seconds(metrics.ttft_ms)}",
         f"{metrics.cached_tokens:,} tokens from cache, {metrics.fresh_tokens:,} evaluated",
@@ -141,7 +141,7 @@ def figures(metrics: Metrics) -> str:
 
 
 def overflow(metrics: Metrics, *, moved: bool) -> str:
-    """What became of turns that found no room any more, and what was saved by not evaluating the others again."""
+    """The turns that were dropped from a full context, and the tokens that did not have to be evaluated again."""
     if not moved:
         return f"{metrics.left_out_tokens:,} tokens of old turns left the context; what follows was evaluated again"
     cost = f" (evaluating it again: about {seconds(metrics.recompute_ms)})" if metrics.recompute_ms else ""

@@ -1,4 +1,4 @@
-"""``cpucache encode``: make slices ahead of time."""
+"""``cpucache encode``: encodes schemas and likely prompts ahead of time."""
 
 from __future__ import annotations
 

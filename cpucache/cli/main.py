@@ -1,4 +1,4 @@
-"""``cpucache``: the command."""
+"""``cpucache``: the command-line program and its list of commands."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from cpucache.errors import CpucacheError, InputError
 
 # The modules behind the commands are imported when a command is run: `cpucache --help` needs no llama.cpp.
 _COMMANDS = {
-    "demo": ("cpucache.cli.demo", "demo", "See the main job: a long prompt, uncached against cached."),
+    "demo": ("cpucache.cli.demo", "demo", "Answer a long prompt without the cache and with it, and compare."),
     "run": ("cpucache.cli.run", "run", "Answer a prompt."),
-    "chat": ("cpucache.cli.chat", "chat", "Talk with a model; conversations go on where they stood."),
-    "ask": ("cpucache.cli.ask", "ask", "Pick modules from a list, and ask questions on them."),
+    "chat": ("cpucache.cli.chat", "chat", "Talk with a model in conversations that can be resumed."),
+    "ask": ("cpucache.cli.ask", "ask", "Pick modules from a list, and ask questions about them."),
     "sessions": ("cpucache.cli.sessions", "sessions", "List, check, delete and export conversations."),
-    "serve": ("cpucache.cli.serve", "serve", "Answer programs that speak OpenAI's or Anthropic's API."),
-    "why": ("cpucache.cli.why", "why", "Show why a request to the server was no hit, and what to switch on."),
-    "plan": ("cpucache.cli.plan", "plan", "Show which slice each part of a prompt takes, and why."),
+    "serve": ("cpucache.cli.serve", "serve", "Serve OpenAI's and Anthropic's APIs over HTTP."),
+    "why": ("cpucache.cli.why", "why", "Show why a request missed the cache, and which setting helps."),
+    "plan": ("cpucache.cli.plan", "plan", "Show which slice each part of a prompt uses, and why."),
     "fidelity": ("cpucache.cli.fidelity", "fidelity", "Measure how far a cached answer is from the uncached one."),
     "encode": ("cpucache.cli.encode", "encode", "Evaluate and save every module of schemas."),
-    "schema": ("cpucache.cli.schema", "schema", "Check schemas, and show how they are laid out."),
+    "schema": ("cpucache.cli.schema", "schema", "Check, format, show, compare and make schemas."),
     "models": ("cpucache.cli.models", "models", "Fetch, list, find and remove model weights."),
-    "cache": ("cpucache.cli.cache", "cache", "Look at the saved slices and look after them."),
-    "bench": ("cpucache.cli.bench", "bench", "Measure on this machine."),
-    "info": ("cpucache.cli.info", "info", "Show what this machine offers and what is used of it."),
+    "cache": ("cpucache.cli.cache", "cache", "List, verify, evict and export saved slices."),
+    "bench": ("cpucache.cli.bench", "bench", "Measure times, memory and accuracy on this machine."),
+    "info": ("cpucache.cli.info", "info", "Show CPU, memory, GPU and folders that cpucache uses."),
 }
 
 
@@ -56,7 +56,7 @@ def _importing() -> Iterator[None]:
 
 
 class _Commands(click.Group):
-    """A group that knows its commands by name and imports them when they are asked for."""
+    """Group that imports a command when the command is run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(_COMMANDS)
@@ -86,22 +86,22 @@ class _Commands(click.Group):
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(cpucache.__version__, "-V", "--version", prog_name="cpucache")
 def cli() -> None:
-    """Answer long, repetitive prompts at once on an ordinary CPU.
+    """Answer long, repetitive prompts on an ordinary CPU without evaluating the repeated text again.
 
-    The parts of a prompt that repeat are described as modules in a schema. They are evaluated once, saved, and spliced
-    into every later prompt that names them, so that only what is new has to be evaluated.
+    A schema describes the repeated parts of prompts as modules. Each module is evaluated once and its KV state saved.
+    Later prompts that name the module use the saved state; only their new text is evaluated.
 
     \b
     cpucache models pull smollm2-135m-instruct     fetch a small model
-    cpucache demo                                  see what it is about
+    cpucache demo                                  compare uncached with cached
     cpucache run PROMPT -s SCHEMA                  answer a prompt of your own
-    cpucache chat                                  talk, and go on another day
-    cpucache serve                                 answer other programs
+    cpucache chat                                  hold a conversation
+    cpucache serve                                 serve other programs
 
-    -v and --debug may stand behind any command, too. $CPUCACHE_DEBUG=1 is --debug.
+    Every command also accepts -v and --debug. $CPUCACHE_DEBUG=1 means --debug.
 
-    Slices are kept in $CPUCACHE_HOME, else in the platform's cache folder; conversations in $CPUCACHE_SESSIONS, else in
-    the platform's user data folder.
+    Slices are saved in $CPUCACHE_HOME, by default in the platform's cache folder. Conversations are saved in
+    $CPUCACHE_SESSIONS, by default in the platform's user data folder.
     """
 
 
@@ -109,14 +109,14 @@ with_log_options(cli)
 
 
 def main() -> None:
-    """Run the command. Exit status: 0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted."""
+    """Runs the command. Exit status: 0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("cpucache: %(message)s"))
     logging.getLogger("cpucache").addHandler(handler)
     if os.environ.get("CPUCACHE_DEBUG", "0") not in ("", "0"):
         show_logs(logging.DEBUG)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that lacks a character of an answer or of a drawing gets a question mark instead.
+        # Characters that the terminal's encoding lacks are printed as question marks.
         sys.stdout.reconfigure(errors="replace")
     try:
         status = cli.main(prog_name="cpucache", standalone_mode=False)
@@ -133,7 +133,7 @@ def main() -> None:
         click.echo("cpucache: interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more while it closes standard output.
+        # The reader of the output has closed the pipe. Python would report that again when it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -143,7 +143,7 @@ def main() -> None:
 
 
 def _trace() -> None:
-    """Show where an error was raised, if everything is to be seen."""
+    """Prints the traceback of the current error if ``--debug`` is on."""
     if debugging():
         click.echo(_safe(traceback.format_exc().rstrip()), err=True)
 

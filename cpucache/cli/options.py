@@ -1,4 +1,4 @@
-"""Options that several commands have, and the engine that they describe."""
+"""Options that several commands share: model, engine, positions, fidelity and sampling."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _gpu_layers(_ctx: click.Context, _param: click.Parameter, value: str) -> int
 
 
 class Range(click.ParamType[tuple[int, int]]):
-    """Two numbers, as 64-512."""
+    """Parameter type for a range of two numbers, such as ``64-512``."""
 
     name = "MIN-MAX"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """The numbers. Fails with what is expected."""
+        """Returns the least and the most. Raises ``BadParameter`` for text that is no range."""
         least, dash, most = str(value).partition("-")
         if not (dash and least.isdigit() and most.isdigit()):
             self.fail(f"'{value}' is no range such as {LEAST}-{MOST}", param, ctx)
@@ -35,26 +35,26 @@ class Range(click.ParamType[tuple[int, int]]):
 
 
 def model_option(command: Command) -> Command:
-    """``-m``."""
+    """Adds ``-m`` to a command."""
     return click.option(
         "-m",
         "--model",
         metavar="MODEL",
         default=default_model,
-        help="A name of the catalogue (`cpucache models list` shows them, * the default), or the path of a GGUF.",
+        help="Name of a model in the catalogue (`cpucache models list`; * marks the default), or path of a GGUF file.",
     )(command)
 
 
 def engine_options(command: Command) -> Command:
-    """``-m`` and everything about how a model is run."""
+    """Adds ``-m`` and the options that ``Engine`` takes to a command."""
     options = (
         click.option(
             "--ctx",
             "n_ctx",
             type=click.IntRange(1),
-            help="Tokens that the context holds: prompt and answer.  [default: as trained, at most 8192]",
+            help="Size of the llama.cpp context in tokens, for prompt and answer.  [default: as trained, at most 8192]",
         ),
-        click.option("--threads", type=click.IntRange(1), help="Threads to compute with.  [default: physical cores]"),
+        click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: physical cores]"),
         click.option(
             "--gpu-layers",
             metavar="auto|N",
@@ -68,7 +68,7 @@ def engine_options(command: Command) -> Command:
             type=click.Choice(["f16", "q8_0"]),
             default="f16",
             show_default=True,
-            help="Type of the saved keys: with q8_0, slices are a quarter smaller.",
+            help="Type of the saved keys. With q8_0, slices are a quarter smaller.",
         ),
         click.option(
             "--flash",
@@ -80,30 +80,32 @@ def engine_options(command: Command) -> Command:
             type=click.Choice(AT_REST),
             default="f16",
             show_default=True,
-            help="How slices are kept on disk: as they are, or in half (q8_0) or a quarter (q4_0) of the room. What is "
-            "read from disk is then near to what was saved, not equal.",
+            help="Format of slices on disk: unchanged (f16), or half (q8_0) or a quarter (q4_0) of the size. With q8_0 "
+            "and q4_0, state read from disk approximates the saved state.",
         ),
         click.option(
             "--ram",
             "ram_budget",
             metavar="SIZE",
-            help="Memory for slices, as 512MiB or 2GiB.  [default: a quarter of what is free]",
+            help="Memory for slices, such as 512MiB or 2GiB.  [default: a quarter of the free memory]",
         ),
         click.option(
             "--disk",
             "disk_budget",
             metavar="SIZE",
-            help="Disk for slices. What is worth least leaves, but nothing that others keep.  [default: a quarter of "
-            "what is free]",
+            help="Disk space for slices. Slices of least worth are evicted, except those that other processes keep.  "
+            "[default: a quarter of the free space]",
         ),
         click.option(
             "--segment-tokens",
             type=Range(),
             default=f"{LEAST}-{MOST}",
             show_default=True,
-            help="Least and most tokens of the segments that plain text and messages are cut into, by what they say.",
+            help="Least and most tokens of a segment. Plain text and messages are cut into segments by content.",
         ),
-        click.option("--paranoid", is_flag=True, help="Check slices each time they are read, not only the first."),
+        click.option(
+            "--paranoid", is_flag=True, help="Verify the hash of a slice at every read, not only at the first."
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -111,51 +113,51 @@ def engine_options(command: Command) -> Command:
 
 
 def positions_option(command: Command) -> Command:
-    """``--positions``."""
+    """Adds ``--positions`` to a command."""
     return click.option(
         "--positions",
         type=click.Choice(["auto", "reserved", "packed"]),
         default="auto",
         show_default=True,
-        help="Where modules stand: each at a fixed place of its own (reserved), or back to back with what is included "
-        "(packed). auto: reserved while the whole schema fits what the model was trained on.",
+        help="Positions of modules. reserved: each module has its own fixed positions. packed: included modules follow "
+        "one another without gaps. auto: reserved if the whole schema fits the context that the model was trained on.",
     )(command)
 
 
 FIDELITY = ("fidelity", "reuse")
-"""The keywords of ``Engine.plan`` that say how near to full prefill a prompt is wanted."""
+"""Keywords of ``Engine.plan`` that choose which slices a prompt may use, and how many tokens are recomputed."""
 
 
 def reuse_option(command: Command) -> Command:
-    """``--reuse``."""
+    """Adds ``--reuse`` to a command."""
     return click.option(
         "--reuse",
         type=click.Choice(REUSES),
-        help="Which slices a prompt may take. exact: those that were evaluated behind just what stands before them; "
-        "schema: behind text of the prompt's schema, too; anywhere: behind any text, so that of plain text and "
-        "messages only what changed is evaluated.  "
-        "[default: schema, which is exact for prompts that have none]",
+        help="Slices that a prompt may use. exact: slices evaluated after exactly the text that precedes them in the "
+        "prompt. schema: also slices evaluated after other text of the same schema. anywhere: slices evaluated after "
+        "any text; of plain text and messages, only changed segments are evaluated.  "
+        "[default: schema; a prompt without a schema uses exact slices]",
     )(command)
 
 
 def fidelity_options(command: Command) -> Command:
-    """How near to full prefill a prompt is wanted, see ``split_fidelity``."""
+    """Adds ``--fidelity``, ``--recompute`` and ``--reuse`` to a command; ``split_fidelity`` reads them."""
     options = (
         click.option(
             "--fidelity",
             type=click.Choice(list(LEVELS)),
-            help="What is done about slices that were evaluated behind other text than stands before them here. fast: "
-            "nothing, but that the schema's closing text (16 tokens at most) is evaluated with the question; "
-            "balanced: a tenth of the spliced tokens is evaluated again besides, where the question points; high: "
-            "only exact slices are taken, what has none is evaluated, and exact the next time.  "
-            f"[default: {DEFAULT}]",
+            help="Treatment of slices that were evaluated after other text than precedes them in the prompt. fast: "
+            "they are used as saved; only the schema's closing text (16 tokens at most) is evaluated with the "
+            "question. balanced: in addition, a tenth of the spliced tokens is recomputed, in the modules that share "
+            "most words with the question. high: only exact slices are used; all other text is evaluated, and exact "
+            f"the next time.  [default: {DEFAULT}]",
         ),
         click.option(
             "--recompute",
             type=click.FloatRange(0, 1),
             metavar="R",
-            help="Instead of a level: evaluate this share of the spliced tokens again, of the modules that have most "
-            "words in common with the question.",
+            help="Share of the spliced tokens to recompute, in the modules that share most words with the question. "
+            "Replaces --fidelity.",
         ),
     )
     for option in reversed(options):
@@ -164,14 +166,14 @@ def fidelity_options(command: Command) -> Command:
 
 
 def split_fidelity(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the options of ``fidelity_options`` out of all options, as ``Engine.plan`` takes them."""
+    """Removes the options of ``fidelity_options`` from ``options``; returns them as keywords of ``Engine.plan``."""
     fidelity, recompute = options.pop("fidelity"), options.pop("recompute")
     asked = None if fidelity is None and recompute is None else Fidelity.of(fidelity, recompute)
     return {"fidelity": asked, "reuse": options.pop("reuse")}
 
 
 def check_text_fidelity(exactness: dict[str, Any]) -> None:
-    """Raise ``UsageError`` for what a prompt without a schema has no use for."""
+    """Raises ``UsageError`` if a fidelity is given for a prompt without a schema that uses only exact slices."""
     if exactness["fidelity"] is not None and exactness["reuse"] != "anywhere":
         raise click.UsageError(
             "--fidelity and --recompute are for --schema, or for --reuse anywhere: all else is exact"
@@ -179,7 +181,7 @@ def check_text_fidelity(exactness: dict[str, Any]) -> None:
 
 
 def sampling_options(command: Command) -> Command:
-    """How the answer is chosen."""
+    """Adds ``--max-tokens`` and the sampling options to a command."""
     options = (
         click.option(
             "-n",
@@ -187,7 +189,7 @@ def sampling_options(command: Command) -> Command:
             type=click.IntRange(1),
             default=256,
             show_default=True,
-            help="Longest answer, in tokens.",
+            help="Maximum length of the answer, in tokens.",
         ),
         click.option(
             "--temp",
@@ -195,38 +197,38 @@ def sampling_options(command: Command) -> Command:
             type=click.FloatRange(0),
             default=0.0,
             show_default=True,
-            help="How freely tokens are chosen. 0: always the likeliest.",
+            help="Sampling temperature. 0: always the most probable token.",
         ),
         click.option(
             "--top-k",
             type=click.IntRange(0),
             default=40,
             show_default=True,
-            help="Choose among this many likeliest tokens. 0: among all.",
+            help="Choose among the K most probable tokens. 0: among all.",
         ),
         click.option(
             "--top-p",
             type=click.FloatRange(0, 1, min_open=True),
             default=0.95,
             show_default=True,
-            help="Choose among the likeliest tokens whose probabilities add up to this. 1: among all.",
+            help="Choose among the most probable tokens whose probabilities add up to P. 1: among all.",
         ),
         click.option(
             "--min-p",
             type=click.FloatRange(0, 1, max_open=True),
             default=0.05,
             show_default=True,
-            help="Leave out tokens less probable than this part of the likeliest. 0: none.",
+            help="Exclude tokens less probable than P times the most probable one. 0: none.",
         ),
         click.option(
             "--repeat-penalty",
             type=click.FloatRange(0, min_open=True),
             default=1.0,
             show_default=True,
-            help="Above 1: avoid tokens that have occurred.",
+            help="Above 1: make tokens that have occurred less probable.",
         ),
-        click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="For the same answer again.  [default: random]"),
-        click.option("--stop", multiple=True, help="End the answer at this text. May be given several times."),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of the sampling.  [default: random]"),
+        click.option("--stop", multiple=True, help="End the answer before this text. Repeatable."),
     )
     for option in reversed(options):
         command = option(command)

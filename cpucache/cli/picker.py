@@ -26,7 +26,7 @@ _NAME = 44  # columns of names at most
 
 @dataclass(frozen=True)
 class Cost:
-    """What of a module's own text is cached."""
+    """Number of tokens of a module's own text, and how many of them are cached."""
 
     tokens: int
     cached: int
@@ -73,8 +73,8 @@ class Picker:
 
     Args:
         selection: Is changed.
-        costs: Of each module, by its dotted path.
-        planned: Plans what is picked. What it raises is shown.
+        costs: The cost of each module, by its dotted path.
+        planned: Returns the plan of the current selection. Errors that it raises are shown.
     """
 
     def __init__(self, selection: Selection, costs: dict[str, Cost], planned: Callable[[], Plan]) -> None:

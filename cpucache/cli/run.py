@@ -32,7 +32,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed",
 @engine_options
 @sampling_options
 @fidelity_options
-@click.option("--raw", is_flag=True, help="Go on with the text as it is, instead of answering it as a message.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, instead of answering it as a message.")
 @click.option("--no-cache", is_flag=True, help="Evaluate every token of the prompt, reusing nothing.")
 @click.option("--compare", "comparing", is_flag=True, help="Answer twice, without the cache and with it, and compare.")
 @click.option("--profile", "profiling", is_flag=True, help="Tell where the time went, stage by stage.")
@@ -117,7 +117,7 @@ def _split(profile: Profile, metrics: Metrics) -> dict[str, dict[str, float]]:
 
 @contextmanager
 def _telling_what_is_kept(engine: Engine, stream: Stream) -> Iterator[None]:
-    """Says, where an answer is interrupted, how much of its prompt is on disk by then."""
+    """Prints, when an answer is interrupted, how many tokens of its prompt are saved on disk."""
     try:
         yield
     except KeyboardInterrupt:
@@ -137,7 +137,7 @@ def split_sampling(options: dict[str, Any]) -> Sampling:
 
 
 def _seeded(sampling: Sampling) -> Sampling:
-    """The same, with a seed: two answers are to be chosen alike."""
+    """Returns the sampling with a seed, so that two answers are sampled alike."""
     return replace(sampling, seed=secrets.randbits(32)) if sampling.seed is None else sampling
 
 

@@ -110,7 +110,7 @@ def verify_sessions() -> None:
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A file.  [default: standard output]")
 def export_session(name: str, form: str, output: Path | None) -> None:
-    """Write a conversation down. A file is for its owner alone."""
+    """Export a conversation. Only its owner can read the file."""
     with _transcripts() as transcripts:
         entries, summary = transcripts.read(name), transcripts.summary(name)
     text = (

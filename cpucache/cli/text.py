@@ -25,7 +25,7 @@ def read_asked(
         prompt: File of the prompt; ``-`` for standard input.
         schema_file: File of its schema.
         exactness: How near to full prefill it is wanted, as ``split_fidelity`` gives it.
-        raw: A text without a schema is to be gone on with.
+        raw: A text without a schema is continued, not answered as a message.
 
     Raises ``UsageError``, ``InputError`` and ``PMLError``.
     """
