@@ -41,15 +41,11 @@ _COMMANDS = {
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Imports without garbage collection, which would look at every new function and class, several times, for nothing.
-
-    What has been imported stays, so no later collection looks at it either.
-    """
+    """Pauses garbage collection: what is imported stays, and would be examined several times for nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
-        gc.freeze()
     finally:
         if enabled:
             gc.enable()

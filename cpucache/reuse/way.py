@@ -149,15 +149,14 @@ class _Filling:
             self._plan = plan
             self._tell()
             fresh = self._spliced.n_tokens - self._spliced.n_cached
-            told = counting(self._progress, tokens_to_evaluate(self._missing) + fresh)
-
-            def step(count: int) -> None:
-                self._counted += count
-                if told:
-                    told(count)
-
-            self._step = step
+            self._told = counting(self._progress, tokens_to_evaluate(self._missing) + fresh)
             yield
+
+    def _step(self, count: int) -> None:
+        """Count tokens that have been evaluated."""
+        self._counted += count
+        if self._told:
+            self._told(count)
 
     def _tell(self) -> None:
         """Log what becomes of each part of the plan, and why."""

@@ -147,7 +147,7 @@ ON = "-s schema.xml -m llama.gguf --threads 1"
         ("bench ttft --tokens many", ["'many'"]),
         ("rum prompt.xml", ["no command 'rum'", "did you mean 'run'?", "`cpucache --help`"]),
         ("schema shwo schema.xml", ["'shwo'", "`cpucache schema --help`"]),
-        ("--verbose", ["--verbose"]),
+        ("--verbos", ["--verbos"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

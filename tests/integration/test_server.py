@@ -290,7 +290,7 @@ def test_tools_in_anthropic_s_words(served: Served) -> None:
     # The dialect has no grammars: what the engine is told to say, it says here.
     with forced(served, SAYS_CALL):
         answer = served.anthropic.messages.create(messages=asked, **settings)
-        with served.anthropic.messages.stream(asked, **settings) as stream:
+        with served.anthropic.messages.stream(messages=asked, **settings) as stream:
             final = stream.get_final_message()
     for each in (answer, final):
         assert each.stop_reason == "tool_use"
