@@ -92,7 +92,9 @@ def test_the_account_of_the_store(served: Served) -> None:
     first = account()
     assert first["misses"] > 0
     assert 0 < first["ram_bytes"] <= first["ram_budget"]
-    assert first["bytes"] == sum(row.bytes for row in served.engine.store.index.rows())  # type: ignore[union-attr]
+    index = served.engine.store.index
+    assert index is not None
+    assert first["bytes"] == sum(row.bytes for row in index.rows())
     served.engine.forget()
     assert served.http.post("/v1/chat/completions", json=body).status_code == 200
     # At once, and not only when the index has been told.
