@@ -122,6 +122,7 @@ def serve(
     POST /v1/messages  /v1/messages/count_tokens                    Anthropic's
     POST /v1/schemas  /v1/schemas/NAME/encode  /v1/cache/prepare    cpucache's own
     GET  /v1/requests  /v1/requests/ID                              what was asked lately, and why it was no hit
+    GET  /  /v1/cache                                               a page to try it all in; what the store holds
     GET  /v1/models  /health  /metrics                              POST /tokenize  /detokenize  /apply-template
 
     Ctrl-C ends it: answers under way get five seconds, and what was evaluated is kept.

@@ -166,6 +166,29 @@ def test_the_store_is_shown(page: Browser, served: Served) -> None:
     assert "evaluated" in page.text("#tokens")
 
 
+def test_a_miss_is_explained(page: Browser, served: Served) -> None:
+    for clock in ("It is nine o'clock.", "It is noon already."):
+        page.fill("#system", f"{clock} {NOTES}")
+        ask(page)
+    page.click("#cached a")
+    page.until(lambda: page.all("#request-list details[open] mark"), "both texts")
+    # The one that was asked for is open and has the focus.
+    newest, opened = served.http.get("/v1/requests").json()["data"][:2]
+    assert page.text("#request-list details[open] code") == opened["id"]
+    assert page.run("return document.activeElement.tagName") == "SUMMARY"
+    why = served.http.get(f"/v1/requests/{opened['id']}").json()["why"]
+    told = page.text("#request-list details[open] .why")
+    assert all(text in told for text in (why["says"], why["advice"], why["cause"], f"{why['evaluated']:,} tokens"))
+    known, sent = (each.text for each in page.all("#request-list details[open] pre"))
+    assert "nine" in known and "noon" in sent
+    # Asked without the cache, it says so; what fails, too, and the list goes on by itself.
+    page.click("#request-list li:first-child summary")
+    page.until(lambda: "cause: cache-off" in page.text("#request-list li:first-child .why"), newest["id"])
+    served.http.post("/v1/chat/completions", json={"messages": []})
+    page.until(lambda: "failed (400)" in page.text("#request-list li:first-child summary"), "the request that failed")
+    assert len(page.all("#request-list details[open]")) == 2
+
+
 # ---- for everybody ---------------------------------------------------------------------------------------------------
 def test_tabs_by_keyboard(page: Browser) -> None:
     focused = "return document.activeElement.id"
