@@ -366,7 +366,7 @@ class KVCache:
     def last(self, slot: Slot, plan: Plan, missing: Sequence[Slice]) -> list[Slice]:
         """The missing slices right before the tokens that end a plan, if little of them is to be evaluated.
 
-        Evaluated together with these tokens, and saved then, they cost no batch of their own.
+        Evaluated together with these tokens, and saved then, they cost no batch of their own. They are claimed.
         """
         if self.slices.memory.points or not plan.spans or plan.spans[-1].slice:
             return []
@@ -383,6 +383,10 @@ class KVCache:
             if len(placed.spans[-1].tokens) - slot.known(placed) <= _FEW:
                 break
             del last[0]
+        for index in reversed(range(len(last))):
+            # What another process is at is waited for, like any other slice.
+            if not self.store.claim(last[index].key):
+                return last[index + 1 :]
         return last
 
     def capture_held(self, slot: Slot, plan: Plan, schema: str) -> None:

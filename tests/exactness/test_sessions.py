@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cpucache import Engine
+from cpucache import Engine, Sampling
 from cpucache.engine import Stream
 from cpucache.errors import InputError
 from tests.support import sessions
@@ -29,7 +29,7 @@ LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 # How the answers of a conversation end: by their length, at a text to stop at, or closed by whoever reads them.
 ENDINGS: list[dict[str, Any]] = [
     {"max_tokens": 7},
-    {"max_tokens": 60, "stop": LETTERS},
+    {"max_tokens": 60, "sampling": Sampling(stop=LETTERS)},
     {"max_tokens": 20, "tokens": 3},
     {"max_tokens": 1},
     {"max_tokens": 40},

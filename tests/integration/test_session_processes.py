@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cpucache import Sampling
 from cpucache.errors import CpucacheError
 from tests.support import sessions
 from tests.support.sessions import SYSTEM, engine, message, rendered, said, truth
@@ -23,7 +24,7 @@ Tiny = Callable[..., Path]
 def test_one_turn_in_each_process(arch: str, tiny: Tiny, tmp_path: Path) -> None:
     endings: list[dict[str, Any]] = [
         {"max_tokens": 9},
-        {"max_tokens": 50, "stop": tuple("abcdefghijklmnopqrstuvwxyz")},
+        {"max_tokens": 50, "sampling": Sampling(stop=tuple("abcdefghijklmnopqrstuvwxyz"))},
         {"max_tokens": 1},
         {"max_tokens": 6},
     ]
