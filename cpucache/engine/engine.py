@@ -1,4 +1,4 @@
-"""The engine: one model, one context, one store, and the schemas that prompts are written against."""
+"""The engine: one model, one llama.cpp context, one store, and the schemas that prompts refer to."""
 
 from __future__ import annotations
 
@@ -69,41 +69,47 @@ if TYPE_CHECKING:
 Refine: TypeAlias = Literal["off", "idle"]
 REFINES: tuple[Refine, ...] = ("off", "idle")
 DEFAULT_CTX = 8192
-"""Cells of a context, unless the model was trained on fewer or the caller asks for more."""
+"""Default size of the llama.cpp context in cells; the trained context of the model, if that is shorter."""
 
 
 class Engine:
-    """Answers prompts of one model, reusing the state of whatever repeats in them.
+    """A loaded model that answers prompts and reuses the KV state of every part that it has evaluated before.
+
+    Use an engine as a context manager, or call ``close``. Any thread may call any method, ``close`` included: one
+    thread of the engine owns the llama.cpp context, and the requests of all other threads wait in its queue.
 
     Args:
-        model: A name of the catalogue (default: its first), or the path of a GGUF.
-        n_ctx: Cells of the context, which a prompt and its answer must fit (default: what the model was trained on, at
-            most 8192).
-        store: The folder for slices (default ``$CPUCACHE_HOME``, else the platform's cache folder).
-        ram_budget: Bytes, or text such as ``"2GiB"``, that slices may take in memory (default: a quarter of what is
-            free).
-        disk_budget: The same on disk (default: a quarter of what is free there, and in the store already).
-        paranoid: Check the hash of every slice each time that it is read from disk, not only the first.
-        threads: Threads that evaluate (default: one for each core).
+        model: Name in the catalogue, or path of a GGUF file (default: the first model of the catalogue).
+        n_ctx: Cells of the llama.cpp context; a prompt and its answer must fit (default: the context that the model was
+            trained on, at most 8192).
+        store: Folder of the slices (default: ``$CPUCACHE_HOME``, else the platform's cache folder).
+        ram_budget: Memory for slices: bytes, or text such as ``"2GiB"`` (default: a quarter of the memory that is free
+            once the model is loaded).
+        disk_budget: Disk space for slices, in the same form (default: a quarter of the space that is free or that
+            slices of this store take already).
+        paranoid: Whether to check the hash of a slice each time that it is read from disk, not only the first time.
+        threads: Threads that evaluate tokens (default: one for each physical core).
         gpu_layers: Layers on a GPU: a number, or ``"auto"``.
-        kv_type: Type of the saved keys, ``"f16"`` or ``"q8_0"`` (values too with ``flash="on"``).
-        at_rest: How slices are kept on disk and in packs: as they are (``"f16"``), or in half or a quarter of the room
-            (``"q8_0"``, ``"q4_0"``). What is read from disk is then near to what was saved, not equal. The slices of
-            one way are not found by another.
-        flash: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU).
-        positions: How schemas are laid out.
-        segment_tokens: Least and most tokens of the segments that plain text and messages are cut into.
-        fidelity: Of prompts that do not say theirs: a level or a ``Fidelity``, see ``plan``.
-        reuse: Likewise.
-        refine: ``"idle"`` makes exact what was asked lately when nothing has been asked for a second, on mains power.
-        sessions: The folder for conversations (default ``$CPUCACHE_SESSIONS``, else the platform's user data folder).
-        parallel: Prompts that are answered at a time, 1 to 16, in the cells of one context. More of them wait, in
-            order.
+        kv_type: Type of the keys, ``"f16"`` or ``"q8_0"``; with ``flash="on"`` also that of the values.
+        at_rest: Format of slices on disk and in packs: unchanged (``"f16"``), or packed into half (``"q8_0"``) or a
+            quarter (``"q4_0"``) of the bytes. A packed slice, once read from disk, differs slightly from the state that
+            was saved. An engine finds only slices of its own format.
+        flash: Flash attention: ``"on"``, ``"off"`` or ``"auto"`` (default: off on a CPU).
+        positions: Layout of schemas: ``"reserved"`` (each module at a fixed offset), ``"packed"`` (modules back to
+            back), or ``"auto"`` (reserved while the schema fits the trained context).
+        segment_tokens: Minimum and maximum length, in tokens, of segments of plain text and messages. Messages and
+            paragraphs may be shorter.
+        fidelity: Default for prompts without their own: a level or a ``Fidelity``, see ``plan``.
+        reuse: Default for prompts without their own, see ``plan``.
+        refine: ``"idle"`` encodes missing exact slices of recent prompts, on mains power, after a second without a
+            request.
+        sessions: Folder of the conversations (default: ``$CPUCACHE_SESSIONS``, else the platform's user data folder).
+        parallel: Number of prompts answered at the same time, 1 to 16; they share the cells of the llama.cpp context.
+            Further prompts wait in order.
 
-    Use it as a context manager, or ``close`` it. Any thread may call any method, ``close`` included: one thread of the
-    engine's own uses the model, and the requests of all others wait for it in a queue.
-
-    Raises ``ModelError`` when the model can't be found, read or loaded, and ``InputError`` for settings that are none.
+    Raises:
+        ModelError: The model can't be found, read or loaded.
+        InputError: A setting has an unknown value or is out of range.
     """
 
     def __init__(
@@ -144,14 +150,14 @@ class Engine:
             raise InputError(f"parallel={parallel}: must be from 1 to {SLOTS}")
         path = resolve_model(str(model or default_model()))
         home = Path(store) if store else default_home()
-        # What was opened is closed again when something behind it fails.
+        # A later step that fails must close what the earlier ones opened.
         with ExitStack() as opened:
             self.model = loaded = Model(path, gpu_layers_=gpu_layers)
             opened.callback(loaded.close)
             cells = n_ctx or min(loaded.n_ctx_train, DEFAULT_CTX)
             self.context = Context(loaded, n_ctx=cells, n_threads=threads, kv_type=kv_type, flash=flash)
             opened.callback(self.context.close)
-            # What is free now that the weights and the context are there.
+            # Measured only now: the weights and the llama.cpp context already take their memory.
             free = psutil.virtual_memory().available
             ram = free // 4 if ram is None else ram
             packing = None if at_rest == "f16" else Packing(at_rest, self.context.n_threads)
@@ -165,39 +171,40 @@ class Engine:
             template = ChatTemplate(
                 loaded.chat_template, bos=loaded.special_text("bos"), eos=loaded.special_text("eos")
             )
-            # Gaps between positions come from moving, which not every model's state allows.
+            # Reserved positions leave gaps, which need slices that can be moved: not every model's state can.
             positions = positions if self.context.memory.moves else "packed"
             self._planner_of = partial(Planner, template=template, positions=positions, fidelity=usual, reuse=reuse)
             self.planner = self._planner_of(self.kv_cache)
             idle = partial(_refining_when_idle, self._spaces) if refine == "idle" else None
             self.host = Host(loaded, template, self.kv_cache, self.planner, Core(self.context, parallel, idle))
-            # Where nobody closes the engine, its thread ends with it.
+            # An engine that is collected without ``close`` must not leave its thread running.
             opened.callback(weakref.finalize(self, self.host.core.close))
             self._opened = opened.pop_all()
         self._opening = threading.Lock()
         self._folder = Path(sessions) if sessions else None
         self._transcripts: Transcripts | None = None
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._origin: Engine | None = None  # which lives as long as this one
+        self._origin: Engine | None = None  # kept alive: its finalizer closes the core
 
     @property
     def store(self) -> Store:
-        """Where slices are kept."""
+        """The store that holds the slices, in memory and on disk."""
         return self.kv_cache.store
 
     def within(self, namespace: str, *, isolate: bool = False) -> Engine:
-        """This engine for one of several who share it, and are not to learn of one another.
+        """Returns an engine for one tenant of several that share this engine.
 
-        It has schemas and conversations of its own, and finds slices that are not exact only where the same namespace
-        asked for them. Exact slices are shared, so that the time an answer takes tells whether its text was evaluated
-        before; with ``isolate`` nothing is shared. Model, context and store are those of this engine, and closing
-        either closes both.
+        The new engine has its own schemas and conversations. It takes slices that are not exact only from prompts of
+        the same namespace. Exact slices are shared, so a tenant can tell from the time of an answer whether another
+        tenant evaluated the same text; ``isolate`` rules that out. Model, llama.cpp context and store are shared, and
+        closing either engine closes both.
 
         Args:
-            namespace: A name that others can't choose. Letters, digits, ``-`` and ``_``.
-            isolate: Share no slices at all.
+            namespace: Name that other tenants can't choose: 1 to 64 letters, digits, ``-`` and ``_``.
+            isolate: Whether to share no slices at all.
 
-        Raises ``InputError`` for another name.
+        Raises:
+            InputError: The name has other characters, or is too long.
         """
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", namespace):
             raise InputError(f"namespace={namespace!r:.80}: letters, digits, - and _, 64 at most")
@@ -216,9 +223,9 @@ class Engine:
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
-        """End every answer under way, in whatever thread it is read, and free the model and its context.
+        """Ends every request, running or waiting, in any thread, and frees the model and the llama.cpp context.
 
-        Answers that end so are ``"interrupted"``, and keep what there is of them. What waits for its turn ends, too.
+        Answers that end this way keep their text so far, and ``metrics.finish`` is ``"interrupted"``.
         """
         self.host.core.close()
         for session in list(self._sessions):
@@ -241,30 +248,33 @@ class Engine:
 
     # -- schemas -----------------------------------------------------------------------------------------------------
     def add_schema(self, schema: str | Path | Schema | AnyPromptFunction) -> SchemaLayout:
-        """Read and lay out a schema; prompts then find it by its name.
+        """Reads and lays out a schema, which prompts then refer to by its name.
 
-        It is a file, a schema parsed already, or a function decorated with ``@cpucache.prompt``.
-
-        Raises ``PMLError``.
+        ``schema`` is the path of a PML file, a parsed schema, or a function decorated with ``@cpucache.prompt``.
+        Raises ``PMLError`` when the schema is not valid.
         """
         return self.planner.add_schema(schema)
 
     def encode(self, schema: str, progress: OnProgress | None = None) -> Encoded:
-        """Make the slices that let every selection and order of a schema's modules be answered at once.
+        """Encodes a schema ahead of time, so that prompts with any selection and order of its modules splice slices.
 
-        That is one evaluation of the schema, in reading order. Slices that are in the store are not made again.
-        ``progress(done, total)`` is told about tokens.
+        One evaluation of the schema, in reading order, builds all slices. Slices in the store are not encoded again.
+        ``progress(done, total)`` is called with numbers of tokens. Raises ``InputError`` for a schema not added before.
         """
         return self._encode(self.reading(schema), schema, progress)
 
     def reading(self, schema: str) -> list[Slice]:
-        """The slices that ``encode`` makes of a schema, whether they are there or not. Raises ``InputError``."""
+        """The slices that ``encode`` builds for a schema, in the store or not. Raises ``InputError``."""
         return reading(self.planner.layout(schema), self.slices, self._room)
 
     def encode_likely(
         self, schema: str, prompts: Sequence[AnyPrompt] = (), progress: OnProgress | None = None
     ) -> Encoded:
-        """Make exact slices for likely prompts besides: of the schema's scaffold sets, and of these ``prompts``."""
+        """Encodes exact slices for likely prompts: for the scaffold sets of a schema, and for ``prompts``.
+
+        ``prompts`` are PML prompts, in the forms that ``plan`` takes; any other prompt has no effect.
+        ``progress(done, total)`` is called with numbers of tokens. Raises what ``prepare`` raises.
+        """
         layout = self.planner.layout(schema)
         wanted: dict[Slice, None] = {}
         for scaffold in layout.schema.scaffolds:
@@ -286,15 +296,15 @@ class Engine:
 
     @property
     def _room(self) -> int:
-        """Cells for a slice and its context: one stays free for the token that applies a shift."""
+        """Cells for a slice and its context: all but one, which the token that applies a shift needs."""
         return self.context.n_ctx - 1
 
     def refine(self, schema: str | None = None, progress: OnProgress | None = None) -> Encoded:
-        """Make exact what was asked lately, the most used first; gives what was made.
+        """Encodes the missing exact slices of recent prompts, those of the most frequent prompts first.
 
-        Answers come first: each interrupts it at once, and refining goes on behind it. What has been made stays when
-        this is interrupted. ``schema`` limits it to prompts on one schema. ``progress(done, total)`` is told about
-        tokens.
+        A request for an answer interrupts refining at once; refining continues after it. Slices encoded before an
+        interruption are kept. ``schema`` limits refining to prompts on the schema of this name.
+        ``progress(done, total)`` is called with numbers of tokens.
         """
         report = Encoded()
 
@@ -313,29 +323,33 @@ class Engine:
         fidelity: Level | Fidelity | None = None,
         reuse: Reuse | None = None,
     ) -> Plan:
-        """What a prompt consists of: its spans, and where each token comes from, by the slices that there are now.
+        """The plan of a prompt: its spans in position order, and the slice that each would take from the store now.
 
-        Messages, text and tokens are cut into segments, which are cached each behind all before it, and found again by
-        whatever begins with the same text.
+        Messages, text and tokens are cut into segments. Each segment is saved as a slice whose context is everything
+        before it, and serves every later prompt that begins with the same text.
 
         Args:
-            prompt: Its type tells what it is. A ``str`` that begins with ``<prompt``, a ``Path`` and a parsed prompt
-                are PML, on a schema that must have been added. Any other ``str`` is a message of the user. A list of
-                mappings is messages, each with ``role`` (system, user, assistant) and ``content``. A list or array of
-                numbers is ids of tokens to go on with as they are; so is a ``Text``, whose parts may be reused wherever
-                they stand.
-            text: Instead, text to go on with as it is, without the model's chat template.
-            fidelity: What is done about slices that are not exact. ``"fast"``: nothing, but that the schema's
-                closing text (16 tokens at most) is evaluated with the question. ``"balanced"``: a tenth of the spliced
-                tokens is evaluated again besides, where the question points. ``"high"``: exact slices only; what has
-                none is evaluated, and saved. Or a ``Fidelity``, such as ``Fidelity(recompute=0.2)``, which says the
-                share of the spliced tokens that is evaluated again. The engine's when none is given.
-            reuse: ``"schema"``: slices that attended to text of the prompt's schema alone; for prompts without one,
-                those that are exact. ``"exact"``: no others. ``"anywhere"``: slices that attended to text of other
-                prompts, too. So messages and text are answered at once when something before a known passage has
-                changed. The engine's when none is given.
+            prompt: The prompt; its type tells its form. A ``str`` that begins with ``<prompt``, a ``Path`` and a parsed
+                prompt are PML, on a schema that must have been added. Any other ``str`` is a message of the user. A
+                list of mappings is messages, each with ``role`` (system, user, assistant) and ``content``. A list or
+                array of integers is token ids, which the model continues without a chat template. A ``Text`` is token
+                ids too, with parts that may be reused at any position.
+            text: Plain text instead of a prompt, which the model continues without a chat template.
+            fidelity: Treatment of slices that are not exact. ``"fast"`` splices them as saved; only a closing text of
+                the schema of at most 16 tokens is recomputed. ``"balanced"`` also recomputes a tenth of the spliced
+                tokens, in the modules that the question points to. ``"high"`` takes exact slices only, and evaluates
+                and saves every other segment. A ``Fidelity``, such as ``Fidelity(recompute=0.2)``, sets the recomputed
+                share of the spliced tokens. Default: that of the engine.
+            reuse: Slices that the prompt may take. ``"exact"``: exact ones. ``"schema"``: also clean and related ones
+                of the prompt's schema; a prompt without a schema takes exact ones. ``"anywhere"``: also foreign ones,
+                so that messages and text keep their slices when the text before them changes. Default: that of the
+                engine.
 
-        Raises ``PMLError`` or ``InputError``.
+        Returns:
+            The plan, by the slices that exist now.
+
+        Raises:
+            InputError: The prompt is not valid (``PMLError`` for PML), or its schema has not been added.
         """
         return self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse).plan()
 
@@ -347,7 +361,20 @@ class Engine:
         fidelity: Level | Fidelity | None = None,
         reuse: Reuse | None = None,
     ) -> Encoded:
-        """Make the slices that one prompt needs and the store does not have. The prompt is given as for ``plan``."""
+        """Encodes the slices that a prompt needs and the store lacks, without answering the prompt.
+
+        Args:
+            prompt: Prompt in a form that ``plan`` takes.
+            progress: Called as ``progress(done, total)``, in tokens.
+            fidelity: Treatment of slices that are not exact, see ``plan``.
+            reuse: Slices that the prompt may take, see ``plan``.
+
+        Returns:
+            Numbers of new slices, tokens and bytes, and the time in seconds.
+
+        Raises:
+            InputError: The prompt is not valid (``PMLError`` for PML), or its schema has not been added.
+        """
         question = self.planner.question(prompt, fidelity=fidelity, reuse=reuse)
         return self._encode(question.plan().wanted, question.label, progress)
 
@@ -360,21 +387,29 @@ class Engine:
         reuse: Reuse | None = None,
         unfinished: bool = False,
     ) -> Preparation:
-        """Begin to evaluate a prompt ahead, in the background: what begins with it is answered at once then.
+        """Starts to evaluate a prompt in the background, ahead of the request for its answer.
 
-        Answers come first. What has been evaluated stays in the llama.cpp context, for the next prompt to go on from;
-        slices of it are saved, but for what a PML prompt brings besides its modules. The last token is not evaluated,
-        which every answer begins with. The prompt and its fidelity are given as for ``plan``.
+        Answers have priority. The evaluated tokens stay in the llama.cpp context, and the next prompt that begins with
+        them evaluates only the rest. New slices are saved, except for new text of a PML prompt. The last token is left
+        to the answer, which needs its logits.
 
         Args:
-            unfinished: Its last text (message, turn) is still being written: what stands behind its last blank is not
-                evaluated, and what is evaluated of it is not saved. Whatever else is asked ends it. ``TypingAhead``
-                gives a text on after each change.
+            prompt: Prompt in a form that ``plan`` takes.
+            text: Plain text instead of a prompt, see ``plan``.
+            fidelity: Treatment of slices that are not exact, see ``plan``.
+            reuse: Slices that the prompt may take, see ``plan``.
+            unfinished: Whether the last message or turn is still being typed. Then the word after its last blank is not
+                evaluated, tokens after the last complete segment are not saved, and any other request ends the
+                preparation. ``TypingAhead`` calls ``prepare`` after each change of a text.
 
-        Raises ``PMLError``, ``InputError`` or ``ContextFull``.
+        Returns:
+            The preparation, which can be awaited or cancelled.
+
+        Raises:
+            InputError: The prompt is not valid (``PMLError`` for PML), or does not fit (``ContextFull``).
         """
         if isinstance(prompt, Path):
-            prompt = parsed_prompt(prompt)  # which is read once
+            prompt = parsed_prompt(prompt)  # reads the file once, although several questions are built from it
         question = self.planner.question(prompt, text=text, fidelity=fidelity, reuse=reuse)
         question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
         size = self.planner.size_ahead(question, prompt, text) if unfinished else question.n_tokens - 1
@@ -394,9 +429,19 @@ class Engine:
         fidelity: Level | Fidelity | None = None,
         reuse: Reuse | None = None,
     ) -> Future[None]:
-        """Read the slices that a session or a prompt is going to need into memory, in the background.
+        """Reads the slices that a prompt or a session will need from disk into memory, in the background.
 
-        The prompt is given as for ``plan``.
+        Args:
+            prompt: Session, or prompt in a form that ``plan`` takes.
+            text: Plain text instead of a prompt, see ``plan``.
+            fidelity: Treatment of slices that are not exact, see ``plan``; without effect for a session.
+            reuse: Slices that the prompt may take, see ``plan``; without effect for a session.
+
+        Returns:
+            A future that is done once the slices have been read.
+
+        Raises:
+            InputError: The prompt is not valid (``PMLError`` for PML), or its schema has not been added.
         """
         if isinstance(prompt, Session):
             return prompt.prefetch()
@@ -415,21 +460,27 @@ class Engine:
         reuse: Reuse | None = None,
         progress: OnProgress | None = None,
     ) -> Stream:
-        """The answer to a prompt, piece by piece. The prompt, and its fidelity, are given as for ``plan``.
+        """Answers a prompt piece by piece.
 
-        Slices that are missing are made on the way.
+        The prompt is evaluated when the first piece is requested. Missing slices are encoded and saved before the first
+        token.
 
         Args:
-            prompt: In any form that ``plan`` takes.
-            text: Instead, text to go on with.
-            max_tokens: Tokens of the answer at most.
-            use_cache: ``False`` evaluates the same tokens from the first to the last, reusing nothing.
-            sampling: How tokens are chosen, such as ``Sampling(temperature=0.7, seed=1)``; greedily if not given.
-            fidelity: What is done about slices that are not exact.
-            reuse: Which slices are taken.
-            progress: ``progress(done, total)`` is told about tokens evaluated before the first token of the answer.
+            prompt: Prompt in a form that ``plan`` takes.
+            text: Plain text instead of a prompt, see ``plan``.
+            max_tokens: Maximum length of the answer, in tokens.
+            use_cache: Whether to reuse and save slices; ``False`` evaluates every token of the prompt.
+            sampling: Choice of tokens, such as ``Sampling(temperature=0.7, seed=1)`` (default: greedy).
+            fidelity: Treatment of slices that are not exact, see ``plan``.
+            reuse: Slices that the prompt may take, see ``plan``.
+            progress: Called as ``progress(done, total)``, in tokens evaluated before the first token of the answer, by
+                the thread that reads the stream.
 
-        Raises ``PMLError``, ``InputError`` or ``ContextFull``.
+        Returns:
+            An iterator over pieces of the answer, with ``text`` and ``metrics`` so far.
+
+        Raises:
+            InputError: The prompt is not valid (``PMLError`` for PML), or leaves no room to answer (``ContextFull``).
         """
         started = time.perf_counter()
         with stage("plan"):
@@ -461,7 +512,24 @@ class Engine:
         reuse: Reuse | None = None,
         progress: OnProgress | None = None,
     ) -> Reply:
-        """The whole answer to a prompt. Everything is given as for ``stream``."""
+        """Answers a prompt, and returns when the answer is complete.
+
+        Args:
+            prompt: Prompt in a form that ``plan`` takes.
+            text: Plain text instead of a prompt, see ``plan``.
+            max_tokens: Maximum length of the answer, in tokens.
+            use_cache: Whether to reuse and save slices; ``False`` evaluates every token of the prompt.
+            sampling: Choice of tokens, such as ``Sampling(temperature=0.7, seed=1)`` (default: greedy).
+            fidelity: Treatment of slices that are not exact, see ``plan``.
+            reuse: Slices that the prompt may take, see ``plan``.
+            progress: Called as ``progress(done, total)``, in tokens evaluated before the first token of the answer.
+
+        Returns:
+            The text of the answer, and its metrics.
+
+        Raises:
+            InputError: The prompt is not valid (``PMLError`` for PML), or leaves no room to answer (``ContextFull``).
+        """
         stream = self.stream(
             prompt,
             text=text,
@@ -485,13 +553,27 @@ class Engine:
         reuse: Reuse | None = None,
         progress: OnTrial | None = None,
     ) -> FidelityReport:
-        """How far the cached answer to a prompt is from the uncached one, and (``advise``) what would bring it nearer.
+        """Measures how much the answer with reuse differs from the answer of full prefill, and what would reduce that.
 
-        Takes as long as some full prefills. The prompt and its fidelity are given as for ``plan``; ``max_tokens``
-        are those of the answer that are compared. Raises ``PMLError`` or ``ContextFull``.
+        The measurement takes as long as several full prefills.
+
+        Args:
+            prompt: Prompt in a form that ``plan`` takes.
+            text: Plain text instead of a prompt, see ``plan``.
+            max_tokens: Maximum length, in tokens, of the answer that is compared.
+            advise: Whether to try other settings too: a larger recomputed share, and exact slices.
+            fidelity: Treatment of slices that are not exact, see ``plan``.
+            reuse: Slices that the prompt may take, see ``plan``.
+            progress: Called as ``progress(done, total, next)``, in trials, with the name of the next trial.
+
+        Returns:
+            KL divergence and agreement for each token, and the trials, the most useful first.
+
+        Raises:
+            InputError: The prompt is not valid (``PMLError`` for PML), or does not fit (``ContextFull``).
         """
         if isinstance(prompt, Path):
-            prompt = parsed_prompt(prompt)  # which is read once
+            prompt = parsed_prompt(prompt)  # reads the file once, although several questions are built from it
 
         def question(other: Fidelity | None) -> Question:
             return self.planner.question(prompt, text=text, fidelity=other or fidelity, reuse=reuse)
@@ -507,19 +589,23 @@ class Engine:
         when_full: WhenFull = "oldest",
         fidelity: Level | Fidelity | None = None,
     ) -> Session:
-        """A conversation that is kept: opened where it stood, or begun.
+        """Opens a conversation that outlives the process; starts it if there is none of this name.
 
         Args:
-            name: What it is found by.
-            system: The system text of a new one.
-            prompt: Instead, a PML prompt that a new one begins with. Its schema must have been added.
-            when_full: What happens when the context overflows. The ``"oldest"`` turns leave, as many as must, or
-                ``"half"`` of them at once, and the rest moves down without being evaluated again; ``"refuse"`` raises
-                ``ContextFull``.
-            fidelity: Of ``prompt``, given as for ``plan``.
+            name: Name of the conversation.
+            system: System text of a new conversation.
+            prompt: PML prompt that starts a new conversation, instead of ``system``. Its schema must have been added.
+            when_full: Reaction to a full llama.cpp context. ``"oldest"`` drops as many of the oldest turns as it must,
+                ``"half"`` drops half of the turns at once; the other turns move to lower positions without being
+                evaluated again, where the model's state can be moved. ``"refuse"`` raises ``ContextFull``.
+            fidelity: Treatment of slices of ``prompt`` that are not exact, see ``plan``.
 
-        Raises ``InputError`` when it is with another model, or has begun otherwise, and ``CpucacheError`` when it is
-        open elsewhere.
+        Returns:
+            The conversation, which nobody else can open until it is closed.
+
+        Raises:
+            InputError: A name or prompt is not valid, or the conversation has another model, system text or prompt.
+            CpucacheError: The conversation is open elsewhere, or can't be read.
         """
         first_prompt = None if prompt is None else self.planner.first_prompt(prompt, fidelity=fidelity)
         with self._opening:
@@ -533,11 +619,14 @@ class Engine:
 
     # -- the llama.cpp context ---------------------------------------------------------------------------------------
     def warm_up(self) -> None:
-        """Evaluate one token, so that the first prompt does not pay for reading the weights in, and the like."""
+        """Evaluates one token, so that the weights are in memory before the first prompt."""
         self.host.warm_up()
 
     def use_store(self, store: Store) -> Store:
-        """Keep slices elsewhere from now on; gives the store that was used so far. ``close`` closes the last one."""
+        """Replaces the store; returns the previous one, which the caller then closes.
+
+        The llama.cpp context is emptied. ``close`` closes the store that is in use at that time.
+        """
         before = self.kv_cache.store
         for space in self._spaces.values():
             space.store = store
@@ -545,7 +634,7 @@ class Engine:
         return before
 
     def forget(self) -> None:
-        """Empty the llama.cpp context, as it is after a restart. The store keeps its slices."""
+        """Empties the llama.cpp context, as after a restart. The store keeps its slices."""
         self.host.forget()
 
 
