@@ -1,4 +1,4 @@
-"""What would bring a cached prompt nearer to the uncached one, measured: recomputing, and refining."""
+"""Advice: measures which setting brings the answer with reuse closer to that of full prefill, and its cost in TTFT."""
 
 from __future__ import annotations
 
@@ -19,62 +19,62 @@ from cpucache.reuse import Encoded, Fidelity
 from cpucache.runtime import Sampling
 
 SHARES = (0.1, 0.2)
-"""The shares of the spliced tokens that recomputing is tried with."""
-_TIMES = 3  # runs of each that the time to first token is the median of
+"""Values of ``recompute`` (shares of the spliced tokens) that are tried."""
+_TIMES = 3  # runs of each trial; its TTFT is their median
 OnTrial = Callable[[int, int, str], object]
-"""Told how many trials are done, of how many, and what is tried next."""
+"""Called with the number of trials done, the number in total, and the name of the next one."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One way of answering the prompt, against the answer without reuse."""
+    """One setting for the prompt, compared with full prefill."""
 
     change: str
-    """What was done, as a person would do it; empty: nothing."""
+    """The change as command-line options or a command; empty for the current setting."""
     distance: Distance
     bytes: int = 0
-    """What it adds to the store."""
+    """Size of the slices that the setting adds to the store, in bytes."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The object that ``--json`` prints."""
         return {"change": self.change, **self.distance.as_dict(), "bytes": self.bytes}
 
 
 @dataclass(frozen=True)
 class FidelityReport:
-    """How far a cached prompt is from the uncached one."""
+    """Distance of a prompt with reuse from full prefill, now and with other settings."""
 
     truth: Truth
     pieces: list[str]
-    """The text of each token that is predicted: the prompt's fresh ones after the first, then the answer's."""
+    """Text of each predicted token: the fresh tokens of the prompt from the second on, then the answer."""
     now: Trial
-    """As the prompt is answered now."""
+    """The current setting."""
     trials: list[Trial]
-    """What was tried, the one that brings the most for its time first."""
+    """Other settings, by ``worth`` in descending order."""
 
     def gain(self, trial: Trial) -> float:
-        """Nats that a change brings back, on average over all tokens."""
+        """Reduction of the mean KL divergence by a trial, in nats for each token."""
         return self.now.distance.kl_mean - trial.distance.kl_mean
 
     def worth(self, trial: Trial) -> float:
-        """Nats that a change brings back, for each millisecond that it costs.
+        """Gain of a trial for each millisecond of additional TTFT.
 
-        A tenth of the time that it takes now, and a millisecond, are within what runs differ by, and cost the same.
+        Delays below a millisecond, or below a tenth of the current TTFT, are noise: all of them count the same.
         """
         return self.gain(trial) / max(1.0, self.now.distance.ttft_ms / 10, self.delay_ms(trial))
 
     def delay_ms(self, trial: Trial) -> float:
-        """By how much later the first token comes."""
+        """Additional TTFT of a trial in milliseconds."""
         return trial.distance.ttft_ms - self.now.distance.ttft_ms
 
     @property
     def best(self) -> Trial | None:
-        """The change that brings the most for its time, if any brings a tenth of the way back."""
+        """The first trial that removes more than a tenth of the mean KL divergence, if there is one."""
         least = self.now.distance.kl_mean / 10
         return next((trial for trial in self.trials if self.gain(trial) > least), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for ``--json``."""
+        """The object that ``--json`` prints."""
         now = self.now.distance
         return {
             "uncached": {"text": self.truth.text, "ttft_ms": round(self.truth.ttft_ms, 3)},
@@ -103,16 +103,22 @@ def examine(
     advise: bool,
     progress: OnTrial | None = None,
 ) -> FidelityReport:
-    """Answer a prompt without reuse and with it, and, to ``advise``, with one change at a time.
+    """Answers a prompt by full prefill, with its current setting, and with one changed setting at a time.
 
-    Slices that only a change needs do not stay in the store. Raises ``ContextFull``.
+    Slices encoded for a trial leave the store after it.
 
     Args:
-        host: The model.
-        asked: Gives the prompt with a fidelity; with its own for ``None``.
-        max_tokens: Tokens of the answer that are compared.
-        advise: Whether changes are tried.
-        progress: Told about the trials.
+        host: Model, store and core.
+        asked: Returns the question with a given fidelity; with its own for ``None``.
+        max_tokens: Maximum length, in tokens, of the answer that is compared.
+        advise: Whether to try changed settings.
+        progress: Called before each trial, and at the end.
+
+    Returns:
+        Distances for each token, and the trials.
+
+    Raises:
+        ContextFull: The prompt and ``max_tokens`` do not fit the llama.cpp context.
     """
     question = asked(None)
     fidelity = question.fidelity
@@ -151,7 +157,7 @@ def examine(
     trials = []
     for done, (change, other) in enumerate(changes, 2):
         say(done, change)
-        # What is recomputed takes cells besides. A change for which there are none is no advice.
+        # Recomputed tokens take additional cells. A setting that does not fit can't be recommended.
         with suppress(ContextFull):
             trials.append(_try(host, asked(other), true, change, 1))
     say(len(changes) + 2, "")
@@ -162,11 +168,13 @@ def examine(
 
 
 def _encode(host: Host, question: Question) -> Encoded:
+    """Encodes the slices that a prompt needs and the store lacks."""
     wanted = question.plan().wanted
     return host.do(lambda slot, _: host.kv_cache.encode(slot, wanted, question.label))
 
 
 def _try(host: Host, question: Question, true: Truth, change: str, max_tokens: int) -> Trial:
+    """Measures the TTFT of a prompt with empty slots, and its distance from ``true``."""
     made = _encode(host, question)
     try:
         times: list[float] = []

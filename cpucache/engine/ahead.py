@@ -1,4 +1,4 @@
-"""Evaluating ahead: prompts before they are asked, and while they are being written."""
+"""Evaluation of prompts ahead of the request for an answer, and while the user types them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cpucache.reuse import OnProgress
 
 
 class Preparation:
-    """A prompt that is evaluated ahead, in the background: answers come first.
+    """A prompt that is evaluated in the background, ahead of the request for its answer. Answers have priority.
 
-    What has been evaluated stays in the llama.cpp context, and whatever begins with the same text goes on from there.
-    That holds for one that was cancelled, too.
+    The evaluated tokens stay in the llama.cpp context, also after ``cancel``. The next prompt that begins with the same
+    tokens evaluates only the rest.
 
     Args:
-        request: What the core was given.
+        request: The request that was submitted to the core.
     """
 
     def __init__(self, request: Request[Prepared]) -> None:
@@ -26,31 +26,31 @@ class Preparation:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more is evaluated for it."""
+        """Whether the evaluation has ended, complete or not."""
         return self._request.ended
 
     def cancel(self) -> None:
-        """End it within one batch, keeping what it has evaluated."""
+        """Ends the evaluation within one batch. The llama.cpp context keeps the tokens evaluated so far."""
         self._request.cancel()
 
     def result(self, progress: OnProgress | None = None) -> Prepared:
-        """What it took, once it has ended. ``progress(done, total)`` is told about tokens.
+        """Waits until the evaluation has ended, and returns its token counts.
 
-        Raises ``CpucacheError`` when it was cancelled, or made way for an answer, and whatever else went wrong.
+        ``progress(done, total)`` is called with numbers of tokens, in this thread. Raises ``CpucacheError`` when the
+        preparation was cancelled or another request ended it, and any error of the evaluation.
         """
         return self._request.result(progress)
 
 
 class TypingAhead:
-    """Has a text evaluated while somebody writes it.
+    """Evaluates a text while the user types it.
 
-    The text is given after each change. Words are evaluated as soon as a blank stands behind them. A new preparation
-    takes the place of those before; one under way whose text the new one begins with is let go on, for what it is at is
-    needed.
+    Call ``typed`` with the whole text after each change. A word is evaluated once a blank follows it. A new preparation
+    cancels earlier ones, except a running one whose text is a prefix of the new text: the new one needs its tokens.
 
     Args:
-        prepare: Begins to evaluate a text ahead, as ``Session.prepare`` does. Errors of the package are left for the
-            prompt itself to raise.
+        prepare: Starts the preparation of a text, such as ``Session.prepare``. A ``CpucacheError`` that it raises is
+            ignored: the prompt raises it again when it is asked.
     """
 
     def __init__(self, prepare: Callable[[str], Preparation]) -> None:
@@ -59,7 +59,7 @@ class TypingAhead:
         self._under_way: list[tuple[str, Preparation]] = []
 
     def typed(self, text: str) -> None:
-        """Note what there is of the text now."""
+        """Prepares the text in its current state, if a word was completed or changed since the last call."""
         head = written(text)
         if head == self._head:
             return
@@ -74,7 +74,7 @@ class TypingAhead:
             self._under_way = kept
 
     def stop(self) -> None:
-        """Cancel what is under way: the text is asked now, or given up."""
+        """Cancels all preparations. Call it when the text is asked or abandoned."""
         for _, each in self._under_way:
             each.cancel()
         self._under_way, self._head = [], None

@@ -1,4 +1,4 @@
-"""The core: one thread that owns a llama.cpp context, and runs the requests of all others."""
+"""The core: one thread that owns the llama.cpp context and runs the requests of all other threads."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from cpucache.runtime import Batch, Context, Stopped
 from cpucache.stages import profiled
 
 PAUSE = 1.0
-"""Seconds without a request after which the machine counts as idle."""
+"""Seconds without a request after which the engine counts as idle."""
 WRITING = 30.0
-"""The same behind what was evaluated of a prompt that is being written: it stays in the llama.cpp context so long."""
-_POLL = 0.05  # seconds between looks at what another process is making
+"""The same after the preparation of an unfinished prompt, whose tokens stay in the llama.cpp context for that time."""
+_POLL = 0.05  # seconds between checks for slices that another process is encoding
 _log = logging.getLogger("cpucache.engine")
 
 
 class Core:
-    """Runs requests, each step in one batch: a token of every answer, and a chunk of one prefill.
+    """Runs requests step by step. Each step evaluates one batch: a token of every answer, and a chunk of one prefill.
 
     Args:
-        context: Used by this thread alone, until ``close`` has returned.
-        slots: Requests that run at a time, at most.
-        idle: Asked for a request when nothing has been asked for ``PAUSE`` seconds.
+        context: The llama.cpp context, which only the core's thread uses until ``close`` has returned.
+        slots: Maximum number of requests that run at the same time.
+        idle: Called after ``PAUSE`` seconds without a request; returns a request to run, or ``None``.
     """
 
     def __init__(self, context: Context, slots: int, idle: Callable[[], Request[Any] | None] | None = None) -> None:
@@ -37,23 +37,26 @@ class Core:
         self._scheduler = Scheduler(slots, context.n_ctx, context.n_batch)
         self._idle = idle
         self._idle_at: float | None = time.monotonic() + PAUSE
-        """When the machine counts as idle; ``None``: what there was to do then has been done."""
+        """Time at which the engine counts as idle; ``None`` once the request of ``idle`` has been started."""
         self._inbox: list[Request[Any]] = []
         self._changed = threading.Condition()
         self._closing = False
         self._told: Request[Any] | None = None
-        """The request of which the log says that it waits for cells."""
+        """The request that was last logged as waiting for cells, so that each is logged once."""
         self._thread = threading.Thread(target=self._run, name="cpucache-core", daemon=True)
         self._thread.start()
 
     # -- for any thread ----------------------------------------------------------------------------------------------
     @property
     def busy(self) -> bool:
-        """Whether a request that comes now may have to wait."""
+        """Whether a request that is submitted now may have to wait."""
         return bool(self._inbox) or self._scheduler.busy
 
     def submit(self, request: Request[Any]) -> bool:
-        """Give a request to the core. False: it has been cancelled. Raises ``CpucacheError``."""
+        """Puts a request into the queue. Returns false for one that was submitted or cancelled before.
+
+        Raises ``CpucacheError`` when the engine has been closed.
+        """
         with self._changed:
             if self._closing:
                 raise CpucacheError("the engine has been closed")
@@ -64,7 +67,7 @@ class Core:
             return True
 
     def close(self) -> None:
-        """Cancel all requests, and wait until they have ended."""
+        """Cancels all requests, and waits until they have ended."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -81,7 +84,7 @@ class Core:
         self._end_all()
 
     def _receive(self) -> bool:
-        """Take the requests that have come; without any, and nothing else to do, wait for one. False: end."""
+        """Moves new requests to the scheduler; waits for one when there is no work. Returns false to end the thread."""
         with self._changed:
             while not (self._inbox or self._closing or self._scheduler.busy):
                 due = self._due()
@@ -98,13 +101,14 @@ class Core:
             return not self._closing
 
     def _due(self) -> float | None:
-        """Seconds until the machine counts as idle."""
+        """Seconds until the engine counts as idle; ``None`` without any work for that time."""
         return None if self._idle is None or self._idle_at is None else self._idle_at - time.monotonic()
 
     def _refine(self) -> None:
+        """Starts the request of ``idle``, if it returns one."""
         try:
             request = self._idle() if self._idle else None
-        except Exception:  # this thread lives on
+        except Exception:  # all requests depend on this thread, which must not end
             _log.exception("what to do when idle can't be told")
             request = None
         if request is None:
@@ -113,7 +117,7 @@ class Core:
             self._scheduler.add(request)
 
     def _make_way(self) -> None:
-        """End what has been cancelled, and put aside what a request of higher priority overtakes."""
+        """Ends cancelled requests, and interrupts a prefill when a request of higher priority waits."""
         for queue in self._scheduler.waiting.values():
             for request in [each for each in queue if each.cancelled]:
                 queue.remove(request)
@@ -132,12 +136,12 @@ class Core:
                 self._scheduler.add(job.request, first=True)
 
     def _end(self, request: Request[Any]) -> None:
-        """End a request that did not run to its end."""
+        """Ends a request whose task was not completed."""
         request.end()
         self._idle_at = time.monotonic() + PAUSE
 
     def _begin(self) -> None:
-        """Begin the next request, if one may."""
+        """Starts the next request, if slots and cells allow."""
         request = self._scheduler.next()
         if request is None:
             due = self._scheduler.due
@@ -150,7 +154,7 @@ class Core:
         self._go(job, job.start)
 
     def _step(self) -> None:
-        """Evaluate one batch, and let those go on whose work is done."""
+        """Evaluates one batch, and resumes every task whose work has been evaluated."""
         scheduler = self._scheduler
         works = {job: list(job.work.runs) for job in scheduler.running}
         batch = Batch()
@@ -162,11 +166,11 @@ class Core:
             else:
                 self._wait()
         except (Stopped, ContextFull) as error:
-            # None of it has been evaluated.
+            # llama.cpp evaluated no token of the batch, so each job gets its tokens back.
             for job in jobs:
                 job.work.runs = works[job]
             if isinstance(error, ContextFull):
-                # Answers have cells of their own: what took too many is the prefill.
+                # Cells for answers are reserved when they start: the prefill took too many.
                 self._fail(scheduler.prefill or jobs[-1], error)
             return
         except CpucacheError as error:
@@ -185,7 +189,7 @@ class Core:
                 self._go(job, job.go_on)
 
     def _stop(self) -> bool:
-        """Whether a lone prefill is to be stopped: it is cancelled, or has to make way."""
+        """Whether to stop the batch of a prefill that runs by itself: cancelled, or a more urgent request waits."""
         job = self._scheduler.prefill
         if job is None:
             return False
@@ -193,14 +197,14 @@ class Core:
         return job.request.cancelled or self._closing or urgent
 
     def _wait(self) -> None:
-        """Wait for another process."""
+        """Waits a moment for another process, when no task has tokens to evaluate."""
         with self._changed:
             if not (self._inbox or self._closing):
                 self._changed.wait(_POLL)
 
-    # -- what becomes of a request -----------------------------------------------------------------------------------
+    # -- progress of a request ---------------------------------------------------------------------------------------
     def _go(self, job: Job, step: Callable[[], None]) -> None:
-        """Let a job go on. What it raises is its caller's."""
+        """Resumes a job. An error of its task ends the request, whose caller gets the error."""
         request = job.request
         try:
             with nullcontext() if request.profile is None else profiled(request.profile):
@@ -210,11 +214,11 @@ class Core:
             if alone or job is not self._scheduler.prefill:
                 request.end(error=error)
             else:
-                # Making slices that were missing took more cells than the prompt has: it begins again, alone.
+                # Encoding missing slices took more cells than were reserved: the request starts over by itself.
                 _log.info("%s: the context is full; it begins again with nothing beside it", request.label)
                 request.cells = None
                 self._scheduler.add(request, first=True)
-        except BaseException as error:  # whatever it is, this thread lives on
+        except BaseException as error:  # all requests depend on this thread, which must not end
             _log.debug("%s failed", request.label, exc_info=True)
             request.end(error=error)
         else:
@@ -225,10 +229,11 @@ class Core:
             self._idle_at = time.monotonic() + (WRITING if request.once else PAUSE)
 
     def _fail(self, job: Job, error: CpucacheError) -> None:
+        """Raises an error in the task of a job."""
         self._go(job, lambda: job.fail(error))
 
     def _close(self, job: Job) -> None:
-        """End a task where it is."""
+        """Closes the task of a job, wherever it stands, and frees its slot."""
         try:
             job.close()
         except Exception:
@@ -236,7 +241,7 @@ class Core:
         self._scheduler.drop(job)
 
     def _end_all(self) -> None:
-        """Cancel every request. Answers end with what there is of them."""
+        """Cancels every request. Running answers end with their text so far."""
         scheduler = self._scheduler
         waiting = [request for queue in scheduler.waiting.values() for request in queue]
         for request in [*waiting, *(job.request for job in scheduler.running)]:

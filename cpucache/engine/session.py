@@ -1,7 +1,7 @@
-"""Sessions: conversations whose KV state outlives the context and the process (CachedAttention).
+"""Sessions: conversations whose KV state outlives the llama.cpp context and the process (CachedAttention, section 3).
 
-Each message becomes slices that attend to everything before, saved while the person reads and types. The next turn,
-today in this process or days later in another, evaluates what is new and nothing else.
+Each message becomes slices whose context is the whole conversation before it. The slices are saved while the user reads
+and types. The next turn, in this process or a later one, evaluates only new tokens.
 """
 
 from __future__ import annotations
@@ -42,11 +42,26 @@ _log = logging.getLogger("cpucache.engine")
 
 
 class Session:
-    """A conversation. NewSlice by ``Engine.session``; close it, or use it as a context manager, to let others open it.
+    """A conversation, opened by ``Engine.session``. Nobody else can open it until it is closed.
 
-    While it is open its slices are evicted neither from memory nor (by this process) from disk. A message is written
-    down before it is evaluated (one in the place of another when its answer begins), and an answer when it ends:
-    complete, stopped by ``max_tokens``, or interrupted. A crash loses at most the answer under way.
+    Use a session as a context manager, or call ``close``. While it is open, its slices are not evicted from memory, nor
+    by this process from disk.
+
+    The transcript on disk gets each message before the message is evaluated, and each answer when the answer ends:
+    complete, cut off at ``max_tokens``, or interrupted. A message that replaces another one (``edit``) is written with
+    the first token of its answer. A crash loses at most the current answer.
+
+    Args:
+        host: Model, store and core.
+        transcripts: File of all conversations.
+        name: Name of the conversation.
+        system: System text of a new conversation.
+        first_prompt: PML prompt that starts a new conversation, instead of ``system``.
+        when_full: Reaction to a full llama.cpp context, see ``Engine.session``.
+
+    Raises:
+        InputError: An argument is not valid, or the conversation has another model, system text or prompt.
+        CpucacheError: The conversation is open elsewhere, or can't be read.
     """
 
     def __init__(
@@ -91,7 +106,7 @@ class Session:
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
-        """End an answer that is under way, and let others open the session."""
+        """Ends the current answer, if there is one, and lets others open the conversation."""
         if not self._closed:
             with self._lock:
                 self._closed = True
@@ -114,29 +129,29 @@ class Session:
     # -- what was said -----------------------------------------------------------------------------------------------
     @property
     def entries(self) -> list[Entry]:
-        """Every message, from the first on."""
+        """All messages in order, with those that have left the context: system text or prompt, questions, answers."""
         return self._transcript.entries
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that the next turn will see."""
+        """Number of saved tokens that the next turn attends to."""
         return self._history.n_tokens
 
     @property
     def keys(self) -> list[str]:
-        """The slices that the next turn needs."""
+        """Keys of the slices that the next turn needs."""
         return list(self._held)
 
     @property
     def left_out(self) -> int:
-        """Messages that have left the context."""
+        """Number of messages that have left the context to make room for later ones."""
         return self._history.left_out
 
     @property
     def unanswered(self) -> bool:
-        """Whether the last message, or the prompt that the session began with, waits for an answer.
+        """Whether the last message, or the prompt that started the conversation, has no answer yet.
 
-        ``send`` and ``stream`` without a text give it.
+        ``send`` and ``stream`` without a text answer it.
         """
         return bool(self.entries) and (self.entries[-1].role == "user" or self._asks)
 
@@ -149,7 +164,21 @@ class Session:
         sampling: Sampling | None = None,
         progress: OnProgress | None = None,
     ) -> Reply:
-        """The whole answer to a message, given as for ``stream``. Calls from several threads take turns."""
+        """Answers a message, and returns when the answer is complete. Calls from several threads run one by one.
+
+        Args:
+            text: Message of the user (default: the message that is ``unanswered``).
+            max_tokens: Maximum length of the answer, in tokens.
+            sampling: Choice of tokens, such as ``Sampling(temperature=0.7, seed=1)`` (default: greedy).
+            progress: Called as ``progress(done, total)``, in tokens evaluated before the first token of the answer.
+
+        Returns:
+            The text of the answer, and its metrics.
+
+        Raises:
+            InputError: There is no message to answer, or the session has been closed.
+            ContextFull: The message does not fit, even after all turns that may leave the context have left.
+        """
         with self._lock:
             return self.stream(text, max_tokens=max_tokens, sampling=sampling, progress=progress).reply()
 
@@ -161,22 +190,35 @@ class Session:
         sampling: Sampling | None = None,
         progress: OnProgress | None = None,
     ) -> Stream:
-        """The answer to a message, piece by piece; without ``text``, to the one that is ``unanswered``.
+        """Answers a message piece by piece.
 
-        ``max_tokens``, ``sampling`` and ``progress`` are those of ``Engine.stream``. The session's next turn waits
-        until this answer has ended (``stop`` it first where the rest is not wanted); it ends a stream of which nothing
-        was read. Raises ``ContextFull`` when there is no room for the message, and none that may be made.
+        The message is evaluated when the first piece is requested. The next turn waits until this answer has ended;
+        call ``Stream.stop`` first when the rest is not wanted. The next turn cancels a stream that was never read.
+
+        Args:
+            text: Message of the user (default: the message that is ``unanswered``).
+            max_tokens: Maximum length of the answer, in tokens.
+            sampling: Choice of tokens, such as ``Sampling(temperature=0.7, seed=1)`` (default: greedy).
+            progress: Called as ``progress(done, total)``, in tokens evaluated before the first token of the answer.
+
+        Returns:
+            An iterator over pieces of the answer, with ``text`` and ``metrics`` so far.
+
+        Raises:
+            InputError: There is no message to answer, or the session has been closed.
+            ContextFull: The message does not fit, even after all turns that may leave the context have left.
         """
         with self._lock:
             self._finish_last()
             return self._turn(text, len(self.entries), max_tokens, sampling, progress)
 
     def prepare(self, text: str, *, max_tokens: int = MAX_TOKENS) -> Preparation:
-        """Begin to evaluate a message that is being written, in the background; ``stream`` goes on from there.
+        """Starts to evaluate a message in the background while the user types it.
 
-        What stands behind its last blank is not evaluated. ``max_tokens`` is that of the answer to come. The next turn
-        cancels it, keeping what it has evaluated. ``TypingAhead`` gives a text on after each change. Raises
-        ``ContextFull`` like ``stream``.
+        The word after the last blank of ``text`` is not evaluated. ``max_tokens`` is the length of the answer to come,
+        for which room is kept. The next turn cancels the preparation and continues after the tokens that it evaluated.
+        ``TypingAhead`` calls ``prepare`` after each change of a text. Raises ``InputError`` when the session has been
+        closed, and ``ContextFull`` like ``stream``.
         """
         with self._lock:
             self._finish_last()
@@ -195,7 +237,11 @@ class Session:
         sampling: Sampling | None = None,
         progress: OnProgress | None = None,
     ) -> Stream:
-        """Another answer to the last message, in place of the one that there is, if any."""
+        """Answers the last message again; the new answer replaces the old one when it ends.
+
+        ``max_tokens``, ``sampling`` and ``progress`` are those of ``stream``. Raises ``InputError`` when there is no
+        message to answer, and ``ContextFull``.
+        """
         with self._lock:
             self._finish_last()
             answered = bool(self.entries) and self.entries[-1].role == "assistant"
@@ -212,7 +258,22 @@ class Session:
         sampling: Sampling | None = None,
         progress: OnProgress | None = None,
     ) -> Stream:
-        """Go back to the user's message ``number`` (1: the first), say ``text`` in its place, and go on from there."""
+        """Replaces a message of the user, drops all messages after it, and answers the new message.
+
+        Args:
+            number: Number of the message among those of the user, from 1 on.
+            text: New text of the message.
+            max_tokens: Maximum length of the answer, in tokens.
+            sampling: Choice of tokens, such as ``Sampling(temperature=0.7, seed=1)`` (default: greedy).
+            progress: Called as ``progress(done, total)``, in tokens evaluated before the first token of the answer.
+
+        Returns:
+            An iterator over pieces of the answer. The transcript changes with the first token of the answer.
+
+        Raises:
+            InputError: There is no message of this number, or the session has been closed.
+            ContextFull: The message does not fit, even after all turns that may leave the context have left.
+        """
         with self._lock:
             self._finish_last()
             said = [index for index, entry in enumerate(self.entries) if entry.role == "user"]
@@ -221,15 +282,16 @@ class Session:
             return self._turn(text, said[number - 1], max_tokens, sampling, progress)
 
     def fork(self, name: str, messages: int | None = None) -> None:
-        """Give the conversation so far, or its first ``messages``, another name too, under which it goes its own way.
+        """Copies the conversation, or its first ``messages`` entries, to another name, where it continues separately.
 
-        What both share is on disk once. Raises ``InputError`` when there is a session of this name.
+        ``messages`` counts every entry, a system text or prompt too. Shared messages and slices are on disk only once.
+        Raises ``InputError`` when a conversation of this name exists.
         """
         with self._lock:
             self._transcript.fork(name, messages)
 
     def prefetch(self) -> Future[None]:
-        """Read the slices that the next turn needs into memory, in the background."""
+        """Reads the slices that the next turn needs from disk into memory, in the background."""
         return self._host.store.prefetch(self._held)
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -249,7 +311,7 @@ class Session:
         slices = self._host.slices
         with stage("plan"):
             plan = slices.plan(history.spans, new, f"turn {number}")
-        # The last token is evaluated in any case, and its logits give the answer: it goes with the answer.
+        # The last token is always evaluated, since its logits start the answer; its state is saved with the answer.
         message = slices.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
         pending = new[-1:] if text is not None else new
         turn = Turn(text, keep, history, turns, message, pending, number, len(history), len(history.slices))
@@ -270,7 +332,7 @@ class Session:
         return stream
 
     def _before(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
-        """What ``_replayed`` gives of the first ``keep`` entries, to go on with. Raises ``InputError`` when closed."""
+        """The result of ``_replayed`` for ``keep`` entries, which callers may change. Raises ``InputError``."""
         if self._closed:
             raise InputError(f"session '{self.name}' has been closed")
         if keep < len(self.entries):
@@ -278,26 +340,32 @@ class Session:
         return self._history.copy(), copy.copy(self._turns), self._pending, self._asks
 
     def _finish_last(self) -> None:
-        """Wait until the answer before has ended. One that was not begun never is."""
+        """Waits until the previous answer has ended; cancels it when it has not started."""
         if self._last is not None:
             if not self._last.begun:
                 self._last.cancel()
             self._last.wait()
 
     def _make_room(self, history: History, new: int, max_tokens: int) -> None:
-        """Let the oldest turns leave until the new one fits, with room for its answer."""
+        """Drops the oldest turns until the new one fits with room for its answer, or raises ``ContextFull``.
+
+        Args:
+            history: History before the turn, which is changed.
+            new: Number of tokens of the new message.
+            max_tokens: Maximum length of the answer; the room for it is at most a quarter of the context.
+        """
         n_ctx, known = self._host.context.n_ctx, self._host.model.n_ctx_train
         room = min(max_tokens, min(n_ctx, known) // 4)
 
         def fits(room: int) -> bool:
-            # Cells, and positions that the model knows: where modules were left out there are more of these.
+            # Cells and trained positions are two limits: gaps of left-out modules take positions, but no cells.
             return history.n_tokens + new + room <= n_ctx and history.end + new + room <= known
 
-        # What stays is evaluated again where it can't be moved: that is to happen rarely.
+        # A model whose state can't be moved evaluates the rest again, so drop half of the turns at once, rarely.
         oldest = self.when_full == "oldest" and self._host.context.memory.moves
         roles = [entry.role for entry in self.entries[: len(history)]]
         while not fits(room):
-            # A question leaves with its answer.
+            # A question leaves together with its answer, so an end is where no answer follows.
             ends = [
                 index - history.fixed
                 for index in range(history.fixed + history.left_out + 1, len(history) + 1)
@@ -324,7 +392,7 @@ class Session:
         )
 
     def _begin(self, turn: Turn) -> None:
-        """Write the message down, once."""
+        """Adds the message to the history and the transcript, on the first call only."""
         if turn.text is None or turn.begun:
             return
         history, turn.begun = turn.history, True
@@ -334,7 +402,7 @@ class Session:
         self._history, self._turns, self._pending, self._asks = history.copy(), turn.turns, turn.pending, True
 
     def _prefilled(self, turn: Turn, answer: Answer) -> None:
-        """Save the state of the message, as far as it is in no slice yet."""
+        """Saves the slices of the message that did not exist before, and notes the time that moving slices saved."""
         history, rate = turn.history, self._kv_cache.prefill_rate
         self._begin(turn)
         answer.capture(turn.message[len(answer.plan.slices) - turn.known :], self._label)
@@ -343,7 +411,7 @@ class Session:
             answer.metrics.recompute_ms = moved / rate * 1000
 
     def _save_answer(self, turn: Turn, answer: Answer) -> None:
-        """Write the answer down, and save its state."""
+        """Adds the answer to the history and the transcript, and saves its slice."""
         tokens, pending = self._answered(answer)
         said = joined([turn.pending, tokens])
         history = turn.history
@@ -356,11 +424,11 @@ class Session:
         self._hold(history.slices)
 
     def _answered(self, answer: Answer) -> tuple[Tokens, Tokens]:
-        """The tokens of the answer as it was shown: those that the context holds, and those still to be evaluated."""
+        """Tokens of the answer as shown: those that the llama.cpp context holds, and those not yet evaluated."""
         model = self._host.model
         tokens, rest = list(answer.tokens), ""
         if answer.metrics.finish == "stop" and len(tokens) > answer.evaluated:
-            # A text to stop at came up: what belongs to it was not shown and is not to be seen by later turns.
+            # A stop string ended the answer. It was not shown, so later turns must not attend to its tokens.
             while tokens and not answer.text.startswith(model.text(tokens)):
                 tokens.pop()
             rest = answer.text[len(model.text(tokens)) :]
@@ -369,10 +437,11 @@ class Session:
 
     @property
     def _label(self) -> str:
-        """What its slices are listed under, as if it were their schema."""
+        """Label of the session's slices in the store, in place of a schema name."""
         return f"session {self.name}"
 
     def _hold(self, slices: Sequence[Slice]) -> None:
+        """Protects these slices from eviction, instead of those held before."""
         keys = [slice_.key for slice_ in self._kv_cache.loaded(slices)]
         self._host.store.hold(keys)
         self._host.store.let_go(self._held)
@@ -380,15 +449,19 @@ class Session:
 
     # -- from the transcript -----------------------------------------------------------------------------------------
     def _go_back(self, keep: int) -> None:
+        """Sets the state of the session to that after its first ``keep`` entries."""
         self._history, self._turns, self._pending, self._asks = self._replayed(keep)
         self._hold(self._history.slices)
 
     def _replayed(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
-        """The history of the first ``keep`` entries as it was then, and what follows from them for the next."""
+        """The state of the conversation after its first ``keep`` entries.
+
+        Returns the history, the turns, the tokens still to be evaluated, and whether an answer is due.
+        """
         host = self._host
         history = History(host.slices, movable=host.context.memory.moves)
         turns = Turns(host.template, host.model)
-        # Where nothing stands before, every text begins with this.
+        # An empty conversation begins with the BOS token.
         pending = empty() if host.model.bos is None else np.array([host.model.bos], np.int32)
         asks = False
         for index, entry in enumerate(self.entries[:keep]):
@@ -411,7 +484,7 @@ class Session:
         return history, turns, pending, asks
 
     def _reopened(self, pieces: Any) -> list[Span]:
-        """The spans of the first_prompt as written down; where a slice of it is gone, its tokens as exact slices."""
+        """The spans of the first prompt from the transcript; exact slices of its tokens when a saved slice is gone."""
         host = self._host
         if "segments" not in pieces:
             spans = load_spans(pieces["spans"])
@@ -421,6 +494,7 @@ class Session:
         return [block.span for block in host.slices.cut((), tokens_of(pieces), "first_prompt")]
 
     def _first_entry(self, system: str | None, first_prompt: FirstPrompt | None) -> Entry | None:
+        """The entry that a new conversation begins with: its prompt or its system text, if it has one."""
         host = self._host
         bos = [] if host.model.bos is None else [host.model.bos]
         if first_prompt is not None:
@@ -438,9 +512,10 @@ class Session:
         return None
 
     def _check_same(self, first: Entry) -> None:
+        """Raises ``InputError`` unless the conversation began with this entry."""
         begun = self.entries[0]
         same = begun.role == first.role and (
-            # The slices that there were when it began may be others than there are now.
+            # Compares tokens, not slices: the store may have gained or lost slices since the conversation began.
             np.array_equal(tokens_of(begun.pieces), tokens_of(first.pieces))
         )
         if not same:
@@ -449,5 +524,5 @@ class Session:
 
 
 def _message(turns: Turns, pending: Tokens, text: str | None) -> Tokens:
-    """What is evaluated of a message, up to where its answer begins."""
+    """The tokens to evaluate for a message: pending ones, the user's turn, and the header of the answer."""
     return joined([pending, empty() if text is None else turns.turn("user", text), turns.answer()])
