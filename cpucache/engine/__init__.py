@@ -1,4 +1,4 @@
-"""The public classes that applications embed."""
+"""The public classes for applications that embed an engine."""
 
 from cpucache.engine.ahead import Preparation, TypingAhead
 from cpucache.engine.engine import Engine

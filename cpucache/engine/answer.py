@@ -1,4 +1,4 @@
-"""An answer: the task that evaluates a prompt and chooses token after token."""
+"""An answer: the task that evaluates a prompt and samples the tokens of its answer."""
 
 from __future__ import annotations
 
@@ -27,28 +27,31 @@ Hook: TypeAlias = "Callable[[Answer], None]"
 
 
 class TokenLogprobs(NamedTuple):
-    """How likely a token was, and which were the likeliest."""
+    """Log probability of a token of the answer, and the likeliest tokens in its place."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
-    """Tokens and their log probabilities, the likeliest first."""
+    """Token ids and their log probabilities, the likeliest first."""
 
 
 class Answer:
-    """An answer to a prompt, as far as it has come.
+    """The answer to a prompt so far, and the task that continues it. The core's thread calls all hooks.
 
     Args:
-        kv_cache: Where it is given.
-        plan: Plans the prompt by the slices that there are at the moment.
-        sampling: How tokens are chosen.
-        max_tokens: Tokens of the answer at most.
-        started: When it was asked for, by ``time.perf_counter``.
-        label: What slices made on the way are listed under.
-        use_cache: ``False`` evaluates the same tokens from the first to the last.
-        at_start: Called before anything is evaluated, by the core's thread like all of these.
-        at_first: Called when the first token has been handed out.
-        at_end: Called when the answer ends, complete or not, if it has a first token.
+        kv_cache: The llama.cpp context, and the store.
+        plan: Returns the plan of the prompt, by the slices that exist when it is called.
+        sampling: Choice of tokens.
+        max_tokens: Maximum length of the answer, in tokens.
+        started: Time of the call, by ``time.perf_counter``, from which ``ttft_ms`` and ``total_ms`` count.
+        label: Label in the store of slices that are encoded for the prompt, in place of a schema name.
+        use_cache: Whether to reuse slices and slots; ``False`` evaluates every token of the prompt.
+        at_start: Called before the first evaluation.
+        at_first: Called after the first token has been handed out.
+        at_end: Called when an answer with at least one sampled token ends, complete or not.
+
+    Raises:
+        InputError: ``max_tokens`` or ``sampling`` is not valid.
     """
 
     def __init__(
@@ -73,16 +76,16 @@ class Answer:
         self.tokens: list[int] = []
         """The tokens of the answer so far."""
         self.evaluated = 0
-        """How many of them the llama.cpp context holds: all but the last, or the last as well."""
+        """Number of these tokens that the llama.cpp context holds: all, or all but the last."""
         self.saved = 0
-        """Tokens of the prompt's last span that a hook has saved."""
+        """Number of leading tokens of the prompt's last span that a hook has saved."""
         self.logprobs: list[TokenLogprobs] = []
-        """Of each token of the answer so far, if the sampling asks for them."""
+        """Log probabilities of each sampled token, if ``Sampling.logprobs`` is set."""
         self.metrics = Metrics(model=kv_cache.context.model.path.stem, finish="interrupted")
         self.plan = Plan(())
         """The plan that was spliced; empty until the prompt has been evaluated."""
         self.planned = plan if use_cache else lambda: plan().without_reuse()
-        """Plans the prompt by the slices that there are at the moment."""
+        """Returns the plan of the prompt, by the slices that exist when it is called."""
         self._kv_cache = kv_cache
         self._slot: Slot | None = None
         self._sampling = sampling
@@ -95,12 +98,12 @@ class Answer:
         self._at_end = at_end
 
     def capture(self, slices: Iterable[Slice], label: str) -> int:
-        """Save what its slot holds of ``slices``; gives how many bytes that is. For the hooks."""
+        """Saves those of ``slices`` that the slot holds; returns their size in bytes. Only hooks may call it."""
         assert self._slot is not None, "called by a hook"
         return self._kv_cache.capture(self._slot, slices, label)
 
     def task(self, request: Request[None]) -> Task[None]:
-        """Give the answer, telling ``request`` its pieces, until it ends or the request is cancelled."""
+        """Evaluates the prompt, and passes pieces of the answer to ``request`` until either ends."""
         sampler = Sampler(self._sampling, self._kv_cache.context.model)
         try:
             if self._at_start:
@@ -126,7 +129,7 @@ class Answer:
             )
 
     def _decode(self, sampler: Sampler, request: Request[None], slot: Slot, plan: Plan) -> Task[None]:
-        """Choose token after token behind a prompt that has been evaluated."""
+        """Samples the answer after the prompt has been evaluated, and calls the hooks."""
         self._slot, self.plan = slot, plan
         sampler.accept(plan.tokens)
         try:
@@ -139,6 +142,7 @@ class Answer:
                     self._timed(self._at_end)
 
     def _tokens(self, sampler: Sampler, request: Request[None], slot: Slot) -> Task[None]:
+        """Samples and evaluates tokens until the model, a stop string, a limit or a cancellation ends the answer."""
         context, metrics = self._kv_cache.context, self.metrics
         out = TextStream(self._sampling.stops)
         positions = max(context.model.n_ctx_train, self.plan.end + 1) - self.plan.end
@@ -172,26 +176,30 @@ class Answer:
         self._say(out.finish(), request)
 
     def _say(self, text: str, request: Request[None]) -> None:
+        """Appends a piece to the answer, and passes it to the caller."""
         if text:
             self.text += text
             request.tell(text)
 
     def _first(self) -> None:
-        """Once, when the first token has been handed out: nothing that is done here delays it."""
+        """Calls ``at_first`` once, only after the first token has been handed out, so as not to delay it."""
         at_first, self._at_first = self._at_first, None
         if at_first:
             self._timed(at_first)
 
     def _timed(self, hook: Hook) -> None:
+        """Calls a hook, and adds its time to ``save_ms``."""
         started = time.perf_counter()
         hook(self)
         self.metrics.save_ms += (time.perf_counter() - started) * 1000
 
     def _elapsed(self) -> float:
+        """Milliseconds since the call."""
         return (time.perf_counter() - self._started) * 1000
 
 
 def _logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
+    """Log softmax of ``logits`` ``[n_vocab]`` for ``token``, and for the ``count`` likeliest tokens."""
     shifted = logits.astype(np.float64) - logits.max()
     all_ = shifted - np.log(np.exp(shifted).sum())
     top = np.argsort(all_)[::-1][:count]

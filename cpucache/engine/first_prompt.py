@@ -1,4 +1,4 @@
-"""How a conversation keeps the PML prompt that it begins with: by its tokens and slices, not by the schema."""
+"""First prompts: the PML prompt that starts a conversation, saved as tokens and slices, so that no schema is needed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from cpucache.reuse import Plan, Slice, Span
 
 
 class FirstPrompt(NamedTuple):
-    """A PML prompt for a conversation to begin with."""
+    """A PML prompt that starts a conversation."""
 
     plan: Plan
     turns: Turns
+    """State of the chat template after the prompt."""
     asks: bool
-    """It ends with a message of the user's."""
+    """Whether the prompt ends with a message of the user, which needs an answer."""
     text: str
-    """What to call it."""
+    """Text of its entry in the transcript: the name of its schema."""
 
 
 def dump_spans(spans: Sequence[Span]) -> list[dict[str, Any]]:
-    """Spans of slices as JSON."""
+    """The spans with a slice as JSON values; other spans are left out."""
     return [
         {
             "at": span.start,
@@ -44,7 +45,7 @@ def dump_spans(spans: Sequence[Span]) -> list[dict[str, Any]]:
 
 
 def load_spans(dumped: Sequence[dict[str, Any]]) -> list[Span]:
-    """The spans that ``dump_spans`` was given. Their slices can be spliced, not made."""
+    """The spans that ``dump_spans`` returned as JSON values. Their slices can be spliced, but not encoded again."""
     spans = []
     for each in dumped:
         attends_to = tuple(bytes.fromhex(text) for text in each["attends_to"])
@@ -57,7 +58,7 @@ def load_spans(dumped: Sequence[dict[str, Any]]) -> list[Span]:
 
 
 def tokens_of(pieces: dict[str, Any]) -> Tokens:
-    """The tokens of a conversation's first entry as it was written down, by this version or an earlier one."""
+    """Tokens of the first entry of a conversation, in the JSON format of this version or an earlier one."""
     if "parts" in pieces:
         return joined([np.array(part, np.int32) for part in pieces["parts"]])
     if "segments" in pieces:

@@ -1,4 +1,4 @@
-"""The host: a model that is loaded, and what engines, sessions and advice stand on."""
+"""The host: a loaded model with its store and core, which engines, sessions and advice share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Host:
-    """A model that is loaded, its store, and the core that owns its llama.cpp context."""
+    """A loaded model, its KV cache and planner, and the core that owns the llama.cpp context."""
 
     model: Model
     template: ChatTemplate
@@ -39,12 +39,12 @@ class Host:
 
     @property
     def slices(self) -> Slices:
-        """Makes slices of this model."""
+        """Builds slices of this model, with their keys."""
         return self.kv_cache.slices
 
     @property
     def store(self) -> Store:
-        """Where slices are kept."""
+        """The store that holds the slices, in memory and on disk."""
         return self.kv_cache.store
 
     def do(
@@ -53,9 +53,15 @@ class Host:
         priority: Priority = Priority.ANSWER,
         progress: OnProgress | None = None,
     ) -> T:
-        """Run a task on the core, in a slot and with nothing beside it; gives what it returns.
+        """Runs a task in a slot while no other request runs, and returns its result.
 
-        ``progress(done, total)`` is called in this thread with what the task tells of its progress.
+        Args:
+            task: Called with the slot, and with a function that takes progress in tokens (done, total).
+            priority: Priority of the request.
+            progress: Called as ``progress(done, total)`` in this thread.
+
+        Raises:
+            CpucacheError: The engine has been closed. Errors of the task are raised as well.
         """
 
         def in_slot(request: Request[T]) -> Task[T]:
@@ -67,14 +73,14 @@ class Host:
         return request.result(progress)
 
     def prepare(self, plan: Callable[[], Plan], label: str, *, n_tokens: int, save: bool, once: bool) -> Preparation:
-        """Begin to evaluate a plan ahead.
+        """Starts to evaluate a plan in the background, with the priority of a preparation.
 
         Args:
-            plan: Plans what is evaluated, by the slices that there are at the moment.
-            label: What its slices are listed under.
-            n_tokens: Of the prompt that it is the beginning of.
-            save: Save what is in no slice yet, once it has been evaluated.
-            once: It ends where another request takes its place.
+            plan: Returns the plan to evaluate, by the slices that exist when it is called.
+            label: Label of its slices in the store, in place of a schema name.
+            n_tokens: Length of the whole prompt, of which the plan is a prefix.
+            save: Whether to save the fresh tokens of the last span as slices.
+            once: Whether another request ends the preparation, instead of only interrupting it.
         """
         kv_cache = self.kv_cache
 
@@ -97,9 +103,9 @@ class Host:
         return Preparation(request)
 
     def forget(self) -> None:
-        """Empty the llama.cpp context, as it is after a restart. The store keeps its slices."""
+        """Empties the llama.cpp context, as after a restart. The store keeps its slices."""
         self.do(lambda slot, _: self.kv_cache.reset(slot))
 
     def warm_up(self) -> None:
-        """Evaluate one token, so that the first prompt does not pay for reading the weights in, and the like."""
+        """Evaluates one token, so that the weights are in memory before the first prompt."""
         self.do(lambda slot, _: self.kv_cache.warm_up(slot, self.model.filler))

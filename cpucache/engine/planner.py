@@ -1,4 +1,4 @@
-"""What callers ask for, in whatever form, as prompts that can be planned."""
+"""The planner: turns a prompt in any form that callers use into a question, which can be planned."""
 
 from __future__ import annotations
 
@@ -23,43 +23,46 @@ if TYPE_CHECKING:
     from cpucache.authoring import AnyPromptFunction
 
 Message: TypeAlias = Mapping[str, object]
-"""``role`` and ``content``."""
+"""A message with ``role`` (system, user, assistant) and ``content``."""
 PMLPrompt: TypeAlias = "str | Path | Prompt"
 """A prompt on a schema: PML text, the ``Path`` of a file, or a parsed prompt."""
 AnyPrompt: TypeAlias = "PMLPrompt | Sequence[Message] | Sequence[int] | Tokens | Text"
-"""A prompt in any form; its type tells which, see ``Engine.plan``."""
+"""A prompt in any form; its type tells the form, see ``Engine.plan``."""
 PREFIX = "(text)"
-"""What slices of plain text and messages are listed under, as if it were their schema."""
-_HEAD = 16  # characters of a text that are tokenized first, for each token that there is room for
+"""Label of slices of plain text and messages in the store, in place of a schema name."""
+_HEAD = 16  # characters of a long text that are tokenized first, for each token that fits the context
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt that can be planned."""
+    """A prompt, as tokens, with a function that plans it."""
 
     plan: Callable[[], Plan]
-    """Plans the prompt by the slices that there are at the moment."""
+    """Returns the plan of the prompt, by the slices that exist when it is called."""
     tokens: Tokens
     label: str
-    """What its slices are listed under."""
+    """Label of its slices in the store: the name of its schema, or ``PREFIX``."""
     name: str
-    """What errors call the prompt."""
+    """Name of the prompt in error messages."""
     fidelity: Fidelity
     bound: Bound | None = None
     """The prompt on the layout of its schema, if it has one."""
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens it has."""
+        """Number of tokens of the prompt."""
         return len(self.tokens)
 
     def check_fits(self, n_ctx: int, n_ctx_train: int, room: int = 1) -> None:
-        """Raise ``ContextFull`` when prompt and answer do not fit the context, or the positions of the model.
+        """Checks that the prompt and an answer fit the llama.cpp context and the trained positions of the model.
 
         Args:
-            n_ctx: Cells of the context.
-            n_ctx_train: Positions that the model was trained on.
-            room: Tokens of the answer at least.
+            n_ctx: Cells of the llama.cpp context.
+            n_ctx_train: Number of positions that the model was trained on.
+            room: Minimum length of the answer, in tokens.
+
+        Raises:
+            ContextFull: They do not fit.
         """
         limit = min(n_ctx, n_ctx_train)
         if self.n_tokens + room <= limit:
@@ -71,6 +74,7 @@ class Question:
         )
 
     def _largest(self) -> str:
+        """The three longest parts of a prompt on a schema, as text for an error message."""
         if self.bound is None:
             return ""
         sizes: dict[str, int] = {}
@@ -82,14 +86,14 @@ class Question:
 
 
 class Planner:
-    """Knows the schemas and the chat template of one model.
+    """Turns prompts into questions, by the schemas and the chat template of one model.
 
     Args:
-        kv_cache: Has the model, which tokenizes, and the slices.
-        template: The model's chat template.
-        positions: How schemas are laid out.
-        fidelity: Of prompts that do not say theirs.
-        reuse: Likewise.
+        kv_cache: The model, which tokenizes, and the store.
+        template: Chat template of the model.
+        positions: Layout of schemas, see ``Engine``.
+        fidelity: Default for prompts without their own.
+        reuse: Default for prompts without their own.
     """
 
     def __init__(
@@ -113,9 +117,9 @@ class Planner:
         self.schemas: dict[str, SchemaLayout] = {}
 
     def add_schema(self, schema: str | Path | Schema | AnyPromptFunction) -> SchemaLayout:
-        """Read and lay out a schema; prompts then find it by its name. Raises ``PMLError``."""
+        """Reads and lays out a schema, which prompts then refer to by its name. Raises ``PMLError``."""
         if not isinstance(schema, str | Path | Schema):
-            # Whoever has a prompt function has imported these already.
+            # Imported here because most processes never need it. A caller with a prompt function has it loaded already.
             from cpucache.authoring import PromptFunction, PromptMethod
 
             if isinstance(schema, PromptFunction | PromptMethod):
@@ -125,11 +129,11 @@ class Planner:
         return layout
 
     def lay(self, schema: Schema) -> SchemaLayout:
-        """The layout of a schema, which is not added. Raises ``PMLError``."""
+        """The layout of a schema, without adding the schema. Raises ``PMLError``."""
         return SchemaLayout(schema, self._model, self._template, self._positions)
 
     def layout(self, name: str) -> SchemaLayout:
-        """The layout of a schema that has been added. Raises ``InputError``."""
+        """The layout of a schema that has been added. Raises ``InputError`` for an unknown name."""
         layout = self.schemas.get(name)
         if layout is None:
             near = difflib.get_close_matches(name, self.schemas, 1)
@@ -145,7 +149,17 @@ class Planner:
         fidelity: Level | Fidelity | None = None,
         reuse: Reuse | None = None,
     ) -> Question:
-        """A prompt in one of the forms that ``Engine.plan`` takes. Raises ``PMLError`` or ``InputError``."""
+        """The question of a prompt.
+
+        Args:
+            prompt: Prompt in a form that ``Engine.plan`` takes.
+            text: Plain text instead of a prompt.
+            fidelity: Treatment of slices that are not exact (default: that of the planner).
+            reuse: Slices that the prompt may take (default: that of the planner).
+
+        Raises:
+            InputError: The prompt is not valid (``PMLError`` for PML), or its schema has not been added.
+        """
         reuse = self._reuse if reuse is None else reuse
         if reuse not in REUSES:
             raise InputError(f"reuse={reuse!r}: must be one of {', '.join(REUSES)}")
@@ -184,12 +198,12 @@ class Planner:
         return self._of_text(Text(self._tokens(messages, None)), fidelity, reuse, "messages")
 
     def size_ahead(self, question: Question, prompt: AnyPrompt | None, text: str | None) -> int:
-        """How many tokens a prompt begins with, however its last text goes on, which is still being written.
+        """Number of leading tokens of an unfinished prompt that stay the same however its last text continues.
 
         Args:
-            question: The prompt as it is.
-            prompt: What ``question`` was made of, as is ``text``.
-            text: Text to go on with.
+            question: The question of the prompt as it stands.
+            prompt: The prompt that ``question`` was built from.
+            text: The text that ``question`` was built from, if it has no prompt.
         """
         if isinstance(prompt, str) and is_prompt(prompt):
             prompt = parsed_prompt(prompt)
@@ -201,12 +215,12 @@ class Planner:
         return Question(plan, text.tokens, PREFIX, name, fidelity)
 
     def tokens_of(self, text: str) -> Tokens:
-        """The tokens of a text to go on with, checked for its size. Raises ``InputError``."""
+        """The tokens of a plain text, with BOS. Raises ``InputError`` for an empty or a far too long text."""
         self._check_size("text", [text])
         return self._tokens(None, text)
 
     def checked_tokens(self, tokens: Sequence[object] | Tokens) -> Tokens:
-        """Ids as an array. Raises ``InputError`` for what are no ids of tokens."""
+        """Token ids as an array ``[n_tokens]``. Raises ``InputError`` for values that are no ids of the vocabulary."""
         try:
             ids = np.array(tokens)
         except (TypeError, ValueError, OverflowError) as error:
@@ -218,7 +232,7 @@ class Planner:
         return ids.astype(np.int32)
 
     def first_prompt(self, prompt: PMLPrompt, *, fidelity: Level | Fidelity | None = None) -> FirstPrompt:
-        """What a conversation begins with that begins with a PML prompt."""
+        """The first prompt of a conversation, from a PML prompt. Raises ``PMLError`` or ``InputError``."""
         wanted = Fidelity.of(fidelity, usual=self._fidelity)
         parsed = parsed_prompt(prompt)
         layout = self.layout(parsed.schema)
@@ -227,25 +241,26 @@ class Planner:
         return FirstPrompt(plan, bound.turns, bound.asks, parsed.schema)
 
     def _planning(self, bound: Bound, fidelity: Fidelity, reuse: Reuse, *, ends: bool = True) -> Callable[[], Plan]:
+        """A function that plans a prompt on a schema by the slices that exist when it is called."""
         if reuse == "exact":
             fidelity = Fidelity(exact=True)
 
         def plan() -> Plan:
             found = self._lookup.plan(bound, fidelity, reuse=reuse, ends=ends)
             if found.end >= self._model.n_ctx_train:
-                # Positions left out may take what comes last past those that the model knows.
+                # Gaps of left-out modules may push the end of the prompt beyond the trained positions.
                 found = self._lookup.plan(bound, fidelity, reuse=reuse, ends=ends, packed=True)
             return found
 
         return plan
 
     def _check_size(self, name: str, texts: Iterable[str]) -> None:
-        """Raise ``ContextFull`` for texts of which a head is too long already, without tokenizing all of them."""
+        """Raises ``ContextFull`` for far too long texts, after tokenizing only as much of them as proves it."""
         text = "".join(texts)
         limit = min(self._n_ctx, self._model.n_ctx_train)
         size = _HEAD * limit
         while size < len(text):
-            # Where a text is cut, tokens may be others than in the whole: twice the limit leaves no doubt.
+            # A cut text may tokenize differently near the cut, so only twice the limit is proof.
             if len(self._model.tokenize(text[:size])) > 2 * limit:
                 raise ContextFull(
                     f"{name}: {len(text):,} characters are more than a context of {limit:,} tokens holds; "
@@ -254,6 +269,7 @@ class Planner:
             size *= 4
 
     def _tokens(self, messages: Sequence[tuple[RoleName, str]] | None, text: str | None) -> Tokens:
+        """The tokens of messages in the chat template, or of plain text, with BOS. Raises ``InputError`` for none."""
         parts = [] if self._model.bos is None else [np.array([self._model.bos], np.int32)]
         if messages is not None:
             turns = Turns(self._template, self._model)
@@ -268,7 +284,7 @@ class Planner:
 
 
 def parsed_prompt(prompt: PMLPrompt) -> Prompt:
-    """A PML prompt, parsed. Raises ``PMLError``, and ``InputError`` for what is none."""
+    """A PML prompt, parsed. Raises ``PMLError``, and ``InputError`` for a value that is no PML prompt."""
     if isinstance(prompt, Prompt):
         return prompt
     if isinstance(prompt, Path):
@@ -286,13 +302,13 @@ _SHOWN = 60
 
 
 def _shown(value: object) -> str:
-    """A value as errors quote it."""
+    """A value as error messages quote it, shortened."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _message(text: str) -> str:
-    """The text of a user's message. Raises ``InputError`` for what is rather meant as the path of a PML file."""
+    """The text of a user's message. Raises ``InputError`` for blank text, and for the path of a PML file."""
     if text.casefold().endswith(".xml") and not any(map(str.isspace, text)):
         raise InputError(
             f"{_shown(text)} looks like the path of a PML file: pass Path({_shown(text)}) for the prompt in it, or "
@@ -304,11 +320,12 @@ def _message(text: str) -> str:
 
 
 def _advice(n_ctx: int, n_ctx_train: int) -> str:
+    """Advice for an error message about a prompt that does not fit."""
     return "raise --ctx (n_ctx=…) or leave something out" if n_ctx < n_ctx_train else "leave something out"
 
 
 def _new_texts(nodes: Iterable[Reference | tree.Text | Turn]) -> Iterator[str]:
-    """The texts that a prompt brings."""
+    """The new texts and turns of a PML prompt, without those of its schema."""
     for node in nodes:
         if isinstance(node, Reference):
             yield from _new_texts(node.children)
@@ -317,6 +334,7 @@ def _new_texts(nodes: Iterable[Reference | tree.Text | Turn]) -> Iterator[str]:
 
 
 def _checked(message: object) -> tuple[RoleName, str]:
+    """Role and content of a message. Raises ``InputError`` for a value that is no message."""
     role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
     if role not in ("system", "user", "assistant") or not isinstance(content, str):
         raise InputError(

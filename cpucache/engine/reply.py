@@ -1,4 +1,4 @@
-"""What an answer comes with."""
+"""Results of requests: a reply with its metrics, and the token counts of a preparation."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ __all__ = ["Metrics", "Prepared", "Reply"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What it took to evaluate a prompt ahead."""
+    """Token counts of a prompt that was evaluated ahead."""
 
     prompt_tokens: int
+    """Tokens of the whole prompt."""
     cached_tokens: int
-    """Those that were there: of a PML prompt, all tokens of the slices that it takes."""
+    """Tokens that came from slices or were in the llama.cpp context already."""
     evaluated_tokens: int
-    """Those that were evaluated."""
+    """Tokens that were evaluated."""
 
 
 @dataclass
 class Reply:
-    """An answer."""
+    """A complete answer."""
 
     text: str
+    """Text of the answer, without the stop string that ended it."""
     metrics: Metrics
+    """Token counts, and times in milliseconds."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that ``run --json`` prints."""

@@ -1,4 +1,4 @@
-"""Requests: tasks for the core, and what their callers are told."""
+"""Requests: tasks for the core, and the events that their callers receive."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Event: TypeAlias = "str | tuple[int, int] | None"
 
 
 class Priority(IntEnum):
-    """What is served first. A request takes the place of one below it, which begins again later, or not at all."""
+    """Priority of a request, the smallest number first.
+
+    A request interrupts the prefill of one of lower priority, which starts over later or, with ``once``, ends.
+    """
 
     ANSWER = 0
     ENCODE = 1
@@ -30,15 +33,16 @@ class Priority(IntEnum):
 class Request(Generic[T]):
     """A task for the core.
 
-    The core's thread runs the task, and tells the request about pieces, progress and the end. Any thread may wait for
-    these, or cancel the request: whether it waits, runs or has ended, no other request is touched.
+    The core's thread runs the task and hands out its events: pieces, progress, and the end. Any thread may wait for
+    events, or cancel the request in any state; no other request is affected.
 
     Args:
-        task: Makes the task, and makes it anew where the request has to begin again.
-        cells: Cells of the llama.cpp context that it needs at most; ``None``: all, so that it runs alone.
-        priority: What is served first.
-        once: It ends where another takes its place, instead of beginning again later.
-        label: What the log calls it.
+        task: Builds the task; called again when the request has to start over.
+        cells: Maximum number of cells of the llama.cpp context that it takes. With ``None``, which means all cells, no
+            other request runs at the same time.
+        priority: Priority in the queue.
+        once: Whether the request ends when another one interrupts it, instead of starting over later.
+        label: Name of the request in the log.
     """
 
     def __init__(
@@ -56,13 +60,13 @@ class Request(Generic[T]):
         self.priority = priority
         self.once = once
         self.profile = current()
-        """Told where its time goes, if anybody asked."""
+        """The profile that collects the time of each stage, if the caller has started one."""
         self.cancelled = False
-        """Whether it is to end as soon as possible."""
+        """Whether the request should end as soon as possible."""
         self.begun = False
-        """Whether the core has been given it."""
+        """Whether the request has been submitted to the core, or cancelled before that."""
         self.at_end: Callable[[], None] | None = None
-        """Called when it has ended."""
+        """Called when the request ends."""
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._put: Callable[[Event], None] = self._events.put
         self._lock = threading.Lock()
@@ -72,7 +76,7 @@ class Request(Generic[T]):
 
     # -- for the core, and its thread --------------------------------------------------------------------------------
     def begin(self) -> bool:
-        """Note that the core has been given it. False: it was given before, or cancelled."""
+        """Marks the request as submitted. Returns false for one that was submitted or cancelled before."""
         with self._lock:
             if self.begun or self.cancelled:
                 return False
@@ -80,15 +84,15 @@ class Request(Generic[T]):
             return True
 
     def tell(self, piece: str) -> None:
-        """Hand out a piece of an answer."""
+        """Hands out a piece of an answer."""
         self._put(piece)
 
     def progress(self, done: int, total: int) -> None:
-        """Hand out progress in tokens."""
+        """Hands out progress in tokens."""
         self._put((done, total))
 
     def end(self, result: T | None = None, error: BaseException | None = None) -> None:
-        """Note that it has ended, in whatever way, once."""
+        """Ends the request with a result, an error, or neither. Called once."""
         self._result, self._error = result, error
         if self.at_end:
             self.at_end()
@@ -96,12 +100,12 @@ class Request(Generic[T]):
         self._put(None)
 
     def listen(self, listener: Callable[[Event], None]) -> None:
-        """Have events given to ``listener``, in the core's thread, instead of to ``next``. Before it begins."""
+        """Sends events to ``listener``, in the core's thread, instead of to ``next``. Call it before ``begin``."""
         self._put = listener
 
     # -- for callers -------------------------------------------------------------------------------------------------
     def cancel(self) -> None:
-        """Make it end as soon as possible: within one step of the core."""
+        """Ends the request as soon as possible, within one step of the core."""
         with self._lock:
             self.cancelled = True
             if not self.begun:
@@ -109,7 +113,7 @@ class Request(Generic[T]):
                 self.end()
 
     def next(self) -> Event:
-        """The next event; ``None`` for ever after the end. Raises, once, what the task raised."""
+        """Waits for the next event; returns ``None`` always after the end. Raises the error of the task once."""
         event = self._events.get()
         if event is None:
             self._events.put(None)
@@ -120,24 +124,24 @@ class Request(Generic[T]):
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended, in whatever way."""
+        """Whether the request has ended, complete or not."""
         return self._ended.is_set()
 
     @property
     def error(self) -> BaseException | None:
-        """What the task raised, if it has ended so and nobody was told."""
+        """The error of the task, if ``next`` has not raised it yet."""
         return self._error
 
     def wait(self) -> None:
-        """Wait until it has ended. Returns at once for one that the core was never given."""
+        """Waits until the request has ended. Returns at once if it was never submitted."""
         if self.begun:
             self._ended.wait()
 
     def result(self, progress: OnProgress | None = None) -> T:
-        """What the task returns, when it has ended. ``progress(done, total)`` is called in this thread.
+        """Waits for the end, and returns the result of the task. ``progress(done, total)`` is called in this thread.
 
-        Where waiting is interrupted, for example by Ctrl-C, the request is cancelled. Raises what the task raised, and
-        ``CpucacheError`` when it was cancelled, or made way for another.
+        An interruption of the wait, such as Ctrl-C, cancels the request. Raises the error of the task, and
+        ``CpucacheError`` when the request was cancelled or another one ended it.
         """
         try:
             while (event := self.next()) is not None:

@@ -1,4 +1,4 @@
-"""Settings of sampling, as callers give them."""
+"""Sampling settings from keyword arguments."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from cpucache.runtime import Sampling
 
 
 def sampling_of(sampling: Sampling | None = None, **keywords: Any) -> Sampling:
-    """``sampling``, else the greedy default, with those of its fields changed that are given and not ``None``.
+    """A copy of ``sampling`` (default: greedy) with its fields set to those ``keywords`` that are not ``None``.
 
-    Raises ``InputError`` for values out of range, ``TypeError`` for a keyword that is no field.
+    Raises ``InputError`` for values out of range, and ``TypeError`` for a keyword that is no field.
     """
     given = {name: value for name, value in keywords.items() if value is not None}
     return replace(sampling or Sampling(), **given)

@@ -1,4 +1,4 @@
-"""Saving: what an answer leaves for later prompts."""
+"""Saving: slices of a plain text and its answer, and notes for refining, for the benefit of later prompts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _LEAST = 8  # tokens of a slice that is saved by itself
 
 
 class Saving:
-    """Hooks of an answer, which save slices of its text, and note what is to be refined.
+    """Hooks of an answer, which save slices of its text and note prompts that refining should make exact.
 
     Args:
-        kv_cache: Where the answer is given.
-        question: What it answers.
+        kv_cache: The llama.cpp context of the answer, and the store.
+        question: The prompt that is answered.
     """
 
     def __init__(self, kv_cache: KVCache, question: Question) -> None:
@@ -26,9 +26,9 @@ class Saving:
         self._question = question
 
     def save_prompt(self, answer: Answer) -> None:
-        """Save what is in no slice yet of a plain text, but for its last token. Called behind the answer's first token.
+        """Saves the fresh tokens of a plain text except the last. Called after the first token of the answer.
 
-        By itself, so that it is found whatever is answered the next time.
+        The slices end before the answer, so that a later prompt finds them whatever its answer is.
         """
         if self._question.bound is not None:
             return
@@ -38,7 +38,7 @@ class Saving:
             answer.saved = len(rest) - 1
 
     def save_answer(self, answer: Answer) -> None:
-        """Save the answer to a plain text, and note what of a prompt is not exact. Called when the answer ends."""
+        """Saves the answer to a plain text, and notes a prompt whose slices were not all exact. Called at the end."""
         slices, bound = self._kv_cache.slices, self._question.bound
         if bound is None:
             before, rest = self._unsaved(answer)
@@ -49,7 +49,7 @@ class Saving:
             self._kv_cache.store.note_asked(slices.fingerprint, slices.scope, self._question.label, parts)
 
     def _unsaved(self, answer: Answer) -> tuple[list[Span], Tokens]:
-        """The spans of a plain text that are slices, and the rest of its tokens."""
+        """The spans of a plain text that have slices, and the remaining tokens, which have none."""
         *before, fresh = answer.plan.spans
         if answer.saved:
             saved = fresh.tokens[: answer.saved]

@@ -1,4 +1,4 @@
-"""The scheduler: which requests run, and how many tokens of each go into the next batch."""
+"""The scheduler: decides which requests run, and how many tokens of each go into the next batch."""
 
 from __future__ import annotations
 
@@ -11,43 +11,44 @@ from cpucache.reuse.work import Work
 from cpucache.runtime import Batch
 
 HELD_UP = 2.0
-"""How long a chunk of a prefill may take while answers run, in steps that evaluate nothing but a token of each."""
-_FIRST = 16  # tokens of a chunk while it is not known how fast they are
-_SMALLEST = 4
+"""Time limit for a chunk of a prefill beside running answers, in steps that evaluate one token for each answer."""
+_FIRST = 16  # tokens of a chunk before the rate of the prefill is known
+_SMALLEST = 4  # tokens of a chunk, however slow the prefill is
 AHEAD = 64
-"""Tokens of a batch of what is evaluated ahead: as many are lost at most when something else is asked."""
+"""Tokens of a batch of a preparation. A request that interrupts it loses no more work than that."""
 _WEIGHT = 0.2  # of the newest measurement in an average
 
 
 class Job:
-    """A request that runs: its task, step by step."""
+    """A running request, with its task and the tokens that the task wants evaluated."""
 
     def __init__(self, request: Request[Any]) -> None:
         self.request = request
         self._task = request.task(request)
         self.work = Work([])
-        """What it wants evaluated next."""
+        """Tokens to evaluate before the task is resumed."""
         self.ended = False
         self.result: Any = None
 
     def start(self) -> None:
-        """Go on to the first work. Raises what the task raises."""
+        """Runs the task up to its first work. Raises errors of the task."""
         self._go(lambda: next(self._task))
 
     def go_on(self) -> None:
-        """Go on, when its work has been evaluated, to the next, or the end. Raises what the task raises."""
+        """Resumes the task after its work has been evaluated, up to its next work or its end. Raises its errors."""
         self._go(lambda: self._task.send(self.work.index))
 
     def fail(self, error: BaseException) -> None:
-        """Tell the task that its work can't be evaluated. Raises what the task raises, usually ``error``."""
+        """Raises ``error`` in the task, whose work can't be evaluated. Raises errors of the task, usually ``error``."""
         self._go(lambda: self._task.throw(error))
 
     def close(self) -> None:
-        """End the task where it is."""
+        """Closes the task at its current step."""
         self.ended = True
         self._task.close()
 
     def _go(self, step: Callable[[], Work]) -> None:
+        """Sets ``work`` to the result of ``step``, or ``result`` and ``ended`` when the task has ended."""
         try:
             self.work = step()
         except StopIteration as end:
@@ -58,15 +59,15 @@ class Job:
 
 
 class Scheduler:
-    """Puts requests in order.
+    """Orders requests by priority, and shares batches among those that run.
 
-    Any number of answers run side by side, as far as there are slots and cells for them, and one prefill: a chunk of it
-    goes into each batch, small enough that the answers are not held up.
+    As many answers run at the same time as slots and cells allow, and one prefill. Each batch gets a chunk of the
+    prefill, small enough not to delay the answers much (``HELD_UP``).
 
     Args:
-        slots: Requests that run at a time, at most.
+        slots: Maximum number of requests that run at the same time.
         cells: Cells of the llama.cpp context.
-        batch: Tokens of a batch, at most.
+        batch: Maximum number of tokens of a batch.
     """
 
     def __init__(self, slots: int, cells: int, batch: int) -> None:
@@ -77,34 +78,34 @@ class Scheduler:
         self.prefill: Job | None = None
         """The request whose prompt is being evaluated."""
         self.answers: list[Job] = []
-        """Those whose answers are on their way."""
+        """The requests whose prompts have been evaluated and whose answers are being decoded."""
         self._token_seconds: dict[int, float] = {0: 0.0}
         self._rate: float | None = None
 
     @property
     def running(self) -> list[Job]:
-        """The requests that run."""
+        """The requests that run, the prefill last."""
         return [*self.answers, *([self.prefill] if self.prefill else [])]
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether any request runs or waits."""
         return bool(self.running) or any(self.waiting.values())
 
     @property
     def count(self) -> int:
-        """How many requests run or wait."""
+        """Number of requests that run or wait."""
         return len(self.running) + sum(map(len, self.waiting.values()))
 
     @property
     def due(self) -> Request[Any] | None:
-        """The request whose turn it is, whether there are cells for it or not."""
+        """The first waiting request, if no prefill runs and a slot is free; cells are not checked."""
         if self.prefill or len(self.answers) >= self._slots:
             return None
         return next((queue[0] for queue in self.waiting.values() if queue), None)
 
     def add(self, request: Request[Any], *, first: bool = False) -> None:
-        """Let a request wait, behind the others of its priority or as the first of them."""
+        """Adds a request to the queue of its priority, at the end or, with ``first``, at the front."""
         queue = self.waiting[request.priority]
         if first:
             queue.appendleft(request)
@@ -112,19 +113,20 @@ class Scheduler:
             queue.append(request)
 
     def overtaken(self) -> Job | None:
-        """The job that has to make way for a waiting request of a higher priority."""
+        """The prefill, if a request of higher priority waits and must interrupt it."""
         job = self.prefill
         higher = job and any(self.waiting[each] for each in Priority if each < job.request.priority)
         return job if higher else None
 
     def next(self) -> Request[Any] | None:
-        """The request that may begin now, which waits no longer."""
+        """Removes the request that may start now from its queue, and returns it; ``None`` if none may start."""
         request = self.due
         if request is None or not self._fits(request):
             return None
         return self.waiting[request.priority].popleft()
 
     def _fits(self, request: Request[Any]) -> bool:
+        """Whether the cells suffice for a request beside the running answers. By itself, every request may start."""
         if not self.answers:
             return True
         if request.cells is None:
@@ -133,7 +135,7 @@ class Scheduler:
         return all(taken) and sum(cells or 0 for cells in taken) + request.cells <= self._cells
 
     def advance(self, job: Job) -> None:
-        """Note what has become of a job that went on: its answer has begun, or it has ended."""
+        """Updates the lists for a job that was resumed: its answer may have started, or it may have ended."""
         if job.ended:
             self.drop(job)
         elif job is self.prefill and job.work.answers:
@@ -141,14 +143,17 @@ class Scheduler:
             self.answers.append(job)
 
     def drop(self, job: Job) -> None:
-        """Forget a job."""
+        """Removes a job that has ended."""
         if job is self.prefill:
             self.prefill = None
         else:
             self.answers.remove(job)
 
     def fill(self, batch: Batch) -> tuple[list[Job], int]:
-        """Fill a batch: a token of each answer, and a chunk of the prefill. Gives whose, and the size of the chunk."""
+        """Fills a batch with a token of each answer and a chunk of the prefill.
+
+        Returns the jobs that have tokens in it, and the size of the chunk in tokens.
+        """
         for job in self.answers:
             job.work.fill(batch, self._batch)
         if self.prefill is None:
@@ -156,7 +161,7 @@ class Scheduler:
         return self.running, self.prefill.work.fill(batch, self._chunk() - batch.size)
 
     def _chunk(self) -> int:
-        """Tokens of the next batch."""
+        """Maximum size of the next batch in tokens, the tokens of answers included."""
         if not self.answers:
             ahead = self.prefill is not None and self.prefill.request.priority is Priority.PREPARE
             return min(AHEAD, self._batch) if ahead else self._batch
@@ -165,7 +170,7 @@ class Scheduler:
         return min(self._batch, len(self.answers) + max(_SMALLEST, size))
 
     def learn(self, chunk: int, seconds: float) -> None:
-        """Note how long a batch took: a token of each answer, and a ``chunk`` of the prefill."""
+        """Updates the measured rates by the time of a batch: a token of each answer, and ``chunk`` prefill tokens."""
         answers = len(self.answers)
         if answers and not chunk:
             self._token_seconds[answers] = _averaged(self._token_seconds.get(answers), seconds)
@@ -174,4 +179,5 @@ class Scheduler:
 
 
 def _averaged(average: float | None, value: float) -> float:
+    """Exponential moving average after a new value."""
     return value if average is None else (1 - _WEIGHT) * average + _WEIGHT * value

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes in bytes, from text such as ``2GiB``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cpucache.errors import InputError
 
 
 def parse_size(text: int | str) -> int:
-    """Bytes from a number or text such as ``512MiB``, ``2GiB``, ``1.5GB``. Raises ``InputError``."""
+    """Number of bytes of an integer or of text such as ``512MiB``, ``2GiB``, ``1.5GB``. Raises ``InputError``."""
     if isinstance(text, int):
         return text
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""A stream: an answer, as its caller reads it."""
+"""A stream: the iterator that callers read an answer from."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from cpucache.reuse import OnProgress, Plan
 
 
 class Stream:
-    """Pieces of an answer, as an iterator; the prompt is evaluated when the first is asked for.
+    """An iterator over the pieces of an answer. The prompt is evaluated when the first piece is requested.
 
-    From then on the answer goes its way, whether its pieces are read or not: a stream that is left half-read makes
-    nobody wait for longer than the answer takes. ``stop`` and ``close`` end it, from any thread and in any state, and
-    touch no other answer; so does forgetting the stream, and Ctrl-C while a piece is waited for. ``text`` and
-    ``metrics`` hold what there is of it, also then (``metrics.finish`` is ``"interrupted"``).
+    From then on the answer continues to its end, whether its pieces are read or not, so a stream that is read only in
+    part delays other requests no longer than the answer takes.
+
+    ``stop`` and ``close`` end the answer, from any thread and in any state, without effect on other answers. The answer
+    also ends when the stream is garbage-collected, and on Ctrl-C while the caller waits for a piece. ``text`` and
+    ``metrics`` hold the answer so far, also afterwards; ``metrics.finish`` is then ``"interrupted"``.
 
     Args:
-        host: Has the core that gives the answer.
-        answer: Has not begun.
-        n_tokens: Tokens of the prompt.
-        progress: ``progress(done, total)`` is told about tokens evaluated before the first token of the answer, in the
+        host: Host whose core evaluates the answer.
+        answer: Answer that has not started.
+        n_tokens: Length of the prompt in tokens.
+        progress: Called as ``progress(done, total)``, in tokens evaluated before the first token of the answer, by the
             thread that reads the stream.
     """
 
     def __init__(self, host: Host, answer: Answer, n_tokens: int, progress: OnProgress | None = None) -> None:
         self._host = host
         self._answer = answer
-        # One more, for the token that applies a shift.
+        # The extra cell is for the token that applies a shift.
         cells = min(n_tokens + answer.max_tokens + 1, host.context.n_ctx)
         self.request: Request[None] = Request(answer.task, cells=cells, label=answer.label)
-        """What the core is given when the answer begins."""
+        """The request that ``begin`` submits to the core."""
         self._beginning = threading.Lock()
         self._progress = progress
         self._closed = False
@@ -59,7 +61,7 @@ class Stream:
         self.request.cancel()
 
     def begin(self) -> None:
-        """Have the prompt evaluated, without waiting for a piece. Nothing happens the second time."""
+        """Submits the prompt for evaluation without waiting for a piece. Further calls have no effect."""
         with self._beginning:
             if self.request.begun:
                 return
@@ -69,7 +71,7 @@ class Stream:
                 self._host.core.submit(self.request)
 
     def _wait_in_line(self) -> None:
-        """Give the prompt to a core that is busy. What it needs is read into memory, and kept there, while it waits."""
+        """Submits the prompt to a busy core; meanwhile its slices are read into memory and protected from eviction."""
         host, request = self._host, self.request
         keys = host.kv_cache.keys(self.planned())
         once = threading.Lock()
@@ -85,19 +87,19 @@ class Stream:
             host.store.prefetch(keys)
             accepted = host.core.submit(request)
         finally:
-            # It may have been cancelled before it knew what to let go.
+            # A request cancelled before ``at_end`` was set does not call it.
             if not accepted:
                 let_go()
 
     # -- the answer so far -------------------------------------------------------------------------------------------
     @property
     def text(self) -> str:
-        """The text of the answer so far, whether its pieces have been read or not."""
+        """The text of the answer so far, including pieces that have not been read."""
         return self._answer.text
 
     @property
     def metrics(self) -> Metrics:
-        """What the answer has taken so far."""
+        """Token counts, and times in milliseconds, so far."""
         return self._answer.metrics
 
     @property
@@ -107,7 +109,7 @@ class Stream:
 
     @property
     def evaluated(self) -> int:
-        """How many of them have been evaluated: all but the last, or the last as well."""
+        """Number of these tokens that have been evaluated: all, or all but the last."""
         return self._answer.evaluated
 
     @property
@@ -117,26 +119,26 @@ class Stream:
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
-        """Of each token of the answer, if the sampling asks for them."""
+        """Log probabilities of each sampled token so far, if ``Sampling.logprobs`` is set."""
         return self._answer.logprobs
 
     def planned(self) -> Plan:
-        """The plan of the prompt by the slices that there are at the moment."""
+        """The plan of the prompt, by the slices that exist now."""
         return self._answer.planned()
 
     # -- its end -----------------------------------------------------------------------------------------------------
     def stop(self) -> None:
-        """End the answer as soon as possible. What there is of it can still be read."""
+        """Ends the answer as soon as possible. Pieces that exist by then can still be read."""
         self.request.cancel()
 
     def close(self) -> None:
-        """End the answer, and wait until it has ended. No more pieces come."""
+        """Ends the answer, and waits until it has ended. The stream returns no more pieces."""
         self._closed = True
         self.stop()
         self.request.wait()
 
     def reply(self) -> Reply:
-        """The whole answer; what has not come yet is waited for."""
+        """Reads the remaining pieces, and returns the whole answer."""
         for _ in self:
             pass
         return Reply(self.text, self.metrics)

@@ -1,4 +1,4 @@
-"""From tokens to text that can be shown: whole characters only, and nothing of a stop string."""
+"""Text of tokens that can be shown: complete characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import codecs
 
 
 class TextStream:
-    """Turns the bytes of tokens into text as soon as it is certain.
+    """Decodes the bytes of tokens to text, as soon as later tokens can't change it.
 
-    A character may be spread over several tokens, and a stop string over several pieces: what may still become one is
-    held back. After a stop string has been found ``stopped`` names it, and no more text comes.
+    A character may extend over several tokens, and a stop string over several pieces. Text that may still become part
+    of a stop string is held back. Once a stop string is found, ``stopped`` is set and no more text is returned.
     """
 
     def __init__(self, stop: tuple[str, ...] = ()) -> None:
@@ -17,23 +17,24 @@ class TextStream:
         self._stop = stop
         self._held = ""
         self.stopped = ""
-        """The stop string that was found."""
+        """The stop string that was found; empty if none was."""
 
     def feed(self, piece: bytes) -> str:
-        """The text that ``piece`` makes certain."""
+        """Adds the bytes of a token, and returns the text that can be shown now."""
         return self._release(self._decoder.decode(piece))
 
     def finish(self) -> str:
-        """What is left: half a character becomes U+FFFD."""
+        """Returns the text held back. An incomplete character becomes U+FFFD."""
         text = self._release(self._decoder.decode(b"", final=True)) + ("" if self.stopped else self._held)
         self._held = ""
         return text
 
     def _release(self, new: str) -> str:
+        """Adds decoded text; returns the text before a stop string, or all that can't be part of one."""
         if self.stopped:
             return ""
         text = self._held + new
-        # The one that is complete first, so that it does not matter how the text came in pieces.
+        # The stop string that ends first wins, so that the result does not depend on the boundaries of pieces.
         ends = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
             _, at, self.stopped = min(ends)
@@ -45,7 +46,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` that ``stop`` begins with."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     for size in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:size]):
             return size

@@ -1,4 +1,4 @@
-"""A turn of a conversation, while it is under way."""
+"""A turn of a conversation that is being answered."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from cpucache.sessions import Entry
 
 @dataclass
 class Turn:
-    """A turn under way: what is to be written down of it."""
+    """A turn that is being answered, with the data for its entries in the transcript."""
 
     text: str | None
+    """The message; ``None`` when an existing message is answered."""
     keep: int
-    """Entries that stay as they are."""
+    """Number of leading entries of the transcript that stay."""
     history: History
     turns: Turns
     message: Sequence[Slice]
+    """The slices of the message."""
     pending: Tokens
-    """What is evaluated together with the answer: at least the last token before it."""
+    """Tokens before the answer that are saved in its slice: at least the last one."""
     number: int
+    """Number of the message among those of the user, from 1 on."""
     before: int
-    """Entries of the history before this turn."""
+    """Number of entries of the history before this turn."""
     known: int
-    """Slices before this turn."""
+    """Number of slices of the history before this turn."""
     begun: bool = False
-    """The message is written down."""
+    """Whether the message is in the transcript."""
 
     def entry(self, text: str) -> Entry:
-        """The message, to be written down."""
+        """The transcript entry of the message."""
         pieces = {"parts": [part.tokens.tolist() for part in self.message], "pending": self.pending.tolist()}
         size = sum(len(part.tokens) for part in self.message) + len(self.pending)
         return Entry("user", text, pieces, self.history.left_out, {"tokens": size})

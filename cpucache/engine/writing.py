@@ -1,4 +1,4 @@
-"""Prompts that are still being written: how they may go on, and which of their tokens are certain."""
+"""Unfinished prompts: possible continuations, and the leading tokens that no continuation changes."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from cpucache.pml import tree
 from cpucache.pml.tree import Prompt, Turn
 
 _LAST_BLANK = re.compile(r"\s(?=\S*\Z)")
-# What may stand behind a blank: in many vocabularies a digit takes the blank in front of it into its token no more than
-# a line break does, and a letter does.
+# Samples of text after a blank. In many vocabularies a letter joins the blank before it in one token; a digit or a line
+# break does not.
 _WORDS = ("1", "A")
 _BLANKS = ("\nA", " A")
 
 
 def written(text: str) -> str:
-    """What of a text that is being written will stay as it is: all up to its last blank."""
+    """The prefix of an unfinished text that counts as final: everything up to its last blank, included."""
     last = _LAST_BLANK.search(text)
     return text[: last.end()] if last else ""
 
 
 def continued(text: str) -> list[str]:
-    """Ways in which a text that is being written may go on behind its last blank."""
+    """Samples of how an unfinished text may continue after its last blank."""
     head = written(text)
     return [head + each for each in (*_WORDS, *(_BLANKS if head and head == text else ()))]
 
 
 def certain(tokens: Tokens, others: Sequence[Tokens]) -> int:
-    """How many tokens a prompt begins with, however the text in it goes on.
+    """Number of leading tokens that an unfinished prompt shares with all of its possible continuations.
 
     Args:
-        tokens: Of the prompt with the text as it is.
-        others: Of the prompt with the text as it may be.
+        tokens: Tokens of the prompt as it stands.
+        others: Tokens of the prompt with each possible continuation.
     """
     return min((common(tokens, other) for other in others), default=len(tokens))
 
 
 def rewritten(prompt: Any, text: str | None) -> list[tuple[Any, str | None]]:
-    """A prompt, and text to go on with, as they may be once the last text has been written.
+    """Possible continuations of an unfinished prompt, each as a prompt and a plain text, one of them ``None``.
 
     Args:
-        prompt: A parsed prompt, a message, messages, or tokens, which stay as they are.
-        text: Text to go on with.
+        prompt: Parsed prompt, message, or list of messages. Tokens have no continuations.
+        text: Plain text instead of a prompt.
     """
     if text is not None:
         return [(None, each) for each in continued(text)]
