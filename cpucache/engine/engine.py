@@ -341,9 +341,9 @@ class Engine:
                 and saves every other segment. A ``Fidelity``, such as ``Fidelity(recompute=0.2)``, sets the recomputed
                 share of the spliced tokens. Default: that of the engine.
             reuse: Slices that the prompt may take. ``"exact"``: exact ones. ``"schema"``: also clean and related ones
-                of the prompt's schema; a prompt without a schema takes exact ones. ``"anywhere"``: also foreign ones,
-                so that messages and text keep their slices when the text before them changes. Default: that of the
-                engine.
+                of the prompt's schema; a prompt without a schema takes exact ones, and any for the parts of a ``Text``.
+                ``"anywhere"``: also foreign ones, so that messages and text keep their slices when the text before them
+                changes. Default: that of the engine.
 
         Returns:
             The plan, by the slices that exist now.
@@ -399,11 +399,11 @@ class Engine:
             fidelity: Treatment of slices that are not exact, see ``plan``.
             reuse: Slices that the prompt may take, see ``plan``.
             unfinished: Whether the last message or turn is still being typed. Then the word after its last blank is not
-                evaluated, tokens after the last complete segment are not saved, and any other request ends the
-                preparation. ``TypingAhead`` calls ``prepare`` after each change of a text.
+                evaluated, tokens after the last complete segment are not saved, and a request of higher priority, such
+                as an answer, ends the preparation. ``TypingAhead`` calls ``prepare`` after each change of a text.
 
         Returns:
-            The preparation, which can be awaited or cancelled.
+            The preparation, to wait for or to cancel.
 
         Raises:
             InputError: The prompt is not valid (``PMLError`` for PML), or does not fit (``ContextFull``).
@@ -480,7 +480,8 @@ class Engine:
             An iterator over pieces of the answer, with ``text`` and ``metrics`` so far.
 
         Raises:
-            InputError: The prompt is not valid (``PMLError`` for PML), or leaves no room to answer (``ContextFull``).
+            InputError: A prompt or setting is not valid (``PMLError`` for PML), or the answer has no room
+                (``ContextFull``).
         """
         started = time.perf_counter()
         with stage("plan"):
@@ -528,7 +529,8 @@ class Engine:
             The text of the answer, and its metrics.
 
         Raises:
-            InputError: The prompt is not valid (``PMLError`` for PML), or leaves no room to answer (``ContextFull``).
+            InputError: A prompt or setting is not valid (``PMLError`` for PML), or the answer has no room
+                (``ContextFull``).
         """
         stream = self.stream(
             prompt,
@@ -639,6 +641,7 @@ class Engine:
 
 
 def _refining_when_idle(spaces: Mapping[str, KVCache]) -> Request[None] | None:
+    """A request that refines the prompts of all namespaces; ``None`` on battery power."""
     if not on_mains():
         return None
 
