@@ -506,6 +506,7 @@ class Engine:
         prompt: PMLPrompt | None = None,
         when_full: WhenFull = "oldest",
         fidelity: Level | Fidelity | None = None,
+        reuse: Reuse | None = None,
     ) -> Session:
         """A conversation that is kept: opened where it stood, or begun.
 
@@ -516,17 +517,25 @@ class Engine:
             when_full: What happens when the context overflows. The ``"oldest"`` turns leave, as many as must, or
                 ``"half"`` of them at once, and the rest moves down without being evaluated again; ``"refuse"`` raises
                 ``ContextFull``.
-            fidelity: Of ``prompt``, given as for ``plan``.
+            fidelity: Given as for ``plan``. Applies to ``prompt``, and to messages with ``reuse="anywhere"``.
+            reuse: Given as for ``plan``. ``"anywhere"``: text of a message may come from slices that attended to other
+                text, such as a document that another conversation holds. Otherwise messages use exact slices.
 
         Raises ``InputError`` when it is with another model, or has begun otherwise, and ``CpucacheError`` when it is
         open elsewhere.
         """
-        first_prompt = None if prompt is None else self.planner.first_prompt(prompt, fidelity=fidelity)
+        first_prompt = None if prompt is None else self.planner.first_prompt(prompt, fidelity=fidelity, reuse=reuse)
         with self._opening:
             if self._transcripts is None:
                 self._transcripts = Transcripts(self._folder)
             session = Session(
-                self.host, self._transcripts, name, system=system, first_prompt=first_prompt, when_full=when_full
+                self.host,
+                self._transcripts,
+                name,
+                system=system,
+                first_prompt=first_prompt,
+                when_full=when_full,
+                plan_text=self.planner.continuing(fidelity, reuse),
             )
             self._sessions.add(session)
         return session

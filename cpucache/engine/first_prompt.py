@@ -1,4 +1,4 @@
-"""How a conversation keeps the PML prompt that it begins with: by its tokens and slices, not by the schema."""
+"""Spans of a conversation as its transcript keeps them: by tokens and slices, not by the schema that they come from."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def dump_spans(spans: Sequence[Span]) -> list[dict[str, Any]]:
         for span in spans
         if span.slice
     ]
+
+
+def dump_pieces(spans: Sequence[Span]) -> dict[str, Any]:
+    """Spans of slices as JSON: their tokens alone if every span is exact, for these determine the slices."""
+    if all(span.relation == "exact" for span in spans):
+        return {"parts": [span.tokens.tolist() for span in spans]}
+    return {"spans": dump_spans(spans)}
 
 
 def load_spans(dumped: Sequence[dict[str, Any]]) -> list[Span]:
