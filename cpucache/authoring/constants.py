@@ -1,4 +1,4 @@
-"""Expressions whose value is known when a function is compiled, for all they are made of is constant."""
+"""Constant expressions, whose values are known when a prompt function is compiled."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cpucache.authoring.function import UNKNOWN, Function, constant, same
 _PURE = ("range", "enumerate", "zip", "sorted", "reversed", "len", "min", "max", "sum", "abs", "round")
 _TYPES = ("str", "int", "float", "bool", "list", "tuple", "dict")
 KNOWN = frozenset({*_PURE, *_TYPES})
-"""The functions of Python that a constant expression may call."""
+"""Builtin functions that a constant expression may call."""
 _REFUSED = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.Lambda)
-_MOST = 10_000  # items of a collection
+_MOST = 10_000  # items of a loop
 
 
 class Constants:
-    """What is constant in one function while it is compiled.
+    """Constant names of one function while it is compiled.
 
-    ``own``: what the function itself names, which hides what is outside. ``values``: of these, the constant ones.
-    ``used``: the names outside that something was made of, with what they stood for.
+    ``own``: names that the function itself binds; they hide the same names outside. ``values``: values of the constant
+    ones among these. ``used``: outside names that were read: function, name and value.
     """
 
     def __init__(self, function: Function, own: set[str], values: dict[str, Any]) -> None:
@@ -30,7 +30,7 @@ class Constants:
         self.used: list[tuple[Function, str, Any]] = []
 
     def name(self, name: str) -> Any:
-        """The value of a name, or ``UNKNOWN``."""
+        """Returns the value of a name, or ``UNKNOWN``. Adds a constant name outside the function to ``used``."""
         if name in self.values or name in self._own:
             return self.values.get(name, UNKNOWN)
         value = constant(self._function.find(name))
@@ -39,7 +39,7 @@ class Constants:
         return value
 
     def object(self, node: ast.expr) -> Any:
-        """What is called or entered: a name outside, or an attribute of a module. ``UNKNOWN`` for all else."""
+        """Returns the object of an outside name or of an attribute of a module or class, or ``UNKNOWN``."""
         if isinstance(node, ast.Name):
             return UNKNOWN if node.id in self._own else self._function.find(node.id)
         if isinstance(node, ast.Attribute):
@@ -49,7 +49,7 @@ class Constants:
         return UNKNOWN
 
     def value(self, node: ast.expr) -> Any:
-        """The value of an expression, or ``UNKNOWN``. Raises what evaluating it raises."""
+        """Returns the value of an expression, or ``UNKNOWN``. Raises whatever evaluating the expression raises."""
         if isinstance(node, ast.Constant):
             return constant(node.value)
         names: dict[str, Any] = {"__builtins__": {}}
@@ -71,7 +71,7 @@ class Constants:
         return eval(compile(ast.fix_missing_locations(ast.Expression(node)), self._function.file, "eval"), names)
 
     def items(self, node: ast.expr) -> list[Any] | None:
-        """What a loop goes through, if that is constant and has an order that is the same in every process."""
+        """Returns the items of a loop; ``None`` if the items, or the order of a set, may differ between processes."""
         value = self.value(node)
         if value is UNKNOWN or isinstance(value, set | frozenset):
             return None
@@ -84,5 +84,5 @@ class Constants:
 
 
 def changed(used: list[tuple[Function, str, Any]]) -> bool:
-    """Whether any of the names outside stands for something else by now."""
+    """Whether any of the outside names ``used`` has another value now."""
     return any(not same(value, constant(function.find(name))) for function, name, value in used)
