@@ -127,7 +127,7 @@ class _Ignored:
 
     def __init__(self, folder: Path) -> None:
         folder = folder.resolve()
-        # Git reads the files from the root of the repository on; without a repository, only those in the folder.
+        # Git reads the files from the root of the repository down; without a repository, the folder is the root.
         around = [folder, *folder.parents]
         root = next((each for each in around if (each / _GIT).exists()), folder)
         self._folder = folder
