@@ -350,7 +350,7 @@ def _answer(asking: _Asking, example: Example, variant: Variant, true: Truth | N
         again_ms = _ask(engine, question, task, variant, max_tokens=1).metrics.ttft_ms
         floor_ms = floor(engine, question.plan())
     if not variant.refined:
-        # Slices that were missing are encoded exactly for this prompt: the other variants must not find them.
+        # The other variants must not find slices that were missing and have been encoded for this prompt.
         for span in first.plan.spans:
             if span.slice and span.missing:
                 engine.store.discard(span.slice.key)
