@@ -1,9 +1,9 @@
 """Writes the tables of bench/RESULTS.md and of the pages in docs/ from the raw results in bench/results/.
 
-    python bench/report.py            write them
-    python bench/report.py --check    exit 1 if they are not what the results say
+    python bench/report.py            write the tables
+    python bench/report.py --check    exit 1 if the tables differ from the results
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``, where NAME.json holds what a benchmark printed with
+A table is the text between ``<!-- table NAME -->`` and ``<!-- end -->``. NAME.json is the output of a benchmark with
 ``--json``.
 """
 
@@ -32,7 +32,7 @@ _SHORT = ("full", "standalone", "fast", "balanced", "refined")
 
 
 def accuracy(result: dict[str, Any], *, short: bool) -> list[str]:
-    """The table of ``cpucache bench accuracy``; ``short`` for the pages in docs/."""
+    """Returns the table of ``cpucache bench accuracy``. ``short``: with fewer columns and variants, for docs/."""
     variants = {each["variant"]: each for each in result["variants"]}
     measures = list(result["variants"][0]["scores"])
     titles = [title for name in measures for title in (_title(name), "against full")]
@@ -62,7 +62,7 @@ def accuracy(result: dict[str, Any], *, short: bool) -> list[str]:
 
 
 def ttft(result: dict[str, Any], *, short: bool) -> list[str]:
-    """The table of ``cpucache bench ttft``."""
+    """Returns the table of ``cpucache bench ttft``. ``short``: with fewer columns, for docs/."""
     floor, other = result["floor"]["median_ms"], result["other_floor"]["median_ms"]
     series = {
         "the floor": (result["floor"], floor),
@@ -85,7 +85,7 @@ def ttft(result: dict[str, Any], *, short: bool) -> list[str]:
 
 
 def servers(result: dict[str, Any]) -> list[str]:
-    """The table of ``cpucache bench server``."""
+    """Returns the table of ``cpucache bench server``."""
     rows = [["", "prefix, p50 (p95)", "tok/s", "of four", "first round", "last round", "restarted", "failures"]]
     for each in result["servers"]:
         speed = each["tokens_per_second"]
@@ -114,7 +114,7 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the results say."""
+    """Returns a page with its tables written from the results."""
 
     def table(match: re.Match[str]) -> str:
         result = json.loads((HERE / "results" / f"{match['name']}.json").read_text(encoding="utf-8"))
@@ -129,7 +129,7 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    """Write the tables, or with ``--check`` compare them."""
+    """Writes the tables, or with ``--check`` compares them. Returns the exit status."""
     check = sys.argv[1:] == ["--check"]
     stale = []
     for page in PAGES:
