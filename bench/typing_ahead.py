@@ -3,9 +3,9 @@
     python bench/typing_ahead.py qwen2.5-coder-1.5b-instruct [--fast] [--json FILE]
 
 A question of 40 words is typed character by character after 4,000 cached tokens in eight modules. Each round has
-another question. Two more times are measured in turn: that of the same prompt asked at once, with its modules in RAM
-and an empty llama.cpp context; and its floor, the time to evaluate the question and sample a token when the state of
-the modules is in the llama.cpp context already.
+another question. Two more times are measured in turn. One is for the same prompt asked at once, with its modules in RAM
+and an empty llama.cpp context. The other is the floor: the time to evaluate the question and sample a token when the
+state of the modules is in the llama.cpp context already.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ GRAMMARS = Path(__file__).resolve().parent.parent / "cpucache" / "pml" / "gramma
 
 
 def heading(grammar: Path) -> str:
-    """Returns the first line of a compact grammar, with a hash of ``grammar``, from which it is converted."""
+    """Returns the first line of a compact grammar: the name and a hash of ``grammar``, its source."""
     digest = blake2b(grammar.read_bytes(), digest_size=8).hexdigest()
     return f"# Made of {grammar.name} ({digest}) by scripts/compact_grammar.py.\n"
 

@@ -92,6 +92,7 @@ class _Compiler:
         self._used: list[tuple[Function, str, Any]] = []
 
     def run(self) -> Compiled:
+        """Compiles the whole function."""
         tree = self._source.tree
         if isinstance(tree, ast.AsyncFunctionDef):
             self._refuse("a prompt is no coroutine: write it with def", tree.lineno)

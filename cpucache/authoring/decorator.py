@@ -56,7 +56,7 @@ class _Ready:
 class PromptFunction(Definition, Generic[P]):
     """A function whose schema is compiled from its syntax tree when the schema is first needed.
 
-    The function is compiled again only after a constant outside it, on which its schema depends, has changed.
+    The function is compiled again only after an outside constant on which its schema depends has changed.
     """
 
     def __init__(self, function: Callable[P, Any], name: str | None = None) -> None:
@@ -159,8 +159,8 @@ def prompt(
     The function is never run: its syntax tree is compiled. In the function,
 
     - a string that is a statement by itself is a line of text, and so is the docstring;
-    - ``if`` is a module; ``if`` with ``else`` is a union, and so is ``match``. A call includes the branch that Python
-      would take;
+    - ``if`` is a module; ``if`` with ``elif`` or ``else`` is a union, and so is ``match``. A call includes the branch
+      that Python would take;
     - an argument in an f-string is a parameter. ``Annotated[str, MaxTokens(8)]`` sets its length in tokens (default:
       32), and a default value is its scaffold text while the schema is encoded;
     - any other expression in an f-string is a parameter too, or text if it is constant;

@@ -65,7 +65,7 @@ class Known:
         return bound
 
     def forget(self, target: nodes.Node) -> None:
-        """Makes the names of ``target`` unknown."""
+        """Forgets the values of the names of ``target``."""
         for name in target.find_all(nodes.Name):
             self._values.pop(name.name, None)
         if isinstance(target, nodes.Name):

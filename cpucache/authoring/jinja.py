@@ -46,9 +46,9 @@ class Turned:
 def from_jinja(source: str, *, file: str, folder: Path, base: Path, length: int, trim: bool = False) -> Turned:
     """Converts a template into the nodes of a schema.
 
-    Literals are text. ``{% if %}`` is a module; with ``{% else %}`` it is a union. ``{{ name }}`` is a parameter, and
-    so is a loop over values that are not constant. A loop over constants is a module for each item. ``{% block %}`` and
-    ``{% include %}`` are modules.
+    Literals are text. ``{% if %}`` is a module; with ``{% elif %}`` or ``{% else %}`` it is a union. ``{{ name }}`` is
+    a parameter, and so is a loop over values that are not constant. A loop over constants is a module for each item.
+    ``{% block %}`` and ``{% include %}`` are modules.
 
     Args:
         source: Text of the template.

@@ -15,6 +15,7 @@ class Series:
 
     @property
     def median(self) -> float:
+        """Median in milliseconds."""
         return median(self.values)
 
     def as_dict(self) -> dict[str, Any]:

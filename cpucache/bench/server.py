@@ -210,7 +210,7 @@ def measure_server(
         tokens: Tokens of the known text. The system text that all users share has half as many.
         users: Number of users that talk at the same time.
         rounds: Rounds of each conversation.
-        repeat: Number of requests with a known prefix.
+        repeat: Number of requests with a known prefix; speeds are measured half as often.
         more: Further measurements.
         say: Called with a description of each measurement before it begins.
 

@@ -63,7 +63,7 @@ class StoreReport:
 
 
 def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[str], None]) -> StoreReport:
-    """Measures the store in turn with what it is compared with.
+    """Measures the store in turn with its lower bounds.
 
     - ``load``: slices from the store into llama.cpp, with nothing in RAM and the files in the page cache.
     - ``copy``: the same bytes from plain memory into llama.cpp.
