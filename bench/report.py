@@ -1,9 +1,9 @@
 """Writes the tables of bench/RESULTS.md and of the pages in docs/ from the raw results in bench/results/.
 
-    python bench/report.py            write them
-    python bench/report.py --check    exit 1 if they are not what the results say
+    python bench/report.py            write the tables
+    python bench/report.py --check    exit 1 if the tables differ from the results
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``, where NAME.json holds what a benchmark printed with
+A table is the text between ``<!-- table NAME -->`` and ``<!-- end -->``. NAME.json is the output of a benchmark with
 ``--json``.
 """
 
@@ -23,7 +23,7 @@ _TABLE = re.compile(r"(<!-- table (?P<name>\S+?)(?P<short> short)? -->\n).*?(<!-
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the results say."""
+    """Returns a page with its tables written from the results."""
 
     def table(match: re.Match[str]) -> str:
         result = json.loads((HERE / "results" / f"{match['name']}.json").read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    """Write the tables, or with ``--check`` compare them."""
+    """Writes the tables, or with ``--check`` compares them. Returns the exit status."""
     check = sys.argv[1:] == ["--check"]
     stale = []
     for page in PAGES:

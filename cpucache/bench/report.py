@@ -21,7 +21,7 @@ _SHORT = ("full", "standalone", "fast", "balanced", "refined")
 
 
 def accuracy(result: dict[str, Any], *, short: bool) -> list[str]:
-    """The table of ``cpucache bench accuracy``; ``short`` for the pages in docs/."""
+    """Returns the table of ``cpucache bench accuracy``. ``short``: with fewer columns and variants, for docs/."""
     variants = {each["variant"]: each for each in result["variants"]}
     measures = list(result["variants"][0]["scores"])
     titles = [title for name in measures for title in (_title(name), "against full")]
@@ -51,7 +51,7 @@ def accuracy(result: dict[str, Any], *, short: bool) -> list[str]:
 
 
 def ttft(result: dict[str, Any], *, short: bool) -> list[str]:
-    """The table of ``cpucache bench ttft``."""
+    """Returns the table of ``cpucache bench ttft``. ``short``: with fewer columns, for docs/."""
     floor, other = result["floor"]["median_ms"], result["other_floor"]["median_ms"]
     series = {
         "the floor": (result["floor"], floor),
@@ -74,7 +74,7 @@ def ttft(result: dict[str, Any], *, short: bool) -> list[str]:
 
 
 def servers(result: dict[str, Any], **_: object) -> list[str]:
-    """The table of ``cpucache bench server``."""
+    """Returns the table of ``cpucache bench server``."""
     rows = [["", "prefix, p50 (p95)", "tok/s", "of four", "first round", "last round", "restarted", "failures"]]
     for each in result["servers"]:
         speed = each["tokens_per_second"]
@@ -103,7 +103,7 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 def sessions(result: dict[str, Any], **_: object) -> list[str]:
-    """The table of ``cpucache bench sessions``."""
+    """Returns the table of ``cpucache bench sessions``."""
     rows = [["turn", "tokens", "new", "recomputed", "in the context", "from RAM", "from disk", "disk : context"]]
     for number, each in enumerate(result["turns"], 1):
         times = [
@@ -116,7 +116,7 @@ def sessions(result: dict[str, Any], **_: object) -> list[str]:
 
 
 def encode(result: dict[str, Any], **_: object) -> list[str]:
-    """The table of ``cpucache bench encode``."""
+    """Returns the table of ``cpucache bench encode``."""
     rows = [["", "tokens", "slices", "state", "encoding", "tok/s", "times full prefill", "again"]]
     for each in result["schemas"]:
         ratio = each["ratios"].get("encode_to_full")
@@ -136,7 +136,7 @@ def encode(result: dict[str, Any], **_: object) -> list[str]:
 
 
 def table(result: Any, *, short: bool = False) -> list[str]:
-    """The lines of the table of a result.
+    """Returns the lines of the table of a result.
 
     Args:
         result: The object that a benchmark has printed.
