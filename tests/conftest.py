@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,6 +93,15 @@ def store_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("CPUCACHE_HOME", str(home))
     monkeypatch.setenv("CPUCACHE_SESSIONS", str(tmp_path_factory.mktemp("sessions")))
     return home
+
+
+@pytest.fixture(autouse=True)
+def _level_of_logs() -> Iterator[None]:
+    """Takes back what ``--debug`` and ``-v`` of a command that ran in this process set for all that is logged."""
+    logger = logging.getLogger("cpucache")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

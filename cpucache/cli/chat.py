@@ -29,7 +29,7 @@ from cpucache.cli.chat_input import (
 )
 from cpucache.cli.chat_screen import Answer, figures, markdown_answer, overflow, plain_answer
 from cpucache.cli.console import check_prompt, err, out, seconds
-from cpucache.cli.options import engine_options, sampling_options
+from cpucache.cli.options import check_text_fidelity, engine_options, fidelity_options, sampling_options, split_fidelity
 from cpucache.cli.run import split_sampling
 from cpucache.engine import Engine, Sampling, TypingAhead
 from cpucache.engine.session import WHEN_FULL, Session
@@ -48,6 +48,7 @@ _RECAP = 400  # characters of a message that are shown when a conversation is op
 @click.argument("name", metavar="[SESSION]", default="default")
 @engine_options
 @sampling_options
+@fidelity_options
 @click.option("--system", metavar="TEXT", help="System text of a new conversation.")
 @click.option("--prompt", metavar="FILE", help="PML prompt that a new conversation begins with; needs -s.")
 @click.option("-s", "--schema", metavar="FILE", help="Schema of that prompt.")
@@ -76,6 +77,9 @@ def chat(
     evaluating its turns again. /help lists the commands. An existing conversation uses the model that it was started
     with, unless -m names another.
 
+    With --reuse anywhere, a document pasted into a message is not evaluated again if another prompt or conversation
+    holds it, whatever precedes it there.
+
     Messages may be piped in, one per line. Answers go to standard output, everything else to standard error.
 
     \b
@@ -89,16 +93,19 @@ def chat(
     check_name(name)
     if click.get_current_context().get_parameter_source("model") is ParameterSource.DEFAULT:
         model = _model_of(name) or model
+    exactness = split_fidelity(options)
+    if prompt is None:
+        check_text_fidelity(exactness)
     settings = {"sampling": split_sampling(options), "max_tokens": max_tokens}
-    opening = None if prompt is None else load_prompt(Path(prompt))
+    first_prompt = None if prompt is None else load_prompt(Path(prompt))
     schema_tree = None if schema is None else load_schema(Path(schema))
-    if opening is not None and schema_tree is not None:
-        check_prompt(opening, [schema_tree])
+    if first_prompt is not None and schema_tree is not None:
+        check_prompt(first_prompt, [schema_tree])
     plain = plain or not out.is_terminal or out.is_dumb_terminal
     with Engine(model, refine="idle", **options) as engine:
         if schema_tree is not None:
             engine.add_schema(schema_tree)
-        with engine.session(name, system=system, prompt=opening, when_full=when_full) as session:
+        with engine.session(name, system=system, prompt=first_prompt, when_full=when_full, **exactness) as session:
             reader = Terminal(default_sessions()) if sys.stdin.isatty() else Lines()
             _Chat(engine, session, reader, plain_answer if plain else markdown_answer(out), settings).run()
 

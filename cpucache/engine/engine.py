@@ -590,6 +590,7 @@ class Engine:
         prompt: PMLPrompt | None = None,
         when_full: WhenFull = "oldest",
         fidelity: Level | Fidelity | None = None,
+        reuse: Reuse | None = None,
     ) -> Session:
         """Opens a conversation that outlives the process; starts it if there is none of this name.
 
@@ -600,7 +601,11 @@ class Engine:
             when_full: Reaction to a full llama.cpp context. ``"oldest"`` drops as many of the oldest turns as it must,
                 ``"half"`` drops half of the turns at once; the other turns move to lower positions without being
                 evaluated again, where the model's state can be moved. ``"refuse"`` raises ``ContextFull``.
-            fidelity: Treatment of slices of ``prompt`` that are not exact, see ``plan``.
+            fidelity: Treatment of slices that are not exact, see ``plan``: those of ``prompt``, and with
+                ``reuse="anywhere"`` those of messages.
+            reuse: Slices that ``prompt`` and messages may take, see ``plan``. With ``"anywhere"``, text of a message
+                may come from foreign slices, such as a document of another conversation; otherwise messages take exact
+                slices only.
 
         Returns:
             The conversation, which nobody else can open until it is closed.
@@ -609,12 +614,18 @@ class Engine:
             InputError: A name or prompt is not valid, or the conversation has another model, system text or prompt.
             CpucacheError: The conversation is open elsewhere, or can't be read.
         """
-        first_prompt = None if prompt is None else self.planner.first_prompt(prompt, fidelity=fidelity)
+        first_prompt = None if prompt is None else self.planner.first_prompt(prompt, fidelity=fidelity, reuse=reuse)
         with self._opening:
             if self._transcripts is None:
                 self._transcripts = Transcripts(self._folder)
             session = Session(
-                self.host, self._transcripts, name, system=system, first_prompt=first_prompt, when_full=when_full
+                self.host,
+                self._transcripts,
+                name,
+                system=system,
+                first_prompt=first_prompt,
+                when_full=when_full,
+                plan_text=self.planner.continuing(fidelity, reuse),
             )
             self._sessions.add(session)
         return session

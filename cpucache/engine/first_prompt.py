@@ -1,4 +1,4 @@
-"""First prompts: the PML prompt that starts a conversation, saved as tokens and slices, so that no schema is needed."""
+"""Spans of a conversation in its transcript: saved as tokens and slices, so that replay needs no schema."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ def dump_spans(spans: Sequence[Span]) -> list[dict[str, Any]]:
         for span in spans
         if span.slice
     ]
+
+
+def dump_pieces(spans: Sequence[Span]) -> dict[str, Any]:
+    """The spans of an entry as JSON values.
+
+    Exact slices follow from their tokens, so an entry of exact spans is saved as tokens only.
+    """
+    if all(span.relation == "exact" for span in spans):
+        return {"parts": [span.tokens.tolist() for span in spans]}
+    return {"spans": dump_spans(spans)}
 
 
 def load_spans(dumped: Sequence[dict[str, Any]]) -> list[Span]:

@@ -106,14 +106,14 @@ class Turn(NamedTuple):
     end: int
 
 
-def explain(asked: Asked, known: Sequence[Asked], read: Read, *, recurrent: bool = False) -> Miss | None:
+def explain(asked: Asked, known: Sequence[Asked], read: Read, *, points: bool = False) -> Miss | None:
     """Why tokens of a prompt were evaluated that need not have been; ``None`` where there are hardly any.
 
     Args:
         asked: The prompt.
         known: Prompts whose state was there before, the oldest first.
         read: Gives the text of tokens.
-        recurrent: The model goes on from saved points, and from no other place.
+        points: Whether the model resumes only where a recurrent state was saved (``Memory.points``).
     """
     fresh = asked.fresh()
     total = int(fresh.sum())
@@ -141,7 +141,7 @@ def explain(asked: Asked, known: Sequence[Asked], read: Read, *, recurrent: bool
     held = max((end for end in other.ends if end <= at), default=0)
     gone = int(fresh[:held].sum())
     if gone > RUN and 2 * gone >= lost:
-        return Miss("resume-points" if recurrent else "evicted", at, lost, other)
+        return Miss("resume-points" if points else "evicted", at, lost, other)
     if not differs:
         return None  # the end of a segment that was not complete then
     return Miss(difference(other, asked, at, read), at, lost, other)

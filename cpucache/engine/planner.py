@@ -17,7 +17,7 @@ from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, Text, Tokens, Turns, bind
 from cpucache.pml import is_prompt, load_prompt, load_schema, parse_prompt, resolve, tree
 from cpucache.pml.tree import Prompt, Reference, RoleName, Schema, Turn
-from cpucache.reuse import REUSES, Fidelity, KVCache, Level, Lookup, Plan, Repair, Reuse, plan_text
+from cpucache.reuse import REUSES, Fidelity, KVCache, Level, Lookup, Plan, PlanText, Repair, Reuse, plan_text
 
 if TYPE_CHECKING:
     from cpucache.authoring import AnyPromptFunction
@@ -160,9 +160,7 @@ class Planner:
         Raises:
             InputError: The prompt is not valid (``PMLError`` for PML), or its schema has not been added.
         """
-        reuse = self._reuse if reuse is None else reuse
-        if reuse not in REUSES:
-            raise InputError(f"reuse={reuse!r}: must be one of {', '.join(REUSES)}")
+        reuse = self._reuse_of(reuse)
         wanted = Fidelity.of(fidelity, usual=self._fidelity)
         if text is not None:
             if prompt is not None:
@@ -231,14 +229,33 @@ class Planner:
             raise InputError(f"tokens: the model knows ids from 0 to {self._model.n_vocab - 1}")
         return ids.astype(np.int32)
 
-    def first_prompt(self, prompt: PMLPrompt, *, fidelity: Level | Fidelity | None = None) -> FirstPrompt:
+    def first_prompt(
+        self, prompt: PMLPrompt, *, fidelity: Level | Fidelity | None = None, reuse: Reuse | None = None
+    ) -> FirstPrompt:
         """The first prompt of a conversation, from a PML prompt. Raises ``PMLError`` or ``InputError``."""
         wanted = Fidelity.of(fidelity, usual=self._fidelity)
         parsed = parsed_prompt(prompt)
         layout = self.layout(parsed.schema)
         bound = bind(layout, resolve(parsed, layout.schema), file=parsed.file, opens=True)
-        plan = self._planning(bound, wanted, "schema", ends=False)()
+        plan = self._planning(bound, wanted, self._reuse_of(reuse), ends=False)()
         return FirstPrompt(plan, bound.turns, bound.asks, parsed.schema)
+
+    def continuing(self, fidelity: Level | Fidelity | None = None, reuse: Reuse | None = None) -> PlanText | None:
+        """A function that plans the messages of a conversation; ``None`` if messages take exact slices only.
+
+        ``fidelity`` and ``reuse`` are those of ``question``. Raises ``InputError``.
+        """
+        if self._reuse_of(reuse) != "anywhere":
+            return None
+        wanted = Fidelity.of(fidelity, usual=self._fidelity)
+        return lambda before, tokens: plan_text(self._kv_cache, self._repair, Text(tokens), wanted, "anywhere", before)
+
+    def _reuse_of(self, reuse: Reuse | None) -> Reuse:
+        """``reuse``, or the default. Raises ``InputError`` for an unknown value."""
+        reuse = self._reuse if reuse is None else reuse
+        if reuse not in REUSES:
+            raise InputError(f"reuse={reuse!r}: must be one of {', '.join(REUSES)}")
+        return reuse
 
     def _planning(self, bound: Bound, fidelity: Fidelity, reuse: Reuse, *, ends: bool = True) -> Callable[[], Plan]:
         """A function that plans a prompt on a schema by the slices that exist when it is called."""

@@ -30,7 +30,7 @@ from cpucache.engine.writing import certain, continued
 from cpucache.errors import ContextFull, InputError
 from cpucache.layout import Tokens, Turns
 from cpucache.layout.vocabulary import empty, joined
-from cpucache.reuse import History, OnProgress, Slice, Span
+from cpucache.reuse import History, OnProgress, Plan, PlanText, Slice, Span
 from cpucache.runtime import Sampling
 from cpucache.sessions import Entry, Transcripts
 from cpucache.stages import stage
@@ -58,6 +58,7 @@ class Session:
         system: System text of a new conversation.
         first_prompt: PML prompt that starts a new conversation, instead of ``system``.
         when_full: Reaction to a full llama.cpp context, see ``Engine.session``.
+        plan_text: Plans messages that may take foreign slices (default: messages take exact slices only).
 
     Raises:
         InputError: An argument is not valid, or the conversation has another model, system text or prompt.
@@ -73,6 +74,7 @@ class Session:
         system: str | None = None,
         first_prompt: FirstPrompt | None = None,
         when_full: WhenFull = "oldest",
+        plan_text: PlanText | None = None,
     ) -> None:
         if when_full not in WHEN_FULL:
             raise InputError(f"when_full={when_full!r}: must be one of {', '.join(WHEN_FULL)}")
@@ -82,6 +84,7 @@ class Session:
         self.when_full: WhenFull = when_full
         self._host = host
         self._kv_cache = host.kv_cache
+        self._plan_text = plan_text
         self._lock = threading.RLock()
         self._closed = False
         self._held: list[str] = []
@@ -225,7 +228,7 @@ class Session:
             history, turns, pending, _ = self._before(len(self.entries))
             new, *others = (_message(copy.copy(turns), pending, each) for each in (text, *continued(text)))
             self._make_room(history, len(new), max_tokens)
-            plan = self._host.slices.plan(history.spans, new)
+            plan, _ = self._planned(history.spans, new)
             ahead = plan.first(history.n_tokens + certain(new, others))
             self._ahead = self._host.prepare(lambda: ahead, self._label, n_tokens=plan.n_tokens, save=False, once=True)
             return self._ahead
@@ -308,13 +311,11 @@ class Session:
         before = history.n_tokens
         self._make_room(history, len(new), max_tokens)
         number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
-        slices = self._host.slices
         with stage("plan"):
-            plan = slices.plan(history.spans, new, f"turn {number}")
+            plan, spans = self._planned(history.spans, new, f"turn {number}")
         # The last token is always evaluated, since its logits start the answer; its state is saved with the answer.
-        message = slices.cut(history.spans, new[:-1], f"turn {number}") if text is not None else []
-        pending = new[-1:] if text is not None else new
-        turn = Turn(text, keep, history, turns, message, pending, number, len(history), len(history.slices))
+        message, pending = (spans, new[-1:]) if text is not None else ([], new)
+        turn = Turn(text, keep, history, turns, message, pending, number, len(history))
         answer = Answer(
             self._kv_cache,
             lambda: plan,
@@ -330,6 +331,15 @@ class Session:
         stream.metrics.left_out_tokens = before - history.n_tokens
         self._last = stream.request
         return stream
+
+    def _planned(self, before: Sequence[Span], new: Tokens, module: str = "") -> tuple[Plan, list[Span]]:
+        """The plan of ``new`` tokens after the spans ``before``, and spans of slices for all of them but the last."""
+        slices = self._host.slices
+        if self._plan_text is None:
+            message = [slice_.span for slice_ in slices.cut(before, new[:-1], module)]
+            return slices.plan(before, new, module), message
+        plan = self._plan_text(before, new)
+        return plan, slices.chained(plan.first(plan.n_tokens - 1), module)[len(before) :]
 
     def _before(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
         """The result of ``_replayed`` for ``keep`` entries, which callers may change. Raises ``InputError``."""
@@ -396,7 +406,7 @@ class Session:
         if turn.text is None or turn.begun:
             return
         history, turn.begun = turn.history, True
-        history.add(block.span for block in turn.message)
+        history.add(turn.message)
         self._transcript.put(turn.keep, [turn.entry(turn.text)])
         turn.keep += 1
         self._history, self._turns, self._pending, self._asks = history.copy(), turn.turns, turn.pending, True
@@ -405,7 +415,9 @@ class Session:
         """Saves the slices of the message that did not exist before, and notes the time that moving slices saved."""
         history, rate = turn.history, self._kv_cache.prefill_rate
         self._begin(turn)
-        answer.capture(turn.message[len(answer.plan.slices) - turn.known :], self._label)
+        planned = set(answer.plan.slices)
+        there = [span.slice for span in turn.message if span.slice]
+        answer.capture([slice_ for slice_ in there if slice_ not in planned], self._label)
         if answer.metrics.left_out_tokens and rate and self._host.context.memory.moves:
             moved = sum(history.size(index) for index in range(history.fixed, turn.before))
             answer.metrics.recompute_ms = moved / rate * 1000
@@ -477,20 +489,33 @@ class Session:
                 pending = empty()
                 continue
             number = sum(other.role == "user" for other in self.entries[: index + 1])
-            history.add_tokens([np.array(part, np.int32) for part in pieces["parts"]], f"turn {number}")
+            self._replay(history, pieces, f"turn {number}")
             pending = np.array(pieces["pending"], np.int32)
             turns.role = "system" if entry.role == "system" else "assistant"
             turns.open = entry.role != "system"
         return history, turns, pending, asks
 
+    def _replay(self, history: History, pieces: Any, module: str) -> None:
+        """Adds an entry of the transcript to a history; as exact slices of its tokens when a saved slice is gone."""
+        if "parts" in pieces:
+            history.add_tokens([np.array(part, np.int32) for part in pieces["parts"]], module)
+        elif spans := self._saved(pieces):
+            # An earlier entry whose slices are gone may end at another position than before.
+            history.add(span.moved(history.end - spans[0].start) for span in spans)
+        else:
+            history.add(block.span for block in self._host.slices.cut(history.spans, tokens_of(pieces), module))
+
+    def _saved(self, pieces: Any) -> list[Span] | None:
+        """The spans of an entry from the transcript; ``None`` when the store lacks one of their slices."""
+        spans = load_spans(pieces["spans"])
+        loaded = self._kv_cache.loaded([span.slice for span in spans if span.slice])
+        return spans if all(slice_.key in self._host.store for slice_ in loaded) else None
+
     def _reopened(self, pieces: Any) -> list[Span]:
         """The spans of the first prompt from the transcript; exact slices of its tokens when a saved slice is gone."""
         host = self._host
-        if "segments" not in pieces:
-            spans = load_spans(pieces["spans"])
-            loaded = self._kv_cache.loaded([span.slice for span in spans if span.slice])
-            if all(slice_.key in host.store for slice_ in loaded):
-                return spans
+        if "segments" not in pieces and (spans := self._saved(pieces)):
+            return spans
         return [block.span for block in host.slices.cut((), tokens_of(pieces), "first_prompt")]
 
     def _first_entry(self, system: str | None, first_prompt: FirstPrompt | None) -> Entry | None:

@@ -10,7 +10,7 @@ from cpucache.reuse.refine import asked, refine, text_parts
 from cpucache.reuse.repair import Repair
 from cpucache.reuse.reports import Encoded, Metrics
 from cpucache.reuse.slices import Plan, Slice, Slices, Span
-from cpucache.reuse.text import plan_text
+from cpucache.reuse.text import PlanText, plan_text
 
 __all__ = [
     "DEFAULT",
@@ -25,6 +25,7 @@ __all__ = [
     "Metrics",
     "OnProgress",
     "Plan",
+    "PlanText",
     "Repair",
     "Reuse",
     "Slice",

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from cpucache.layout import Text, Tokens
 from cpucache.reuse.chain import Chain
 from cpucache.reuse.fidelity import Fidelity, Reuse
 from cpucache.reuse.kv_cache import KVCache
 from cpucache.reuse.repair import Repair
-from cpucache.reuse.slices import Plan, Relation, Slice
+from cpucache.reuse.slices import Plan, Relation, Slice, Span
 from cpucache.stages import stage
 from cpucache.store import text_id
 
+PlanText: TypeAlias = Callable[[Sequence[Span], Tokens], Plan]
+"""Plans tokens after the spans that precede them."""
 SHORTEST = 64
 """Tokens of neighbouring segments at least, that are taken from elsewhere. Fewer are evaluated as fast as spliced."""
 
 
-def plan_text(kv_cache: KVCache, repair: Repair, text: Text, fidelity: Fidelity, reuse: Reuse) -> Plan:
-    """The plan of a text.
+def plan_text(
+    kv_cache: KVCache,
+    repair: Repair,
+    text: Text,
+    fidelity: Fidelity,
+    reuse: Reuse,
+    before: Sequence[Span] = (),
+) -> Plan:
+    """The plan of a text, with the spans before it.
 
     First comes the longest known slice behind all before it, again and again, however it was cut: all of it exact. Then
     come the segments that are left. Those that may be taken from elsewhere are, where there are slices of them; the
@@ -34,25 +44,33 @@ def plan_text(kv_cache: KVCache, repair: Repair, text: Text, fidelity: Fidelity,
         fidelity: Whether slices must be exact, and else the share of the tokens taken from elsewhere that is evaluated
             afresh.
         reuse: ``"anywhere"``: all others may be taken from elsewhere, too. ``"exact"``: none may.
+        before: Spans that precede the text. The plan begins with them, unchanged.
     """
     with stage("look up"):
         exact = reuse == "exact" or fidelity.exact or not kv_cache.context.memory.moves
         text = replace(text, parts=()) if exact else text
-        return _planned(kv_cache, repair, text, anywhere=reuse == "anywhere" and not exact, share=fidelity.recompute)
+        anywhere = reuse == "anywhere" and not exact
+        return _planned(kv_cache, repair, text, before, anywhere=anywhere, share=fidelity.recompute)
 
 
-def _planned(kv_cache: KVCache, repair: Repair, text: Text, *, anywhere: bool, share: float) -> Plan:
-    chain = _known_prefix(kv_cache, text.tokens[:-1])
-    *segments, tail = _segments(kv_cache, text, chain.end)
+def _planned(
+    kv_cache: KVCache, repair: Repair, text: Text, before: Sequence[Span], *, anywhere: bool, share: float
+) -> Plan:
+    chain = Chain(kv_cache.slices)
+    for span in before:
+        chain.add(span)
+    start = chain.end
+    _add_known_prefix(kv_cache, chain, text.tokens[:-1])
+    *segments, tail = _segments(kv_cache, text, chain.end - start)
     if anywhere or text.parts:
-        _find(kv_cache, [each for each in segments if anywhere or text.within(each.begin, each.end)])
+        _find(kv_cache, [each for each in segments if anywhere or text.within(each.begin, each.end)], start)
         _drop_short(segments)
         taken = [each for each in segments if each.slice]
         budget = math.ceil(share * sum(len(each.tokens) for each in taken))
         new = [each.tokens for each in segments if not each.slice] + [tail.tokens]
         for index in repair.choose([[each.tokens] for each in taken], new, budget) if budget else ():
             taken[index].recomputed = True
-    before = {text_id(span.tokens) for span in chain.spans}
+    preceding = {text_id(span.tokens) for span in chain.spans}
     for each in segments:
         if each.recomputed:
             chain.evaluate(each.tokens, "recomputed", again=True)
@@ -60,13 +78,13 @@ def _planned(kv_cache: KVCache, repair: Repair, text: Text, *, anywhere: bool, s
             candidate = chain.next(each.tokens)
             there = candidate.key in kv_cache.store
             slice_ = candidate if there or each.slice is None else each.slice
-            relation: Relation = "clean" if before.issuperset(slice_.attends_to) else "foreign"
+            relation: Relation = "clean" if preceding.issuperset(slice_.attends_to) else "foreign"
             exact = slice_ is candidate and chain.trail.exact
             absent = slice_ is candidate and not there
             why = each.why if absent else "" if exact else "not yet evaluated behind this"
             relation = "exact" if exact else relation
             chain.add(replace(slice_.span, start=chain.end, relation=relation, missing=absent, why=why))
-        before.add(text_id(each.tokens))
+        preceding.add(text_id(each.tokens))
     chain.evaluate(tail.tokens, "the last segment")
     return Plan(tuple(chain.spans))
 
@@ -88,10 +106,10 @@ class _Segment:
         return self.begin + len(self.tokens)
 
 
-def _known_prefix(kv_cache: KVCache, tokens: Tokens) -> Chain:
-    """Slices that are there of the first of these tokens, each behind all before it."""
-    store, chain = kv_cache.store, Chain(kv_cache.slices)
-    while len(left := tokens[chain.end :]):
+def _add_known_prefix(kv_cache: KVCache, chain: Chain, tokens: Tokens) -> None:
+    """Add the slices that the store has of the first of these tokens, each evaluated after all before it."""
+    store, start = kv_cache.store, chain.end
+    while len(left := tokens[chain.end - start :]):
         for size in sorted((size for size in store.sizes_behind(chain.trail.key) if size <= len(left)), reverse=True):
             known = chain.next(left[:size])
             if known.key in store:
@@ -99,7 +117,6 @@ def _known_prefix(kv_cache: KVCache, tokens: Tokens) -> Chain:
         else:
             break
         chain.add(known.span)
-    return chain
 
 
 def _segments(kv_cache: KVCache, text: Text, begin: int) -> list[_Segment]:
@@ -116,15 +133,18 @@ def _segments(kv_cache: KVCache, text: Text, begin: int) -> list[_Segment]:
     return [*found, _Segment(begin, text.tokens[begin:])]
 
 
-def _find(kv_cache: KVCache, segments: Sequence[_Segment]) -> None:
-    """Give segments the best slices that there are of their tokens, whatever these attended to."""
+def _find(kv_cache: KVCache, segments: Sequence[_Segment], start: int) -> None:
+    """Give segments the best slices that the store has of their tokens, whatever these attended to.
+
+    ``start``: the position of the text's first token.
+    """
     contents = [kv_cache.slices.content(each.tokens) for each in segments]
     variants = kv_cache.store.variants(contents)
     for each, content in zip(segments, contents, strict=True):
         found = variants[content]
         if found:
             # Behind most text, and where it need not be moved.
-            key, info = max(found, key=lambda one: (one[1].attended_tokens, one[1].start == each.begin, one[0]))
+            key, info = max(found, key=lambda one: (one[1].attended_tokens, one[1].start == start + each.begin, one[0]))
             each.slice = Slice.described(key, info, each.tokens)
 
 

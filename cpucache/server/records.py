@@ -174,7 +174,7 @@ class Records:
             self._asked(record),
             [self._asked(each) for each in known],
             self.text,
-            recurrent=self._engine.model.recurrent,
+            points=self._engine.context.memory.points,
         )
 
     def text(self, tokens: Tokens) -> str:

@@ -85,8 +85,17 @@ def _are_pieces(role: str, pieces: Any) -> bool:
         parts, is_one = pieces.get("segments" if earlier else "spans"), _has_tokens if earlier else _is_slice
         known = {"role", "open", "asks", "spans"} <= pieces.keys()
         return known and isinstance(parts, list) and all(isinstance(each, dict) and is_one(each) for each in parts)
+    if not _are_tokens(pieces.get("pending")):
+        return False
+    if role == "user" and "spans" in pieces:
+        spans = pieces["spans"]
+        return (
+            isinstance(spans, list)
+            and bool(spans)
+            and all(isinstance(each, dict) and _is_slice(each) for each in spans)
+        )
     parts = pieces.get("parts")
-    return isinstance(parts, list) and all(_are_tokens(each) for each in (*parts, pieces.get("pending")))
+    return isinstance(parts, list) and all(_are_tokens(each) for each in parts)
 
 
 def _is_slice(span: dict[str, Any]) -> bool:

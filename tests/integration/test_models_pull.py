@@ -132,10 +132,11 @@ def test_an_interrupted_pull_goes_on(registry: Registry, offer: Offer, folder: P
         if state.done > source["download"] * 0.4:
             raise KeyboardInterrupt
 
+    before = psutil.Process().children(recursive=True)  # of other tests
     with pytest.raises(KeyboardInterrupt):
         pull("tiny", press_ctrl_c)
     assert not (folder / "tiny.gguf").exists()
-    assert not psutil.Process().children(recursive=True), "the client must not outlive the pull"
+    assert set(psutil.Process().children(recursive=True)) <= set(before), "the client must not outlive the pull"
     registry.seconds_per_chunk = 0
     registry.requests.clear()
     said: list[str] = []

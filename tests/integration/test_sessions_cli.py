@@ -16,6 +16,7 @@ import pytest
 
 from cpucache.sessions import Entry, Transcripts, default_sessions
 from tests.support.command import cpucache, invoke
+from tests.support.sessions import message
 
 PIECES = {"parts": [[1, 2]], "pending": []}
 WORDS = "What is [bold]there[/bold] to eat?"
@@ -225,3 +226,27 @@ def test_what_chat_wrote_is_exported(tiny: Callable[..., Path]) -> None:
     assert user["content"] == "hello"
     assert f"{assistant['content']}\n" == done.out
     assert assistant["metrics"]["completion_tokens"] == 8
+
+
+def test_a_document_that_a_prompt_held_is_spliced_into_a_message(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    document = " ".join(message(number, 40) for number in range(4))
+    path = tmp_path / "document.txt"
+    path.write_text(document)
+    common = ("-m", tiny("llama"), "-n", "2", "--temp", "0", "--threads", "1")
+    assert cpucache("run", path, *common).status == 0
+
+    spliced = {}
+    for reuse in ("anywhere", "exact"):
+        chat = ("chat", reuse, "--system", "Be short.", "--reuse", reuse, *common)
+        assert cpucache(*chat, stdin=f"hello\n{document}\n").status == 0
+        answer = json.loads(invoke("sessions", "export", reuse, "--format", "json"))["messages"][-1]
+        spliced[reuse] = answer["metrics"]["clean_tokens"] + answer["metrics"]["foreign_tokens"]
+
+    assert spliced["exact"] == 0
+    assert spliced["anywhere"] > 100
+
+
+def test_fidelity_without_anything_to_apply_to_is_refused(tiny: Callable[..., Path]) -> None:
+    done = cpucache("chat", "new", "-m", tiny("llama"), "--fidelity", "fast", stdin="hello\n")
+    assert done.status == 2
+    assert "--reuse anywhere" in done.err

@@ -165,7 +165,7 @@ def test_what_is_gone_from_the_store() -> None:
     found = missed(sent, known, exact=32)
     assert found is not None and found.cause == "evicted"
     assert found.position == len(known.tokens)
-    assert explain(sent, [known], read, recurrent=True).cause == "resume-points"  # type: ignore[union-attr]
+    assert explain(sent, [known], read, points=True).cause == "resume-points"  # type: ignore[union-attr]
     # Where there were no slices none can be gone.
     never = asked(SYSTEM, USER, answer=SAID[1], held=False)
     assert missed(sent, never, exact=32) is None
