@@ -1,8 +1,9 @@
-"""Bytes a token, speed and distance from f16 for each type of keys and values, in the context and on disk.
+"""Bytes a token, speed, and divergence from f16 for each type of keys and values, in the context and on disk.
 
 python bench/kv_types.py MODEL [--tokens 1000] [--json FILE]
 
-Each way encodes a schema, closes, and answers from RAM, from disk, and from disk with nothing of it in the page cache.
+For each type, one engine encodes a schema and answers from RAM. New engines then answer from disk, with the files in
+the page cache (``disk``) and without (``cold``).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _MODULES, _QUESTION = 4, 12
 
 
 def _uncached(folder: Path) -> None:
-    """Take every slice file out of the page cache."""
+    """Removes every slice file from the page cache."""
     for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -44,7 +45,18 @@ def _uncached(folder: Path) -> None:
 def measure(
     model: str, tokens: int, repeat: int, settings: tuple[KVType, str, AtRest], folder: Path
 ) -> tuple[dict[str, Any], np.ndarray[Any, np.dtype[np.float64]]]:
-    """What one way takes, and the log probabilities of the token behind the prompt, as read from disk."""
+    """Measures one type of keys and values.
+
+    Args:
+        model: Name in the catalogue, or path of a model.
+        tokens: Tokens of the schema.
+        repeat: Number of answers of each kind.
+        settings: Type in the context, flash attention, and type on disk.
+        folder: Folder of the store.
+
+    Returns:
+        Measurements by name, and log probabilities ``[n_vocab]`` of the first token of an answer from disk.
+    """
     kv_type, flash, at_rest = settings
     given: dict[str, Any] = {"store": folder, "kv_type": kv_type, "flash": flash, "at_rest": at_rest}
     given["n_ctx"] = tokens + 256
@@ -87,8 +99,8 @@ def measure(
 @click.command()
 @click.argument("model")
 @click.option("--tokens", default=1000, show_default=True, help="Tokens cached, in 4 modules.")
-@click.option("--repeat", default=5, show_default=True, help="Answers of each kind, of which the median counts.")
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Write everything here.")
+@click.option("--repeat", default=5, show_default=True, help="Answers of each kind; their median counts.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write all measurements to this file.")
 def main(model: str, tokens: int, repeat: int, file: Path | None) -> None:
     """Compare types of keys and values on MODEL (a name of the catalogue or a path)."""
     reference = None

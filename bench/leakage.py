@@ -1,14 +1,14 @@
-"""Counts what shows through of text that a prompt leaves out, or has changed.
+"""Counts answers that betray text which a prompt leaves out, or text from before a change.
 
     python bench/leakage.py qwen2.5-coder-1.5b-instruct [--changes] [--json FILE]
 
-The prompts in bench/leakage/prompts.json ask for what their schema says elsewhere, in modules that they leave out or in
-members of unions that they do not take. An answer that holds such a value, where the answer of full prefill does not,
-betrays it. All slices are those that ``encode`` makes; each prompt is answered at every level.
+The prompts in bench/leakage/prompts.json ask for values that their schema contains only in modules that they leave out,
+or in members of unions that they do not take. An answer betrays such a value if it contains the value and the answer of
+full prefill does not. All slices are those that ``encode`` saves. Each prompt is answered at each fidelity level.
 
-With ``--changes``, the text of bench/leakage/changes.json is asked about after something in it has changed: a clock, a
-name, a price, an instruction. All slices of what stands behind the change have seen it as it was. Each question is
-answered with other shares of them recomputed, from the slices of the text before the change alone.
+With ``--changes``, questions are asked about the text of bench/leakage/changes.json after something in it has changed:
+a clock, a name, a price, an instruction. All slices after the change attended to the old text. Each question is
+answered with several shares of these slices recomputed; the store holds only slices of the text before the change.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ MAX_TOKENS = 32
 
 
 def betrayed(text: str, values: list[str]) -> list[str]:
-    """The left-out values that an answer holds."""
+    """Returns the left-out values that an answer contains."""
     return [value for value in values if value.casefold() in text.casefold()]
 
 
 Answered = tuple[str, list[str], str, dict[str, str]]
-"""Name of a question, what its answer must not hold, that of full prefill, and the others."""
+"""Name of a question, values that its answer must not contain, answer of full prefill, and the other answers."""
 
 
 def left_out(model: str) -> Iterator[Answered]:
-    """Answers to prompts that leave something out, by level."""
+    """Yields answers to prompts that leave something out, by fidelity level."""
     prompts = json.loads((FOLDER / "prompts.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder, Engine(model, store=folder, n_ctx=2048) as engine:
         for name in dict.fromkeys(prompt["schema"] for prompt in prompts):
@@ -54,7 +54,7 @@ def left_out(model: str) -> Iterator[Answered]:
 
 
 def changed(model: str) -> Iterator[Answered]:
-    """Answers to questions about a text in which something has changed, by the share recomputed."""
+    """Yields answers to questions about a text in which something has changed, by the share recomputed."""
     given = json.loads((FOLDER / "changes.json").read_text(encoding="utf-8"))
     for change in given["changes"]:
         texts: dict[str, str] = {}
@@ -81,7 +81,7 @@ def changed(model: str) -> Iterator[Answered]:
 
 
 def measure(model: str, answers: Iterator[Answered]) -> dict[str, Any]:
-    """Answers that betray something, by how they were given."""
+    """Returns the answers that betray a value, by level or share."""
     found: dict[str, list[dict[str, Any]]] = {}
     same: dict[str, int] = {}
     count = 0
@@ -97,11 +97,11 @@ def measure(model: str, answers: Iterator[Answered]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and print what was found."""
+    """Counts, and prints the answers found."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--changes", action="store_true", help="of text that has changed")
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--changes", action="store_true", help="ask about text that has changed")
+    parser.add_argument("--json", type=Path, help="write all answers found to this file")
     given = parser.parse_args()
     result = measure(given.model, changed(given.model) if given.changes else left_out(given.model))
     for how, cases in result["betrayed"].items():

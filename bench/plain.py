@@ -1,12 +1,12 @@
-"""Times prompts without markup, of which parts were seen before, in other orders or with something changed.
+"""Measures prompts without markup, parts of which were evaluated before, in other orders or with something changed.
 
     python bench/plain.py qwen2.5-coder-1.5b-instruct [--repeat 7] [--json FILE]
 
-``orders``: five documents of 500 tokens in one message, each time in an order not seen before, with a new question.
-``paragraph``: a document of 4,000 tokens, in which a paragraph in the middle is new each time. ``clock``: the same
-document, behind a time of day that changes. Each is asked with ``reuse="anywhere"``, as after a restart of which the
-store is kept. In turn with it run full prefill (once for each kind) and the floor: what it takes to evaluate as many
-tokens as were evaluated, behind all the others.
+``orders``: five documents of 500 tokens in one message, each time in a new order, with a new question. ``paragraph``: a
+document of 4,000 tokens with a new paragraph in the middle each time. ``clock``: the same document after a time of day
+that changes. Each prompt is asked with ``reuse="anywhere"`` and an empty llama.cpp context. Full prefill is measured
+once for each kind. The floor is measured in turn: the time to evaluate as many tokens as the prompt needed, after all
+its other tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt. Times to the first token in milliseconds."""
+    """Measurements of one prompt. Times to first token are in milliseconds.
+
+    ``again``: the same prompt, asked a second time.
+    """
 
     tokens: int
     evaluated: int
@@ -42,7 +45,7 @@ class Row:
 
 
 def orders(engine: Engine) -> Callable[[int], Messages]:
-    """Five documents; number 0 has them as they are."""
+    """Returns messages by number: five documents, in a new order for each number except 0."""
     documents = [filler(engine, 500, 100 + index).strip() for index in range(5)]
 
     def messages(number: int) -> Messages:
@@ -53,7 +56,7 @@ def orders(engine: Engine) -> Callable[[int], Messages]:
 
 
 def changed(engine: Engine, *, clock: bool) -> Callable[[int], Messages]:
-    """A document in which a paragraph, or the clock, is another for each number."""
+    """Returns messages by number: a document with another paragraph, or another time of day, for each number."""
     paragraphs = [_paragraph(engine, index) for index in range(40)]
 
     def messages(number: int) -> Messages:
@@ -77,19 +80,19 @@ def _question(engine: Engine, number: int) -> str:
 
 
 def ask(engine: Engine, messages: Messages) -> tuple[Metrics, Plan]:
-    """Answer with nothing in the llama.cpp context before."""
+    """Answers from an empty llama.cpp context. Returns the metrics, and the plan of the same prompt afterwards."""
     engine.forget()
     metrics = engine.generate(messages, max_tokens=1, reuse="anywhere").metrics
     return metrics, engine.plan(messages, reuse="anywhere")
 
 
 def measure(engine: Engine, messages: Callable[[int], Messages], repeat: int) -> tuple[float, list[Row]]:
-    """Milliseconds of full prefill, and a row for each prompt."""
+    """Returns milliseconds of full prefill, and a row for each prompt."""
     full = engine.generate(messages(0), max_tokens=1).metrics.ttft_ms
     rows = []
     for number in range(1, repeat + 1):
         first, plan = ask(engine, messages(number))
-        # As many tokens, at the end of all.
+        # The floor evaluates as many tokens as the prompt did, at the end of the plan.
         last = Span(plan.end - first.fresh_tokens, plan.tokens[-first.fresh_tokens :])
         lowest = floor(engine, Plan((last,)))
         again, plan = ask(engine, messages(number))
@@ -101,11 +104,11 @@ def measure(engine: Engine, messages: Callable[[int], Messages], repeat: int) ->
 
 
 def main() -> None:
-    """Measure, and print medians, least and most."""
+    """Measures, and prints medians, minima and maxima."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--repeat", type=int, default=7, help="prompts of each kind (default: 7)")
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
     given = parser.parse_args()
     result = {}
     for name in ("orders", "paragraph", "clock"):

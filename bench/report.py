@@ -1,9 +1,9 @@
 """Writes the tables of bench/RESULTS.md and of the pages in docs/ from the raw results in bench/results/.
 
-    python bench/report.py            write them
-    python bench/report.py --check    exit 1 if they are not what the results say
+    python bench/report.py            write the tables
+    python bench/report.py --check    exit 1 if the tables differ from the results
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``, where NAME.json holds what a benchmark printed with
+A table is the text between ``<!-- table NAME -->`` and ``<!-- end -->``. NAME.json is the output of a benchmark with
 ``--json``.
 """
 
@@ -13,123 +13,28 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+
+from cpucache.bench.report import table as markdown
 
 HERE = Path(__file__).parent
 _DOCS = HERE.parent / "docs"
 PAGES = (HERE / "RESULTS.md", _DOCS / "benchmarks.md", _DOCS / "fidelity.md")
 _TABLE = re.compile(r"(<!-- table (?P<name>\S+?)(?P<short> short)? -->\n).*?(<!-- end -->)", re.DOTALL)
-_NAMES = {
-    "full": "full prefill",
-    "standalone": 'standalone (`anchor="none"`)',
-    "standalone+recompute:0.1": "standalone, recompute 0.1",
-    "fast": "`fast`: slices as they are",
-    "balanced": "`balanced`: recompute 0.1",
-    "recompute:0.2": "recompute 0.2",
-    "refined": "`fast`, after refining",
-}
-_SHORT = ("full", "standalone", "fast", "balanced", "refined")
-
-
-def accuracy(result: dict[str, Any], *, short: bool) -> list[str]:
-    """The table of ``cpucache bench accuracy``; ``short`` for the pages in docs/."""
-    variants = {each["variant"]: each for each in result["variants"]}
-    measures = list(result["variants"][0]["scores"])
-    titles = [title for name in measures for title in (_title(name), "against full")]
-    head = ["", *titles, "KL, mean (median)", "same answer", "TTFT, of full", "of floor", "again, of floor"]
-    rows = [[*head]]
-    for name, each in variants.items():
-        if short and name not in _SHORT:
-            continue
-        cells = [_NAMES.get(name, name)]
-        for measure in measures:
-            score = each["scores"][measure]
-            cells.append(f"{score['mean']:.1f}")
-            if "difference" in score:
-                cells.append(f"{score['difference']:+.1f} ({score['low']:+.1f}, {score['high']:+.1f})")
-            else:
-                cells.append("")
-        if name == "full":
-            cells += ["", "", f"1 ({each['ttft']['median_ms'] / 1000:.1f} s)", "", ""]
-        else:
-            cells += [f"{each['kl']:.3f} ({each['kl_median']:.3f})", f"{each['same']:.0%}"]
-            cells += [f"{each['ttft_to_full']:.3f}", f"{each['ttft_to_floor']:.2f}", f"{each['again_to_floor']:.2f}"]
-        rows.append(cells)
-    if short:
-        keep = [0, 1, 2, len(head) - 5, len(head) - 4, len(head) - 3]
-        rows = [[row[index] for index in keep] for row in rows]
-    return _markdown(rows)
-
-
-def ttft(result: dict[str, Any], *, short: bool) -> list[str]:
-    """The table of ``cpucache bench ttft``."""
-    floor, other = result["floor"]["median_ms"], result["other_floor"]["median_ms"]
-    series = {
-        "the floor": (result["floor"], floor),
-        "exact, in the schema's order, from RAM": (result["ram"], floor),
-        "exact, from disk": (result["disk"], floor),
-        "the floor of other orders": (result["other_floor"], other),
-        "another order, never asked before, `fast`": (result["other"], other),
-        "  asked again": (result["other_again"], other),
-        "  `balanced`": (result["balanced"], other),
-        "  after refining": (result["refined"], other),
-        **{f"full prefill, {name}": (each, floor) for name, each in result["full"].items()},
-        "encoding, once": (result["encode"], floor),
-    }
-    rows = [["", "time to first token", "min", "max", "times the floor"]]
-    for name, (each, base) in series.items():
-        if "median_ms" in each:
-            times = [_time(each[key]) for key in _KEYS]
-            rows.append([name, *times, f"{each['median_ms'] / base:.2f}"])
-    return _markdown([[row[0], row[1], row[4]] for row in rows] if short else rows)
-
-
-def servers(result: dict[str, Any]) -> list[str]:
-    """The table of ``cpucache bench server``."""
-    rows = [["", "prefix, p50 (p95)", "tok/s", "of four", "first round", "last round", "restarted", "failures"]]
-    for each in result["servers"]:
-        speed = each["tokens_per_second"]
-        times = [each["prefix"], each["rounds"][0], each["warm"], each["restarted"]]
-        told = [f"{_time(found['p50'])} ({_time(found['p95'])})" if found else "" for found in times]
-        rows.append(
-            [each["name"], told[0], f"{speed['one']:.0f}", f"{speed['four']:.0f}", *told[1:], str(each["failures"])]
-        )
-    return _markdown(rows)
-
-
-def _time(milliseconds: float) -> str:
-    return f"{milliseconds / 1000:.2f} s" if milliseconds >= 1000 else f"{milliseconds:.0f} ms"
-
-
-_KEYS = ("median_ms", "min_ms", "max_ms")
-
-
-def _title(measure: str) -> str:
-    return {"f1": "F1", "exact_match": "EM", "rouge_l": "ROUGE-L"}.get(measure, measure)
-
-
-def _markdown(rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the results say."""
+    """Returns a page with its tables written from the results."""
 
     def table(match: re.Match[str]) -> str:
         result = json.loads((HERE / "results" / f"{match['name']}.json").read_text(encoding="utf-8"))
-        short = bool(match["short"])
-        if "servers" in result:
-            lines = servers(result)
-        else:
-            lines = ttft(result, short=short) if "floor" in result else accuracy(result, short=short)
+        lines = markdown(result, short=bool(match["short"]))
         return "\n".join([match[1].rstrip("\n"), *lines, match[4]])
 
     return _TABLE.sub(table, text)
 
 
 def main() -> int:
-    """Write the tables, or with ``--check`` compare them."""
+    """Writes the tables, or with ``--check`` compares them. Returns the exit status."""
     check = sys.argv[1:] == ["--check"]
     stale = []
     for page in PAGES:

@@ -1,8 +1,8 @@
-"""Kill processes while they save the turns of a conversation, and show that nothing comes of it.
+"""Kill processes while they save the turns of a conversation, and check what they leave.
 
-Each next process goes on in what the one before has left; now and then a turn is held against plain evaluation of the
-whole conversation. From the folder of the repository: `python bench/session_stress.py`. The exit status is 1 if
-anything went wrong.
+Each process continues the conversation that the process before left. Some turns are compared with plain evaluation of
+the whole conversation. Run it in the root folder of the repository: `python bench/session_stress.py`. The exit status
+is 1 if anything is wrong.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Treat a store roughly, and show that nothing comes of it.
+"""Disturb a store, and check that no slice is lost and no answer is wrong.
 
-Processes are killed while they save, bits of slice files are flipped, and many processes ask one store with too little
-room for all. From the folder of the repository: `python bench/store_stress.py` (about six minutes). The exit status
-is 1 if anything went wrong.
+Processes are killed while they save, bits of slice files are flipped, and many processes share a store whose budget is
+too small for their slices. Run it in the root folder of the repository: `python bench/store_stress.py` (about six
+minutes). The exit status is 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ Rows = Iterable[tuple[str, object]]
 
 
 def crash(model: Path, folder: Path, kills: int, budget: int) -> tuple[Rows, list[str]]:
-    """Processes killed at random moments of encoding and saving, and of evicting where the budget is small."""
+    """Kills processes at random moments of encoding and saving, and of evicting if the budget is small.
+
+    Args:
+        model: Path of the model.
+        folder: Folder of the stores.
+        kills: Number of processes to kill.
+        budget: Disk budget of a store, in bytes.
+
+    Returns:
+        Results with labels, and the faults found.
+    """
     seen = stress.crash(model, folder, kills, budget=budget)
     rows = (
         ("processes killed", seen.kills),
@@ -37,7 +47,7 @@ def crash(model: Path, folder: Path, kills: int, budget: int) -> tuple[Rows, lis
 
 
 def flip(model: Path, folder: Path, flips: int) -> tuple[Rows, list[str]]:
-    """Bits flipped in slice files."""
+    """Flips bits in slice files. Returns results with labels, and the faults found."""
     seen = stress.flip(model, folder, flips)
     rows = (
         ("bits flipped", f"{seen.tried} ({', '.join(f'{n} {part}' for part, n in sorted(seen.places.items()))})"),
@@ -49,7 +59,17 @@ def flip(model: Path, folder: Path, flips: int) -> tuple[Rows, list[str]]:
 
 
 def hammer(model: Path, folder: Path, processes: int, rounds: int) -> tuple[Rows, list[str]]:
-    """Processes on one store that is too small for them."""
+    """Runs processes on one store whose budget is too small for their slices.
+
+    Args:
+        model: Path of the model.
+        folder: Folder of the stores.
+        processes: Number of processes.
+        rounds: Number of prompts that each process asks.
+
+    Returns:
+        Results with labels, and the faults found.
+    """
     seen = stress.hammer(model, folder, processes, rounds=rounds)
     over = max(0, seen.peak - seen.budget)
     rows = (
@@ -73,7 +93,7 @@ def hammer(model: Path, folder: Path, processes: int, rounds: int) -> tuple[Rows
 @click.option("--kills", default=200, show_default=True, help="Processes to kill.")
 @click.option("--flips", default=500, show_default=True, help="Bits to flip.")
 @click.option("--processes", default=8, show_default=True, help="Processes that share a store.")
-@click.option("--rounds", default=200, show_default=True, help="Prompts that each of them asks.")
+@click.option("--rounds", default=200, show_default=True, help="Prompts that each process asks.")
 def main(kills: int, flips: int, processes: int, rounds: int) -> None:
     parts: dict[str, Callable[[Path, Path], tuple[Rows, list[str]]]] = {
         "killed": lambda model, folder: crash(model, folder, kills, stress.PLENTY),

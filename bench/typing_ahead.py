@@ -1,11 +1,11 @@
-"""Measures how soon a question is answered that was evaluated while it was typed.
+"""Measures time to first token of a question that was evaluated while it was typed.
 
     python bench/typing_ahead.py qwen2.5-coder-1.5b-instruct [--fast] [--json FILE]
 
-A question of 40 words is typed, character by character, behind 4,000 cached tokens in eight modules. Each time it is
-another question. Beside it, in turn: the same prompt asked at once (its modules in RAM, the llama.cpp context empty),
-and its floor, which is to evaluate the question and choose a token where the state of the modules lies in the
-llama.cpp context already.
+A question of 40 words is typed character by character after 4,000 cached tokens in eight modules. Each round has
+another question. Two more times are measured in turn. One is for the same prompt asked at once, with its modules in RAM
+and an empty llama.cpp context. The other is the floor: the time to evaluate the question and sample a token when the
+state of the modules is in the llama.cpp context already.
 """
 
 from __future__ import annotations
@@ -32,44 +32,54 @@ MODULES = 8
 
 @dataclass
 class Row:
-    """A question. Times in milliseconds."""
+    """Measurements of one question. Times are in milliseconds."""
 
     characters: int
     question_tokens: int
     left_tokens: int
-    """Evaluated between Enter and the first token."""
+    """Tokens evaluated between Enter and the first token of the answer."""
     typed_ms: float
-    """Time to first token behind what was evaluated while it was typed."""
+    """Time to first token of the question that was evaluated while it was typed."""
     at_once_ms: float
     floor_ms: float
     same: bool
-    """The answers are the same, typed and at once."""
+    """Whether the answers to the typed question and to the question asked at once are equal."""
 
 
 def ask(question: str) -> Prompt:
-    """A question on all modules."""
+    """Returns a prompt with a question after all modules."""
     modules = tuple(Reference(f"m{index}", {}, (), 1) for index in range(MODULES))
     return Prompt("bench", {}, (*modules, Turn("user", question, 1)), "<bench>", 1)
 
 
 def write(text: str, typed: Callable[[str], None], pause: Callable[[], None]) -> None:
-    """Type a text."""
+    """Types a text: calls ``typed`` with the text so far, then ``pause``, for each character."""
     for end in range(1, len(text) + 1):
         typed(text[:end])
         pause()
 
 
 def question(words: int, seed: int) -> str:
-    """So many words."""
+    """Returns a question of random words."""
     return " ".join(random.Random(seed).choices(WORDS, k=words)) + "?"
 
 
 def measure(engine: Engine, text: str, seconds: float | None, tokens: int) -> Row:
-    """One question. ``seconds`` are those between two characters; None: as soon as all before it is evaluated."""
+    """Measures one question.
+
+    Args:
+        engine: Engine with the encoded schema.
+        text: The question.
+        seconds: Seconds between two characters; ``None``: each follows when the text before it is evaluated.
+        tokens: Most tokens of the answers.
+
+    Returns:
+        The measurements.
+    """
     prompt = ask(text)
     engine.forget()
     at_once = engine.generate(prompt, max_tokens=tokens)
-    # The context holds the modules, and what was asked before.
+    # Leaves the modules in the llama.cpp context, as after an earlier question.
     engine.generate(ask("Hello"), max_tokens=1)
     last: list[Preparation] = []
 
@@ -102,16 +112,16 @@ def measure(engine: Engine, text: str, seconds: float | None, tokens: int) -> Ro
 
 
 def main() -> None:
-    """Measure, and print medians, least and most."""
+    """Measures, and prints medians, minima and maxima."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=4000, help="cached tokens (default: 4000)")
-    parser.add_argument("--words", type=int, default=40, help="of a question (default: 40)")
+    parser.add_argument("--words", type=int, default=40, help="words of a question (default: 40)")
     parser.add_argument("--speed", type=float, default=200, help="characters a minute (default: 200)")
-    parser.add_argument("--fast", action="store_true", help="each character as soon as those before it are evaluated")
+    parser.add_argument("--fast", action="store_true", help="type each character when those before it are evaluated")
     parser.add_argument("--repeat", type=int, default=5, help="questions (default: 5)")
     parser.add_argument("--answer", type=int, default=16, help="tokens of the answers that are compared (default: 16)")
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
     given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder, Engine(given.model, store=folder, n_ctx=8192) as engine:

@@ -1,7 +1,7 @@
 """Writes the grammars of PML in RELAX NG's compact syntax, which Emacs reads.
 
-Run it when a ``.rng`` file of ``cpucache/pml/grammar`` has changed, as ``compact_grammar.py COMMAND...``, where
-COMMAND runs Trang (https://relaxng.org/jclark/trang.html), such as ``java -jar trang.jar``.
+Run ``compact_grammar.py COMMAND...`` after a change to a ``.rng`` file in ``cpucache/pml/grammar``. COMMAND runs Trang
+(https://relaxng.org/jclark/trang.html), for example ``java -jar trang.jar``; the default is ``trang``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ GRAMMARS = Path(__file__).resolve().parent.parent / "cpucache" / "pml" / "gramma
 
 
 def heading(grammar: Path) -> str:
-    """The first line of a compact grammar, which names the version of ``grammar`` that it was made of."""
+    """Returns the first line of a compact grammar: the name and a hash of ``grammar``, its source."""
     digest = blake2b(grammar.read_bytes(), digest_size=8).hexdigest()
     return f"# Made of {grammar.name} ({digest}) by scripts/compact_grammar.py.\n"
 
 
 def main(trang: list[str]) -> None:
-    """Write a compact grammar beside each grammar."""
+    """Writes a compact grammar next to each grammar. ``trang``: command that runs Trang."""
     for grammar in sorted(GRAMMARS.glob("*.rng")):
         compact = grammar.with_suffix(".rnc")
         subprocess.run([*trang, str(grammar), str(compact)], check=True)

@@ -1,6 +1,6 @@
-"""The help of every command as Markdown, for docs/commands.md.
+"""Help of every command as Markdown, for docs/commands.md.
 
-python scripts/docs_commands.py        prints it
+python scripts/docs_commands.py        print the Markdown
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import click
 from cpucache.cli.main import cli
 
 WIDTH = 96
-"""Columns of the help."""
+"""Width of the help, in columns."""
 
 
 def helps() -> str:
-    """A section for each command, with what ``--help`` prints."""
+    """Returns a section for each command, with the output of ``--help``."""
     return "\n".join(_sections(cli, click.Context(cli, info_name="cpucache", **cli.context_settings)))
 
 

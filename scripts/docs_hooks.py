@@ -1,7 +1,7 @@
-"""What the documentation takes from elsewhere in the repository, for MkDocs (``hooks`` in mkdocs.yml).
+"""Hooks of MkDocs (``hooks`` in mkdocs.yml), which add pages, help and plots from outside docs/ to the site.
 
-Pages that people look for at the root of a repository stay there and are pages of the site besides. The help of every
-command, and plots of bench/results/, are made for each build.
+Pages that people look for at the root of the repository stay there, and the site has them too. Each build writes the
+help of every command, and plots of bench/results/.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from docs_commands import helps  # noqa: E402
 from docs_plots import plots  # noqa: E402
 
 PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "results.md": "bench/RESULTS.md"}
-"""Pages of the site by where they stand in the repository."""
+"""Pages of the site that are outside docs/, each with its path in the repository."""
 _COMMANDS = "<!-- commands -->"
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 
@@ -37,17 +37,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Turns a page as it is read in the repository into one of the site."""
+    """Converts a page of the repository into a page of the site: its links, and the help of the commands."""
     folder = Path(PAGES.get(page.file.src_uri, "docs/page.md")).parent
     return with_links_of_the_site(markdown, folder).replace(_COMMANDS, helps())
 
 
 def with_links_of_the_site(text: str, folder: Path) -> str:
-    """A page with links to pages of the site; what is no page of the site is named without a link.
+    """Returns a page with links between pages of the site. Links to other files become their paths.
 
     Args:
-        text: Markdown.
-        folder: Where the page stands, from the root of the repository.
+        text: Markdown of the page.
+        folder: Folder of the page, relative to the root of the repository.
     """
     pages = {source: page for page, source in PAGES.items()}
 

@@ -1,6 +1,6 @@
-"""The plots of the documentation, drawn from the raw results in bench/results/.
+"""Plots of the documentation, drawn from the raw results in bench/results/.
 
-python scripts/docs_plots.py FOLDER       write them as SVG, to look at
+python scripts/docs_plots.py FOLDER       write the plots as SVG files
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
-_INK = "#7f8c99"  # can be read on white and on black
+_INK = "#7f8c99"  # legible on white and on black
 _FULL, _CACHED, _BETTER = "#9aa5b1", "#2f80ed", "#27ae60"
 _NAMES = {
     "full": "full prefill",
@@ -29,7 +29,7 @@ _NAMES = {
     "refined": "refined",
 }
 _STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "cpucache",  # the same results give the same bytes
+    "svg.hashsalt": "cpucache",  # fixed, so that the same results have the same bytes
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
@@ -40,7 +40,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def plots() -> dict[str, str]:
-    """Every plot as the text of an SVG, by name."""
+    """Returns every plot by name, as the text of an SVG."""
     drawn: dict[str, Callable[[], Figure]] = {
         "ttft": lambda: _ttft(_read("ttft")),
         "fidelity-time": lambda: _quality_and_time(
@@ -66,7 +66,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _ttft(result: dict[str, Any]) -> Figure:
-    """Times to first token, on a logarithmic scale."""
+    """Bars of times to first token, on a logarithmic scale."""
     bars = {
         "full prefill": (result["full"]["flash off"], _FULL),
         "balanced, another order": (result["balanced"], _CACHED),
@@ -88,7 +88,7 @@ def _ttft(result: dict[str, Any]) -> Figure:
 
 
 def _quality_and_time(results: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
-    """F1 against time to first token, one point a variant, with the interval of its difference from full prefill."""
+    """F1 against time to first token: a point a variant, with the interval of its difference from full prefill."""
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     for axes, (picked, result) in zip(figure.subplots(1, len(results), sharey=True), results, strict=True):
         for each, marker in zip(result["variants"], "*osD^vP", strict=False):
@@ -111,7 +111,7 @@ def _quality_and_time(results: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
 
 
 def _divergence(results: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
-    """Divergence from full prefill, variant by variant."""
+    """Bars of the divergence from full prefill, one a variant."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     for axes, (picked, result) in zip(figure.subplots(1, len(results), sharey=True), results, strict=True):
         variants = [each for each in result["variants"] if each["variant"] != "full"][::-1]
@@ -133,7 +133,7 @@ def _time(milliseconds: float) -> str:
 
 
 def main() -> None:
-    """Write every plot into a folder."""
+    """Writes every plot into the folder that the command line names."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, drawing in plots().items():

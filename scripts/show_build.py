@@ -1,10 +1,10 @@
-"""Run a command that installs packages, and show how far the compiler is.
+"""Runs a command that installs packages, and shows the progress of the compiler.
 
-On a terminal that is one line that is updated, anywhere else a line for each tenth of the way.
+On a terminal the progress is one line that is updated; elsewhere it is a line for each tenth of the steps.
 
 `python scripts/show_build.py "compiling llama.cpp" pip install -v .` shows the steps that ninja or make counts in the
-output of pip, and of everything else what pip says without `-v`. When the command fails its last lines are printed, and
-the exit status is that of the command. Needs Python alone.
+output of pip, and otherwise only what pip prints without `-v`. If the command fails, its last lines are printed. The
+exit status is that of the command. The script needs only Python's standard library.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import sys
 import time
 from collections import deque
 
-# ninja counts steps, make tells a share: `[57/204] Building CXX object …`, `[ 28%] Building CXX object …`.
+# ninja prints steps, make a percentage: `[57/204] Building CXX object …`, `[ 28%] Building CXX object …`.
 _STEP = re.compile(r"\s*\[\s*(\d+)(?:/(\d+)|%)\]")
-# What is indented is about what builds packages, but for the beginning and end of such a build.
+# Indented lines are details of a build, except for those on its beginning and end.
 _WORTH_SHOWING = re.compile(r"(Collecting|  Building wheel|Installing collected|Successfully|ERROR|WARNING)\b")
 _WIDTH = 30
 _LAST = 100
@@ -25,7 +25,7 @@ _LAST = 100
 
 
 class Bar:
-    """How far the compiler is, on standard output."""
+    """Progress bar of the compiler, on standard output."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -35,7 +35,7 @@ class Bar:
         self._terminal = sys.stdout.isatty()
 
     def show(self, done: int, total: int) -> None:
-        """Tell that ``done`` of ``total`` steps are done."""
+        """Shows that ``done`` of ``total`` steps are done."""
         if not self._terminal:
             tenth = done * 10 // total
             if tenth > self._tenth:
@@ -49,14 +49,14 @@ class Bar:
         self._drawn = True
 
     def end(self) -> None:
-        """Leave the line to what is printed next."""
+        """Ends the line of the bar, so that other output begins on a new line."""
         if self._drawn:
             print(flush=True)
             self._drawn = False
 
 
 def main(label: str, command: list[str]) -> int:
-    """Run ``command``; gives its exit status."""
+    """Runs ``command``, and returns its exit status."""
     last: deque[str] = deque(maxlen=_LAST)
     bar: Bar | None = None
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Ways to a schema: from Python functions, Jinja templates, files, and recorded requests."""
+"""Schemas from Python functions, Jinja templates, files, and recorded requests."""
 
 from cpucache.authoring.decorator import AnyPromptFunction, PromptFunction, PromptMethod, PromptText, prompt
 from cpucache.authoring.function import MaxTokens

@@ -1,4 +1,4 @@
-"""A call of a prompt function: the prompt that its arguments make."""
+"""Calls of prompt functions: the prompt that the arguments of a call select."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from cpucache.errors import InputError
 
 
 def chosen(name: str, parts: Sequence[Part], names: dict[str, Any]) -> Chosen:
-    """The prompt for the schema ``name``, by the values of ``names``, to which what the function assigns is added.
+    """Returns the prompt of a call for the schema ``name``.
 
-    Raises ``InputError`` for an argument that no prompt can hold, and whatever the function's own expressions raise.
+    Conditions and fields are evaluated with ``names``, to which the values that the function assigns are added. Raises
+    ``InputError`` for an argument with a character that PML can't hold, and whatever the function's expressions raise.
     """
     prompt = Chosen(name)
     _Calling(names).scope(parts, prompt)
@@ -21,13 +22,14 @@ def chosen(name: str, parts: Sequence[Part], names: dict[str, Any]) -> Chosen:
 
 
 class _Calling:
-    """One function while it is called. ``ended``: by ``return``."""
+    """One call of a prompt function. ``_ended``: whether the call has reached a ``return``."""
 
     def __init__(self, names: dict[str, Any]) -> None:
         self._names = names
         self._ended = False
 
     def scope(self, parts: Sequence[Part], into: Chosen) -> None:
+        """Adds what a call includes of ``parts`` to the module ``into``."""
         for part in parts:
             if self._ended:
                 return

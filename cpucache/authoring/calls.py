@@ -1,4 +1,4 @@
-"""Which prompt function a call inside another one means."""
+"""Calls inside prompt functions: which prompt function such a call refers to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpucache.authoring.function import UNKNOWN, Function, constant
 
 
 class Definition:
-    """A function that is a prompt. ``name``: of its schema. ``is_static``: it takes no object, though in a class."""
+    """A prompt function as it was defined. ``name``: name of its schema. ``is_static``: it is a ``staticmethod``."""
 
     def __init__(self, function: Function, name: str, *, is_static: bool) -> None:
         self.function = function
@@ -22,7 +22,7 @@ class Definition:
 
 
 class Method:
-    """A definition as an attribute of a class (``receiver`` is ``None``) or of an object."""
+    """A definition as an attribute of a class (``receiver`` is ``None``) or of an object. ``owner``: the class."""
 
     def __init__(self, definition: Definition, receiver: Any, owner: type) -> None:
         self.function = definition.function
@@ -33,10 +33,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Callee:
-    """A function to be compiled.
+    """A prompt function to be compiled.
 
-    ``name``: of its schema. ``owner``: the class that it is found in. ``receiver``: what gives the object that it is
-    called on. ``constants``: arguments that are known.
+    ``name``: name of its schema. ``owner``: class in which the function was found. ``receiver``: expression of the
+    object that the method is called on. ``constants``: values of the arguments that are known before a call.
     """
 
     function: Function
@@ -46,18 +46,18 @@ class Callee:
     constants: Mapping[str, Any] = field(default_factory=dict)
 
     def called(self, constants: Mapping[str, Any], defaults: Mapping[str, Any]) -> Callee:
-        """The same with arguments that are constants, some of them left out."""
+        """Returns the callee with the constant arguments of one call, and with constant defaults for omitted ones."""
         known = {name: value for name, each in defaults.items() if (value := constant(each)) is not UNKNOWN}
         return replace(self, constants={**known, **constants})
 
     @property
     def self(self) -> str | None:
-        """The argument that is the object, in a method."""
+        """Name of the first parameter of a method, which holds the object; ``None`` for a plain function."""
         return next(iter(self.function.signature.parameters), None) if self.owner is not None else None
 
 
 def callee_of(node: ast.expr, caller: Callee, constants: Constants) -> Callee | None:
-    """The prompt function that ``node`` names inside ``caller``; ``None`` if it names something else."""
+    """Returns the prompt function that ``node`` refers to inside ``caller``; ``None`` if it is something else."""
     if isinstance(node, ast.Attribute):
         if isinstance(node.value, ast.Name) and node.value.id == caller.self:
             owner = caller.owner
@@ -67,8 +67,9 @@ def callee_of(node: ast.expr, caller: Callee, constants: Constants) -> Callee | 
         if owner is not None and (found := inspect.getattr_static(owner, node.attr, None)) is not None:
             definition = definition_of(found)
             if isinstance(definition, Definition):
-                receiver = None if definition.is_static else node.value
-                return Callee(definition.function, definition.name, owner, receiver)
+                if definition.is_static:
+                    return Callee(definition.function, definition.name)
+                return Callee(definition.function, definition.name, owner, node.value)
     found = definition_of(constants.object(node))
     if isinstance(found, Method):
         receiver = (
@@ -79,7 +80,7 @@ def callee_of(node: ast.expr, caller: Callee, constants: Constants) -> Callee | 
 
 
 def definition_of(found: Any) -> Definition | Method | None:
-    """The prompt function in an object, under other decorators as well."""
+    """Returns the prompt function in an object, under other decorators too; ``None`` if there is none."""
     while not isinstance(found, Definition | Method):
         if isinstance(found, staticmethod):
             found = found.__func__

@@ -1,4 +1,7 @@
-"""A prompt function's syntax tree compiled into parts. No branch is run, and no condition is evaluated."""
+"""Compiler of prompt functions: from the syntax tree to parts.
+
+The function is never run. Expressions are evaluated here only if they are constant.
+"""
 
 from __future__ import annotations
 
@@ -47,21 +50,26 @@ from cpucache.pml.tree import Text
 
 @dataclass
 class Compiled:
-    """The parts of a function, and the names outside that something in them was made of."""
+    """The parts of a function. ``used``: the names outside it that they depend on: function, name and value."""
 
     parts: tuple[Part, ...]
     used: list[tuple[Function, str, Any]] = field(default_factory=list)
 
 
 def compiled(callee: Callee, stack: tuple[Function, ...] = (), role: str = "") -> Compiled:
-    """A function compiled.
+    """Compiles a prompt function.
 
     Args:
-        callee: The function, with the class that it is a method of and the arguments that are constants.
-        stack: The functions that call it.
-        role: The role tag that it is called in.
+        callee: The function, with the class that it is a method of and the values of its constant arguments.
+        stack: Prompt functions that are being compiled around this one, outermost first.
+        role: Role tag around the call; empty: none.
 
-    Raises ``PMLError`` with the line of what it can't express; its ``others`` are the further ones.
+    Returns:
+        The parts, with the outside names that they depend on.
+
+    Raises:
+        PMLError: The function holds statements that PML can't express. The error names the first line of these;
+            ``others`` holds the further errors.
     """
     return _Compiler(callee, stack, role).run()
 
@@ -75,7 +83,7 @@ class _Compiler:
         self._source = function.written
         self._role = role
         self._branches = 0
-        """How many branches and loops are open."""
+        """Number of branches and loops around the current statement."""
         self._stored = stored(self._source.tree)
         parameters = set(function.signature.parameters)
         constants = {name: value for name, value in callee.constants.items() if name not in self._stored}
@@ -84,6 +92,7 @@ class _Compiler:
         self._used: list[tuple[Function, str, Any]] = []
 
     def run(self) -> Compiled:
+        """Compiles the whole function."""
         tree = self._source.tree
         if isinstance(tree, ast.AsyncFunctionDef):
             self._refuse("a prompt is no coroutine: write it with def", tree.lineno)
@@ -103,7 +112,7 @@ class _Compiler:
         for at, statement in enumerate(statements):
             rest = statements[at + 1 :]
             if isinstance(statement, ast.If) and rest and ends_without_else(statement):
-                # What follows is what is included else.
+                # Every arm returns, so the statements after the `if` are its `else`.
                 more, ends = self._if(statement, names, otherwise=rest)
                 return [*parts, *more], ends
             more, ends = self._statement(statement, names)
@@ -141,7 +150,7 @@ class _Compiler:
         return [], "never"
 
     def _text(self, node: ast.expr, names: Names) -> list[Part]:
-        """An expression that stands by itself: a string, or a call of another prompt function."""
+        """Parts of an expression statement: a string, or a call of another prompt function."""
         if (isinstance(node, ast.Constant) and isinstance(node.value, str)) or isinstance(node, ast.JoinedStr):
             if has_nul(node):
                 self._refuse("U+0000 is not a character that PML can hold", node.lineno)
@@ -273,14 +282,14 @@ class _Compiler:
             ended.append(ends)
             if ends == "always":
                 break
-        # Behind the loop its names are those of the last item that was reached.
+        # After the loop its names count as unknown, so that a call fills them with the last item.
         for name in names_of(loop.target):
             outer.pop(name, None)
         self._constants.values = outer
         return parts, "always" if "always" in ended else "maybe" if "maybe" in ended else "never"
 
     def _bound(self, target: ast.expr, item: Any) -> dict[str, Any] | None:
-        """The names of a loop, for one item; ``None`` where that is refused."""
+        """Values of a loop's names for one item; ``None``, with a report, if the names do not fit the item."""
         if isinstance(target, ast.Name):
             return {target.id: item}
         is_many = isinstance(target, ast.Tuple | ast.List) and isinstance(item, list | tuple | str)
@@ -310,7 +319,7 @@ class _Compiler:
         parts, ends = self._block(statement.body, names)
         self._role = ""
         if parts and isinstance(last := parts[-1], Text):
-            # The last line of a turn: what ends the turn stands behind it.
+            # The chat template ends a turn directly after its text, so the last line needs no newline.
             parts[-1] = Text(last.text.removesuffix("\n"), last.line)
         return [Tagged(roles[0], tuple(parts), statement.lineno)], ends
 
@@ -340,7 +349,7 @@ class _Compiler:
         return [Call(name, inner.parts, lambda: {**function.names(), **defaults}, expressions, node.lineno)]
 
     def _arguments(self, node: ast.Call, callee: Callee) -> dict[str, ast.expr] | None:
-        """The expressions that a call gives to each argument; ``None`` where it is refused."""
+        """Expression of each argument of a call; ``None``, with a report, if the call is refused."""
         keywords = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
         if len(keywords) < len(node.keywords) or any(isinstance(each, ast.Starred) for each in node.args):
             self._refuse(f"`{ast.unparse(node)}`: write each argument out, without * and **", node.lineno)

@@ -1,4 +1,4 @@
-"""``@cpucache.prompt``: a Python function that is a schema, and whose calls are prompts."""
+"""``@cpucache.prompt``: a Python function as a schema, and its calls as prompts."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ P = ParamSpec("P")
 
 
 class PromptText(str):
-    """The PML of a prompt, which knows its schema."""
+    """PML of a prompt: a string that also holds the PML of its schema."""
 
     __slots__ = ("_schema",)
     _schema: str
 
     @classmethod
     def of(cls, prompt: str, schema: str) -> PromptText:
-        """A prompt with the PML of its schema."""
+        """Returns a prompt with the PML of its schema."""
         made = cls(prompt)
         made._schema = schema
         return made
 
     def get_schema(self) -> str:
-        """The PML of the schema."""
+        """Returns the PML of the schema."""
         return self._schema
 
     def get_prompt(self) -> str:
-        """The PML of the prompt: the same text."""
+        """Returns the PML of the prompt as a plain string."""
         return str(self)
 
 
 class _Ready:
-    """A function compiled for one class. The lines of its tree are those of the function."""
+    """A function compiled for one class, with its schema as a tree (with the function's line numbers) and as PML."""
 
     def __init__(self, name: str, function: Function, code: Compiled) -> None:
         self.code = code
@@ -54,9 +54,9 @@ class _Ready:
 
 
 class PromptFunction(Definition, Generic[P]):
-    """A function whose schema is compiled from its syntax tree, once, when it is first needed.
+    """A function whose schema is compiled from its syntax tree when the schema is first needed.
 
-    It is compiled anew only where a constant of its module that stands in its text has changed.
+    The function is compiled again only after an outside constant on which its schema depends has changed.
     """
 
     def __init__(self, function: Callable[P, Any], name: str | None = None) -> None:
@@ -70,7 +70,7 @@ class PromptFunction(Definition, Generic[P]):
         super().__init__(Function(python), name, is_static=isinstance(function, staticmethod))
         self._ready: dict[type | None, _Ready] = {}
         functools.update_wrapper(self, python)
-        # Decorators that take over what a function has find this as well.
+        # An attribute of the instance, so that functools.wraps in further decorators copies it.
         self.schema = self._schema_pml
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> PromptText:
@@ -89,15 +89,15 @@ class PromptFunction(Definition, Generic[P]):
         return f"<prompt {self.name} ({self.function.file}:{self.function.line})>"
 
     def _schema_pml(self) -> str:
-        """The PML of the schema. Raises ``PMLError`` with the line of what the function can't express."""
+        """Returns the schema as PML. Raises ``PMLError`` with the line of a statement that PML can't express."""
         return self.ready(None).schema
 
     def tree(self) -> Schema:
-        """The schema as a tree, as its PML would be parsed; errors name the lines of the function."""
+        """Returns the schema as the tree that its PML is parsed into, with the line numbers of the function."""
         return self.ready(None).tree
 
     def call(self, owner: type | None, /, *args: Any, **kwargs: Any) -> PromptText:
-        """The prompt of a call, as a method of ``owner`` if that is given."""
+        """Returns the prompt of a call; ``owner``: the class that the function is a method of, or ``None``."""
         try:
             bound = self.function.signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -108,7 +108,7 @@ class PromptFunction(Definition, Generic[P]):
         return PromptText.of(write_prompt(chosen(self.name, ready.code.parts, names)), ready.schema)
 
     def ready(self, owner: type | None) -> _Ready:
-        """The function compiled as it is found in ``owner``."""
+        """Returns the function compiled as a method of ``owner`` (``None``: as a plain function)."""
         ready = self._ready.get(owner)
         if ready is None or changed(ready.code.used):
             code = compiled(Callee(self.function, self.name, owner))
@@ -135,11 +135,11 @@ class PromptMethod(Method):
         return repr(self._definition)
 
     def schema(self) -> str:
-        """The PML of the schema. Raises ``PMLError`` with the line of what the function can't express."""
+        """Returns the schema as PML. Raises ``PMLError`` with the line of a statement that PML can't express."""
         return self._definition.ready(self.owner).schema
 
     def tree(self) -> Schema:
-        """The schema as a tree, as its PML would be parsed; errors name the lines of the function."""
+        """Returns the schema as the tree that its PML is parsed into, with the line numbers of the function."""
         return self._definition.ready(self.owner).tree
 
 
@@ -154,22 +154,31 @@ def prompt(*, name: str) -> Callable[[Callable[P, Any]], PromptFunction[P]]: ...
 def prompt(
     function: Callable[P, Any] | None = None, /, *, name: str | None = None
 ) -> PromptFunction[P] | Callable[[Callable[P, Any]], PromptFunction[P]]:
-    """Make a Python function a schema, and its calls prompts.
+    """Turns a Python function into a schema, and its calls into prompts.
 
-    The function is never run: its syntax tree is compiled. In it,
+    The function is never run: its syntax tree is compiled. In the function,
 
-    - a string that stands by itself is a line of text; so is the first one;
-    - ``if`` is a module, with ``else`` a union, and so is ``match``: a call includes the branch that it would take;
-    - an argument in an f-string is a parameter: ``Annotated[str, MaxTokens(8)]`` says how long it may be, and a default
-      stands for it while the schema is encoded. So is any other expression; what is constant is text;
+    - a string that is a statement by itself is a line of text, and so is the docstring;
+    - ``if`` is a module; ``if`` with ``elif`` or ``else`` is a union, and so is ``match``. A call includes the branch
+      that Python would take;
+    - an argument in an f-string is a parameter. ``Annotated[str, MaxTokens(8)]`` sets its length in tokens (default:
+      32), and a default value is its scaffold text while the schema is encoded;
+    - any other expression in an f-string is a parameter too, or text if it is constant;
     - ``for`` over constants is a module for each item, and a call of another prompt function is a module;
     - ``with system():``, ``with user():`` and ``with assistant():`` are role tags, and ``return`` ends the prompt.
 
-    ``function.schema()`` gives the schema as PML, and ``function(...)`` the prompt of a call.
+    ``function.schema()`` returns the schema as PML, and ``function(...)`` the prompt of a call.
 
     Args:
-        function: The function. Under ``@prompt(name="...")`` it is given next.
-        name: What the schema is called, if not like the function.
+        function: The function; omitted in ``@prompt(name="...")``.
+        name: Name of the schema; the function's own name by default.
+
+    Returns:
+        The prompt function, or a decorator if ``function`` is omitted.
+
+    Raises:
+        TypeError: ``function`` is not a function written with ``def``.
+        ValueError: PML does not allow the name.
     """
     if function is None:
         return functools.partial(PromptFunction, name=name)

@@ -1,4 +1,4 @@
-"""Expressions of Jinja: what they are called, and what they give where that is known."""
+"""Expressions of Jinja: names for them, and the values of constant ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SIGNS = {"eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<
 
 
 def said(node: nodes.Node) -> str:
-    """An expression in words that a name can be made of."""
+    """Returns an expression in words, from which a name can be derived."""
     if isinstance(node, nodes.Name):
         return node.name
     if isinstance(node, nodes.Const):
@@ -39,7 +39,7 @@ def said(node: nodes.Node) -> str:
 
 
 class Known:
-    """The names of a template that have constant values where it is read."""
+    """Names of a template that have constant values at the point that is being converted."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment
@@ -47,13 +47,15 @@ class Known:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """A part of the template whose names are its own."""
+        """Limits names that are bound inside the block to the block."""
         outer = dict(self._values)
-        yield
-        self._values = outer
+        try:
+            yield
+        finally:
+            self._values = outer
 
     def bind(self, target: nodes.Node, value: Any) -> dict[str, Any] | None:
-        """Give names their values; ``None`` where they do not fit."""
+        """Binds the names of ``target`` to a value. Returns them, or ``None`` if the value does not fit."""
         if isinstance(target, nodes.Name):
             bound = {target.name: value}
         elif isinstance(target, nodes.Tuple) and isinstance(value, list | tuple) and len(value) == len(target.items):
@@ -65,14 +67,14 @@ class Known:
         return bound
 
     def forget(self, target: nodes.Node) -> None:
-        """Take the names of ``target`` for unknown."""
+        """Forgets the values of the names of ``target``."""
         for name in target.find_all(nodes.Name):
             self._values.pop(name.name, None)
         if isinstance(target, nodes.Name):
             self._values.pop(target.name, None)
 
     def loop(self, at: int, count: int) -> None:
-        """Say which item of a loop is looked at."""
+        """Binds Jinja's ``loop`` for item ``at``, counted from 0, of ``count``."""
         self._values["loop"] = {
             "index": at + 1,
             "index0": at,
@@ -84,16 +86,16 @@ class Known:
         }
 
     def value(self, node: nodes.Node) -> tuple[bool, Any]:
-        """Whether it is known what an expression gives, and what."""
+        """Returns whether the value of an expression is known, and the value."""
         try:
             constant = _Filled(self._values).visit(deepcopy(node))
             return True, constant.as_const(nodes.EvalContext(self._environment))
-        except Exception:  # whatever evaluating says, it is not known before
+        except Exception:  # whatever the error, the value is not known before the template is rendered
             return False, None
 
 
 class _Filled(NodeTransformer):
-    """Puts values in the place of names."""
+    """Replaces names by constants with their values."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values

@@ -1,4 +1,4 @@
-"""Fields of f-strings as parameters."""
+"""Fields of f-strings as parameters of a schema."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _REFUSED = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
 
 
 class Fields:
-    """Makes parameters of fields: named after their expression, as long as the annotation of the argument in it says.
+    """Converts fields into parameters.
 
-    A field of constants only is text.
+    A parameter is named after the field's expression. Its length is that of the one annotated name in the expression,
+    otherwise ``DEFAULT_LENGTH``. A field of constants only is text.
     """
 
     def __init__(self, function: Function, constants: Constants, problems: Problems) -> None:
@@ -34,7 +35,7 @@ class Fields:
                 self.annotate(name, parameter.annotation, function.line)
 
     def annotate(self, name: str, annotation: Any, line: int) -> None:
-        """Take the length of a name from its annotation."""
+        """Records the length of a name, in tokens, from its annotation. Reports an annotation that is not valid."""
         try:
             length = self._function.length(annotation, line)
         except PMLError as error:
@@ -44,7 +45,7 @@ class Fields:
             self._lengths[name] = length
 
     def check(self, node: ast.AST | None, line: int) -> None:
-        """Report what no expression may hold."""
+        """Reports every assignment, ``await`` and ``yield`` in an expression."""
         for each in ast.walk(node) if node is not None else ():
             if isinstance(each, _REFUSED):
                 wrong = (
@@ -53,7 +54,7 @@ class Fields:
                 self._problems.report(f"`{ast.unparse(each)}`: {wrong}", line)
 
     def part(self, field: ast.FormattedValue, names: Names, line: int) -> Field | Text | None:
-        """The parameter of a field, or its text; ``None`` where it is refused."""
+        """Returns the parameter of a field, or its text if constant; ``None``, with a report, if it is refused."""
         self.check(field, line)
         node = ast.copy_location(ast.JoinedStr([field]), field.value)
         try:
@@ -76,12 +77,12 @@ class Fields:
         return Field(Parameter(name, length, self._scaffold(arguments, expression), line), expression)
 
     def _scaffold(self, arguments: list[str], expression: Expression) -> str | None:
-        """What a field reads with the default of its only argument, if that is a text or number."""
+        """Text of a field with the default of its only argument, if the default is a text or a number."""
         parameter = self._function.signature.parameters.get(arguments[0]) if len(arguments) == 1 else None
         if parameter is None or type(parameter.default) not in (str, int, float):
             return None
         try:
             text = str(expression.value({"__builtins__": {}, parameter.name: parameter.default}))
-        except Exception:  # the default is no value to format
+        except Exception:  # the expression does not accept the default
             return None
         return None if not text or impossible(text) else text

@@ -1,4 +1,4 @@
-"""A folder of files as a schema: a module a file."""
+"""A folder of files as a schema, with one module per file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _GIT = ".git"
 
 @dataclass
 class Gathered:
-    """The modules of files, with the tokens of each where they were counted, and the files that were left out."""
+    """Modules of files. ``tokens``: number of tokens of each module by name, if counted."""
 
     nodes: list[SchemaNode] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
-    """Why each file was left out."""
+    """Files that were left out, each with the reason."""
 
 
 def from_files(
@@ -37,20 +37,25 @@ def from_files(
     count: Callable[[str], int] | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Gathered:
-    """Files as modules with ``src``, in the order of their paths.
+    """Returns files as modules with ``src``, in the order of their paths.
 
-    Files that git ignores are passed over; empty ones, and what is no text, are left out.
+    Files that git ignores are skipped. Files that are empty, too large, not UTF-8 text or outside ``base`` are left
+    out, with the reason.
 
     Args:
-        folder: Where they lie.
-        patterns: Which of them, as ``**/*.md``.
-        base: The folder of the schema, in or under which they must lie.
-        exclude: A file that is not meant, such as the schema itself.
-        budget: Tokens of all modules: a file that does not fit any more is left out, and later ones may fit.
-        count: Gives the tokens of a text.
-        progress: Told how many of how many files have been looked at.
+        folder: Folder in which the files are searched.
+        patterns: Glob patterns relative to ``folder``, such as ``**/*.md``.
+        base: Folder of the schema, to which ``src`` is relative.
+        exclude: File to skip, such as the schema itself.
+        budget: Most tokens of all modules together. A file that exceeds the rest is left out; later files may fit.
+        count: Returns the number of tokens of a text; without it, ``budget`` has no effect.
+        progress: Called with the number of files read so far and of all files.
 
-    Raises ``InputError`` where no file is found, or one lies outside ``base``.
+    Returns:
+        The modules, their tokens, and the files left out.
+
+    Raises:
+        InputError: No file matches, or a pattern is not valid.
     """
     gathered = Gathered()
     names = Names()
@@ -90,7 +95,7 @@ def _src(path: Path, base: Path) -> str | None:
 
 
 def _read(path: Path, limits: Limits) -> tuple[str, str]:
-    """The text of a file, and what is wrong with it."""
+    """Text of a file, and the reason why it can't be used (empty: it can)."""
     try:
         text = read_regular(path, limits.source).decode()
     except UnicodeDecodeError:
@@ -105,7 +110,7 @@ def _read(path: Path, limits: Limits) -> tuple[str, str]:
 
 
 def _found(folder: Path, patterns: Iterable[str], exclude: Path | None) -> Iterator[Path]:
-    """The files that patterns match, without those that git ignores, in the order of their paths."""
+    """Yields the files that match a pattern and that git does not ignore, in the order of their paths."""
     try:
         matched = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     except (ValueError, NotImplementedError) as error:
@@ -118,11 +123,11 @@ def _found(folder: Path, patterns: Iterable[str], exclude: Path | None) -> Itera
 
 
 class _Ignored:
-    """What the ``.gitignore`` files around and in a folder leave out."""
+    """Files that git ignores, by the ``.gitignore`` files in a folder, below it, and above it in the repository."""
 
     def __init__(self, folder: Path) -> None:
         folder = folder.resolve()
-        # Up to the repository that the folder is in, if it is in one.
+        # Git reads the files from the root of the repository down; without a repository, the folder is the root.
         around = [folder, *folder.parents]
         root = next((each for each in around if (each / _GIT).exists()), folder)
         self._folder = folder
@@ -131,9 +136,9 @@ class _Ignored:
         self._folders: dict[Path, bool] = {}
 
     def has(self, path: Path) -> bool:
-        """Whether git ignores a file, or a folder that it is in."""
+        """Whether git ignores a file or a folder around it."""
         here = path.parent.resolve() / path.name
-        if not here.is_relative_to(self._root):  # behind a link
+        if not here.is_relative_to(self._root):  # reached through a symbolic link
             return False
         return self._in_ignored(here.parent) or self._matches(here, "")
 
@@ -146,7 +151,7 @@ class _Ignored:
         return self._folders[folder]
 
     def _matches(self, path: Path, end: str) -> bool:
-        """What the nearest ``.gitignore`` says that says anything. ``end``: a slash behind folders."""
+        """Verdict of the nearest ``.gitignore`` that has a rule for ``path``. ``end``: ``"/"`` for a folder."""
         for folder in path.parents:
             spec = self._spec(folder)
             if spec is not None:

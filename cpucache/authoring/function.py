@@ -1,4 +1,4 @@
-"""A Python function as it is compiled: what its names stand for, and how long its parameters are."""
+"""A Python function as the compiler reads it: its source, the values of its names, and lengths of its parameters."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cpucache.authoring.source import Written, typed, written
 from cpucache.errors import PMLError
 
 DEFAULT_LENGTH = 32
-"""Tokens that are reserved for an argument without ``MaxTokens``."""
+"""Tokens reserved for an argument without ``MaxTokens``."""
 UNKNOWN = object()
-"""What is not known before a call."""
+"""Stands for a value that is not known before a call."""
 
 
 @dataclass(frozen=True)
 class MaxTokens:
-    """How many tokens an argument takes at most, in its annotation: ``name: Annotated[str, MaxTokens(8)]``."""
+    """Maximum length of an argument in tokens, in its annotation: ``name: Annotated[str, MaxTokens(8)]``."""
 
     tokens: int
 
@@ -33,7 +33,7 @@ class MaxTokens:
 
 
 class Function:
-    """A Python function, and how it was written."""
+    """A Python function with its signature and source."""
 
     def __init__(self, function: FunctionType) -> None:
         self.python = function
@@ -42,22 +42,22 @@ class Function:
 
     @property
     def name(self) -> str:
-        """Its name in Python."""
+        """Name of the function in Python."""
         return self.python.__name__
 
     @property
     def file(self) -> str:
-        """What errors call its file."""
+        """File of the function, as errors name it."""
         return self.python.__code__.co_filename
 
     @property
     def line(self) -> int:
-        """Where it begins."""
+        """Line of the file in which the function, with its decorators, begins."""
         return self.python.__code__.co_firstlineno
 
     @cached_property
     def written(self) -> Written:
-        """Its source. Raises ``PMLError`` where that is not to be had."""
+        """Source of the function. Raises ``PMLError`` if the source can't be read."""
         return written(self.python, self._typed)
 
     def _closed(self) -> Iterator[tuple[str, Any]]:
@@ -68,17 +68,20 @@ class Function:
                 continue
 
     def names(self) -> dict[str, Any]:
-        """What its names stand for now, but for its own arguments."""
+        """Returns the current values of the global and enclosing names that the function can read."""
         return {**self.python.__globals__, **dict(self._closed())}
 
     def find(self, name: str) -> Any:
-        """What a name stands for now, or ``UNKNOWN``."""
+        """Returns the current value of a name outside the function, or ``UNKNOWN``."""
         if name in self.python.__code__.co_freevars:
             return dict(self._closed()).get(name, UNKNOWN)
         return self.python.__globals__.get(name, getattr(builtins, name, UNKNOWN))
 
     def length(self, annotation: Any, line: int) -> int | None:
-        """The tokens that an annotation allows, if it tells. Raises ``PMLError`` for one that can't be evaluated."""
+        """Returns the tokens that an annotation allows; ``None`` without ``MaxTokens``.
+
+        Raises ``PMLError`` for an annotation that can't be evaluated.
+        """
         while isinstance(annotation, str):
             if "MaxTokens" not in annotation and "Annotated" not in annotation:
                 return None
@@ -94,7 +97,7 @@ def _signature(function: FunctionType) -> inspect.Signature:
     if sys.version_info >= (3, 14):
         import annotationlib
 
-        # An annotation may name what is imported for type checkers only.
+        # Annotations may use names that are imported for type checkers only.
         return inspect.signature(function, annotation_format=annotationlib.Format.FORWARDREF)
     return inspect.signature(function)
 
@@ -106,7 +109,10 @@ def _length(annotation: Any) -> int | None:
 
 
 def constant(value: Any, depth: int = 8) -> Any:
-    """A copy of a value that is the same in every process, or ``UNKNOWN`` for all else."""
+    """Returns a copy of a value that is the same in every process; ``UNKNOWN`` for any other value.
+
+    Such values are texts, numbers, booleans, ``None``, and collections of these, nested up to ``depth`` levels.
+    """
     if value is None or type(value) in (str, int, float, bool):
         return value
     if type(value) in (list, tuple, dict) and depth:
@@ -116,5 +122,5 @@ def constant(value: Any, depth: int = 8) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal and of one type, so that they read alike."""
+    """Whether two values have the same type and ``repr``, and so the same text."""
     return type(one) is type(other) and repr(one) == repr(other)

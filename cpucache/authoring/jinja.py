@@ -1,4 +1,4 @@
-"""Jinja templates as schemas, by Jinja's own syntax tree: nothing of a template is rendered."""
+"""Jinja templates as schemas, from Jinja's own syntax tree. No template is rendered."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cpucache.pml.tree import Module, Parameter, SchemaNode, Text, Union
 _SYNTAX = re.compile(r"\{\{|\{%|\{#")
 _CONTROL = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|<(?:start|end)_of_turn>|<</?SYS>>")
 _TURNS = "messages"
-"""What chat templates go through."""
+"""Variable over which chat templates loop."""
 
 
 @dataclass(frozen=True)
 class Left:
-    """What could not be turned as it is written."""
+    """Part of a template that was left out or converted into something else, with the reason and a remedy."""
 
     file: str
     line: int
@@ -37,27 +37,32 @@ class Left:
 
 @dataclass
 class Turned:
-    """The nodes of a schema, and what is missing in them."""
+    """Nodes of a schema, and the parts of the template that they do not reproduce."""
 
     nodes: list[SchemaNode] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
 
 
 def from_jinja(source: str, *, file: str, folder: Path, base: Path, length: int, trim: bool = False) -> Turned:
-    """A template turned into the nodes of a schema.
+    """Converts a template into the nodes of a schema.
 
-    Literals are text. ``{% if %}`` is a module, with ``{% else %}`` a union. ``{{ name }}`` is a parameter, as are the
-    loops over what is not constant. A loop over constants, ``{% block %}`` and ``{% include %}`` are modules.
+    Literals are text. ``{% if %}`` is a module; with ``{% elif %}`` or ``{% else %}`` it is a union. ``{{ name }}`` is
+    a parameter, and so is a loop over values that are not constant. A loop over constants is a module for each item.
+    ``{% block %}`` and ``{% include %}`` are modules.
 
     Args:
-        source: The template.
-        file: What errors call it.
-        folder: Where the templates lie that it includes.
-        base: The folder of the schema, from which ``src`` files are named.
-        length: Tokens of a parameter.
-        trim: Line breaks behind tags and white space before them are no text, as in chat templates.
+        source: Text of the template.
+        file: Name of the template in errors.
+        folder: Folder of the templates that it includes.
+        base: Folder of the schema, to which ``src`` is relative.
+        length: Length of each parameter, in tokens.
+        trim: Whether newlines after tags and white space before them are dropped, as in chat templates.
 
-    Raises ``PMLError`` where the template is not well-formed.
+    Returns:
+        The nodes, and what they do not reproduce, by line.
+
+    Raises:
+        PMLError: The template is not well-formed.
     """
     turning = _Turning(folder, base, length, trim)
     turned = Turned(left=turning.left)
@@ -84,7 +89,7 @@ class _Turning:
         return _Template(self, file, stack, self._environment).body(tree.body, names)
 
     def include(self, name: str, file: str, line: int, stack: tuple[str, ...], names: Names) -> list[SchemaNode] | str:
-        """The module of a file that a template includes, or why there is none."""
+        """Module of a file that a template includes, or the reason why there is none."""
         path = (self._folder / name).resolve()
         if not path.is_relative_to(self._folder):
             return "lies outside the template's folder"
@@ -106,7 +111,7 @@ class _Turning:
 
 
 class _Template:
-    """One template while it is turned. ``known``: names that have constant values."""
+    """Conversion of one template. ``_known``: names that have constant values."""
 
     def __init__(self, turning: _Turning, file: str, stack: tuple[str, ...], environment: jinja2.Environment) -> None:
         self._turning = turning
@@ -221,7 +226,7 @@ class _Template:
                 modules.append(Module(names.module(name), tuple(inside), True, line))
             if known:
                 break
-        # What a branch sets is not known behind it.
+        # After the branches, the value of a name that one of them assigns is unknown.
         for each in node.find_all(nodes.Assign):
             self._known.forget(each.target)
         if len(modules) > 1:

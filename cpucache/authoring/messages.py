@@ -1,4 +1,4 @@
-"""Recorded requests as a schema of what repeats in them."""
+"""Recorded requests as a schema of the texts that repeat in them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cpucache.errors import InputError
 from cpucache.pml.tree import Module, Role, SchemaNode, Text
 
 _SHORTEST = 20
-"""Characters of a text that is worth a module."""
+"""Fewest characters of a text that becomes a module."""
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """A module: its name, in how many requests its text stands, and how many tokens it has."""
+    """A module. ``times``: number of requests that contain its text. ``tokens``: length of its text."""
 
     name: str
     role: str
@@ -27,45 +27,50 @@ class Repeated:
 
     @property
     def saved(self) -> int:
-        """Tokens that would not have been evaluated again."""
+        """Tokens that reuse would have saved: those of every request but the first."""
         return self.tokens * (self.times - 1)
 
 
 @dataclass
 class Repetition:
-    """What repeats in requests.
+    """Texts that repeat in requests.
 
-    ``conversations``: how many are left where a request that goes on with an earlier one counts as one with it.
+    ``conversations``: number of requests, where a request that extends another one counts as one with it.
     """
 
     requests: int
     conversations: int
     tokens: int = 0
-    """Of all requests."""
+    """Tokens of all requests together."""
     nodes: list[SchemaNode] = field(default_factory=list)
     modules: list[Repeated] = field(default_factory=list)
 
     @property
     def saved(self) -> int:
-        """Tokens of the requests that would not have been evaluated again."""
+        """Tokens that reuse would have saved, of all modules together."""
         return sum(module.saved for module in self.modules)
 
 
 def from_messages(requests: Sequence[Recorded], count: Callable[[str], int], *, least: int = 2) -> Repetition:
-    """A schema of the texts that stand in several requests: definitions of tools, and paragraphs of messages.
+    """Returns a schema of the texts that several requests contain: tool definitions, and paragraphs of messages.
 
-    Paragraphs that always stand together are one module. Earlier turns, which each request of a conversation repeats,
-    are none: of a conversation the longest request is looked at, unless there is only one.
+    Paragraphs that always occur together are one module. Every request of a conversation repeats the turns before it,
+    so only the longest request of each conversation counts. With fewer than ``least`` conversations, all requests
+    count, but only their system text.
 
     Args:
         requests: The requests.
-        count: Gives the tokens of a text.
-        least: In how many of them a text must stand.
+        count: Returns the number of tokens of a text.
+        least: Number of requests that must contain a text.
 
-    Raises ``InputError`` where nothing repeats.
+    Returns:
+        The schema, and how much its modules would have saved.
+
+    Raises:
+        InputError: Nothing repeats.
     """
     ends = _ends(requests)
-    # Within one conversation, only what no turn has said is to be reused.
+    # Within one conversation every request repeats the turns: only its system text is worth a module.
     single = len(ends) < least <= len(requests)
     looked = [
         [unit for unit in each.units if not single or unit.role == "system"] for each in (requests if single else ends)
@@ -91,13 +96,13 @@ def from_messages(requests: Sequence[Recorded], count: Callable[[str], int], *, 
 
 
 def _ends(requests: Sequence[Recorded]) -> list[Recorded]:
-    """The requests that no other one goes on with."""
+    """Requests that no other request extends, without duplicates."""
     begun = {each.messages[:end] for each in requests for end in range(1, len(each.messages))}
     return list({each.messages: each for each in requests if each.messages not in begun}.values())
 
 
 def _runs(looked: Sequence[Sequence[Unit]], kept: set[Unit]) -> list[tuple[Unit, ...]]:
-    """The units that are kept, in runs that stand together wherever one of them does, in their order."""
+    """Runs of kept units. The units of a run occur only together, in this order."""
     after: dict[Unit, set[Unit | None]] = {}
     before: dict[Unit, set[Unit | None]] = {}
     for units in looked:
@@ -108,7 +113,7 @@ def _runs(looked: Sequence[Sequence[Unit]], kept: set[Unit]) -> list[tuple[Unit,
                 before.setdefault(other, set()).add(one)
 
     def follows(unit: Unit) -> Unit | None:
-        """What stands behind a unit everywhere, and nowhere else."""
+        """The unit that follows ``unit`` everywhere, and occurs nowhere else; ``None`` if there is none."""
         (other, *others) = after[unit]
         if others or other is None or other not in kept or unit.label or other.label or other.role != unit.role:
             return None
@@ -128,7 +133,7 @@ def _runs(looked: Sequence[Sequence[Unit]], kept: set[Unit]) -> list[tuple[Unit,
 
 
 def _ordered(looked: Sequence[Sequence[Unit]], kept: set[Unit]) -> list[Unit]:
-    """The units that are kept, each role's together, in the order in which most of them come first in requests."""
+    """Kept units, grouped by role, each group in the order of the request that contains most kept units."""
     order: dict[Unit, None] = {}
     for units in sorted(looked, key=lambda units: -sum(unit in kept for unit in units)):
         order.update(dict.fromkeys(unit for unit in units if unit in kept))

@@ -1,6 +1,6 @@
-"""What a prompt function is compiled into: nodes of a schema, with what decides in a call whether they are included.
+"""Parts of a compiled prompt function: nodes of a schema, and the conditions under which a call includes them.
 
-Nothing of a function is run but the expressions kept here, and these only in a call.
+A call evaluates only the expressions kept here; the function itself is never run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cpucache.pml.tree import Module, Parameter, Role, RoleName, SchemaNode, Tex
 
 
 class Expression:
-    """An expression of a function, evaluated by names. What it raises has its place in the function's file."""
+    """An expression of a function. Tracebacks of its errors name the line in the function's file."""
 
     def __init__(self, node: ast.expr, file: str) -> None:
         self._node = node
@@ -28,13 +28,13 @@ class Expression:
         return compile(ast.fix_missing_locations(ast.Expression(self._node)), self._file, "eval")
 
     def value(self, names: dict[str, Any]) -> Any:
-        """What it gives."""
+        """Returns the value of the expression with these ``names``."""
         return eval(self._code, names)
 
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """A parameter, and the expression that fills it."""
+    """A parameter, and the expression of its argument."""
 
     parameter: Parameter
     expression: Expression
@@ -42,7 +42,7 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class Tagged:
-    """What stands inside a role tag."""
+    """Parts inside a role tag."""
 
     role: RoleName
     parts: tuple[Part, ...]
@@ -51,7 +51,10 @@ class Tagged:
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """A branch. ``name``: of its module, empty where there is nothing to be a module. ``when``: ``None`` for else."""
+    """One branch of ``if`` or ``match``.
+
+    ``name``: name of its module; empty if the branch has no text. ``when``: condition of ``if`` and ``elif``.
+    """
 
     name: str
     parts: tuple[Part, ...]
@@ -67,12 +70,12 @@ class Branches:
     line: int
 
     def taken(self, names: dict[str, Any]) -> Arm | None:
-        """The arm of a call."""
+        """Returns the arm that a call takes, or ``None``."""
         return next((arm for arm in self.arms if arm.when is None or arm.when.value(names)), None)
 
 
 class Match:
-    """``match``: which case holds is found by a statement with the same patterns, whose cases only say so."""
+    """``match``. A statement with the same patterns, whose cases only assign their number, finds the case."""
 
     _FOUND = "__case__"
 
@@ -94,7 +97,7 @@ class Match:
         return compile(ast.fix_missing_locations(ast.Module([statement], [])), self._file, "exec")
 
     def taken(self, names: dict[str, Any]) -> Arm | None:
-        """The arm of a call. What its pattern captures is added to ``names``."""
+        """Returns the arm that a call takes, or ``None``. Adds the names that its pattern captures to ``names``."""
         names.pop(self._FOUND, None)
         exec(self._code, names)
         found = names.pop(self._FOUND, None)
@@ -103,7 +106,7 @@ class Match:
 
 @dataclass(frozen=True, eq=False)
 class Always:
-    """A module that every call includes, unless the function has ended. ``constants``: names that have values in it."""
+    """A module that every call includes unless the function has returned. ``constants``: values of names in it."""
 
     name: str
     parts: tuple[Part, ...]
@@ -115,7 +118,8 @@ class Always:
 class Call:
     """A call of another prompt function, whose parts are a module.
 
-    ``names`` gives what its names stand for besides its arguments. ``arguments``: each by its expression.
+    ``names``: returns the values of the names that the other function can read, without the arguments of this call.
+    ``arguments``: expressions of these arguments.
     """
 
     name: str
@@ -127,7 +131,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Set:
-    """A value kept under a name."""
+    """An assignment of the value of ``expression`` to ``name``."""
 
     name: str
     expression: Expression
@@ -142,12 +146,12 @@ Part: TypeAlias = Text | Field | Tagged | Branches | Match | Always | Call | Set
 
 
 def has_text(parts: Sequence[Part]) -> bool:
-    """Whether parts leave anything in the schema."""
+    """Whether parts stand for at least one node of the schema."""
     return bool(nodes(parts))
 
 
 def nodes(parts: Sequence[Part]) -> list[SchemaNode]:
-    """The nodes of a schema that parts stand for."""
+    """Returns the nodes of the schema that parts stand for."""
     return joined(node for part in parts if (node := _node(part)) is not None)
 
 

@@ -1,4 +1,4 @@
-"""Recorded requests, in OpenAI's or Anthropic's form, as runs of text."""
+"""Recorded requests, in the format of OpenAI's or Anthropic's API, as units of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpucache.pml.limits import Limits, TooLarge, read_regular
 from cpucache.pml.tree import RoleName
 
 _WRAPPED = ("request", "body", "json", "kwargs")
-"""Where logs keep a request inside an entry."""
+"""Keys under which logs keep a request inside an entry."""
 _PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
 _ROLES: dict[str, RoleName] = {
     "system": "system",
@@ -28,7 +28,7 @@ _ROLES: dict[str, RoleName] = {
 
 @dataclass(frozen=True)
 class Unit:
-    """A paragraph of a message, or a definition of a tool. ``label``: what it can be named after."""
+    """A paragraph of a message, or the definition of a tool. ``label``: source of a module name; may be empty."""
 
     role: RoleName
     text: str
@@ -37,19 +37,22 @@ class Unit:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One request: its messages, each by its units; definitions of tools stand in the first one."""
+    """One request. ``messages``: units of each message; the first "message" holds the tool definitions."""
 
     where: str
     messages: tuple[tuple[Unit, ...], ...]
 
     @property
     def units(self) -> list[Unit]:
-        """All units, in order."""
+        """All units of the request, in order."""
         return [unit for message in self.messages for unit in message]
 
 
 def recorded(path: Path) -> list[Recorded]:
-    """The requests in a ``.json`` or ``.jsonl`` file. Raises ``InputError``."""
+    """Returns the requests in a ``.json`` or ``.jsonl`` file.
+
+    Raises ``InputError`` if the file can't be read, or holds no request.
+    """
     try:
         text = read_regular(path, Limits().sources).decode()
     except UnicodeDecodeError as error:
@@ -69,7 +72,7 @@ def recorded(path: Path) -> list[Recorded]:
 
 
 def _values(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """The JSON values of a file, with their lines where each line is one."""
+    """Yields the JSON values of a file with their lines; line 0 if the whole file is one value."""
     try:
         yield 0, json.loads(text)
         return
@@ -85,7 +88,7 @@ def _values(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _requests(value: Any) -> Iterator[dict[str, Any]]:
-    """The requests in a value: one, a list of them, a list of messages, or what a log keeps around one."""
+    """Yields the requests in a value: a request, a list of requests, a list of messages, or an entry of a log."""
     if isinstance(value, list):
         if value and all(isinstance(each, dict) and "role" in each for each in value):
             yield {"messages": value}
@@ -108,7 +111,7 @@ def _requests(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _messages(request: dict[str, Any], where: str) -> Iterator[tuple[Unit, ...]]:
-    """The messages of a request as units; what is no text is passed over."""
+    """Yields the messages of a request as units. Content other than text is skipped."""
     tools = request.get("tools")
     yield tuple(_tool(tool) for tool in (tools if isinstance(tools, list) else ()) if isinstance(tool, dict))
     yield _units("system", _text(request.get("system")))
@@ -124,7 +127,7 @@ def _units(role: RoleName, text: str) -> tuple[Unit, ...]:
 
 
 def _text(content: Any) -> str:
-    """The text of a content: as it is, or of its blocks, those in results of tools included."""
+    """Text of a message's content: of a string, or of all blocks, tool results included."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -140,7 +143,7 @@ def _text(content: Any) -> str:
 
 
 def _tool(tool: dict[str, Any]) -> Unit:
-    """The definition of a tool as chat templates write it: JSON on a line, in OpenAI's form."""
+    """Definition of a tool as chat templates write it: one line of JSON, in OpenAI's format."""
     given = tool.get("function")
     function = given if isinstance(given, dict) else tool
     name = str(function.get("name") or tool.get("type") or "tool")

@@ -1,4 +1,4 @@
-"""Role tags in a prompt function: ``with system():``, ``with user():`` and ``with assistant():``."""
+"""Role tags of prompt functions: ``with system():``, ``with user():`` and ``with assistant():``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from cpucache.pml.tree import RoleName
 
 
 class RoleTag:
-    """A role tag. It does nothing when it is run: a prompt function is compiled, and what is inside gets the role."""
+    """A role tag. The compiler puts text inside the ``with`` block into the role; running the block does nothing."""
 
     def __init__(self, role: RoleName) -> None:
         self.role = role

@@ -1,4 +1,4 @@
-"""The syntax tree of a function, wherever that was written: in a file, a notebook, or at Python's own prompt."""
+"""Syntax trees of functions that were written in a file, in a notebook, or at Python's interactive prompt."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from cpucache.errors import PMLError
 
 Def: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 _PROMPT = "<stdin>"
-"""What Python calls lines typed at its prompt, up to 3.12; from then on ``inspect`` finds them."""
-_REMEMBERED = 2_000  # lines of history that are looked at
+"""File name of lines typed at Python's prompt, up to 3.12. From 3.13 on ``inspect`` finds the lines."""
+_REMEMBERED = 2_000  # lines of history that are searched
 
 
 @dataclass(frozen=True)
 class Written:
-    """A function as it was written. ``lines``: its own, by their numbers in the file."""
+    """Source of a function. ``lines``: lines of the function, by line number in the file."""
 
     file: str
     tree: Def
     lines: dict[int, str]
 
     def is_triple_quoted(self, node: ast.expr) -> bool:
-        """Whether a string is written in triple quotes."""
+        """Whether a string literal is written in triple quotes."""
         line = self.lines.get(node.lineno, "").encode()[node.col_offset :].decode(errors="replace")
         return line.lstrip("rRfFuU")[:3] in ('"""', "'''")
 
 
 def typed(function: FunctionType) -> list[str] | None:
-    """The lines of a function that has just been typed at Python's prompt, from its history; ``None`` for others."""
+    """Returns the lines of a function that was typed at Python's prompt, from its history; ``None`` for others."""
     readline = sys.modules.get("readline")
     code = function.__code__
     if readline is None or code.co_filename != _PROMPT:
@@ -50,7 +50,7 @@ def typed(function: FunctionType) -> list[str] | None:
 
 
 def _is_of(lines: list[str], code: CodeType) -> bool:
-    """Whether a function's code comes of these lines."""
+    """Whether these lines compile to the code of the function."""
     try:
         module = compile("".join(lines), _PROMPT, "exec")
     except (SyntaxError, ValueError):
@@ -59,9 +59,9 @@ def _is_of(lines: list[str], code: CodeType) -> bool:
 
 
 def written(function: FunctionType, lines: list[str] | None = None) -> Written:
-    """A function as it was written. ``lines``: those of its source, where they are known.
+    """Returns the source of a function. ``lines``: its lines, if the caller knows them already.
 
-    Raises ``PMLError`` where they are not to be had.
+    Raises ``PMLError`` for a lambda, and if the source can't be read or is no longer that of the function.
     """
     code = function.__code__
     file, start = code.co_filename, 1
@@ -77,9 +77,9 @@ def written(function: FunctionType, lines: list[str] | None = None) -> Written:
             )
             raise PMLError(reason, file=file, line=code.co_firstlineno) from error
     text = "".join(lines)
-    # What is inside a class or function is not moved to the left, for its strings would change.
+    # A function inside a class or function stays indented: dedenting it would change its multi-line strings.
     inner = text[:1] in (" ", "\t")
-    # The lines before keep their numbers.
+    # Empty lines before the function keep its line numbers.
     before = "\n" * (start - 1)
     try:
         tree = ast.parse(before[:-1] + "if 1:\n" + text if inner else before + text)

@@ -1,4 +1,4 @@
-"""What can be told of a function's statements by their shape alone."""
+"""Properties of a function's statements that follow from their syntax only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from cpucache.authoring.writing import slug
 
 Ends: TypeAlias = Literal["never", "maybe", "always"]
-"""Whether a function ends in a block."""
+"""Whether a block ends its function with ``return``."""
 _INSTEAD = {
     ast.While: "`while` can't be told without running it: loop over a constant collection with `for`",
     ast.AsyncFor: "`async for` needs a running program: loop over a constant collection with `for`",
@@ -31,13 +31,13 @@ _INSTEAD = {
 
 
 def instead(statement: ast.stmt) -> str:
-    """Why a statement can't stand in a prompt, and what to write in its place."""
+    """Returns why a prompt function can't hold a statement, and what to write instead."""
     usual = "this statement can't be told without running it: write strings, and pass values as arguments"
     return _INSTEAD.get(type(statement), usual)
 
 
 def stored(tree: ast.AST) -> dict[str, int]:
-    """The names that a function assigns, and how often."""
+    """Returns the names that a function assigns, with the number of assignments."""
     found: dict[str, int] = {}
     for node in ast.walk(tree):
         name = None
@@ -53,7 +53,10 @@ def stored(tree: ast.AST) -> dict[str, int]:
 
 
 def chain(statement: ast.If, otherwise: Sequence[ast.stmt]) -> list[tuple[ast.expr | None, Sequence[ast.stmt], int]]:
-    """``if``, ``elif`` and ``else``: conditions, what stands behind them, and their lines."""
+    """Returns the arms of ``if``: condition (``None``: ``else``), statements and line.
+
+    ``otherwise``: statements of the ``else`` arm if ``if`` has none.
+    """
     arms: list[tuple[ast.expr | None, Sequence[ast.stmt], int]] = []
     while True:
         arms.append((statement.test, statement.body, statement.lineno))
@@ -67,12 +70,13 @@ def chain(statement: ast.If, otherwise: Sequence[ast.stmt]) -> list[tuple[ast.ex
 
 
 def ends_without_else(statement: ast.If) -> bool:
+    """Whether ``if`` has no ``else``, and each of its arms ends the function."""
     arms = chain(statement, ())
     return arms[-1][0] is not None and all(_ends(body) for _, body, _ in arms)
 
 
 def _ends(body: Sequence[ast.stmt]) -> bool:
-    """Whether a block ends the function whatever happens."""
+    """Whether a block always ends the function."""
     last = body[-1]
     if isinstance(last, ast.If):
         arms = chain(last, ())
@@ -81,22 +85,24 @@ def _ends(body: Sequence[ast.stmt]) -> bool:
 
 
 def ended_by(ends: Sequence[Ends], complete: bool) -> Ends:
-    """How a choice ends, of which ``complete`` tells whether one of its arms is always taken."""
+    """Returns whether a choice ends the function. ``complete``: one of the arms is always taken."""
     if complete and all(end == "always" for end in ends):
         return "always"
     return "never" if all(end == "never" for end in ends) else "maybe"
 
 
 def is_nothing(node: ast.expr | None) -> bool:
+    """Whether an expression is the literal ``None``."""
     return isinstance(node, ast.Constant) and node.value is None
 
 
 def takes_all(case: ast.match_case) -> bool:
+    """Whether a case of ``match`` holds for every subject."""
     return isinstance(case.pattern, ast.MatchAs) and case.pattern.pattern is None and case.guard is None
 
 
 def is_plain(case: ast.match_case) -> bool:
-    """Whether a case needs nothing but its subject to be decided."""
+    """Whether the subject by itself decides if a case holds."""
     known = (ast.MatchValue, ast.MatchSingleton, ast.MatchOr, ast.MatchAs, ast.Constant, ast.UnaryOp, ast.USub)
     nodes = list(ast.walk(case.pattern))
     return (
@@ -107,11 +113,12 @@ def is_plain(case: ast.match_case) -> bool:
 
 
 def names_of(target: ast.expr) -> list[str]:
+    """Returns the names that an assignment to ``target`` binds."""
     return [node.id for node in ast.walk(target) if isinstance(node, ast.Name)]
 
 
 def item_name(bound: dict[str, Any]) -> str:
-    """A name for the module of an item: by its first text, if there is one."""
+    """Returns a name for the module of an item, from its first text, or else from its first value."""
     texts = ((name, value) for name, value in bound.items() if isinstance(value, str) and value.strip())
     name, value = next(texts, next(iter(bound.items())))
     return slug(str(value), otherwise=name)

@@ -1,4 +1,4 @@
-"""Bare strings of a function as pieces of text: a line each, in which triple-quoted ones are moved to the left."""
+"""Strings that are statements of a function, as text: one line each; triple-quoted strings are dedented."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TypeAlias
 Pieces: TypeAlias = list[str | ast.FormattedValue]
 _SPACE = " \t\r\n"
 _FIELD = "\0"
-"""What stands for a field while a text is moved. It can't stand in PML itself."""
+"""Character that stands for a field while a text is dedented. PML can't hold it."""
 
 
 def pieces_of(node: ast.Constant | ast.JoinedStr, *, triple_quoted: bool) -> Pieces:
-    """The texts and fields of a string that stands by itself.
+    """Returns the texts and fields of a string that is a statement by itself.
 
-    It is a line of the prompt: a newline follows, unless it ends in white space as it is written. A triple-quoted one
-    is moved to the left by the indentation that its lines share, and begins and ends with its first and last line of
-    text. An empty string gives nothing.
+    The string is a line of the prompt: a newline is appended unless the string ends in white space. A triple-quoted
+    string of several lines is dedented by the indentation that its lines share; a blank first or last line is dropped.
+    An empty string has no pieces.
     """
     values: Sequence[ast.expr] = node.values if isinstance(node, ast.JoinedStr) else [node]
     fields = [value for value in values if isinstance(value, ast.FormattedValue)]
@@ -35,12 +35,12 @@ def pieces_of(node: ast.Constant | ast.JoinedStr, *, triple_quoted: bool) -> Pie
 
 
 def line(text: str) -> str:
-    """A text with a newline behind it, unless it is empty or ends in white space."""
+    """Returns a text with a newline appended, unless the text is empty or ends in white space."""
     return text if not text or text[-1] in _SPACE else f"{text}\n"
 
 
 def has_nul(node: ast.Constant | ast.JoinedStr) -> bool:
-    """Whether a string holds the character that nothing else can be told from."""
+    """Whether a string holds U+0000, which ``pieces_of`` would take for a field."""
     return any(isinstance(each, ast.Constant) and _FIELD in str(each.value) for each in ast.walk(node))
 
 

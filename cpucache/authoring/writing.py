@@ -1,4 +1,4 @@
-"""Trees written as PML: what is written here is parsed into the same tree."""
+"""Trees written as PML that is parsed into the same trees."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _WORDS = (
     ("+", " plus "),
 )
 _LONGEST = 40
-"""Characters of a name that is made of an expression or a text."""
+"""Most characters of a name that is derived from an expression or a text."""
 
 
 @dataclass(frozen=True, eq=False)
 class Source(Module):
-    """A module whose text is that of a file. ``src``: its path from the folder of the schema."""
+    """A module whose text is that of a file. ``src``: path of the file, relative to the folder of the schema."""
 
     src: str = ""
 
 
 @dataclass
 class Chosen:
-    """A module as a prompt includes it: ``name`` (of the schema, for the prompt itself) with arguments."""
+    """A module that a prompt includes, with its arguments; or the prompt itself, with the name of its schema."""
 
     name: str
     arguments: dict[str, str] = field(default_factory=dict)
@@ -46,12 +46,12 @@ class Chosen:
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 def slug(text: str, *, otherwise: str, tag: bool = True) -> str:
-    """A name for what ``text`` says: a condition, an expression, or the beginning of a text.
+    """Returns a name derived from a condition, an expression, or the beginning of a text.
 
     Args:
-        text: A part of a program, or words.
-        otherwise: What the name begins with, where ``text`` alone makes none.
-        tag: Whether prompts write the name as a tag, else as an attribute.
+        text: Python or Jinja source, or words.
+        otherwise: Prefix of the name if ``text`` by itself results in no valid name.
+        tag: Whether prompts write the name as a tag; otherwise they write it as an attribute.
     """
     for sign, word in _WORDS:
         text = text.replace(sign, word)
@@ -66,18 +66,18 @@ def slug(text: str, *, otherwise: str, tag: bool = True) -> str:
 
 
 class Names:
-    """The names of one scope so far."""
+    """Names of modules and parameters used so far in one scope. ``taken``: names that no parameter may have."""
 
     def __init__(self, *taken: str) -> None:
         self._modules: set[str] = set()
         self._parameters = set(taken)
 
     def module(self, name: str) -> str:
-        """``name`` for a module, with a number behind it where it is taken."""
+        """Returns ``name`` for a module, with a number appended if a module has the name already."""
         return _unique(name, self._modules)
 
     def parameter(self, name: str) -> str:
-        """The same for a parameter."""
+        """Returns ``name`` for a parameter, with a number appended if the name is taken."""
         return _unique(name, self._parameters)
 
 
@@ -91,14 +91,14 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def impossible(text: str) -> str | None:
-    """The first character of a text that XML can't hold, as ``U+0007``."""
+    """Returns the first character of a text that XML can't hold, such as ``U+0007``; ``None`` if there is none."""
     found = _IMPOSSIBLE.search(text)
     return f"U+{ord(found.group()):04X}" if found else None
 
 
 # ---- schemas ---------------------------------------------------------------------------------------------------------
 def joined(nodes: Iterable[SchemaNode]) -> list[SchemaNode]:
-    """Nodes with texts side by side made one, as a parser finds them, and empty ones left out."""
+    """Returns nodes with adjacent texts joined, as a parser returns them, and without empty texts."""
     found: list[SchemaNode] = []
     for node in nodes:
         last = found[-1] if found else None
@@ -112,17 +112,21 @@ def joined(nodes: Iterable[SchemaNode]) -> list[SchemaNode]:
 def write_schema(
     name: str, nodes: Sequence[SchemaNode], *, folder: Path | None = None, limits: Limits | None = None
 ) -> str:
-    """Canonical PML of a schema.
+    """Returns the canonical PML of a schema.
 
     White space at the ends of texts is kept: where PML would fold it, the tag has ``xml:space="preserve"``.
 
     Args:
-        name: The schema's name.
-        nodes: What is in it.
-        folder: Where its ``src`` files lie.
-        limits: How large it may be.
+        name: Name of the schema.
+        nodes: Content of the schema.
+        folder: Folder of the ``src`` files; ``None``: there are none.
+        limits: Limits on the size of the schema; the default ``Limits`` if omitted.
 
-    Raises ``PMLError`` for what is no schema, one without any text for example.
+    Returns:
+        PML that is parsed into the same nodes.
+
+    Raises:
+        PMLError: The nodes are no valid schema; for example, they hold no text.
     """
     written = laid_out(_element("schema", {"name": name}, nodes, preserve=False), "schema")
     parse_schema(written, file=f"<schema {name}>", folder=folder, limits=limits)
@@ -168,7 +172,7 @@ def _attribute(text: str) -> str:
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 def write_prompt(prompt: Chosen) -> str:
-    """PML of a prompt."""
+    """Returns the PML of a prompt."""
     return "".join(_chosen(prompt, "prompt", {"schema": prompt.name} | prompt.arguments, "")).rstrip("\n")
 
 

@@ -1,1 +1,1 @@
-"""Measurements: ratios between things that are run in turn in one process."""
+"""Benchmarks: ratios between alternatives that run in turn in one process."""

@@ -1,4 +1,4 @@
-"""Accuracy: how good answers from cached slices are, and how soon they come, against those of full prefill."""
+"""Accuracy benchmark: quality and time to first token of answers from slices, against those of full prefill."""
 
 from __future__ import annotations
 
@@ -31,12 +31,16 @@ from cpucache.runtime import Sampling
 from cpucache.store import Store
 
 OnAnswer = Callable[[int, int, str], None]
-"""Told how many answers there are, of how many, and what is next."""
+"""Called with the number of answers so far and in total, and a description of the next step."""
 
 
 @dataclass
 class Outcome:
-    """What one variant reached. ``scores`` are from 0 to 1; ``gains`` what they exceed those of full prefill by."""
+    """Results of one variant.
+
+    ``scores``: means, from 0 to 1. ``gains``: differences from the scores of full prefill. Ratios of times are medians
+    over the questions; ``again``: the same prompt, asked a second time. ``kl``: divergence from full prefill in nats.
+    """
 
     variant: str
     ttft: Series = field(default_factory=Series)
@@ -48,19 +52,19 @@ class Outcome:
     kl: float = 0.0
     kl_median: float = 0.0
     same: float = 1.0
-    """Share of answers that are those of full prefill."""
+    """Share of answers that equal those of full prefill."""
     encoded_tokens: int = 0
-    """Tokens evaluated to make missing slices, of all questions together."""
+    """Tokens evaluated to encode missing slices, of all questions together."""
     encode_to_once: float | None = None
-    """Encoding a schema against evaluating all its text once, median of the schemas."""
+    """Time to encode a schema, divided by the time to evaluate all its text once; median over the schemas."""
 
     @property
     def n(self) -> int:
-        """Questions answered."""
+        """Number of questions answered."""
         return len(self.ttft.values)
 
     def as_dict(self) -> dict[str, Any]:
-        """Scores in points of 100, for ``--json``."""
+        """Returns the results for ``--json``, with scores in points of 100."""
         scores: dict[str, dict[str, float]] = {
             name: {"mean": round(100 * score, 2)} for name, score in self.scores.items()
         }
@@ -78,20 +82,20 @@ class Outcome:
 
 @dataclass
 class AccuracyReport:
-    """What was measured. ``too_long`` counts examples passed over because they did not fit the context."""
+    """Results of all variants. ``too_long``: number of examples skipped because they do not fit the context."""
 
     model: str
     data: str
     task: str
     seed: int
     measures: tuple[str, ...]
-    """The first is the one that counts."""
+    """Names of the measures; the first is the main one."""
     outcomes: list[Outcome]
     too_long: int
     answers: list[Answer] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for ``--json``, but no text of the data or of answers."""
+        """Returns all results for ``--json``, without the texts of the data and of the answers."""
         names = ("model", "data", "task", "seed", "too_long")
         return {
             **{name: getattr(self, name) for name in names},
@@ -103,7 +107,19 @@ class AccuracyReport:
 def settings_of(
     engine: Engine, data: Path, examples: Sequence[Example], task: Task, *, seed: int, positions: str
 ) -> dict[str, object]:
-    """What answers and times depend on, besides the example and the variant."""
+    """Returns the settings that answers and times depend on, besides the example and the variant.
+
+    Args:
+        engine: Engine that answers.
+        data: File of the examples.
+        examples: Selected examples; all have the same numbers of passages, chosen passages and unions.
+        task: What is asked.
+        seed: Seed that selected the examples.
+        positions: The engine's option of this name.
+
+    Returns:
+        Settings by name, as ``Results`` takes them.
+    """
     wording = {name: value for name, value in vars(task).items() if name != "measures"}
     return {
         "model": engine.model.path.stem,
@@ -138,13 +154,30 @@ def measure_accuracy(
     plain: bool = False,
     progress: OnAnswer,
 ) -> AccuracyReport:
-    """Answer the first ``limit`` examples that fit the context in every variant; what ``results`` holds is not redone.
+    """Answers the first ``limit`` examples that fit the context, in every variant.
 
-    Questions that share a schema are answered in every variant before the next schema is encoded, greedily, with the
-    same limit of tokens. Slices are encoded ahead, as ``Engine.encode`` does it, and spliced from RAM into an empty
-    context. ``full`` must be the first variant. ``data`` and ``seed`` are where the examples are from. ``plain``: there
-    is no markup; a message of all passages in the schema's order is evaluated ahead, and prompts take what they can
-    from anywhere. Raises ``InputError`` when none fits the context or one does not suit the task.
+    Questions that share a schema are answered in every variant before the next schema is encoded. All variants decode
+    greedily, with the same limit of tokens. Slices are encoded ahead of time with ``Engine.encode``, and spliced from
+    RAM into an empty llama.cpp context.
+
+    Args:
+        engine: Engine that answers.
+        data: File of the examples.
+        examples: Examples, in the order in which they are asked.
+        task: What is asked, and how answers are scored.
+        variants: Ways of answering, ``full`` first.
+        results: Earlier answers, which are not computed again; new answers are added.
+        limit: Most examples that are asked; ``None``: all.
+        seed: Seed that selected the examples.
+        plain: Whether prompts have no markup. A message of all passages in the schema's order is evaluated ahead of
+            time instead of the schema, and prompts reuse slices with ``reuse="anywhere"``.
+        progress: Called before each step.
+
+    Returns:
+        Outcomes and answers of the variants.
+
+    Raises:
+        InputError: No example fits the context, or an example does not suit the task.
     """
     asking = _Plain(engine, task) if plain else _Asking(engine, task)
     chosen, too_long = _chosen(asking, examples, limit)
@@ -162,13 +195,13 @@ def measure_accuracy(
             with _slices_in_memory(engine):
                 progress(done, total, "encoding")
                 schema_ms = asking.encode(questions[0], todo[0], once=not cached)
-                # What refining adds would be found by the other variants.
+                # Refined variants come last: the other variants must not find the slices that refining adds.
                 for variant in sorted(todo, key=lambda each: each.refined):
                     for number, example in enumerate(questions):
                         done += 1
                         if all((example.line, each.name) in results for each in variants):
                             continue
-                        # The others are compared with what is said in full, of which results hold the text alone.
+                        # The other variants need the log probabilities of full prefill; results hold only its text.
                         kept = (example.line, variant.name) in results
                         if not kept or variant.name == FULL:
                             progress(done - 1, total, f"question {asked + number}, {variant.name}")
@@ -184,7 +217,7 @@ def measure_accuracy(
 
 
 def summarise(answers: dict[str, list[Answer]]) -> list[Outcome]:
-    """What each variant reached. All have answered the same questions, in the same order."""
+    """Returns the outcome of each variant. All variants have answered the same questions, in the same order."""
     outcomes = []
     full = answers.get(FULL)
     for variant, given in answers.items():
@@ -203,7 +236,7 @@ def summarise(answers: dict[str, list[Answer]]) -> list[Outcome]:
             outcome.ttft_to_full = Series([answer.ttft_ms / other.ttft_ms for answer, other in pairs]).median
             outcome.ttft_to_floor = Series([answer.ttft_ms / answer.floor_ms for answer in given]).median
             outcome.again_to_floor = Series([answer.again_ms / answer.floor_ms for answer in given]).median
-            # All questions on a schema have the same two times.
+            # All questions on one schema hold the same pair of times.
             schemas = {(answer.schema_ms, other.schema_ms) for answer, other in pairs if other.schema_ms}
             if schemas:
                 outcome.encode_to_once = Series([encoded / once for encoded, once in schemas]).median
@@ -212,23 +245,23 @@ def summarise(answers: dict[str, list[Answer]]) -> list[Outcome]:
 
 
 class _Asking:
-    """Asks a task's questions, as prompts on schemas."""
+    """Asks the questions of a task as prompts on schemas."""
 
     def __init__(self, engine: Engine, task: Task) -> None:
         self.engine = engine
         self.task = task
 
     def question(self, example: Example, variant: Variant) -> Question:
-        """The prompt of an example. Its schema has been added."""
+        """Returns the prompt of an example, whose schema has been added."""
         return self.engine.planner.question(self.task.prompt(example), fidelity=variant.fidelity)
 
     def add(self, example: Example, variant: Variant) -> None:
-        """Add the schema of an example."""
+        """Adds the schema of an example to the engine."""
         text = self.task.schema(example, variant)
         self.engine.add_schema(parse_schema(text, file=f"<line {example.line}, {variant.name}>"))
 
     def encode(self, example: Example, variant: Variant, *, once: bool) -> float:
-        """Milliseconds to encode the schema, or to evaluate all its text ``once`` (0: more than the context holds)."""
+        """Returns milliseconds to encode the schema, or to evaluate all its text ``once`` (0: text does not fit)."""
         self.add(example, variant)
         engine = self.engine
         text = joined([segment.tokens for segment in engine.planner.layout(SCHEMA).segments])
@@ -241,14 +274,14 @@ class _Asking:
 
 
 class _Plain(_Asking):
-    """Asks them in messages without markup."""
+    """Asks the questions of a task as messages without markup."""
 
     def question(self, example: Example, variant: Variant) -> Question:
         messages = self.task.messages(example)
         return self.engine.planner.question(messages, fidelity=variant.fidelity, reuse="anywhere")
 
     def add(self, example: Example, variant: Variant) -> None:
-        """Nothing: there is no schema."""
+        """Does nothing, because there is no schema."""
 
     def encode(self, example: Example, variant: Variant, *, once: bool) -> float:
         messages = self.task.messages(example, whole=True)
@@ -259,7 +292,7 @@ class _Plain(_Asking):
 
 
 def _chosen(asking: _Asking, examples: Sequence[Example], limit: int | None) -> tuple[list[Example], int]:
-    """The first examples that fit, with their answers, and how many were passed over on the way."""
+    """The first ``limit`` examples that fit the context, and the number of examples skipped before the last of them."""
     chosen: list[Example] = []
     too_long = 0
     n_ctx = asking.engine.context.n_ctx
@@ -272,7 +305,7 @@ def _chosen(asking: _Asking, examples: Sequence[Example], limit: int | None) -> 
             asking.add(example, plain)
             tokens = asking.question(example, plain).n_tokens
         except (PMLError, ContextFull):
-            # The markup is ours, so it is the length: more than the model can hold.
+            # The markup is generated and valid, so the text is longer than the model can hold.
             too_long += 1
             continue
         if tokens + asking.task.max_tokens > n_ctx:
@@ -285,12 +318,12 @@ def _chosen(asking: _Asking, examples: Sequence[Example], limit: int | None) -> 
 
 
 def _encoded(variant: Variant) -> tuple[bool, tuple[bool, bool]]:
-    """What tells apart the slices that variants begin with. Full prefill, with none, comes first."""
+    """Sort key: variants with equal keys begin with the same slices. Full prefill, without slices, comes first."""
     return variant.cached, variant.encoded
 
 
 def _evaluated_once(engine: Engine, text: Tokens) -> float:
-    """Milliseconds to evaluate a text (0: more than the context holds)."""
+    """Milliseconds to evaluate a text (0: the text does not fit the context)."""
     if len(text) >= engine.context.n_ctx:
         return 0.0
     engine.forget()
@@ -301,7 +334,7 @@ def _evaluated_once(engine: Engine, text: Tokens) -> float:
 
 
 def _answer(asking: _Asking, example: Example, variant: Variant, true: Truth | None) -> tuple[Answer, Truth]:
-    """What a variant answers, and what full prefill says, which is ``true`` if that is known already."""
+    """Answer of a variant, and that of full prefill, which is ``true`` if already known."""
     engine, task = asking.engine, asking.task
     question = asking.question(example, variant)
     first = _ask(engine, question, task, variant, max_tokens=1 if variant.refined else task.max_tokens)
@@ -317,7 +350,7 @@ def _answer(asking: _Asking, example: Example, variant: Variant, true: Truth | N
         again_ms = _ask(engine, question, task, variant, max_tokens=1).metrics.ttft_ms
         floor_ms = floor(engine, question.plan())
     if not variant.refined:
-        # Exact slices would be found by the other variants.
+        # The other variants must not find slices that were missing and have been encoded for this prompt.
         for span in first.plan.spans:
             if span.slice and span.missing:
                 engine.store.discard(span.slice.key)
@@ -350,7 +383,7 @@ def _truth(engine: Engine, plan: Plan, answer: Stream) -> Truth:
 
 
 def _ask(engine: Engine, question: Question, task: Task, variant: Variant, *, max_tokens: int | None = None) -> Stream:
-    """The answer to a prompt, with nothing in the llama.cpp context before."""
+    """Answer to a prompt, from an empty llama.cpp context."""
     engine.forget()
     answer = Answering(
         engine.kv_cache,
@@ -369,7 +402,7 @@ def _ask(engine: Engine, question: Question, task: Task, variant: Variant, *, ma
 
 @contextmanager
 def _slices_in_memory(engine: Engine) -> Iterator[None]:
-    """Meanwhile slices are kept in RAM alone, as many as there are, and dropped at the end."""
+    """Keeps slices only in RAM, without a limit in practice, and drops them at the end."""
     with Store(None, ram_budget=1 << 40) as store:
         kept = engine.use_store(store)
         try:

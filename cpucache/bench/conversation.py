@@ -1,4 +1,4 @@
-"""A conversation to measure with: what one person asked, turn by turn. The model's own answers stand between."""
+"""Messages of one person in a long conversation, for benchmarks. The model's answers follow each of them."""
 
 MESSAGES = (
     "I have inherited a small house with a garden of about 300 square metres, half of it lawn, half of it nothing but "
@@ -43,4 +43,4 @@ MESSAGES = (
     "Last one for today. Look back over this whole conversation and tell me which of my decisions you would have "
     "advised against, and which single job I should do on the first free Saturday in September.",
 )
-"""Asked in March to September of one year; 40 to 90 tokens each."""
+"""Messages of 40 to 90 tokens each, sent from March to September of one year."""

@@ -1,4 +1,4 @@
-"""Questions with passages and the right answers, from files that others publish: JSON Lines, gzipped or not."""
+"""Examples from published files: questions with passages and right answers, as JSON Lines, gzipped or not."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any
 from cpucache.errors import InputError
 
 OTHERS = 5
-"""Passages of a question whose file has one each, unless the caller asks for another number."""
+"""Default number of passages of a question, for files that hold one passage per question."""
 
 _PASSAGE = re.compile(r"^Passage \d+:[ \t]*\n?", re.MULTILINE)
 _FIRST = ("Ann", "Ben", "Eva", "Ivo", "Kim", "Leo", "Mia", "Noa", "Pia", "Rob", "Tom", "Zoe")
 _LAST = ("Berg", "Cole", "Diaz", "Fox", "Hale", "King", "Lind", "Moss", "Ross", "Shaw", "West")
-# How Multi-News writes the ends of lines.
+# Multi-News writes this word for a newline.
 _NEWLINES = re.compile(r"[ \t]*NEWLINE_CHAR[ \t]*")
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A text to answer from, and its title (may be empty)."""
+    """A text to answer from, and its title, which may be empty."""
 
     title: str
     text: str
@@ -34,10 +34,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Example:
-    """One question. ``line`` is where it stands in its file, from 1 on, and names it.
+    """One question. ``line``: its line in the file, from 1, by which results identify it.
 
-    ``question`` may be empty where the task says it all; ``choices`` are there for questions that have them. ``alone``:
-    it has one passage, the one with the answer, and others have to be found for it.
+    ``question`` is empty if the task itself says what to do. ``choices``: possible answers, for questions that have
+    them. ``alone``: the file holds one passage for the question, the one with the answer; others are drawn for it.
     """
 
     line: int
@@ -47,32 +47,34 @@ class Example:
     choices: tuple[str, ...] = ()
     alone: bool = False
     gold: int = 0
-    """Of a question that is ``alone``: the number of the passage with the answer."""
+    """Number of the passage with the answer, from 0, for a question that is ``alone``."""
     chosen: tuple[int, ...] | None = None
-    """The passages that the prompt names, by number from 0 on, in its order; ``None``: all, in the schema's."""
+    """Numbers, from 0, of the passages that the prompt names, in its order; ``None``: all, in the schema's order."""
     unions: int | None = None
-    """The passages are the members of so many unions."""
+    """Number of unions whose members the passages are; ``None``: the passages are modules outside unions."""
     asker: str = ""
-    """Who asks: the argument of a parameter in the schema's text, if it is to have one."""
+    """Name of the person who asks, the argument of a parameter in the schema; empty: the schema has no parameter."""
 
     @property
     def slots(self) -> list[range]:
-        """The passages of each union, by number; of each module by itself, where there are no unions."""
+        """Numbers of the passages in each union; without unions, one range for each passage."""
         size = len(self.passages)
         count = self.unions or size
         return [range(size * each // count, size * (each + 1) // count) for each in range(count)]
 
 
 def read_examples(path: Path, *, passages: int | None = None, seed: int = 0) -> list[Example]:
-    """Every example of a file, in an order drawn with ``seed``.
+    """Returns every example of a file, in an order drawn with ``seed``.
 
-    Three kinds of lines are known: LongBench's (``context``, whose parts "Passage 1:", "Passage 2:" ... become
-    passages, ``input``, ``answers``, and ``all_classes`` or ``choices`` where there are some), MuSiQue's (``ctxs``, a
-    list of ``title`` and ``text``, ``question``, ``answers``), and those with one gold passage (``question``,
-    ``answers``, ``title``, ``text``). The latter get passages of other questions, drawn with the seed too, so that
-    there are ``passages`` (default 5), the gold one at a random place among them.
+    Three formats of lines are read:
 
-    Raises ``InputError`` when the file can't be read or understood.
+    - LongBench: ``input``, ``context`` (split into passages at "Passage 1:", "Passage 2:" ...), ``answers``, and
+      ``all_classes`` or ``choices`` for questions that have them.
+    - MuSiQue: ``question``, ``ctxs`` (a list of ``title`` and ``text``), ``answers``.
+    - One gold passage: ``question``, ``title``, ``text``, ``answers``. Passages of other questions, drawn with ``seed``
+      too, are added up to ``passages`` (default 5); the gold one has a random number among them.
+
+    Raises ``InputError`` if the file can't be read, or a line has none of these formats.
     """
     examples = [_example(line, number, path) for number, line in enumerate(_lines(path), 1) if line.strip()]
     if not examples:
@@ -97,19 +99,25 @@ def selected(
     unions: int | None = None,
     argument: bool = False,
 ) -> list[Example]:
-    """The same questions with a selection of passages, each in an order of its own.
+    """Returns the questions with a selection of passages each.
 
     Args:
-        examples: Questions in the order in which they are asked.
-        seed: Draws what is selected.
-        pick: Passages that a prompt names, the one with the answer among them.
-        of: Passages of a schema. So many questions share one, of which each has the answer to one of them.
-        drop: Instead, each passage that does not hold an answer is left out with this probability.
-        shuffle: The passages that are left stand in an order of their own.
-        unions: Instead of ``pick``, the passages of a schema are members of so many unions. A prompt names one of each.
-        argument: Each question has another value for a parameter in the schema's text.
+        examples: Questions, in the order in which they are asked.
+        seed: Seed of the selection.
+        pick: Number of passages that a prompt names, in random order, including the one with the answer.
+        of: Number of passages of a schema, with ``pick`` or ``unions``. As many questions share the schema; each
+            passage answers one of them.
+        drop: Without ``pick`` and ``unions``: probability of leaving out a passage that holds no answer.
+        shuffle: Whether the prompt names the passages in random order, with ``drop`` or ``unions``.
+        unions: Number of unions whose members the passages of a schema are, instead of ``pick``. A prompt names one
+            member of each.
+        argument: Whether each question has an argument of its own for a parameter in the schema's text.
 
-    Raises ``InputError`` when there are too few passages.
+    Returns:
+        The questions. With ``pick`` or ``unions``, those that do not fill a last schema are left out.
+
+    Raises:
+        InputError: There are too few questions or passages, or the file has several passages for a question.
     """
     if argument:
         askers = random.Random(seed)
@@ -144,14 +152,14 @@ def _in_unions(examples: Sequence[Example], seed: int, of: int | None, unions: i
 
 
 def _shared(examples: Sequence[Example], of: int, option: str) -> Iterator[tuple[int, Example]]:
-    """Questions with the passages of the schema that ``of`` of them share, and which of these has the answer."""
+    """Yields questions with the passages of the schema that ``of`` of them share, and the number of the gold one."""
     if len(examples) < of:
         raise InputError(f"--of {of} needs as many questions, there are {len(examples)}")
     for begin in range(0, len(examples) - of + 1, of):
         group = examples[begin : begin + of]
         if not all(example.alone for example in group):
             raise InputError(f"{option} is for files whose questions have one passage with the answer each")
-        # The passage with the answer is the one that the file gives.
+        # The passage with the answer is the one in the file.
         passages = tuple(example.passages[example.gold] for example in group)
         for number, example in enumerate(group):
             yield number, replace(example, passages=passages, gold=number)
@@ -179,7 +187,7 @@ def _lines(path: Path) -> list[str]:
     except OSError as error:
         raise InputError(f"{path}: can't be read: {error.strerror or error}") from None
     try:
-        # Not splitlines(), which also splits at separators that JSON may hold as they are.
+        # splitlines() would also split at separators that JSON texts may hold unescaped.
         return data.decode().split("\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
@@ -213,7 +221,7 @@ def _example(line: str, number: int, path: Path) -> Example:
 
 
 def _parts(record: dict[str, Any], where: str) -> tuple[Passage, ...]:
-    """The passages of one text; all of it when it is not made of them."""
+    """Passages of a LongBench context; the whole context if it has no headings of passages."""
     context = _NEWLINES.sub("\n", _text(record, "context", where))
     texts = [text.strip() for text in _PASSAGE.split(context)]
     passages = tuple(Passage("", text) for text in texts if text)
@@ -242,9 +250,9 @@ def _texts(record: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
 
 
 def _joined(example: Example, gold: Sequence[Passage], count: int, seed: int, path: Path) -> Example:
-    """The example with ``count`` passages. Which, depends on the seed and the line alone."""
+    """The example with ``count`` passages, drawn by the seed and the line only."""
     (own,) = example.passages
-    # Another passage of the same article may well answer the question, too.
+    # Another passage of the same article may answer the question, too.
     others = [each for each in gold if each.text != own.text and not (own.title and each.title == own.title)]
     if len(others) < count - 1:
         raise InputError(

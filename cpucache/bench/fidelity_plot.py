@@ -1,4 +1,4 @@
-"""The drawing of ``cpucache fidelity``."""
+"""Plot of ``cpucache fidelity``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cpucache.bench.plot import new_figure
 from cpucache.engine.advice import FidelityReport
 
 _BEST = 3
-"""Changes that are drawn."""
+"""Most changes that are drawn."""
 _LEAST = 1e-6
-"""Nats; what is less is drawn as this, for the scale is logarithmic."""
+"""Least divergence that is drawn, in nats: a logarithmic scale has no zero."""
 
 
 def plot_fidelity(report: FidelityReport, path: Path) -> None:
-    """Divergence along the tokens: as it is now, and with the changes that help most.
+    """Plots the divergence along the tokens, now and with the changes that help most.
 
     Raises ``InputError`` as ``new_figure`` does.
     """

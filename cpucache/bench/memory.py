@@ -1,7 +1,7 @@
-"""Peak memory: a whole process of llama.cpp alone against one that encodes and answers from slices.
+"""Peak memory: a process with llama.cpp only, against a process that encodes a schema and answers from slices.
 
-Run as ``python -m cpucache.bench.memory alone|cached MODEL N_CTX TOKENS MODULES``: prints one JSON object. Each process
-measures itself, for what it once had at most (its peak resident set) can't be reset.
+``python -m cpucache.bench.memory alone|cached MODEL N_CTX TOKENS MODULES`` prints one JSON object. Each measurement
+needs a process of its own, because a process can't reset its peak resident set.
 """
 
 from __future__ import annotations
@@ -22,9 +22,19 @@ from cpucache.runtime import Context, Model, Run
 
 
 def compare_memory(model: str, *, n_ctx: int, tokens: int, modules: int) -> dict[str, int]:
-    """Bytes: ``alone``, ``cached``, the ``slices`` among it, and what is left as ``overhead``.
+    """Measures peak memory in two processes.
 
-    Raises ``CpucacheError`` when one of the processes fails.
+    Args:
+        model: Path of the model.
+        n_ctx: Cells of the llama.cpp context.
+        tokens: Tokens of the schema.
+        modules: Modules of the schema.
+
+    Returns:
+        Bytes: ``alone`` (llama.cpp only), ``cached``, its ``slices``, and the rest of the difference, ``overhead``.
+
+    Raises:
+        CpucacheError: One of the processes fails.
     """
     alone, cached = (_measured(mode, model, str(n_ctx), str(tokens), str(modules)) for mode in ("alone", "cached"))
     return {
@@ -66,10 +76,10 @@ def _cached(path: str, n_ctx: int, tokens: int, modules: int) -> dict[str, int]:
 
 
 def _peak() -> int:
-    """The most memory that this process ever had resident, in bytes."""
+    """Peak resident set of this process, in bytes."""
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in ru_maxrss what the parent had when it started this process.
+    # On Linux, ru_maxrss includes memory that the parent had when it started this process.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 

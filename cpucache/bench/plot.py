@@ -1,4 +1,4 @@
-"""Drawings of what was measured, as files. matplotlib is loaded when something is drawn."""
+"""Plots of measurements, as files. matplotlib is imported only when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _TITLES = {"f1": "F1", "exact_match": "EM", "rouge_l": "ROUGE-L", "accuracy": "a
 
 
 def new_figure(path: Path) -> Any:
-    """An empty figure that can be saved to ``path``; worth a try before anything that takes long.
+    """Returns an empty figure that can be saved to ``path``. Commands call it before a long measurement, as a check.
 
-    Raises ``InputError`` when matplotlib is not installed, does not know the suffix, or the folder does not exist.
+    Raises ``InputError`` if matplotlib is not installed or does not know the suffix, or the folder does not exist.
     """
     try:
         from matplotlib.figure import Figure
@@ -36,12 +36,12 @@ def new_figure(path: Path) -> Any:
 
 
 def measure_title(name: str) -> str:
-    """A measure for people."""
+    """Returns the name of a measure as people write it."""
     return _TITLES.get(name, name)
 
 
 def plot_accuracy(report: AccuracyReport, path: Path) -> None:
-    """Quality against time to first token, one point a variant, with the interval of its difference from full prefill.
+    """Plots quality against time to first token: a point a variant, and the interval of its gain over full prefill.
 
     Raises ``InputError`` as ``new_figure`` does.
     """

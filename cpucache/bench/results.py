@@ -1,4 +1,4 @@
-"""Answers that a benchmark has had, in a file that it goes on from when it is run again."""
+"""Answers of a benchmark, in a file with which an interrupted benchmark continues."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 from cpucache.errors import InputError
 
 _BEGINNING = b'{"settings": "'
-"""What every line begins with."""
+"""First bytes of every line."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one variant answered to the example on one line of the data."""
+    """Answer of one variant to the example on one line of the data."""
 
     example: int
     variant: str
@@ -28,26 +28,26 @@ class Answer:
     prompt_tokens: int
     fresh_tokens: int
     encoded_tokens: int
-    """Tokens evaluated before the first token to make missing slices."""
+    """Tokens evaluated before the first token to encode missing slices."""
     again_ms: float = 0.0
-    """Time to first token of the same prompt asked a second time."""
+    """Time to first token of the same prompt, asked a second time."""
     floor_ms: float = 0.0
-    """Time to first token when the state lies in the llama.cpp context already."""
+    """Time to first token when the same state is in the llama.cpp context already."""
     kl: float = 0.0
-    """Kullback-Leibler divergence from full prefill, nats, mean along the answer of that."""
+    """Kullback-Leibler divergence from full prefill in nats, mean over the tokens of full prefill's answer."""
     same: bool = True
-    """Whether the answer is that of full prefill."""
+    """Whether the answer equals that of full prefill."""
     exact: int = 0
-    """Tokens that came from exact slices; likewise ``clean``, ``related``, ``foreign`` and ``recomputed``."""
+    """Tokens from exact slices; likewise ``clean``, ``related``, ``foreign``. ``recomputed``: evaluated again."""
     clean: int = 0
     related: int = 0
     foreign: int = 0
     recomputed: int = 0
     schema_ms: float = 0.0
-    """Time to encode the schema; of full prefill: to evaluate all its text once."""
+    """Time to encode the schema; for full prefill, time to evaluate all its text once."""
 
     def as_dict(self) -> dict[str, Any]:
-        """What may be passed on: a hash in the place of the text, and numbers."""
+        """Returns the answer for publication: its numbers, and a hash instead of its text."""
         record = asdict(self)
         record["text"] = hashlib.sha256(record["text"].strip().encode()).hexdigest()[:12]
         rounded = {name: round(value, 4) for name, value in record.items() if isinstance(value, float)}
@@ -55,10 +55,10 @@ class Answer:
 
 
 class Results:
-    """Answers by example and variant; in ``path``, if given, one line each, written as soon as it is there.
+    """Answers by example and variant. If ``path`` is given, each answer is at once written there as one line.
 
-    ``settings`` are what answers and times depend on: the first line holds them, and every other their hash. Raises
-    ``InputError`` when the file is of other settings, or of something else.
+    ``settings``: settings that answers and times depend on. The first line holds them, and every line their hash.
+    Raises ``InputError`` if the file has other settings, or is not a file of results.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, object]) -> None:
@@ -72,7 +72,7 @@ class Results:
             self._file = path.open("ab")
         except OSError as error:
             raise InputError(f"{path}: can't be written: {error.strerror}") from None
-        # What was being written when the process was killed is not there.
+        # A process that was killed may have left part of a line.
         self._file.truncate(whole)
         if not whole:
             self._write({"settings": self._hash, "of": dict(settings)})
@@ -96,18 +96,18 @@ class Results:
         return len(self._answers)
 
     def add(self, answer: Answer) -> None:
-        """Keep an answer, at once on disk as far as this process can see to it."""
+        """Adds an answer, and passes its line to the operating system at once."""
         self._answers[answer.example, answer.variant] = answer
         self._write({"settings": self._hash, **asdict(answer)})
 
     def _write(self, record: Mapping[str, object]) -> None:
         if self._file:
-            # One write: whoever reads it meanwhile, or after a crash, finds whole lines but for the last.
+            # One write, so that a reader at the same time, or after a crash, finds whole lines except for the last.
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
 
     def _read(self, path: Path, settings: Mapping[str, object]) -> int:
-        """Take over what is there; gives how many bytes of whole lines there are."""
+        """Reads the answers in a file, and returns the number of bytes of its whole lines."""
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -132,7 +132,7 @@ class Results:
 
 
 def _difference(other: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """In what results were had with other settings."""
+    """Text of an error about results with other settings, which names the differences."""
     names = [name for name in settings if other.get(name) != settings[name]]
     details = ", ".join(f"{name} {other.get(name)}, now {settings[name]}" for name in names)
     return f"its answers are from other settings ({details})" if names else "its lines are from different settings"

@@ -1,4 +1,4 @@
-"""The drawing of ``cpucache schema show``."""
+"""Plot of ``cpucache schema show``."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from cpucache.bench.plot import new_figure
 
 _COLOURS = {"schema": "0.35", "module": "tab:cyan", "union": "tab:purple", "parameter": "tab:olive"}
 _LINE = 0.26
-"""Inches of a line."""
+"""Height of a bar with its margin, in inches."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A part of a schema, as a bar from one position to another."""
+    """A part of a schema, as a bar from position ``start`` to ``end``."""
 
     label: str
     kind: str
     start: int
     end: int
     unused: int
-    """Positions behind it that its union reserves and it leaves empty."""
+    """Positions after ``end`` that the union of this member reserves and the member leaves empty."""
     cached: float | None
-    """The share of its own text that is cached; ``None`` for what has none."""
+    """Cached share of the part's own text; ``None`` for a part without text of its own."""
     note: str
-    """What is written beside it."""
+    """Text beside the bar."""
 
 
 def plot_schema(bars: Sequence[Bar], title: str, path: Path) -> None:
-    """The parts of a schema, one below the other, along its positions.
+    """Plots the parts of a schema, one below the other, along its positions.
 
-    What is cached is filled, what a member of a union leaves empty is hatched. Raises ``InputError`` as ``new_figure``
-    does.
+    Cached text is filled; positions that a member of a union leaves empty are hatched. Raises ``InputError`` as
+    ``new_figure`` does.
     """
     figure = new_figure(path)
     figure.set_size_inches(9, 1.2 + _LINE * len(bars))
@@ -62,5 +62,5 @@ def plot_schema(bars: Sequence[Bar], title: str, path: Path) -> None:
 
 
 def _room(bars: Sequence[Bar]) -> float:
-    """Points that the labels take, which begin at one line."""
+    """Width of the left-aligned labels, in points."""
     return 4.6 * max(len(bar.label) for bar in bars)

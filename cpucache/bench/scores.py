@@ -1,4 +1,4 @@
-"""How good answers are, measured as LongBench does, and how sure that is."""
+"""Scores of answers, as LongBench (Bai et al. 2023, arXiv:2308.14508) computes them, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation and articles, words one space apart."""
+    """Returns a text in lower case, without punctuation and articles, with one space between words."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def f1(answer: str, right: Sequence[str]) -> float:
-    """The harmonic mean of precision and recall of words, against whichever right answer it is the highest for."""
+    """Returns the harmonic mean of the words' precision and recall; the highest of all right answers counts."""
     return max(_f1(normalised(answer).split(), normalised(each).split()) for each in right)
 
 
@@ -35,14 +35,14 @@ def _f1(answer: list[str], right: list[str]) -> float:
 
 
 def exact_match(answer: str, right: Sequence[str]) -> float:
-    """1 if the answer is one of the right ones, normalised; else 0."""
+    """Returns 1 if the answer, normalised, equals a right answer; else 0."""
     return float(normalised(answer) in {normalised(each) for each in right})
 
 
 def rouge_l(answer: str, right: Sequence[str]) -> float:
-    """ROUGE-L's F measure: the longest common subsequence of words, against whichever right answer is nearest.
+    """Returns ROUGE-L's F measure (Lin 2004): the longest common subsequence of words; the best right answer counts.
 
-    Raises ``InputError`` when the package that measures it is not installed.
+    Raises ``InputError`` if ``rouge_score`` is not installed.
     """
     scorer = rouge_scorer()
     return max(float(scorer.score(each, answer)["rougeL"].fmeasure) for each in right)
@@ -50,7 +50,7 @@ def rouge_l(answer: str, right: Sequence[str]) -> float:
 
 @cache
 def rouge_scorer() -> Any:
-    """What measures ROUGE. Raises ``InputError`` when it is not installed."""
+    """Returns the scorer of ROUGE-L. Raises ``InputError`` if ``rouge_score`` is not installed."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -59,9 +59,9 @@ def rouge_scorer() -> Any:
 
 
 def accuracy(answer: str, right: Sequence[str], choices: Sequence[str]) -> float:
-    """1 if of all ``choices`` the answer names the right one; shared when it names several, 0 when not the right one.
+    """Returns 1 / n if the answer names n of the ``choices``, the right one among them; else 0.
 
-    A choice that is part of the right one's own words does not count as named.
+    A choice that is part of the right one's text does not count as named.
     """
     named = [choice for choice in choices if re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", answer)]
     scores = [0.0]
@@ -72,7 +72,7 @@ def accuracy(answer: str, right: Sequence[str], choices: Sequence[str]) -> float
 
 
 class Interval(NamedTuple):
-    """A mean, and the range that it lies in with 95% confidence."""
+    """A mean with its 95% confidence interval."""
 
     mean: float
     low: float
@@ -80,7 +80,7 @@ class Interval(NamedTuple):
 
 
 def paired_interval(values: Sequence[float], others: Sequence[float], seed: int = 0) -> Interval:
-    """By how much ``values`` exceed ``others`` on average, each compared with the other of the same question.
+    """Returns the mean difference between ``values`` and ``others``, which are in the same order of questions.
 
     The interval is that of a percentile bootstrap with 10,000 resamples of the questions.
     """

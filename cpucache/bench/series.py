@@ -1,4 +1,4 @@
-"""Repeated measurements of one thing."""
+"""Repeated measurements of one quantity."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 @dataclass
 class Series:
-    """Times in milliseconds."""
+    """Measured times in milliseconds."""
 
     values: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
+        """Median in milliseconds."""
         return median(self.values)
 
     def as_dict(self) -> dict[str, Any]:
-        """Median, spread and count, for ``--json``."""
+        """Returns median, minimum, maximum and count for ``--json``."""
         return {
             "median_ms": round(self.median, 3),
             "min_ms": round(min(self.values), 3),

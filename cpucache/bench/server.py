@@ -1,4 +1,4 @@
-"""Servers measured by their clients: cpucache's, with and without reuse, and any other that speaks OpenAI's dialect."""
+"""Server benchmark: clients measure cpucache's server, with and without reuse, and other servers of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cpucache.engine import Engine
 from cpucache.errors import CpucacheError
 
 Say = Callable[[str], None]
-_QUESTION = 4  # new tokens of a request that goes on from a prefix
+_QUESTION = 4  # new tokens of a request after a known prefix
 _ANSWER = 24  # tokens of an answer in a conversation
 _LONG = 64  # tokens of an answer whose speed is measured
 _PATIENCE = 1200.0
@@ -33,64 +33,64 @@ _PATIENCE = 1200.0
 
 @dataclass
 class Asked:
-    """What a client saw of one answer."""
+    """One answer, as a client received it. ``seconds``: from the first piece to the last."""
 
     ttft_ms: float
     seconds: float
     pieces: int
     text: str
     evaluated: int | None = None
-    """Tokens of the prompt that were evaluated, where the server tells."""
+    """Tokens of the prompt that were evaluated, if the server says so."""
 
 
 @dataclass
 class Traced:
-    """A request of an agent."""
+    """A request of a coding agent. ``tokens``: length of its prompt."""
 
     tokens: int
     repeated: int
-    """Those in blocks that an earlier request of the same agent had."""
+    """Tokens in blocks that an earlier request of the same agent contained."""
     ttft_ms: float
     evaluated: int | None
-    """Tokens that were evaluated, where the server tells."""
+    """Tokens that were evaluated, if the server says so."""
 
 
 @dataclass
 class Target:
-    """A server to be measured."""
+    """A server that is measured."""
 
     name: str
     url: str
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """What is sent with every request besides."""
+    """Further fields of every request."""
     restart: Callable[[], str] | None = None
-    """Ends the server and starts it again; gives its new address."""
+    """Ends the server, starts it again, and returns its new address."""
 
 
 @dataclass
 class ServerReport:
-    """What was measured of one server. Times in milliseconds."""
+    """Measurements of one server. Times are in milliseconds."""
 
     name: str
     prefix: list[float] = field(default_factory=list)
-    """Time to first token of a long text that is known, and a few new tokens."""
+    """Times to first token of a long known text with a few new tokens after it."""
     rounds: list[list[float]] = field(default_factory=list)
-    """Time to first token of each user, by round of their conversations."""
+    """Times to first token of all users, by round of their conversations."""
     restarted: list[float] = field(default_factory=list)
-    """The same for the round after a restart, and ``warm`` without one."""
+    """Times to first token of the round after a restart; ``warm``: of the round before, without a restart."""
     warm: list[float] = field(default_factory=list)
     one_stream: float = 0.0
     """Tokens a second of one answer."""
     together: float = 0.0
-    """Tokens a second of four answers side by side, in all."""
+    """Tokens a second of four concurrent answers, in total."""
     permuted: dict[str, list[float]] = field(default_factory=dict)
-    """Time to first token of documents in other orders: ``"marked"`` as modules, and not (``"plain"``)."""
+    """Times to first token of documents in other orders: ``"marked"`` as modules, or not (``"plain"``)."""
     traces: list[Traced] = field(default_factory=list)
-    """Requests of an agent."""
+    """Requests of coding agents."""
     failures: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for ``--json``."""
+        """Returns all measurements for ``--json``."""
         return {
             "name": self.name,
             "prefix": _spread(self.prefix),
@@ -105,7 +105,10 @@ class ServerReport:
 
 
 def traced(requests: Sequence[Traced]) -> dict[str, Any]:
-    """What the requests of an agent took together."""
+    """Returns totals over the requests of an agent, and the spread of their times to first token.
+
+    ``repeated_not_evaluated``: share of the repeated tokens that the server did not evaluate again.
+    """
     repeated = sum(each.repeated for each in requests)
     told = [each for each in requests if each.evaluated is not None]
     again = sum(max(0, (each.evaluated or 0) - (each.tokens - each.repeated)) for each in told)
@@ -126,11 +129,11 @@ def _spread(values: Sequence[float]) -> dict[str, float | int] | None:
 
 
 class Client:
-    """Asks one server.
+    """HTTP client of one server.
 
     Args:
         target: The server.
-        report: Counts failures.
+        report: Report that counts the failures.
     """
 
     def __init__(self, target: Target, report: ServerReport) -> None:
@@ -139,18 +142,18 @@ class Client:
         self._http = httpx.Client(timeout=_PATIENCE)
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Closes the connections."""
         self._http.close()
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], max_tokens: int, extra: Mapping[str, Any] | None = None
     ) -> Asked | None:
-        """The answer to a conversation, streamed; ``None`` when the server fails. ``extra`` is sent besides."""
+        """Returns the answer to a conversation; ``None`` if the server fails. ``extra``: further fields to send."""
         body = {"messages": list(messages), "max_tokens": max_tokens, **(extra or {})}
         return self._ask("/v1/chat/completions", body, lambda choice: choice["delta"].get("content"))
 
     def complete(self, prompt: str | Sequence[int], max_tokens: int) -> Asked | None:
-        """What follows a text, streamed."""
+        """Returns the continuation of a text or of tokens; ``None`` if the server fails."""
         body = {"prompt": prompt, "max_tokens": max_tokens}
         return self._ask("/v1/completions", body, lambda choice: choice.get("text"))
 
@@ -168,7 +171,7 @@ class Client:
                         continue
                     choices = json.loads(line[6:]).get("choices")
                     piece = text_of(choices[0]) if choices else None
-                    # An answer may be empty: then its end is what comes first.
+                    # An empty answer has no piece of text: its end counts as its first token.
                     if piece or (choices and choices[0].get("finish_reason")):
                         last = time.perf_counter()
                         first = first or last
@@ -185,7 +188,7 @@ class Client:
 
 
 Workload: TypeAlias = tuple[str, Callable[[Engine, Client, ServerReport], None]]
-"""What is measured, and what measures it."""
+"""Name of a measurement, and the function that measures."""
 
 
 def measure_server(
@@ -199,23 +202,26 @@ def measure_server(
     more: Sequence[Workload] = (),
     say: Say,
 ) -> ServerReport:
-    """Measure one server.
+    """Measures one server.
 
     Args:
-        engine: Makes texts of so many tokens. It is not asked anything.
+        engine: Engine whose tokenizer sets the length of the texts. It evaluates nothing.
         target: The server.
-        tokens: Of the text that is known, of which half is what all users have in common.
-        users: Who talk at the same time.
-        rounds: Of each conversation.
-        repeat: Requests of what is measured one by one.
-        more: What is measured besides, by name.
-        say: Told what is measured.
+        tokens: Tokens of the known text. The system text that all users share has half as many.
+        users: Number of users that talk at the same time.
+        rounds: Rounds of each conversation.
+        repeat: Number of requests with a known prefix; speeds are measured half as often.
+        more: Further measurements.
+        say: Called with a description of each measurement before it begins.
+
+    Returns:
+        The measurements. Requests that failed are only counted.
     """
     report = ServerReport(target.name)
     client = Client(target, report)
     try:
         say(f"{target.name}: {tokens} known tokens and {_QUESTION} new ones")
-        # Nobody has seen this text before, not even in an earlier run.
+        # A random seed, because the server may hold texts of an earlier run.
         seed = random.SystemRandom().randrange(1 << 30)
         prefix = filler(engine, tokens, seed)
         client.complete(prefix, 1)
@@ -260,7 +266,7 @@ def _conversations(
     rounds: int,
     seed: int,
 ) -> None:
-    """Users talk at the same time, with a system text in common; then once more, and once more after a restart."""
+    """Conversations of concurrent users with a common system text: all rounds, another, and one after a restart."""
     system = {"role": "system", "content": filler(engine, tokens, seed + 200)}
     told: list[list[dict[str, str]]] = [[system] for _ in range(users)]
 
@@ -285,7 +291,17 @@ def _conversations(
 
 
 def http_overhead(engine: Engine, target: Target, *, tokens: int, repeat: int) -> tuple[list[float], list[float]]:
-    """Time to first token of one cached request, through the engine and through a server, in turn."""
+    """Measures one cached request through the engine and through a server, in turn.
+
+    Args:
+        engine: Engine with the same model as the server.
+        target: The server.
+        tokens: Tokens of the request.
+        repeat: Number of requests of each kind.
+
+    Returns:
+        Times to first token in milliseconds, of the engine and of the server.
+    """
     report = ServerReport(target.name)
     client = Client(target, report)
     text = filler(engine, tokens, 77)
@@ -295,7 +311,7 @@ def http_overhead(engine: Engine, target: Target, *, tokens: int, repeat: int) -
         for number in range(repeat + 1):
             metrics = engine.generate(text=text, max_tokens=1).metrics
             asked = client.complete(text, 1)
-            # The first of each evaluates the text.
+            # The first request of each kind evaluates the text.
             if number and asked:
                 direct.append(metrics.ttft_ms)
                 served.append(asked.ttft_ms)
@@ -306,7 +322,10 @@ def http_overhead(engine: Engine, target: Target, *, tokens: int, repeat: int) -
 
 @contextmanager
 def own_server(model: str, folder: Path, options: Sequence[str]) -> Iterator[Target]:
-    """cpucache's server in a process of its own, with a store of its own."""
+    """Runs cpucache's server in a process of its own, with its store in ``folder``.
+
+    Raises ``CpucacheError`` if the server does not start.
+    """
     command = [sys.executable, "-m", "cpucache.cli.main", "serve", "-m", model, "--port", "0", *options]
     process: subprocess.Popen[str] | None = None
 

@@ -1,4 +1,4 @@
-"""Conversations: time to first token turn by turn, recomputed, in the context, from RAM, and from disk."""
+"""Sessions benchmark: time to first token of each turn, by full prefill, in the context, from RAM, and from disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ _NAME = "bench"
 
 @dataclass
 class Turn:
-    """One turn. ``tokens`` is the whole prompt, ``new`` what was said since the last turn, answer's end included."""
+    """One turn. The series are times to first token.
+
+    ``tokens``: tokens of the whole prompt. ``new``: tokens evaluated for the turn, which are its message and the end of
+    the answer before it.
+    """
 
     tokens: int
     new: int
@@ -35,19 +39,19 @@ class Turn:
     disk: Series = field(default_factory=Series)
     recompute: Series = field(default_factory=Series)
     answer_ms: float = 0.0
-    """From the first token to the last."""
+    """Time from the first token of the answer to the last."""
     save_ms: float = 0.0
-    """Time taken from the turn to get its state out of the context."""
+    """Time of the turn in which its state is read from the llama.cpp context."""
     bytes: int = 0
-    """Written for this turn, in the background."""
+    """Bytes written for the turn, in the background."""
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens a second that recomputing evaluates."""
+        """Tokens a second of full prefill."""
         return self.tokens / self.recompute.median * 1000
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Returns the turn for ``--json``."""
         series = {name: getattr(self, name) for name in ("in_context", "ram", "disk", "recompute")}
         return {
             "tokens": self.tokens,
@@ -61,7 +65,10 @@ class Turn:
 
 @dataclass
 class Truncation:
-    """A turn for which old ones had to leave the context."""
+    """A turn for which old turns had to be removed from the context.
+
+    ``left_out``: tokens of the removed turns. ``moved``: tokens kept, at new positions. ``new``: tokens added.
+    """
 
     left_out: int
     moved: int
@@ -73,18 +80,19 @@ class Truncation:
 
 @dataclass
 class SessionsReport:
-    """What was measured."""
+    """Measurements of one conversation."""
 
     model: str
     turns: list[Turn] = field(default_factory=list)
     saving: Series = field(default_factory=Series)
-    """The last turn as a whole, saved while the one before is being written."""
+    """Time of the whole last turn, which is saved while another turn is being written."""
     not_saving: Series = field(default_factory=Series)
+    """Time of the whole last turn without saving."""
     truncations: list[Truncation] = field(default_factory=list)
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The figures that count."""
+        """Main figures: ratios between medians of times, and milliseconds more for 1,000 tokens more."""
         ratios = {
             "disk_to_in_context": median(turn.disk.median / turn.in_context.median for turn in self.turns),
             "disk_to_in_context_worst": max(turn.disk.median / turn.in_context.median for turn in self.turns),
@@ -102,14 +110,14 @@ class SessionsReport:
         return ratios
 
     def _growth(self, name: str) -> float:
-        """Milliseconds more for 1,000 tokens more of conversation, the new tokens' own share taken out."""
+        """Milliseconds more for 1,000 tokens more of conversation, by a least-squares fit that also has new tokens."""
         if len(self.turns) < 3:
             return 0.0
         columns = [[turn.tokens / 1000, turn.new, 1.0] for turn in self.turns]
         return float(np.linalg.lstsq(columns, [getattr(turn, name).median for turn in self.turns])[0][0])
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for ``--json``."""
+        """Returns all measurements for ``--json``."""
         return {
             "model": self.model,
             "turns": [turn.as_dict() for turn in self.turns],
@@ -123,11 +131,21 @@ class SessionsReport:
 def measure_sessions(
     open_engine: Open, *, turns: int, answer: int, repeat: int, recompute: bool, say: Say
 ) -> SessionsReport:
-    """A conversation of ``turns`` turns, with answers of up to ``answer`` tokens.
+    """Measures a conversation turn by turn.
 
-    Each turn is asked ``repeat`` times in each way, on a fork of the conversation, before it is asked for good. From
-    disk means a new engine with nothing in memory (files in the page cache), asked as soon as the session is open.
-    ``open_engine(**options)`` opens engines on a store and a folder for conversations of this benchmark's own.
+    Each turn is asked in each way on a fork of the conversation, before it is asked in the conversation itself. "From
+    disk" is a new engine with nothing in RAM (its files are in the page cache), asked as soon as the session is loaded.
+
+    Args:
+        open_engine: Returns an engine with these options, on a store and sessions of the benchmark's own.
+        turns: Number of turns.
+        answer: Most tokens of an answer.
+        repeat: Number of measurements of each turn in each way, except for full prefill, which is measured once.
+        recompute: Whether full prefill is measured.
+        say: Called with a description of each step before it begins.
+
+    Returns:
+        The measurements.
     """
     with open_engine() as engine:
         report = SessionsReport(engine.model.path.stem)
@@ -151,7 +169,7 @@ def measure_sessions(
             say("the last turn with and without saving")
             for seed in range(repeat):
                 for saving in (True, False):
-                    # Another answer just before: it is what is being written meanwhile.
+                    # The answer just before is being written while the next one is measured.
                     _last_turn(engine, session, plan, turns, message, answer, 100 + seed, saving=saving)
                     series = report.saving if saving else report.not_saving
                     series.values.append(_last_turn(engine, session, plan, turns, message, answer, seed, saving=saving))
@@ -230,5 +248,5 @@ def _truncated(engine: Engine, session: Session, message: str, *, recompute: boo
 
 
 def folder_options(folder: Path) -> dict[str, Any]:
-    """Where an engine of this benchmark keeps things, and all of them."""
+    """Returns options of an engine that keeps everything in ``folder``, with budgets that are never reached."""
     return {"store": folder / "store", "sessions": folder / "sessions", "ram_budget": 1 << 40, "disk_budget": 1 << 40}

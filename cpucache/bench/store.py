@@ -1,4 +1,4 @@
-"""The store against what it can't beat: plain copies, plain writes, and an answer while nothing is written."""
+"""Store benchmark: the store against lower bounds: plain copies, plain writes, and answers while nothing is written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LOOKUPS = 2_000
 
 @dataclass
 class StoreReport:
-    """What was measured. Loading and saving are of the same bytes as what they are compared with."""
+    """Measurements of the store, of the names in ``measure_store``. ``bytes``: size of the states loaded and saved."""
 
     bytes: int = 0
     load: Series = field(default_factory=Series)
@@ -39,13 +39,13 @@ class StoreReport:
     write: Series = field(default_factory=Series)
     lookup: Series = field(default_factory=Series)
     variants: Series = field(default_factory=Series)
-    """Which slices there are of some tokens."""
+    """Times to look up all slices of some tokens."""
     idle: Series = field(default_factory=Series)
     busy: Series = field(default_factory=Series)
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The figures that count."""
+        """Main figures: ratios between medians."""
         return {
             "load_to_copy_speed": self.copy.median / self.load.median,
             "save_to_write_speed": self.write.median / self.save.median,
@@ -53,7 +53,7 @@ class StoreReport:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for ``--json``."""
+        """Returns all measurements for ``--json``."""
         names = ("load", "copy", "save", "write", "lookup", "variants", "idle", "busy")
         return {
             "bytes": self.bytes,
@@ -63,13 +63,24 @@ class StoreReport:
 
 
 def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[str], None]) -> StoreReport:
-    """Measure with slices of ``tokens`` tokens in all, in turn, ``repeat`` times over.
+    """Measures the store in turn with its lower bounds.
 
-    ``load``: from the store, with nothing in RAM and the page cache warm, into llama.cpp. ``copy``: the same bytes from
-    plain memory into llama.cpp. ``save``: until the slices are on disk. ``write``: the same bytes to plain files, with
-    fsync. ``lookup``: whether a key is there and its state, with 100,000 others in the index. ``variants``: which
-    slices there are of some tokens, among these. ``idle`` and ``busy``:
-    time to first token of a cached prompt, without and with slices being written in the background.
+    - ``load``: slices from the store into llama.cpp, with nothing in RAM and the files in the page cache.
+    - ``copy``: the same bytes from plain memory into llama.cpp.
+    - ``save``: slices into the store, until they are on disk.
+    - ``write``: the same bytes to plain files, with fsync.
+    - ``lookup``: the state of a key, with 100,000 other keys in the index.
+    - ``variants``: all slices of some tokens, among these 100,000.
+    - ``idle`` and ``busy``: time to first token of a cached prompt, while slices are not, or are, being written.
+
+    Args:
+        engine: Engine whose store is replaced for good.
+        tokens: Tokens of all slices together.
+        repeat: Number of measurements, except for lookups.
+        say: Called with a description of each step before it begins.
+
+    Returns:
+        The measurements.
     """
     report = StoreReport()
     with tempfile.TemporaryDirectory(prefix="cpucache-bench-") as name:
@@ -142,7 +153,7 @@ def _slice(index: int, state: Bytes) -> tuple[str, Bytes, Any, SliceInfo]:
 
 
 def _fill(store: Store) -> None:
-    """Put rows without files into the index: looking up must not depend on how many there are."""
+    """Adds rows without files to the index: the time of a lookup must not depend on their number."""
     assert store.index is not None
     row = SliceInfo("rows", "rows", "rows", "", 1, 0, "rows", "context", 1.0, "", "00" * 8 * 20, 2000)
     store.index.add_all((f"{number:032x}", replace(row, content=_content(number)), 1) for number in range(_ROWS))
@@ -159,7 +170,7 @@ def _ttft(engine: Engine, prompt: str) -> float:
 
 @contextmanager
 def _writing(store: Store, states: list[Bytes]) -> Iterator[None]:
-    """As many slices as may wait are being written meanwhile."""
+    """Has as many slices written during the block as may wait for it."""
     number, backlog = time.monotonic_ns() % (1 << 30), 0
     while backlog + max(state.nbytes for state in states) <= WAITING:
         state = states[number % len(states)]

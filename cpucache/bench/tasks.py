@@ -1,4 +1,4 @@
-"""What is asked of an example, in which words, and in which ways it is answered: examples as schemas and prompts."""
+"""Tasks of the accuracy benchmark: wording, scores, examples as schemas and prompts, and variants of answering."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from cpucache.errors import InputError
 from cpucache.reuse import LEVELS, Fidelity
 
 SCHEMA = "bench"
-"""What the schema of every example is called: the next one takes its place."""
+"""Name of every example's schema: each schema replaces the one before."""
 
-_ASKER = 12  # tokens of the name of whoever asks, at most
+_ASKER = 12  # most tokens of the name of the person who asks
 
 Measure = Callable[[str, Example], float]
-# What XML 1.0 can't hold, not even escaped.
+# Characters that XML 1.0 can't hold, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 # ---- tasks ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Task:
-    """What is asked. The first of ``measures`` is the one that counts.
+    """What is asked, and how answers are scored. The first of ``measures`` is the main one.
 
-    ``instruction`` stands before the passages, ``request`` behind them, ``{question}`` being the example's own;
-    ``unasked`` takes its place when an example has no question.
+    ``instruction`` comes before the passages, and ``request``, with the example's question for ``{question}``, after
+    them. ``unasked`` replaces the request if an example has no question. ``max_tokens`` and ``stop`` limit the answer.
     """
 
     name: str
@@ -41,16 +41,16 @@ class Task:
     stop: tuple[str, ...] = ()
 
     def score(self, answer: str, example: Example) -> dict[str, float]:
-        """The measures of an answer, each from 0 to 1."""
+        """Returns the score of an answer by each measure, from 0 to 1."""
         return {name: measure(answer.strip(), example) for name, measure in self.measures.items()}
 
     def check(self, example: Example) -> None:
-        """Raise ``InputError`` when the task can't be set on an example."""
+        """Raises ``InputError`` if an example does not suit the task."""
         if self.name == "choice" and not example.choices:
             raise InputError(f"line {example.line} of the data has no choices ('all_classes' or 'choices')")
 
     def schema(self, example: Example, variant: Variant) -> str:
-        """The example's passages as modules p1, p2, ... of a schema in PML."""
+        """Returns a schema in PML with the example's passages as modules p1, p2, ..."""
         instruction = _xml(self.instruction)
         if example.choices:
             instruction += _xml(" The choices are: " + "; ".join(example.choices) + ".")
@@ -70,7 +70,7 @@ class Task:
         return f'<schema name="{SCHEMA}"{attributes}><system>{instruction}\n{modules}</system></schema>'
 
     def prompt(self, example: Example) -> str:
-        """The prompt in PML: the passages chosen, and the question."""
+        """Returns the prompt in PML: the chosen passages, and the question."""
         question = example.question.strip()
         request = self.request.replace("{question}", question) if question else self.unasked
         names = module_names(example)
@@ -80,9 +80,9 @@ class Task:
         return f'<prompt schema="{SCHEMA}"{argument}>{references}<user>{_xml(request)}</user></prompt>'
 
     def messages(self, example: Example, *, whole: bool = False) -> list[dict[str, str]]:
-        """The same without markup: a message of the passages chosen, with blank lines between, and the question.
+        """Returns the prompt without markup: one message of the chosen passages and the question, with blank lines.
 
-        ``whole``: all passages in the schema's order, and no question.
+        ``whole``: all passages in the schema's order, with the request of an example without question.
         """
         question = "" if whole else example.question.strip()
         request = self.request.replace("{question}", question) if question else self.unasked
@@ -94,7 +94,7 @@ class Task:
 
 
 def module_names(example: Example) -> list[str]:
-    """What the modules of an example's passages are called."""
+    """Returns the names of the modules of an example's passages."""
     return [f"p{number}" for number in range(1, len(example.passages) + 1)]
 
 
@@ -154,9 +154,9 @@ TASKS = {
 class Variant:
     """One way of answering.
 
-    ``cached``: slices are reused. ``related``: modules attend to the text before them while the schema is encoded, as
-    they do unless ``anchor="none"`` says otherwise; ``isolated``: they attend to the text around them alone.
-    ``refined``: the prompt is asked once, made exact, and asked again.
+    ``cached``: slices are reused. ``related``: while the schema is encoded, modules attend to the modules before them;
+    otherwise the schema has ``anchor="none"``. ``isolated``: modules have ``isolate="true"``, so they attend only to
+    the text around them. ``refined``: the prompt is asked, refined, and asked again.
     """
 
     name: str
@@ -168,7 +168,7 @@ class Variant:
 
     @property
     def encoded(self) -> tuple[bool, bool]:
-        """What tells the schemas of variants apart."""
+        """Attributes of the schema: variants with equal ones share its slices."""
         return self.related, self.isolated
 
 
@@ -185,9 +185,9 @@ _PLAIN: dict[str, Variant] = {
 
 
 def parse_variants(text: str) -> list[Variant]:
-    """Variants by name, as in ``full,fast,recompute:0.2,standalone+recompute:0.1``, ``full`` being the first.
+    """Returns variants by name, as in ``full,fast,recompute:0.2,standalone+recompute:0.1``.
 
-    Raises ``InputError``.
+    Raises ``InputError`` if ``full`` is not the first, a name is unknown or repeated, or a share is not valid.
     """
     variants = [_variant(name.strip()) for name in text.split(",")]
     if variants[0].name != FULL:

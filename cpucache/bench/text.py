@@ -1,4 +1,4 @@
-"""Prompts to measure with: as many tokens as wanted, the same every time."""
+"""Prompts for measurements: of a given number of tokens, the same in every run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ moment air teacher force education
 
 
 def filler(engine: Engine, tokens: int, seed: int) -> str:
-    """Plain words that make exactly ``tokens`` tokens under the engine's model (or a few less where it can't be)."""
+    """Returns plain words of ``tokens`` tokens under the engine's model, or slightly fewer if no words fit exactly."""
     choice = random.Random(seed)
     words: list[str] = []
     while True:
@@ -38,13 +38,23 @@ def _joined(words: list[str]) -> str:
 
 
 def filler_schema(engine: Engine, tokens: int, modules: int) -> Schema:
-    """A schema of ``modules`` modules with ``tokens`` tokens in all."""
+    """Returns a schema of ``modules`` modules with ``tokens`` tokens in total."""
     sizes = [tokens // modules + (index < tokens % modules) for index in range(modules)]
     parts = (f'<module name="m{index}">{filler(engine, size, index)}</module>' for index, size in enumerate(sizes))
     return parse_schema(f'<schema name="bench">{"".join(parts)}</schema>', file="<bench>")
 
 
 def filler_prompt(engine: Engine, order: Iterable[int], question: int, seed: int = 1000) -> str:
-    """A prompt that includes these modules in this order, and ``question`` new tokens."""
+    """Returns a prompt on a schema of ``filler_schema``.
+
+    Args:
+        engine: Engine whose tokenizer sets the length of the question.
+        order: Numbers of the modules, from 0, in the order of the prompt.
+        question: Tokens of new text after the modules.
+        seed: Seed of the new text.
+
+    Returns:
+        The prompt as PML.
+    """
     references = "".join(f"<m{index}/>" for index in order)
     return f'<prompt schema="bench">{references}{filler(engine, question, seed)}</prompt>'

@@ -1,4 +1,4 @@
-"""Time to first token: full prefill, cached from RAM, cached from disk, and the floor, on the same tokens."""
+"""TTFT benchmark: full prefill, cached from RAM, cached from disk, and the floor, on the same tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Report:
-    """What was measured. ``full`` and ``encode`` are by what llama.cpp was set to."""
+    """Measurements of ``measure``. ``full``: times of full prefill by the setting of llama.cpp."""
 
     model: str
     cached_tokens: int
@@ -37,42 +37,42 @@ class Report:
     ram: Series = field(default_factory=Series)
     disk: Series = field(default_factory=Series)
     other_floor: Series = field(default_factory=Series)
-    """The floor of prompts in another order."""
+    """Floor of prompts in another order."""
     other: Series = field(default_factory=Series)
-    """From RAM, the modules in an order never asked before, nothing recomputed."""
+    """From RAM, with the modules in an order never asked before, and nothing recomputed."""
     other_again: Series = field(default_factory=Series)
-    """The same prompt asked again."""
+    """The same prompt, asked again."""
     balanced: Series = field(default_factory=Series)
-    """From RAM, in such an order, with a share of the tokens recomputed."""
+    """The same prompt, with a share of the spliced tokens recomputed."""
     refined: Series = field(default_factory=Series)
-    """The same prompt after refining."""
+    """The same prompt after refining, with nothing recomputed."""
     encode_ms: float = 0.0
-    """Evaluation before the first token, of all prompts in another order together."""
+    """Time to encode missing slices before the first token, of all prompts in another order together."""
     encode: Series = field(default_factory=Series)
     full: dict[str, Series] = field(default_factory=dict)
     profile: dict[str, dict[str, Series]] | None = None
-    """Milliseconds by stage of what was measured, by its name, if that was asked for."""
+    """Milliseconds by name of a series and by stage; ``None``: stages are not measured."""
 
     @property
     def series(self) -> dict[str, Series]:
-        """What was measured in milliseconds, by name."""
+        """All series by name, except for those of full prefill."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Series)}
 
     @property
     def best_full(self) -> float:
-        """Full prefill at llama.cpp's best settings."""
+        """Median time of full prefill with llama.cpp's best setting, in milliseconds."""
         return min(series.median for series in self.full.values())
 
     @property
     def profile_medians(self) -> dict[str, dict[str, float]]:
-        """The medians of ``profile``."""
+        """Medians of ``profile``, in milliseconds."""
         return {
             name: {stage: each.median for stage, each in stages.items()}
             for name, stages in (self.profile or {}).items()
         }
 
     def add(self, name: str, metrics: Metrics, profile: Profile) -> None:
-        """Note the time to first token of an answer, and where it went."""
+        """Adds the time to first token of an answer to the series ``name``, and its stages to ``profile``."""
         series: Series = getattr(self, name)
         series.values.append(metrics.ttft_ms)
         if self.profile is not None:
@@ -82,7 +82,7 @@ class Report:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The figures that count."""
+        """Main figures: ratios between medians."""
         ratios = {f"{name}_to_floor": getattr(self, name).median / self.floor.median for name in ("ram", "disk")}
         for name in ("other", "other_again", "balanced", "refined"):
             ratios[f"{name}_to_floor"] = getattr(self, name).median / self.other_floor.median
@@ -94,7 +94,7 @@ class Report:
         return ratios
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for ``--json``."""
+        """Returns all measurements for ``--json``."""
         facts = {name: value for name, value in vars(self).items() if isinstance(value, str | int | float)}
         return {
             **facts,
@@ -116,13 +116,26 @@ def measure(
     say: Say,
     profiling: bool = False,
 ) -> Report:
-    """Measure on one engine, in turn, ``repeat`` times over.
+    """Measures time to first token on one engine, in turn with the floor.
 
-    Floor: the slices lie in the llama.cpp context already, and llama.cpp evaluates the question and chooses a token,
-    nothing else. The cached ones are whole calls of ``generate`` on an empty context: reading the prompt, planning,
-    splicing, evaluating, choosing. First all modules in the schema's order, which is exact, then in a new order each
-    time. Full prefill runs in contexts of its own with llama.cpp's defaults for a single sequence, with flash attention
-    off and on. ``full_repeat=0`` leaves the full prefill out. ``profiling`` splits the cached ones into stages.
+    For the floor, the state of the slices is in the llama.cpp context already: llama.cpp evaluates the question and
+    samples a token. Cached times are whole calls of ``generate`` with an empty context: parsing the prompt, planning,
+    splicing, evaluating, sampling. First all modules are asked in the schema's order, where slices are exact, then in a
+    new order each time. Full prefill runs in llama.cpp contexts of its own, which have llama.cpp's defaults for one
+    sequence, with flash attention off and on.
+
+    Args:
+        engine: Engine whose store is replaced for good.
+        tokens: Tokens of the schema.
+        modules: Modules of the schema.
+        question: Tokens of the question.
+        repeat: Number of measurements of each cached time.
+        full_repeat: Number of measurements of full prefill and encoding; 0: encoding once, no full prefill.
+        say: Called with a description of each step before it begins.
+        profiling: Whether cached times are divided into stages.
+
+    Returns:
+        The measurements.
     """
     engine.add_schema(filler_schema(engine, tokens, modules))
     prompt = filler_prompt(engine, range(modules), question)
@@ -154,13 +167,13 @@ def measure(
         for _ in range(repeat):
             order = orders.sample(range(modules), modules)
             _other(engine, filler_prompt(engine, order, question), report)
-        # The folder must not be written to any more when it is removed.
+        # Nothing may be written to the folder while it is removed.
         engine.store.flush()
     return report
 
 
 def _other(engine: Engine, prompt: str, report: Report) -> None:
-    """One prompt in an order of its own: at once, again, balanced, and refined."""
+    """Measures one prompt in a new order: the first time, again, balanced, and refined."""
     report.encode_ms += _cached(engine, prompt, report, "other", "fast").encode_ms
     report.other_floor.values.append(floor(engine, engine.plan(prompt, fidelity="fast")))
     _cached(engine, prompt, report, "other_again", "fast")
@@ -170,7 +183,10 @@ def _other(engine: Engine, prompt: str, report: Report) -> None:
 
 
 def floor(engine: Engine, plan: Plan) -> float:
-    """Milliseconds to evaluate the question behind the slices that the last prompt left in the llama.cpp context."""
+    """Returns milliseconds to evaluate the last span of ``plan`` and sample a token.
+
+    The last prompt must have left the state of the other spans in the llama.cpp context.
+    """
     fresh, context = plan.spans[-1], engine.context
     sampler = Sampler(Sampling(), engine.model)
 
@@ -187,7 +203,7 @@ def floor(engine: Engine, plan: Plan) -> float:
 
 
 def _cached(engine: Engine, prompt: str, report: Report, name: str, level: Level | None = None) -> Metrics:
-    """Answer a prompt with nothing in the llama.cpp context before, and note what that took."""
+    """Answers a prompt from an empty llama.cpp context, and adds its time to ``report``."""
     engine.forget()
     profile = Profile()
     with nullcontext() if report.profile is None else profiled(profile):

@@ -1,4 +1,4 @@
-"""Workloads of real clients for a server: documents in other orders, and the requests of coding agents."""
+"""Workloads of the server benchmark: documents in other orders, and requests of coding agents."""
 
 from __future__ import annotations
 
@@ -22,13 +22,19 @@ _ANYWHERE = {"cpucache": {"reuse": "anywhere"}}
 
 
 def permutations(engine: Engine, client: Client, report: ServerReport, *, size: int = _SIZE) -> None:
-    """Five documents of 500 tokens in ten orders, each with another question: after the first, none is new.
+    """Measures five documents in ten orders, each with another question. After the first order no document is new.
 
-    As content parts marked as modules, and as one message, joined by blank lines, that may be reused anywhere. Other
-    servers pass over what says so. (LMCache calls the workload ``long_doc_permutator``.)
+    The documents are sent as content parts marked as modules, and as one message, joined by blank lines, with
+    ``reuse="anywhere"``. Other servers ignore these fields. LMCache calls the workload ``long_doc_permutator``.
+
+    Args:
+        engine: Engine whose tokenizer sets the length of the texts.
+        client: Client of the server.
+        report: Report to which the times are added.
+        size: Tokens of a document.
     """
     for kind in ("marked", "plain"):
-        # Nobody has seen these texts before, not even in an earlier run.
+        # A random seed, because the server may hold texts of an earlier run.
         seed = random.SystemRandom().randrange(1 << 30)
         documents = [filler(engine, size, seed + number).strip() for number in range(_DOCUMENTS)]
         choice = random.Random(seed)
@@ -49,10 +55,20 @@ def _message(documents: Sequence[str], question: str, kind: str) -> dict[str, An
 
 
 def replay(engine: Engine, client: Client, report: ServerReport, traces: Sequence[Path], most: int) -> None:
-    """The requests of coding agents, one after the other, up to ``most`` tokens each.
+    """Sends the requests of coding agents one after the other, without the pauses between them.
 
-    A trace says which blocks of 64 tokens each request had: each becomes random tokens, the same wherever its hash
-    stands. Times to think are left out.
+    A trace lists the hashes of the blocks of tokens in each request. Each block becomes random tokens, the same for the
+    same hash.
+
+    Args:
+        engine: Engine whose tokenizer returns the tokens.
+        client: Client of the server.
+        report: Report to which the requests are added.
+        traces: Files of the traces, one agent each.
+        most: Most tokens of a request; longer requests are skipped.
+
+    Raises:
+        InputError: A file is not a trace.
     """
     words = engine.model.tokenize(filler(engine, 200, 1))
     for trace in traces:
@@ -67,7 +83,7 @@ def replay(engine: Engine, client: Client, report: ServerReport, traces: Sequenc
 
 
 def _requests(trace: Path, most: int) -> Iterator[list[tuple[int, int]]]:
-    """The blocks of each request of a trace, each with its number and its size. Raises ``InputError``."""
+    """Yields the blocks of each request of a trace, each with its hash and its number of tokens."""
     try:
         told = json.loads(trace.read_text(encoding="utf-8"))
         size, requests = int(told["block_size"]), [(int(each["in"]), each["hash_ids"]) for each in told["requests"]]
@@ -80,5 +96,5 @@ def _requests(trace: Path, most: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def _block(words: Tokens, name: str, number: int, size: int) -> Tokens:
-    """The tokens of a block."""
+    """Tokens of a block: the same for the same name of a trace and the same hash."""
     return np.random.default_rng([number, *name.encode()]).choice(words, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,24 @@ from typing import Any
 import click
 from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
+from rich.markdown import Markdown
 from rich.table import Table
 
 from cpucache.bench.conversation import MESSAGES
+from cpucache.bench.encode import measure_encode
 from cpucache.bench.memory import compare_memory
+from cpucache.bench.report import table
 from cpucache.bench.series import Series
 from cpucache.bench.sessions import SessionsReport, folder_options, measure_sessions
 from cpucache.bench.store import measure_store
+from cpucache.bench.text import filler_schema
 from cpucache.bench.ttft import Report, measure
 from cpucache.cli.accuracy import accuracy
 from cpucache.cli.bench_server import server
-from cpucache.cli.console import err, out, profile_table, seconds, times
+from cpucache.cli.console import err, out, profile_table, read_schema, seconds, times
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
+from cpucache.errors import InputError
 
 
 @click.group()
@@ -119,6 +125,69 @@ def ttft(
             f"cpucache {numbers['overhead']}",
             soft_wrap=True,
         )
+
+
+@bench.command("encode", short_help="Encoding of a schema, against one evaluation of its text.")
+@click.argument("schemas", metavar="[SCHEMA]...", nargs=-1)
+@engine_options
+@click.option("--tokens", type=click.IntRange(16), default=2000, show_default=True, help="Tokens without a SCHEMA.")
+@click.option("--modules", type=click.IntRange(1), default=5, show_default=True, help="Modules without a SCHEMA.")
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of each.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def encode_speed(
+    schemas: tuple[str, ...], model: str, tokens: int, modules: int, repeat: int, as_json: bool, **options: Any
+) -> None:
+    """Encoding of schemas into an empty store, against one evaluation of the same text.
+
+    SCHEMA is a PML file; without one, a schema of random words is measured. "again" is the time to find that every
+    slice is in the store already. The store of the user is neither read nor written.
+
+    \b
+    cpucache bench encode
+    cpucache bench encode schemas/trip/schema.xml -m qwen2.5-coder-1.5b-instruct
+    """
+
+    def say(line: str) -> None:
+        if not as_json:
+            err.print(f"[dim]{line} …[/dim]")
+
+    parsed = [read_schema(name) for name in schemas]
+    if not schemas:
+        options["n_ctx"] = options["n_ctx"] or tokens + 256
+    with Engine(model, **options | {"store": None}) as engine:
+        names = [engine.add_schema(schema).schema.name for schema in parsed or [filler_schema(engine, tokens, modules)]]
+        results = [measure_encode(engine, name, repeat=repeat, say=say).as_dict() for name in names]
+        result = {"model": engine.model.path.stem, "schemas": results}
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    out.print(result["model"])
+    out.print(Markdown("\n".join(table(result))))
+
+
+@bench.command("report", short_help="Markdown tables of results.")
+@click.argument("results", metavar="RESULT...", nargs=-1, required=True)
+def markdown_report(results: tuple[str, ...]) -> None:
+    """Markdown tables of results, to be passed on.
+
+    RESULT is a file that holds what `cpucache bench ttft`, `encode`, `sessions`, `server` or `accuracy` has printed
+    with --json; - is standard input.
+
+    \b
+    cpucache bench ttft --json > ttft.json
+    cpucache bench report ttft.json
+    """
+    for number, name in enumerate(results):
+        try:
+            text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+            result = json.loads(text)
+            lines = table(result)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, InputError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error) if isinstance(error, InputError) else ""
+            raise InputError(f"{name}: {why or 'not the JSON that a benchmark has printed'}") from error
+        if number:
+            click.echo()
+        click.echo(f"{result.get('model', name)}\n\n" + "\n".join(lines))
 
 
 @bench.command("store")

@@ -34,16 +34,21 @@ def watch_for_edits(
         named: The files of schemas and prompts that were named.
         encode: Makes what is missing of a schema.
     """
-    files = {Path(name) for name in named}
+    try:
+        _watch(read, asked, {Path(name) for name in named}, encode)
+    except KeyboardInterrupt:
+        # Also in the midst of encoding: whoever ends a watch has not had a command fail.
+        err.print("no edits are waited for any more; what was encoded is kept", soft_wrap=True)
+
+
+def _watch(
+    read: Callable[[], Asked], asked: Asked, files: set[Path], encode: Callable[[Schema, list[Prompt]], None]
+) -> None:
     told: list[str] = []
     seen = _seen(files | _files(asked))
     err.print(f"waiting for edits of {_count(len(seen))} (Ctrl-C ends)", soft_wrap=True)
     while True:
-        try:
-            now = _settled(seen, _RETRY if told else None)
-        except KeyboardInterrupt:
-            err.print("no edits are waited for any more; what was encoded is kept", soft_wrap=True)
-            return
+        now = _settled(seen, _RETRY if told else None)
         changed = {path for path, what in now.items() if what != seen.get(path)}
         try:
             new = read()

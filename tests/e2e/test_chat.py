@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
-import pty
 import re
-import select
 import signal
 import stat
-import struct
 import subprocess
 import sys
-import termios
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +21,8 @@ from rich.markdown import Markdown
 
 from cpucache.cli.chat_screen import finished, markdown_answer
 from cpucache.sessions import Transcripts
-from tests.support.command import PATIENCE, SCHEMA, Outcome, cpucache, invoke
+from tests.support.command import PATIENCE, SCHEMA, START, Outcome, cpucache, invoke
+from tests.support.terminal import ALT_ENTER, CTRL_C, CTRL_D, UP, plain, terminal
 
 
 def chat(name: str, model: Path, *options: str | Path, said: str, length: int = 12) -> Outcome:
@@ -254,7 +249,7 @@ def test_an_answer_is_drawn_once(step: int, monkeypatch: pytest.MonkeyPatch) -> 
 
     expected = io.StringIO()
     Console(file=expected, width=40, force_terminal=True, color_system=None).print(Markdown(text))
-    whole = [line.rstrip() for line in _plain(expected.getvalue()).splitlines()]
+    whole = [line.rstrip() for line in plain(expected.getvalue()).splitlines()]
     lines = _seen(screen.getvalue(), height=12)
     assert [line for line in lines if line] == [line for line in whole if line]
     # One empty line between blocks, also before those that rich begins with one of their own.
@@ -265,10 +260,6 @@ def test_an_answer_is_drawn_once(step: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 _SEQUENCE = re.compile(r"\x1b\[\??(\d*)[;\d]*([A-Za-z])|\x1b\][^\x1b]*\x1b\\|([\r\n])|([^\x1b\r\n]+)")
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\x1b\[[;?\d]*[A-Za-z]", "", text)
 
 
 def _seen(written: str, *, height: int) -> list[str]:
@@ -292,86 +283,6 @@ def _seen(written: str, *, height: int) -> list[str]:
 
 
 # -- at a terminal -----------------------------------------------------------------------------------------------------
-# Where the tests run in the background of a script, commands would inherit that Ctrl-C is ignored.
-_START = """
-import runpy, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_module("cpucache.cli.main", run_name="__main__")
-"""
-_AT_TERMINAL = f"""
-import fcntl, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-{_START}"""
-
-
-class Terminal:
-    """A terminal of a user's, with a command that runs in it."""
-
-    def __init__(self, command: subprocess.Popen[bytes], end: int) -> None:
-        self.command = command
-        self._end = end
-        self._seen = 0
-        self._read = b""
-
-    def type(self, keys: str) -> None:
-        os.write(self._end, keys.encode())
-
-    def until(self, text: str) -> str:
-        """Wait for a text behind all those that were waited for before; gives what came with it."""
-        limit = time.monotonic() + PATIENCE
-        while (found := self._shown().find(text, self._seen)) < 0:
-            assert time.monotonic() < limit, self._shown()
-            self._more(text)
-        begin, self._seen = self._seen, found + len(text)
-        return self._shown()[begin : self._seen]
-
-    def _shown(self) -> str:
-        return _plain(self._read.decode(errors="replace"))
-
-    def closed(self) -> int:
-        """Wait for the command to end; gives its exit status."""
-        while self.command.poll() is None:
-            self._more("an end")
-        return self.command.wait()
-
-    def _more(self, what: str) -> None:
-        if not select.select([self._end], [], [], 0.1)[0]:
-            assert what == "an end" or self.command.poll() is None, self._shown()
-            return
-        try:
-            self._read += os.read(self._end, 1 << 16)
-        except OSError:  # the command has ended
-            assert what == "an end", self._shown()
-            self.command.wait(PATIENCE)
-
-
-@contextmanager
-def terminal(*arguments: str | Path) -> Iterator[Terminal]:
-    """A terminal in which a command runs, which is gone when the block ends."""
-    end, inner = pty.openpty()
-    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-    # Nobody answers where the cursor is.
-    environment = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    command = subprocess.Popen(
-        [sys.executable, "-c", _AT_TERMINAL, *map(str, arguments)],
-        stdin=inner,
-        stdout=inner,
-        stderr=inner,
-        start_new_session=True,
-        env=environment,
-    )
-    os.close(inner)
-    with command:
-        try:
-            yield Terminal(command, end)
-        finally:
-            command.kill()
-            os.close(end)
-
-
-CTRL_C, CTRL_D, ALT_ENTER, UP = "\x03", "\x04", "\x1b\r", "\x1b[A"
-
-
 def test_somebody_types(model: Path) -> None:
     with terminal("chat", "typed", "-m", model, "-n", "12", "--temp", "0", "--threads", "1") as there:
         there.until("1>")
@@ -478,7 +389,7 @@ def test_killed_it_answers_when_it_is_opened_again(smollm2: Path) -> None:
 
 def test_ctrl_c_ends_a_conversation_from_a_pipe(smollm2: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", _START, "chat", "s", "-m", str(smollm2), "-n", "4000"],
+        [sys.executable, "-c", START, "chat", "s", "-m", str(smollm2), "-n", "4000"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

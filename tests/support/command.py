@@ -35,12 +35,12 @@ SCHEMA = """
 """
 PROMPT = '<prompt schema="shop"><hours opens="ten"/><summer/><user>What is there to eat?</user></prompt>'
 
-# Where the tests run in the background of a script, commands would inherit that Ctrl-C is ignored.
-_START = """
+START = """
 import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_module("cpucache.cli.main", run_name="__main__")
 """
+"""Python that runs the command line. Commands in the background of a script would inherit that Ctrl-C is ignored."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def invoke(*arguments: str | Path, stdin: str | None = None) -> str:
 def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
     """A command under way, which is gone when the block ends."""
     command = subprocess.Popen(
-        [sys.executable, "-c", _START, *map(str, arguments)],
+        [sys.executable, "-c", START, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
