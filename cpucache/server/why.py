@@ -43,7 +43,7 @@ _ADVICE: dict[Cause, str] = {
     "reasoning-left-out": "The model's template leaves it out. The server evaluates the history without it while idle, "
     "once an answer has ended: a pause before the next message is enough.",
     "tools-reordered": "Start the server with --tool-order sorted (the default), which makes their order irrelevant.",
-    "evicted": "Give the store more room with --disk-budget and --ram-budget, or have the client mark what is to be "
+    "evicted": "Give the store more room with --disk and --ram, or have the client mark what is to be "
     'kept ("cache_control": {"type": "ephemeral", "ttl": "1h"}).',
     "resume-points": "Keep what changes at the end: nothing behind a change can be spliced into this model.",
     "cache-off": 'Leave "cache_prompt" out.',

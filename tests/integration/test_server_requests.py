@@ -167,7 +167,7 @@ def test_what_was_evicted(tiny: Tiny, tmp_path: Path) -> None:
         _, told = ask(served, "/v1/chat/completions", CHAT)
         assert told["evaluated"] > 100
         assert told["why"]["cause"] == "evicted"
-        assert "--disk-budget" in told["why"]["advice"]
+        assert "--disk" in told["why"]["advice"]
 
 
 def test_a_recurrent_model_goes_on_from_points(tiny: Tiny, tmp_path: Path) -> None:

@@ -320,6 +320,39 @@ def test_a_method_of_another_object() -> None:
     assert text_of(f("Bo"), f.schema()) == "I am the shop.\nRule 2.\nthe shop: Bo\n"
 
 
+def test_a_static_method_has_no_object() -> None:
+    class Holder:
+        """A class whose static method is called through an object."""
+
+        @prompt
+        def inner(self):
+            "inside"
+
+        @staticmethod
+        @prompt
+        def take(thing):
+            thing.inner()
+
+        @prompt
+        def outer(self):
+            self.take("a thing")
+
+    for function in (Holder.take, Holder().outer):
+        with pytest.raises(PMLError, match=r"`thing\.inner\(\)` is no call of a prompt function"):
+            function.schema()
+
+
+def test_sets_that_are_counted_sorted_or_searched_are_constant() -> None:
+    @prompt
+    def f():
+        for name in sorted({"q", "p"}):
+            f"{name} of {len({'q', 'p'})}"
+        if "p" in {"p", "q"}:
+            "There."
+
+    assert text_of(f(), f.schema()) == "p of 2\nq of 2\nThere.\n"
+
+
 def test_closures() -> None:
     def make(kind: str, check: Callable[[int], bool]) -> Any:
         @prompt
@@ -428,6 +461,10 @@ REFUSED = {
     "while a: 'x'": "`while` can't be told without running it: loop over a constant",
     "for x in a: 'x'": r"`for` goes through `a`.*: loop over a list or tuple of constants, or.*join",
     "for x in {'p', 'q'}: 'x'": "`for` goes through",
+    "for x in list({'p', 'q'}): 'x'": "`for` goes through",
+    "for x in [y for y in {'p', 'q'}]: 'x'": "`for` goes through",
+    "for x in tuple({'p': 1}.keys() | {'q': 1}.keys()): 'x'": "`for` goes through",
+    "for x in range('p'.__hash__() % 3): 'x'": "`for` goes through",
     "for x in TOPICS: break": "`break`.*put an `if`",
     "try: 'x'\n    except: 'y'": "`try`.*pass it as an argument",
     "def g(): 'x'": "a function inside a prompt: define it outside",
