@@ -129,7 +129,7 @@ class Session:
     ) -> None:
         self.close()
 
-    # -- what was said -----------------------------------------------------------------------------------------------
+    # -- messages ----------------------------------------------------------------------------------------------------
     @property
     def entries(self) -> list[Entry]:
         """All messages in order, with those that have left the context: system text or prompt, questions, answers."""
@@ -287,7 +287,7 @@ class Session:
     def fork(self, name: str, messages: int | None = None) -> None:
         """Copies the conversation, or its first ``messages`` entries, to another name, where it continues separately.
 
-        ``messages`` counts every entry, a system text or prompt too. Shared messages and slices are on disk only once.
+        ``messages`` counts all ``entries``, including a system text or prompt. Shared messages and slices are on disk only once.
         Raises ``InputError`` when a conversation of this name exists.
         """
         with self._lock:
@@ -297,10 +297,11 @@ class Session:
         """Reads the slices that the next turn needs from disk into memory, in the background."""
         return self._host.store.prefetch(self._held)
 
-    # -- inside ------------------------------------------------------------------------------------------------------
+    # -- internals ---------------------------------------------------------------------------------------------------
     def _turn(
         self, text: str | None, keep: int, max_tokens: int, sampling: Sampling | None, progress: OnProgress | None
     ) -> Stream:
+        """Answers ``text`` after the first ``keep`` entries; without ``text``, the message that is last among them."""
         started = perf_counter()
         history, turns, pending, asks = self._before(keep)
         if text is None and not asks:
@@ -412,7 +413,7 @@ class Session:
         self._history, self._turns, self._pending, self._asks = history.copy(), turn.turns, turn.pending, True
 
     def _prefilled(self, turn: Turn, answer: Answer) -> None:
-        """Saves the slices of the message that did not exist before, and notes the time that moving slices saved."""
+        """Saves new slices of the message; estimates the prefill time saved by moving slices after turns have left."""
         history, rate = turn.history, self._kv_cache.prefill_rate
         self._begin(turn)
         planned = set(answer.plan.slices)
@@ -459,7 +460,7 @@ class Session:
         self._host.store.let_go(self._held)
         self._held = keys
 
-    # -- from the transcript -----------------------------------------------------------------------------------------
+    # -- replay of the transcript ------------------------------------------------------------------------------------
     def _go_back(self, keep: int) -> None:
         """Sets the state of the session to that after its first ``keep`` entries."""
         self._history, self._turns, self._pending, self._asks = self._replayed(keep)

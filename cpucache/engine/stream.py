@@ -126,7 +126,7 @@ class Stream:
         """The plan of the prompt, by the slices that exist now."""
         return self._answer.planned()
 
-    # -- its end -----------------------------------------------------------------------------------------------------
+    # -- end of the answer -------------------------------------------------------------------------------------------
     def stop(self) -> None:
         """Ends the answer as soon as possible. Pieces that exist by then can still be read."""
         self.request.cancel()
