@@ -68,7 +68,7 @@ def load_spans(dumped: Sequence[dict[str, Any]]) -> list[Span]:
 
 
 def tokens_of(pieces: dict[str, Any]) -> Tokens:
-    """Tokens of the first entry of a conversation, in the JSON format of this version or an earlier one."""
+    """Tokens of an entry of a conversation, without its pending ones, in this JSON format or an earlier one."""
     if "parts" in pieces:
         return joined([np.array(part, np.int32) for part in pieces["parts"]])
     if "segments" in pieces:

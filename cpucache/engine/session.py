@@ -287,8 +287,8 @@ class Session:
     def fork(self, name: str, messages: int | None = None) -> None:
         """Copies the conversation, or its first ``messages`` entries, to another name, where it continues separately.
 
-        ``messages`` counts all ``entries``, including a system text or prompt. Shared messages and slices are on disk only once.
-        Raises ``InputError`` when a conversation of this name exists.
+        ``messages`` counts all ``entries``, including a system text or prompt. Shared messages and slices are on disk
+        only once. Raises ``InputError`` when a conversation of this name exists.
         """
         with self._lock:
             self._transcript.fork(name, messages)
