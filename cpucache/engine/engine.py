@@ -167,7 +167,7 @@ class Engine:
             form = self.context.state_format + ("" if packing is None else f"/at-rest-{packing.kind}")
             self.slices = Slices(self.fingerprint, form, Cuts(loaded, *segment_tokens))
             self.kv_cache = KVCache(self.context, kept, self.slices, parallel)
-            self._spaces = {"": self.kv_cache}
+            self._spaces = {_space(self.slices): self.kv_cache}
             template = ChatTemplate(
                 loaded.chat_template, bos=loaded.special_text("bos"), eos=loaded.special_text("eos")
             )
@@ -209,15 +209,16 @@ class Engine:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", namespace):
             raise InputError(f"namespace={namespace!r:.80}: letters, digits, - and _, 64 at most")
         other = copy.copy(self)
-        other.slices = self.slices.within(namespace, isolate=isolate)
-        other.kv_cache = self.kv_cache.within(other.slices)
+        slices = self.slices.within(namespace, isolate=isolate)
+        with self._opening:
+            other.kv_cache = self._spaces.setdefault(_space(slices), self.kv_cache.within(slices))
+        other.slices = other.kv_cache.slices
         other.planner = self._planner_of(other.kv_cache)
         other.host = replace(self.host, kv_cache=other.kv_cache, planner=other.planner)
         other._folder = (self._folder or default_sessions()) / "namespaces" / namespace
         other._transcripts = None
         other._origin = self
         with self._opening:
-            self._spaces[other.slices.scope] = other.kv_cache
             self._opened.callback(other._close_transcripts)
         return other
 
@@ -651,7 +652,12 @@ class Engine:
         self.host.forget()
 
 
-def _refining_when_idle(spaces: Mapping[str, KVCache]) -> Request[None] | None:
+def _space(slices: Slices) -> tuple[str, str]:
+    """What tells the KV caches of one engine apart: which slices they share, and which they find by content."""
+    return slices.state_format, slices.scope
+
+
+def _refining_when_idle(spaces: Mapping[tuple[str, str], KVCache]) -> Request[None] | None:
     """A request that refines the prompts of all namespaces; ``None`` on battery power."""
     if not on_mains():
         return None

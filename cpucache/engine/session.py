@@ -111,8 +111,11 @@ class Session:
     def close(self) -> None:
         """Ends the current answer, if there is one, and lets others open the conversation."""
         if not self._closed:
+            self._closed = True
+            # Another thread may hold the lock until its answer has ended.
+            if (last := self._last) is not None:
+                last.cancel()
             with self._lock:
-                self._closed = True
                 if self._ahead is not None:
                     self._ahead.cancel()
                 if self._last is not None:
@@ -501,8 +504,7 @@ class Session:
         if "parts" in pieces:
             history.add_tokens([np.array(part, np.int32) for part in pieces["parts"]], module)
         elif spans := self._saved(pieces):
-            # An earlier entry whose slices are gone may end at another position than before.
-            history.add(span.moved(history.end - spans[0].start) for span in spans)
+            history.add_saved(spans)
         else:
             history.add(block.span for block in self._host.slices.cut(history.spans, tokens_of(pieces), module))
 

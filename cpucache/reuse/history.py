@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
-from cpucache.reuse.slices import Slice, Slices, Span
+from cpucache.reuse.slices import Slice, Slices, Span, Trail
 
 
 class History:
@@ -62,6 +63,21 @@ class History:
     def add(self, spans: Iterable[Span]) -> None:
         """The next entry. Its spans stand behind all others."""
         self._entries.append(tuple(spans))
+
+    def add_saved(self, spans: Sequence[Span]) -> None:
+        """Adds the next entry, of spans as they were saved.
+
+        An earlier entry whose slices are gone may have become other slices since then, at other positions. The spans
+        move with it, and those that were exact are exact no more.
+        """
+        trail = Trail(self.spans)
+        delta = trail.end - spans[0].start
+        entry = []
+        for span in (each.moved(delta) for each in spans):
+            changed = span.relation == "exact" and not trail.in_place(span)
+            entry.append(replace(span, relation="clean") if changed else span)
+            trail.add(span)
+        self.add(entry)
 
     def add_tokens(self, parts: Sequence[Tokens], module: str = "") -> list[Slice]:
         """The next entry, cut into slices as told; gives them."""

@@ -13,6 +13,7 @@ from cpucache import Engine
 from cpucache.errors import InputError
 from cpucache.layout import Text
 from cpucache.pml import parse_schema
+from cpucache.store import Store
 from tests.support.sessions import engine, logits, message, plain_spoken
 
 Tiny = Callable[..., Path]
@@ -150,3 +151,17 @@ def test_a_prompt_prepared_ahead_is_found(tiny: Tiny, tmp_path: Path) -> None:
         assert running.generate(text=FIRST, max_tokens=1).metrics.cached_tokens == size - 1
         running.forget()
         assert running.generate(text=FIRST + " And?", max_tokens=1).metrics.cached_tokens >= size - 1
+
+
+def test_a_namespace_that_is_opened_twice_has_one_cache(tiny: Tiny, tmp_path: Path) -> None:
+    with engine(tiny("llama"), tmp_path, **SIZES) as running:
+        first, second = running.within("ann"), running.within("ann")
+        other, isolated = running.within("bob"), running.within("ann", isolate=True)
+        caches = [each.kv_cache for each in (running, first, other, isolated)]
+        assert len(set(map(id, caches))) == 4
+        assert second.kv_cache is first.kv_cache
+        first.add_schema(parse_schema(SCHEMA))
+        assert not second.schemas
+        elsewhere = Store(tmp_path / "other")
+        running.use_store(elsewhere)
+        assert all(cache.store is elsewhere for cache in caches)

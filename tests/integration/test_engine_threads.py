@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -56,3 +57,21 @@ def test_sessions_of_one_engine_take_turns(engine: Engine) -> None:
     with ThreadPoolExecutor(len(subjects)) as pool:
         together = list(pool.map(talk, [f"on {subject}" for subject in subjects], subjects))
     assert together == [talk(f"alone, on {subject}", subject) for subject in subjects]
+
+
+def test_a_session_that_is_closed_elsewhere_ends_its_answer(engine: Engine) -> None:
+    session = engine.session("s")
+    evaluated = Event()
+
+    def told(_done: int, _total: int) -> None:
+        evaluated.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(session.send, "the sea " * 20, max_tokens=400, progress=told)
+        assert evaluated.wait(60)
+        session.close()
+        reply = answer.result()
+    assert reply.metrics.completion_tokens < 400
+    assert reply.metrics.finish == "interrupted"
+    with engine.session("s") as again:
+        assert [entry.role for entry in again.entries][:1] == ["user"]

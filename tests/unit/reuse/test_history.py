@@ -156,3 +156,19 @@ def test_leaving_twice_is_leaving_once(movable: bool) -> None:
     assert one.left_out == two.left_out == three.left_out == 4
     shapes = [[(span.start, tokens(span)) for span in each.spans] for each in (one, two, three)]
     assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_a_saved_entry_is_exact_only_behind_what_it_was_saved_behind() -> None:
+    some = some_tokens(12)
+    first, second = slices(4), History(slices(4))
+    before = History(first)
+    before.add_tokens([some[:4]])
+    saved = [slice_.span for slice_ in first.cut(before.spans, some[4:])]
+
+    before.add_saved(saved)
+    assert [span.relation for span in before.spans] == ["exact"] * 3
+
+    second.add_tokens([some[:2], some[6:12]])
+    second.add_saved(saved)
+    assert [span.relation for span in second.spans[-2:]] == ["clean"] * 2
+    assert [span.start for span in second.spans[-2:]] == [8, 12]
