@@ -161,7 +161,7 @@ def test_a_namespace_that_is_opened_twice_has_one_cache(tiny: Tiny, tmp_path: Pa
         assert len(set(map(id, caches))) == 4
         assert second.kv_cache is first.kv_cache
         first.add_schema(parse_schema(SCHEMA))
-        assert not second.schemas
+        assert not second.planner.schemas
         elsewhere = Store(tmp_path / "other")
-        running.use_store(elsewhere)
+        running.use_store(elsewhere).close()
         assert all(cache.store is elsewhere for cache in caches)
