@@ -31,7 +31,7 @@ class Extension(BaseModel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments for ``Engine.plan``: the given ones of ``fidelity`` and ``reuse``. Raises ``InputError``."""
+        """Keyword arguments for ``Engine.plan``: fidelity and reuse, where given. Raises ``InputError``."""
         said = self.fidelity is not None or self.recompute is not None
         given = {"fidelity": Fidelity.of(self.fidelity, self.recompute) if said else None, "reuse": self.reuse}
         return {name: value for name, value in given.items() if value is not None}

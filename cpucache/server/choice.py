@@ -14,7 +14,7 @@ from cpucache.layout.conversation import ChatMessage, Conversations, Tool, ToolC
 from cpucache.runtime.grammar import CallForm, calls_grammar
 
 TAGS = CallForm(begin="<tool_call>\n", end="\n</tool_call>", between="\n")
-"""Form of Qwen, Hermes and many others, and of models whose template has no tools: those read of them in a message."""
+"""Form of Qwen, Hermes and many others; also of templates without tools, which are then described in a message."""
 LIST = CallForm(head="[TOOL_CALLS][", between=", ", tail="]")
 """Form of Mistral."""
 BARE = CallForm(arguments="parameters")
@@ -53,7 +53,7 @@ class Forced:
     """Whether the answer may contain more than one call."""
 
     def of(self, sampling: Sampling, form: CallForm) -> Sampling:
-        """Returns ``sampling`` with a grammar that admits only these calls. Raises ``InputError`` if it has a grammar."""
+        """Returns ``sampling`` with a grammar of these calls. Raises ``InputError`` if it has a grammar already."""
         if sampling.grammar:
             raise InputError("tool_choice: an answer can't be a call and follow a grammar or a JSON schema")
         functions = {tool.name: tool.parameters for tool in self.tools}

@@ -52,7 +52,7 @@ class Library:
     def add(self, text: str) -> Uploaded:
         """Adds a schema from its PML text, and replaces one of the same name.
 
-        Raises ``PMLError`` or ``InputError`` for a text that is no schema, ``Refusal`` if there are too many or too long.
+        Raises ``PMLError`` or ``InputError`` for an invalid schema, ``Refusal`` (400, 413) beyond a limit.
         """
         # No folder is given, so ``src`` can't name a file: the text comes from a client.
         schema = parse_schema(text, file="schema")
@@ -94,7 +94,7 @@ class Library:
             found.job = self._background.add(Job(partial(self._engine.encode, name)))
         return found
 
-    # -- as sent to clients -------------------------------------------------------------------------------------------
+    # -- as sent to clients ------------------------------------------------------------------------------------------
     def told(self, schema: Uploaded, *, whole: bool = False) -> dict[str, Any]:
         """JSON object of a schema; with ``whole``, also its text and its modules as a tree."""
         kept = [slice_ for slice_ in schema.slices if slice_.key in self._engine.store]
