@@ -213,7 +213,7 @@ class _Gate:
         return Refusal(413, f"a request has {self._settings.max_body >> 20} MiB at most")
 
     def _check(self, request: Request) -> None:
-        """Sets the namespace of a request. Raises ``Refusal`` for a foreign host, a large body or a wrong key."""
+        """Sets the namespace of a request. Raises ``Refusal`` for an unknown host, a large body or a wrong key."""
         name = request.headers.get("host", "").rsplit("]", 1)
         host = f"{name[0]}]" if len(name) == 2 else name[0].split(":", 1)[0]
         if self._settings.hosts and host.lower() not in self._settings.hosts:

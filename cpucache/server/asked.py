@@ -44,7 +44,7 @@ class Mark:
     position: int
     """Length of the prefix in tokens."""
     seconds: int
-    """Time to keep the slices from the end of the answer."""
+    """How long the slices are kept after the answer."""
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def messages_of(given: Sequence[dict[str, Any]]) -> list[ChatMessage]:
 
 
 def text_of(content: Any, where: str) -> str:
-    """Returns the text of a message's content. ``where`` names the message in the ``InputError`` that is raised."""
+    """Returns the text of a message's content. Raises ``InputError``, whose text begins with ``where``."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):

@@ -203,7 +203,8 @@ class Records:
 def evaluated(plan: Plan, count: int) -> tuple[tuple[int, int], ...]:
     """Returns the runs of a prompt's tokens that were evaluated, ``count`` in all, as indices [begin, end).
 
-    They are the spans without a slice, as far as ``count`` agrees with these.
+    They are the spans without a slice in the plan. If fewer tokens were evaluated: the last ``count`` of these;
+    if more: the last ``count`` of the prompt.
     """
     runs: list[tuple[int, int]] = []
     at = 0
@@ -212,8 +213,8 @@ def evaluated(plan: Plan, count: int) -> tuple[tuple[int, int], ...]:
             runs.append((at, at + len(span.tokens)))
         at += len(span.tokens)
     if sum(end - begin for begin, end in runs) < count:
-        return ((at - count, at),)  # a recurrent model continues from a saved state further back
-    # If fewer were evaluated, the llama.cpp context still held the first ones.
+        return ((at - count, at),)  # a recurrent model continues after a saved state further back
+    # Fewer, because the llama.cpp context still held the first ones.
     return _last(runs, count)
 
 

@@ -133,7 +133,12 @@ class Service:
             max_tokens: Tokens of the answer at most; ``None``: the server's default.
             use_cache: Whether slices may be reused.
 
-        Raises ``Refusal`` if too many requests wait or the client has gone, ``TimeoutError`` if it takes too long.
+        Yields:
+            The answer, whose first piece has arrived.
+
+        Raises:
+            Refusal: Too many requests wait (429), or the client has gone (499).
+            TimeoutError: The request waited, or its first piece took, longer than ``settings.timeout``.
         """
         tenant = self.tenant(request)
         engine = tenant.engine

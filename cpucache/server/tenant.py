@@ -82,7 +82,9 @@ class Tenant:
             modules: Texts within messages that are reused at any position.
             extension: The field ``cpucache`` of the request.
 
-        Raises ``PMLError`` or ``InputError``.
+        Raises:
+            PMLError: The PML prompt is invalid.
+            InputError: The request can't be answered.
         """
         settings = {} if extension is None else extension.settings
         if extension is not None and extension.prompt is not None:
@@ -92,9 +94,9 @@ class Tenant:
         return Asked(text, len(text.tokens), settings, conversation=Conversation(messages, tools, modules))
 
     def following(self, talk: Conversation, settings: dict[str, Any]) -> Asked:
-        """Returns the longest prefix that all prompts share which continue a conversation with a message of the user.
+        """Returns the longest prompt prefix that does not depend on the user's next message in a conversation.
 
-        The prefix is found by rendering two continuations that differ from their first character.
+        It is found by rendering two next messages whose first characters differ.
         """
         messages, tools, modules = talk.messages, talk.tools, talk.modules
         one, other = (self.text([*messages, ChatMessage("user", text)], tools, modules) for text in "1A")
@@ -149,7 +151,7 @@ class Tenant:
         return None if known is None or known.raw != text else known.ids
 
     def remember(self, parser: AnswerParser, stream: Stream, prompt: Asked) -> None:
-        """Remembers the tokens of an answer, so that the client can send it back in its own JSON.
+        """Remembers the tokens of an answer for when the client sends it back, however its JSON is written.
 
         The client or the template may drop the reasoning from the history at the next turn. All later tokens would
         then be evaluated, so a job prefills the shorter history while no answer is running.
@@ -184,7 +186,7 @@ class Tenant:
 
         if len(self._ahead) == self._ahead.maxlen:
             self._ahead.popleft().cancel()
-        with suppress(Refusal):  # the queue is full: the next turn is then answered without
+        with suppress(Refusal):  # the queue is full: the next turn is not prefilled
             self._ahead.append(self._background.add(Job(work)))
 
 
