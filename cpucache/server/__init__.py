@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's and Anthropic's dialects over one engine."""
+"""The HTTP server: OpenAI's and Anthropic's APIs over one engine."""

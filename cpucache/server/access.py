@@ -1,4 +1,4 @@
-"""Access: who may ask, and what each has for himself."""
+"""Access: API keys, and the namespace that belongs to each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cpucache.server.failures import Refusal
 
 
 def namespace_of(key: str) -> str:
-    """What slices and schemas of an API key are kept under: a hash, which does not give the key away."""
+    """Namespace of an API key's slices and schemas: a hash, from which the key can't be recovered."""
     return blake2b(key.encode(), digest_size=16, person=b"cpucache").hexdigest()
 
 
@@ -20,21 +20,24 @@ class Keys:
     """The API keys of a server.
 
     Args:
-        keys: Any of them is enough. Without any, nobody is asked.
+        keys: Keys of which a request must show one. If there are none, every request is let in.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [(key.encode(), namespace_of(key)) for key in keys]
 
     def check(self, request: Request) -> str:
-        """The namespace of a request by the key that it shows; empty without keys. Raises ``Refusal`` (401)."""
+        """Returns the namespace of the key that a request shows, ``""`` on a server without keys.
+
+        Raises ``Refusal`` (401) if the key is missing or unknown.
+        """
         if not self._keys:
             return ""
         headers = request.headers
         given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
-        shown = given.encode("latin-1")  # the bytes that were sent
+        shown = given.encode("latin-1")  # the bytes as they were sent
         found = ""
-        # All are compared, each in the same time, whatever is shown.
+        # Every key is compared, each in constant time: response times must not reveal a key.
         for key, namespace in self._keys:
             if hmac.compare_digest(shown, key):
                 found = namespace

@@ -1,4 +1,4 @@
-"""Admission: who may have the engine answer next."""
+"""Admission: which request the engine answers next."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from cpucache.server.failures import Refusal
 
 
 class Admission:
-    """Lets requests in, the keys that they come with in turn. For one event loop.
+    """Admits requests in turn by their keys. A key with many waiting requests does not delay another key's.
+
+    All calls must come from one event loop.
 
     Args:
-        places: Requests that are in at a time.
-        queue: Requests that may wait.
+        places: Number of requests that are admitted at the same time.
+        queue: Number of requests that may wait.
     """
 
     def __init__(self, places: int, queue: int) -> None:
@@ -25,14 +27,15 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait."""
+        """Number of requests that wait."""
         return sum(map(len, self._waiting.values()))
 
     @asynccontextmanager
     async def place(self, key: str, timeout: float) -> AsyncIterator[None]:
-        """A place for a request with this key.
+        """Admits a request with this key until the ``async with`` block ends.
 
-        Raises ``Refusal`` (429) when too many wait already, and ``TimeoutError`` after so many seconds.
+        Raises ``Refusal`` (429) if ``queue`` requests wait already, and ``TimeoutError`` if the request has waited for
+        ``timeout`` seconds.
         """
         if self._free:
             self._free -= 1
@@ -52,7 +55,7 @@ class Admission:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._leave()  # it was let in as it gave up
+                self._leave()  # admitted and cancelled at the same time: pass the turn on
             else:
                 self._drop(key, turn)
             raise
@@ -69,7 +72,7 @@ class Admission:
             key, queue = self._waiting.popitem(last=False)
             turn = queue.popleft()
             if queue:
-                self._waiting[key] = queue  # behind all other keys
+                self._waiting[key] = queue  # after all other keys
             if not turn.done():
                 turn.set_result(None)
                 return

@@ -1,4 +1,4 @@
-"""Answers, separated while they are written: what the model thought, what it says, what it calls."""
+"""Answers, separated into reasoning, text and tool calls while the model writes them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from cpucache.layout.conversation import ChatMessage, ToolCall
 from cpucache.server.toolcalls import ToolParser
 
 OPEN, CLOSE = "<think>", "</think>"
-"""What models put around what they think, before they answer."""
+"""Tags around a model's reasoning, which it writes before its answer."""
 
 
 class Said(NamedTuple):
-    """What a piece of an answer makes certain."""
+    """Reasoning and text that a piece of an answer completes."""
 
     reasoning: str = ""
     text: str = ""
@@ -22,12 +22,12 @@ class Said(NamedTuple):
 class AnswerParser:
     """Separates reasoning, text and calls, piece by piece.
 
-    Reasoning is what stands between tags at the very beginning. It comes without the tags, and without white space at
-    either end; so does the text behind it.
+    Reasoning stands between ``<think>`` and ``</think>`` at the beginning of an answer. It is returned without the tags
+    and without white space at either end. White space before the text that follows it is dropped too.
 
     Args:
-        names: The tools that there are.
-        thinking: The prompt ends with the opening tag already.
+        names: Names of the tools that may be called.
+        thinking: Whether the prompt itself ends with the opening tag.
     """
 
     def __init__(self, names: Collection[str] = (), *, thinking: bool = False) -> None:
@@ -38,11 +38,11 @@ class AnswerParser:
         self._begun = thinking
         self._thinking = thinking
         self._strip = thinking
-        """Whether white space that comes next is left out."""
+        """Whether white space that comes next is dropped."""
 
     @property
     def calls(self) -> Sequence[ToolCall]:
-        """The calls, when the answer has ended."""
+        """The calls. Empty until ``finish``."""
         return self._tools.calls
 
     @property
@@ -51,7 +51,7 @@ class AnswerParser:
         return ChatMessage("assistant", self.text, self.calls, reasoning=self.reasoning)
 
     def feed(self, piece: str) -> Said:
-        """What a piece makes certain."""
+        """Takes a piece of the answer. Returns the reasoning and text that can't be part of a tag or call any more."""
         self._held += piece
         if not self._begun:
             head = self._held.lstrip()
@@ -65,7 +65,7 @@ class AnswerParser:
         return self._noted(reasoning, text)
 
     def finish(self) -> Said:
-        """The rest. Reasoning that was cut short is reasoning still."""
+        """Returns the rest, after the last piece. Reasoning without a closing tag stays reasoning."""
         rest, self._held = self._held, ""
         if self._thinking:
             return self._noted(rest.strip() if self._strip else rest.rstrip(), "")
@@ -77,7 +77,7 @@ class AnswerParser:
         return Said(reasoning, text)
 
     def _thought(self) -> str:
-        """The reasoning that is held, as far as it is certain."""
+        """Takes the reasoning from the held text, up to where a closing tag may begin."""
         self._drop_space()
         at = self._held.find(CLOSE)
         if at >= 0:
@@ -101,13 +101,16 @@ class AnswerParser:
 
 
 def answer_of(raw: str) -> str:
-    """The answer in what a model wrote, calls as it wrote them: what stands behind its reasoning."""
+    """Returns the answer after the reasoning in a model's output. Calls stay in the text as the model wrote them."""
     _, tag, rest = raw.partition(CLOSE)
     return rest.lstrip() if tag else raw
 
 
 def separated(message: ChatMessage) -> ChatMessage:
-    """A message of the assistant's with what it thought taken out of its text, where both were sent as one."""
+    """Returns a message with its reasoning moved out of its text, if a client sent back both as one text.
+
+    Messages of other roles are returned unchanged.
+    """
     if message.role != "assistant" or not message.text.lstrip().startswith(OPEN) or CLOSE not in message.text:
         return message
     parser = AnswerParser()

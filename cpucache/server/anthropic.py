@@ -1,4 +1,4 @@
-"""Anthropic's dialect: messages."""
+"""Anthropic's API: messages."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from cpucache.server.service import Service, new_id, while_connected
 from cpucache.server.tenant import Tenant
 
 _BILLING = "x-anthropic-billing-header:"
-"""What Claude Code puts in front of its system text, anew in each request."""
+"""Beginning of the block that Claude Code sends before its system text. The rest of it differs in every request."""
 _THINKING = {"type": "thinking", "thinking": "", "signature": ""}
-"""A block of what the model thought; this server signs nothing."""
+"""A block of reasoning. Its signature is empty: this server signs nothing."""
 _log = logging.getLogger("cpucache.server")
 
 
 class CountRequest(BaseModel):
-    """A conversation whose tokens are counted."""
+    """A request to count the tokens of a conversation."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -50,7 +50,7 @@ class CountRequest(BaseModel):
 
 
 class MessagesRequest(CountRequest):
-    """A request for messages."""
+    """A request to answer a conversation."""
 
     max_tokens: int = Field(ge=1, le=1 << 30)
     stream: bool = False
@@ -60,7 +60,7 @@ class MessagesRequest(CountRequest):
     stop_sequences: list[str] | None = None
 
     def sampling(self) -> Sampling:
-        """How tokens are chosen. Unlike ``Engine``, Anthropic's dialect has a temperature of 1 unless told."""
+        """How tokens are sampled. The default temperature is 1, as in Anthropic's API, and not ``Engine``'s."""
         return sampling_of(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p,
@@ -70,7 +70,7 @@ class MessagesRequest(CountRequest):
 
 
 def messages_of(body: CountRequest) -> list[ChatMessage]:
-    """The conversation of a request. Raises ``InputError``."""
+    """Returns the messages of a request, the system text first. Raises ``InputError``."""
     messages = []
     system = _system(body.system)
     if system:
@@ -108,6 +108,7 @@ def messages_of(body: CountRequest) -> list[ChatMessage]:
 
 
 def _system(given: str | list[dict[str, Any]] | None) -> str:
+    """Returns the system text of a request, without billing headers: they would change every prompt at its start."""
     blocks = _blocks(given or "", "system")
     texts = [_text(block, "system") for block in blocks]
     kept = [text for text in texts if not text.startswith(_BILLING)]
@@ -118,7 +119,7 @@ def _system(given: str | list[dict[str, Any]] | None) -> str:
 
 @cache
 def _tell_of_billing() -> None:
-    """Log, once, that something is left out."""
+    """Logs, once in a process, that billing headers are left out."""
     _log.info("billing headers, which are new in every request, are left out of system texts")
 
 
@@ -144,7 +145,7 @@ def _call(block: dict[str, Any], where: str) -> ToolCall:
 
 
 def tools_of(body: CountRequest) -> list[Tool]:
-    """The tools of a request. Raises ``InputError``."""
+    """Returns the tools of a request, none if ``tool_choice`` is ``none``. Raises ``InputError``."""
     if (body.tool_choice or {}).get("type") == "none":
         return []
     tools = []
@@ -163,7 +164,7 @@ def tools_of(body: CountRequest) -> list[Tool]:
 
 
 def asked_of(tenant: Tenant, body: CountRequest) -> Asked:
-    """What a request asks for, and up to where it is kept. Raises ``PMLError`` or ``InputError``."""
+    """Returns the prompt of a request, with the marks up to which it is kept. Raises ``PMLError`` or ``InputError``."""
     messages, tools = messages_of(body), tools_of(body)
     modules = modules_of([body.system, *(each.get("content") for each in body.messages)])
     asked = tenant.asked(messages, tools, modules, body.cpucache)
@@ -173,7 +174,7 @@ def asked_of(tenant: Tenant, body: CountRequest) -> Asked:
 
     def begun(other: CountRequest) -> Tokens:
         head = messages_of(other)
-        # Templates want something of the user.
+        # Chat templates may refuse a conversation without a message of the user.
         rest = [] if any(message.role == "user" for message in head) else [ChatMessage("user", "?")]
         return tenant.text([*head, *rest], tools, modules).tokens
 
@@ -186,9 +187,10 @@ def asked_of(tenant: Tenant, body: CountRequest) -> Asked:
 
 
 def usage(metrics: Metrics, prompt: Asked) -> dict[str, Any]:
-    """What an answer took. What was evaluated counts as written to the cache as far as it was saved.
+    """Token counts of an answer, in the shape of Anthropic's ``usage``.
 
-    What is kept for an hour is told apart; all else counts as kept for less.
+    Evaluated tokens that were saved count as written to the cache. Those up to the last mark of one hour count as
+    written for an hour, the others as written for five minutes.
     """
     read, made = metrics.cached_tokens, metrics.encoded_tokens
     hour = max((mark.position for mark in prompt.marks if mark.seconds > SECONDS["5m"]), default=0)
@@ -207,10 +209,10 @@ def _event(kind: str, **data: Any) -> str:
 
 
 class Anthropic:
-    """The endpoints of Anthropic's dialect.
+    """The endpoints of Anthropic's API.
 
     Args:
-        service: Answers them.
+        service: Answers the requests.
     """
 
     def __init__(self, service: Service) -> None:
@@ -220,13 +222,13 @@ class Anthropic:
         self.router.post("/v1/messages/count_tokens", response_model=None)(self.count)
 
     async def count(self, body: CountRequest, request: Request) -> dict[str, int]:
-        """Count the tokens of a conversation, without evaluating any."""
+        """Counts the tokens of a conversation. Nothing is evaluated."""
         tenant = self._service.tenant(request)
         asked = await asyncio.to_thread(tenant.asked, messages_of(body), tools_of(body), extension=body.cpucache)
         return {"input_tokens": asked.size}
 
     async def messages(self, body: MessagesRequest, request: Request) -> Response:
-        """Answer a conversation."""
+        """Answers a conversation."""
         service = self._service
         tools = tools_of(body)
         tenant = service.tenant(request)
@@ -241,6 +243,7 @@ class Anthropic:
     async def _whole(
         self, request: Request, prompt: Asked, sampling: Sampling, most: int, names: Sequence[str]
     ) -> JSONResponse:
+        """Returns the whole answer, when it has ended."""
         service = self._service
         tenant = service.tenant(request)
         async with service.answer(request, prompt, sampling, most) as reader:
@@ -260,6 +263,7 @@ class Anthropic:
     async def _events(
         self, request: Request, prompt: Asked, sampling: Sampling, most: int, names: Sequence[str]
     ) -> AsyncIterator[str | dict[str, str]]:
+        """Yields the response headers, then the events of the answer."""
         service = self._service
         tenant = service.tenant(request)
         async with service.answer(request, prompt, sampling, most) as reader:
@@ -298,19 +302,19 @@ class Anthropic:
 
 
 class _Blocks:
-    """The blocks of an answer, as they are streamed: what the model thinks, then what it says."""
+    """The content blocks of a streamed answer: reasoning, then text."""
 
     def __init__(self) -> None:
         self.index = 0
         self._open = ""
 
     def events(self, said: Said) -> list[str]:
-        """What tells a piece."""
+        """Returns the events that report a piece. A block is opened where none of its kind is open."""
         told = self._told("thinking", said.reasoning, {"type": "thinking_delta", "thinking": said.reasoning})
         return told + self._told("text", said.text, {"type": "text_delta", "text": said.text})
 
     def close(self) -> list[str]:
-        """What ends the block that is open."""
+        """Returns the event that ends the open block; none if no block is open."""
         ended = [_event("content_block_stop", index=self.index)] if self._open else []
         self.index += bool(self._open)
         self._open = ""

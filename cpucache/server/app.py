@@ -1,4 +1,4 @@
-"""The application: every endpoint, and what stands before them."""
+"""The application: every endpoint, and the checks that run before them."""
 
 from __future__ import annotations
 
@@ -36,30 +36,36 @@ _log = logging.getLogger("cpucache.server")
 
 
 class TokenizeRequest(BaseModel):
-    """A text to be tokenized."""
+    """A text to tokenize."""
 
     content: str
     add_special: bool = False
-    """Whether the token that begins every text is put before it, if the model has one."""
+    """Whether the model's BOS token is put before the text, if the model has one."""
     parse_special: bool = False
-    """Whether control tokens are read as such."""
+    """Whether control tokens in the text are read as such, not as plain characters."""
 
 
 class DetokenizeRequest(BaseModel):
-    """Tokens whose text is asked for."""
+    """Token ids to turn into text."""
 
     tokens: list[int] = Field(max_length=1 << 20)
 
 
 class TemplateRequest(BaseModel):
-    """A conversation to be rendered by the model's chat template."""
+    """A conversation to render with the model's chat template."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
 
 
 def create_app(engine: Engine, settings: ServerSettings, *, parallel: int = 1) -> FastAPI:
-    """The application over an engine, which belongs to the caller."""
+    """Builds the HTTP application over an engine.
+
+    Args:
+        engine: Answers the requests. The caller closes it.
+        settings: Limits and options of the server.
+        parallel: Number of requests that the engine answers at the same time.
+    """
     service = Service(engine, settings, parallel)
     app = FastAPI(title="cpucache", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
@@ -87,18 +93,18 @@ def _add_plain_endpoints(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """Whether the model is loaded. The server listens only then."""
+        """Reports that the server is ready. It does not listen before the model is loaded."""
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Metrics for Prometheus."""
+        """Metrics in Prometheus' text format."""
         text = await asyncio.to_thread(service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/cache")
     async def cache() -> dict[str, Any]:
-        """What the store holds of all keys together, against its budgets, and how often that was asked for."""
+        """Contents of the store for all API keys together: bytes against budgets, and slices found and not found."""
         return {"object": "cache", **asdict(await asyncio.to_thread(engine.store.account))}
 
     def described() -> dict[str, Any]:
@@ -112,7 +118,7 @@ def _add_plain_endpoints(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name}", response_model=None)
     async def one_model(name: str) -> dict[str, Any]:
-        """The same, by its name."""
+        """The model by its name."""
         if name != service.model:
             raise Refusal(404, f"no model '{name}': this server answers with '{service.model}'", code="model_not_found")
         return described()
@@ -132,19 +138,19 @@ def _add_plain_endpoints(app: FastAPI, service: Service) -> None:
 
     @app.post("/apply-template")
     async def apply_template(body: TemplateRequest, request: Request) -> dict[str, str]:
-        """A conversation as the model's chat template renders it."""
+        """The text of a conversation as the model's chat template renders it."""
         messages, tools = messages_of(body.messages), tools_of(body.tools, None)
         text = await asyncio.to_thread(service.tenant(request).text, messages, tools)
         return {"prompt": await asyncio.to_thread(model.text, text.tokens, special=True)}
 
     @app.post("/v1/embeddings", response_model=None)
     async def embeddings() -> None:
-        """Nothing: the model is one that writes."""
+        """Always answers 501: the model generates text and computes no embeddings."""
         raise Refusal(501, "this server makes no embeddings; its model writes text")
 
 
 class _Gate:
-    """What stands before every endpoint: who asks, for what, and how much of it. As an ASGI middleware."""
+    """ASGI middleware before every endpoint: checks host, body size and API key, and logs and counts each request."""
 
     def __init__(self, app: Any, service: Service) -> None:
         self._app = app
@@ -166,11 +172,11 @@ class _Gate:
         async def sending(message: Any) -> None:
             nonlocal status, begun
             if refused is not None and not begun:
-                return  # what was to be answered to a body that was cut short
+                return  # the endpoint's answer to a truncated body: 413 is sent instead
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
                 message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
-            # A client that does not read keeps its place no longer than a request may take.
+            # A client that does not read must not block another request for longer than the request timeout.
             await asyncio.wait_for(send(message), self._settings.timeout)
 
         taken = 0
@@ -207,6 +213,7 @@ class _Gate:
         return Refusal(413, f"a request has {self._settings.max_body >> 20} MiB at most")
 
     def _check(self, request: Request) -> None:
+        """Sets the namespace of a request. Raises ``Refusal`` for an unknown host, a large body or a wrong key."""
         name = request.headers.get("host", "").rsplit("]", 1)
         host = f"{name[0]}]" if len(name) == 2 else name[0].split(":", 1)[0]
         if self._settings.hosts and host.lower() not in self._settings.hosts:

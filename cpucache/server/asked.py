@@ -1,4 +1,4 @@
-"""What a request asks for, as the engine takes it; with a PML prompt in it, or without."""
+"""The prompt of a request, as the engine takes it: a conversation, tokens or a PML prompt."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from cpucache.reuse import Fidelity, Level, Reuse
 
 
 class Extension(BaseModel):
-    """The field ``cpucache`` of a request: what no other server has."""
+    """The field ``cpucache`` of a request, an extension of both APIs."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: str | None = None
-    """A PML prompt, on a schema that was uploaded. The request's messages are appended to it, as turns."""
+    """A PML prompt for an uploaded schema. The request's messages are appended to it as turns."""
     arguments: dict[str, str] = Field(default_factory=dict)
-    """Arguments for parameters directly under the schema, besides those that the prompt has as attributes."""
+    """Arguments for parameters directly under the schema, in addition to the attributes of the prompt."""
     fidelity: Level | None = None
     recompute: float | None = Field(None, ge=0, le=1)
     reuse: Reuse | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it says of fidelity and reuse, as ``Engine.plan`` takes it. Raises ``InputError``."""
+        """Keyword arguments for ``Engine.plan``: fidelity and reuse, where given. Raises ``InputError``."""
         said = self.fidelity is not None or self.recompute is not None
         given = {"fidelity": Fidelity.of(self.fidelity, self.recompute) if said else None, "reuse": self.reuse}
         return {name: value for name, value in given.items() if value is not None}
@@ -39,16 +39,17 @@ class Extension(BaseModel):
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a prompt up to which it is kept."""
+    """The end of a prefix of a prompt whose slices are kept for a time."""
 
     position: int
-    """Tokens before it."""
+    """Length of the prefix in tokens."""
     seconds: int
+    """How long the slices are kept after the answer."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template is given."""
+    """Input of a chat template: messages, tools and the texts of messages that are reused as modules."""
 
     messages: Sequence[ChatMessage]
     tools: Sequence[Tool] = ()
@@ -57,22 +58,22 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt to be answered."""
+    """A prompt to answer."""
 
     prompt: Text | Prompt
     size: int
-    """Its tokens."""
+    """Length of the prompt in tokens."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What it says of fidelity and reuse."""
+    """Fidelity and reuse of the request, as keyword arguments for ``Engine.plan``."""
     marks: tuple[Mark, ...] = ()
     conversation: Conversation | None = None
-    """What was rendered, where it was one."""
+    """The conversation that ``prompt`` was rendered from, if any."""
 
 
 def prompt_of(extension: Extension, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> Prompt:
-    """The PML prompt of a request, with its messages as turns behind it. Raises ``PMLError`` or ``InputError``.
+    """Returns the PML prompt of a request, with the messages appended as turns. Raises ``PMLError`` or ``InputError``.
 
-    Text is parsed, and never taken for the name of a file.
+    ``extension.prompt`` is always parsed as PML, never read as a file name.
     """
     prompt = parse_prompt(extension.prompt or "", file="cpucache.prompt")
     twice = sorted(prompt.arguments.keys() & extension.arguments.keys())

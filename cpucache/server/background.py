@@ -1,4 +1,4 @@
-"""Background work: what is evaluated ahead, one job after the other, whenever no answer is on its way."""
+"""Background work: jobs that encode or prefill ahead of time, one after the other, while no answer is running."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class _Cancelled(Exception):
 
 
 class Job:
-    """Work that is waiting, under way, or has ended.
+    """A unit of background work with its state and result.
 
     Args:
-        work: Is given what to call with its progress. Returns the result.
-        at_end: Called when it has ended, in whatever way, in the thread where it was.
+        work: Does the work and returns the result. It must call its argument to report progress.
+        at_end: Called in the background thread when the job has ended, also after a failure or cancellation.
     """
 
     def __init__(self, work: Callable[[OnProgress], Any], at_end: Callable[[], None] | None = None) -> None:
@@ -37,16 +37,16 @@ class Job:
 
     @property
     def active(self) -> bool:
-        """Whether it waits or runs."""
+        """Whether the job waits or runs."""
         return self.state in ("waiting", "running")
 
     def cancel(self) -> None:
-        """End it: at once if it waits, else within a step of the core."""
+        """Cancels the job: at once if it waits, else when the work next reports progress."""
         if self.active:
             self.state = "cancelled"
 
     def run(self) -> None:
-        """Do the work, in this thread."""
+        """Does the work in the calling thread. Errors are kept in ``error``, not raised."""
         if self.state == "waiting":
             self.state = "running"
             try:
@@ -68,10 +68,10 @@ class Job:
 
 
 class Background:
-    """Does jobs in a thread of its own, in order. The thread ends when there is nothing to do.
+    """Runs jobs in order in a thread of its own, which ends when the queue is empty.
 
     Args:
-        limit: Jobs that may wait.
+        limit: Number of jobs that may wait.
     """
 
     def __init__(self, limit: int) -> None:
@@ -82,13 +82,13 @@ class Background:
         self._thread: threading.Thread | None = None
 
     def add(self, job: Job) -> Job:
-        """Have a job done. Raises ``Refusal`` (429) when too many wait."""
+        """Queues a job and returns it. Raises ``Refusal`` (429) if ``limit`` jobs wait already."""
         with self._lock:
             if len(self._jobs) >= self._limit:
                 raise Refusal(429, f"{self._limit} jobs are waiting already; try again later", retry_after=5)
             self._jobs.append(job)
             if self._thread is None:
-                # It ends with the process: what it waits for is the engine's, which may be closed first.
+                # A daemon: it may wait for an engine that is closed already, and must not keep the process alive.
                 self._thread = threading.Thread(target=self._run, name="cpucache-background", daemon=True)
                 self._thread.start()
         return job
@@ -99,7 +99,7 @@ class Background:
         return self._thread is not None
 
     def close(self) -> None:
-        """Cancel everything."""
+        """Cancels all jobs."""
         with self._lock:
             for job in [*self._jobs, *([self._running] if self._running else [])]:
                 job.cancel()

@@ -1,4 +1,4 @@
-"""Choices of tools: which calls an answer must make, and how the model writes them."""
+"""Tool choice: which calls an answer must contain, and how the model writes them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ from cpucache.layout.conversation import ChatMessage, Conversations, Tool, ToolC
 from cpucache.runtime.grammar import CallForm, calls_grammar
 
 TAGS = CallForm(begin="<tool_call>\n", end="\n</tool_call>", between="\n")
-"""Qwen's, Hermes' and many others'; and that of templates that know no tools, which are told in words."""
+"""Form of Qwen, Hermes and many others; also of templates without tools, which are then described in a message."""
 LIST = CallForm(head="[TOOL_CALLS][", between=", ", tail="]")
-"""Mistral's."""
+"""Form of Mistral."""
 BARE = CallForm(arguments="parameters")
-"""Llama's: nothing but the call, and one of them."""
+"""Form of Llama: one call and no text around it."""
 _PROBE = "probeQx"
 _log = logging.getLogger("cpucache.server")
 
 
 def form_of(conversations: Conversations, read: Callable[[Tokens], str]) -> CallForm:
-    """How a model writes calls: as its own template has them in a conversation. ``read`` gives the text of tokens."""
+    """Form in which a model writes calls, found by rendering a call with its chat template.
+
+    ``read`` returns the text of tokens.
+    """
     asked = ChatMessage("user", "x")
     calling = ChatMessage("assistant", "", [ToolCall(_PROBE, {"x": "y"}, "abcdefghi")])
     try:
         text = read(conversations.text([asked, calling], [Tool(_PROBE)]).tokens)
     except InputError:
         return TAGS
-    # The last time that it is named is in the call; before, where tools are described.
+    # The tool's last occurrence is the call; an earlier one is its definition.
     before, _, behind = text.rpartition(_PROBE)
     if "<tool_call>" in before:
         return TAGS
@@ -42,15 +45,15 @@ def form_of(conversations: Conversations, read: Callable[[Tokens], str]) -> Call
 
 @dataclass(frozen=True)
 class Forced:
-    """Calls that an answer must make."""
+    """The calls that an answer must contain."""
 
     tools: tuple[Tool, ...]
-    """Of which one is called."""
+    """Tools that may be called."""
     several: bool = False
-    """Whether there may be more calls than one."""
+    """Whether the answer may contain more than one call."""
 
     def of(self, sampling: Sampling, form: CallForm) -> Sampling:
-        """The sampling that makes them. Raises ``InputError`` where an answer must have another form already."""
+        """Returns ``sampling`` with a grammar of these calls. Raises ``InputError`` if it has a grammar already."""
         if sampling.grammar:
             raise InputError("tool_choice: an answer can't be a call and follow a grammar or a JSON schema")
         functions = {tool.name: tool.parameters for tool in self.tools}
@@ -63,7 +66,10 @@ class Forced:
 
 
 def openai_choice(choice: str | dict[str, Any] | None, tools: Sequence[Tool], *, several: bool) -> Forced | None:
-    """What OpenAI's ``tool_choice`` forces, in chat completions or responses. Raises ``InputError``."""
+    """Returns the calls that OpenAI's ``tool_choice`` forces, or ``None``. Raises ``InputError``.
+
+    Chat completions nest the name of a function in ``function``, responses do not.
+    """
     if choice in (None, "auto", "none"):
         return None
     if choice == "required":
@@ -75,7 +81,7 @@ def openai_choice(choice: str | dict[str, Any] | None, tools: Sequence[Tool], *,
 
 
 def anthropic_choice(choice: dict[str, Any] | None, tools: Sequence[Tool]) -> Forced | None:
-    """What Anthropic's ``tool_choice`` forces. Raises ``InputError``."""
+    """Returns the calls that Anthropic's ``tool_choice`` forces, or ``None``. Raises ``InputError``."""
     kind = (choice or {}).get("type", "auto")
     if choice is None or kind in ("auto", "none"):
         return None

@@ -17,15 +17,16 @@ _log = logging.getLogger("cpucache.server")
 
 
 def event(data: Mapping[str, Any]) -> str:
-    """A server-sent event, named by the ``type`` in its data, if there is one."""
+    """Text of a server-sent event. Its name is the ``type`` in ``data``, if there is one."""
     name = f"event: {data['type']}\n" if "type" in data else ""
     return f"{name}data: {json.dumps(data)}\n\n"
 
 
 async def streamed(request: Request, pieces: AsyncIterator[str | dict[str, str]]) -> StreamingResponse:
-    """A stream of events, which begins when the first token is there: the first item are its headers.
+    """Returns a response that streams events, as soon as the first token has been generated.
 
-    What fails before is an ordinary error, what fails later an event.
+    The first item of ``pieces`` is a dict of response headers, the others are events. An error before the first item
+    is raised, so that its HTTP status can still be sent. A later error is sent as an event.
     """
     headers = await while_connected(request, pieces.__anext__())
     assert isinstance(headers, dict)

@@ -1,4 +1,4 @@
-"""What goes wrong, in the shape of each dialect."""
+"""Errors, in the shape of each API."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ANTHROPIC = {
 
 
 class Refusal(Exception):
-    """A request that is not answered. ``message`` says what to do about it."""
+    """An error that is sent to the client with an HTTP status. ``message`` tells the client what to do about it."""
 
     def __init__(self, status: int, message: str, *, retry_after: int | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class Refusal(Exception):
 
 
 def refusal_of(error: BaseException) -> Refusal:
-    """Any error as the refusal that its client is told."""
+    """Returns the refusal to send for any error. Unexpected errors become a 500 that reveals nothing."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, ContextFull):
@@ -55,7 +55,7 @@ def refusal_of(error: BaseException) -> Refusal:
 
 
 def body_of(refusal: Refusal, path: str) -> dict[str, Any]:
-    """What the client of a path is told: Anthropic's shape for its messages, OpenAI's for all else."""
+    """JSON body of a refusal: in Anthropic's shape under ``/v1/messages``, in OpenAI's elsewhere."""
     if path.startswith("/v1/messages"):
         kind = _ANTHROPIC.get(refusal.status, "invalid_request_error" if refusal.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": refusal.message}}
@@ -64,7 +64,7 @@ def body_of(refusal: Refusal, path: str) -> dict[str, Any]:
 
 
 def response_of(error: BaseException, request: Request) -> JSONResponse:
-    """The response to a request that failed."""
+    """HTTP response to a request that failed."""
     refusal = refusal_of(error)
     headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
     return JSONResponse(body_of(refusal, request.scope["path"]), refusal.status, headers)

@@ -1,4 +1,4 @@
-"""Keeping: slices that stay for a time, whatever else needs room, because a client marked what they are of."""
+"""Keeping: protects slices of prompts that a client marked from eviction for a time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cpucache.store import Store
 
 
 class Keeper:
-    """Holds slices until their time is over. For one event loop.
+    """Holds slices in the store until their time is over. All calls must come from one event loop.
 
-    At most half of the room that the store has in memory, and on disk, is held: what is marked beyond that is kept as
-    all else is.
+    Held slices take at most half of the store's smaller budget, RAM or disk. Slices beyond that are not held and can
+    be evicted like any other.
 
     Args:
-        store: Where the slices are.
+        store: The store that has the slices.
     """
 
     def __init__(self, store: Store) -> None:
@@ -29,14 +29,14 @@ class Keeper:
 
     @property
     def bytes(self) -> int:
-        """How much is held."""
+        """Size of the held slices in bytes."""
         return sum(self._sizes.values())
 
     def __len__(self) -> int:
         return len(self._until)
 
     def keep(self, keys: Iterable[str], seconds: float) -> None:
-        """Hold slices for so many seconds from now, and those that are held already no shorter than they were."""
+        """Holds slices for ``seconds`` from now. A slice that is held for longer already keeps its time."""
         until, held = time.monotonic() + seconds, self.bytes
         for key in keys:
             if key not in self._until:
@@ -50,7 +50,7 @@ class Keeper:
         self._wait()
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Releases all slices."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -62,7 +62,7 @@ class Keeper:
             del self._until[key], self._sizes[key]
 
     def _wait(self) -> None:
-        """Wait for the first whose time is over."""
+        """Sets the timer to the next expiry."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""The library: schemas that were uploaded over HTTP, and what of them is encoded."""
+"""The library: schemas uploaded over HTTP, and how much of each is encoded."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from cpucache.server.failures import Refusal
 
 @dataclass(eq=False)
 class Uploaded:
-    """A schema."""
+    """An uploaded schema."""
 
     text: str
     layout: SchemaLayout
     slices: list[Slice]
-    """What encoding makes."""
+    """The slices that encoding the schema creates, whether the store has them yet or not."""
     job: Job | None = None
-    """Encodes it."""
+    """The latest job that encodes the schema."""
 
     @property
     def name(self) -> str:
-        """What prompts call it."""
+        """Name by which prompts refer to the schema."""
         return self.layout.schema.name
 
 
 class Library:
-    """The schemas of one namespace. Schemas live as long as the server; their slices stay in the store.
+    """The schemas of one namespace. Schemas are lost when the server ends; their slices stay in the store.
 
     Args:
-        engine: Lays schemas out, and encodes them.
-        background: Where they are encoded.
-        most: Schemas.
-        most_bytes: Of all their texts.
+        engine: Lays out and encodes the schemas.
+        background: Runs the encoding jobs.
+        most: Number of schemas at most.
+        most_bytes: Length of all their texts together at most, counted in characters.
     """
 
     def __init__(self, engine: Engine, background: Background, most: int, most_bytes: int) -> None:
@@ -50,8 +50,11 @@ class Library:
         self._schemas: dict[str, Uploaded] = {}
 
     def add(self, text: str) -> Uploaded:
-        """Take a schema in, in place of one of the same name. Raises ``PMLError``, ``InputError`` and ``Refusal``."""
-        # No folder: a schema that came by a request names no files.
+        """Adds a schema from its PML text, and replaces one of the same name.
+
+        Raises ``PMLError`` or ``InputError`` for an invalid schema, ``Refusal`` (400, 413) beyond a limit.
+        """
+        # No folder is given, so ``src`` can't name a file: the text comes from a client.
         schema = parse_schema(text, file="schema")
         others = [each for each in list(self._schemas.values()) if each.name != schema.name]
         if len(others) >= self._most:
@@ -66,18 +69,18 @@ class Library:
         return added
 
     def all(self) -> list[Uploaded]:
-        """Every schema, in the order in which they came."""
+        """All schemas, in the order in which their names were first added."""
         return list(self._schemas.values())
 
     def get(self, name: str) -> Uploaded:
-        """A schema by its name. Raises ``Refusal`` (404)."""
+        """Returns the schema with a name. Raises ``Refusal`` (404)."""
         found = self._schemas.get(name)
         if found is None:
             raise Refusal(404, f"no schema '{name}' has been uploaded; POST it to /v1/schemas", code="schema_not_found")
         return found
 
     def delete(self, name: str) -> None:
-        """Forget a schema. Its slices leave by eviction. Raises ``Refusal`` (404)."""
+        """Deletes a schema and cancels its job. Its slices stay until evicted. Raises ``Refusal`` (404)."""
         found = self.get(name)
         if found.job is not None:
             found.job.cancel()
@@ -85,15 +88,15 @@ class Library:
         self._engine.planner.schemas.pop(name, None)
 
     def encode(self, name: str) -> Uploaded:
-        """Have a schema encoded in the background, unless it is at the moment. Raises ``Refusal`` (404, 429)."""
+        """Queues a job that encodes a schema, unless one waits or runs. Raises ``Refusal`` (404, 429)."""
         found = self.get(name)
         if found.job is None or not found.job.active:
             found.job = self._background.add(Job(partial(self._engine.encode, name)))
         return found
 
-    # -- as clients are told -----------------------------------------------------------------------------------------
+    # -- as sent to clients ------------------------------------------------------------------------------------------
     def told(self, schema: Uploaded, *, whole: bool = False) -> dict[str, Any]:
-        """A schema as JSON; ``whole``: with its text, and its modules as a tree."""
+        """JSON object of a schema; with ``whole``, also its text and its modules as a tree."""
         kept = [slice_ for slice_ in schema.slices if slice_.key in self._engine.store]
         tokens = sum(len(segment.tokens) for segment in schema.layout.segments)
         told: dict[str, Any] = {
@@ -121,7 +124,7 @@ class Library:
 
 
 def _tree(extent: Extent, path: str, encoded: dict[str, int]) -> dict[str, Any]:
-    """A node of a schema: positions ``start`` to ``end``, of whose own ``tokens`` so many are ``encoded``."""
+    """JSON object of a node and its children: positions [start, end), own tokens, and how many of these are encoded."""
     here = f"{path}.{extent.name}".strip(".") if extent.kind == "module" else path
     own = extent.kind in ("schema", "module")
     return {

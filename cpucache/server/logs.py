@@ -1,4 +1,4 @@
-"""Logs: a line for each request, as text or as JSON."""
+"""Logs: one line for each request, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TOLD = (
 
 
 def log_request(request: Request, status: int, record: Record | None) -> None:
-    """Log a request that has ended: its id, path and status; if it was answered, also tokens by kind, and times."""
+    """Logs a request that has ended: its id, path and status; with an answer, also tokens by relation and times."""
     path = request.scope["path"]
     facts: dict[str, Any] = {"id": request.state.id, "method": request.method, "path": path, "status": status}
     counts = {}
@@ -39,10 +39,10 @@ def log_request(request: Request, status: int, record: Record | None) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and for requests what there is to count."""
+    """Formats a record as one line of JSON: time, level and logger, then the message, or the facts of a request."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """JSON line of a record."""
         when = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {"time": when, "level": record.levelname.lower(), "logger": record.name}
         facts = getattr(record, "facts", None)

@@ -1,4 +1,4 @@
-"""Marks in Anthropic's requests: ``cache_control`` says up to where a prompt is to be kept, and for how long."""
+"""Marks in Anthropic's requests: ``cache_control`` says up to which block a prompt is kept, and for how long."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MOST = 4  # as in Anthropic's API
 
 
 def marked(body: Body) -> list[tuple[Body, int]]:
-    """For each mark, the request as it is up to there, and seconds. Raises ``InputError``.
+    """Returns, for each mark, the request up to the marked block, and seconds to keep it. Raises ``InputError``.
 
-    Tools and system text are one: which of them the model reads first is for its template to say. A mark in a tool
-    counts as one behind the system text.
+    All marks in tools count as one mark after the system text: the chat template decides whether tools or system text
+    come first. The longest time among these marks applies.
     """
     given: Any = body
     nothing: dict[str, Any] = {"messages": []}
@@ -47,7 +47,7 @@ def _blocks(content: Any, where: str) -> Iterator[tuple[int, int]]:
 
 def _seconds(block: Any, where: str) -> int:
     control = block.get("cache_control") if isinstance(block, dict) else None
-    # Modules are marked, too, and reused wherever they stand.
+    # The same field marks modules, which are reused at any position; see ``modules_of``.
     if not isinstance(control, dict) or control.get("type") == "module":
         return 0
     ttl = control.get("ttl") or "5m"

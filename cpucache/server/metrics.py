@@ -10,7 +10,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class ServerMetrics:
-    """What a server has done, and holds."""
+    """Counters and gauges of a server and its store."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -33,7 +33,7 @@ class ServerMetrics:
         )
 
     def note(self, metrics: Metrics) -> None:
-        """Count an answer that has ended."""
+        """Counts an answer that has ended."""
         if metrics.ttft_ms:
             self.ttft.observe(metrics.ttft_ms / 1000)
         if metrics.completion_tokens > 1:
@@ -44,7 +44,7 @@ class ServerMetrics:
         self.answered.inc(metrics.completion_tokens)
 
     def text(self) -> bytes:
-        """All of them in Prometheus' format."""
+        """All metrics in Prometheus' text format."""
         account = self._engine.store.account()
         self._bytes.labels("ram").set(account.ram_bytes)
         self._bytes.labels("disk").set(account.bytes)

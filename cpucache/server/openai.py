@@ -1,4 +1,4 @@
-"""OpenAI's dialect: chat completions and completions, answered."""
+"""OpenAI's API: endpoints of chat completions and completions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cpucache.server.service import Reader, Service, new_id, while_connected
 
 
 def usage(metrics: Metrics) -> dict[str, Any]:
-    """What an answer took."""
+    """Token counts of an answer, in the shape of OpenAI's ``usage``."""
     return {
         "prompt_tokens": metrics.prompt_tokens,
         "completion_tokens": metrics.completion_tokens,
@@ -36,7 +36,7 @@ def usage(metrics: Metrics) -> dict[str, Any]:
 
 
 def _total(readers: Sequence[Reader]) -> dict[str, Any]:
-    """The usage of several answers to one prompt."""
+    """Token counts of several answers to one prompt, whose tokens count once."""
     first = usage(readers[0].stream.metrics)
     first["completion_tokens"] = sum(reader.stream.metrics.completion_tokens for reader in readers)
     first["total_tokens"] = first["prompt_tokens"] + first["completion_tokens"]
@@ -64,10 +64,10 @@ def _delta(said: Said) -> dict[str, Any]:
 
 
 class OpenAI:
-    """The endpoints of OpenAI's dialect.
+    """The endpoints of OpenAI's API, without Responses.
 
     Args:
-        service: Answers them.
+        service: Answers the requests.
     """
 
     def __init__(self, service: Service) -> None:
@@ -78,7 +78,7 @@ class OpenAI:
 
     # -- chat --------------------------------------------------------------------------------------------------------
     async def chat(self, body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation."""
+        """Answers a conversation."""
         service = self._service
         messages, tools = messages_of(body.messages), tools_of(body.tools, body.tool_choice)
         modules = modules_of(each.get("content") for each in body.messages)
@@ -135,6 +135,7 @@ class OpenAI:
         use_cache: bool,
         shown: bool,
     ) -> AsyncIterator[str | dict[str, str]]:
+        """Yields the response headers, then the chunks of the answer; with ``shown``, also its usage."""
         service = self._service
         tenant = service.tenant(request)
 
@@ -183,7 +184,7 @@ class OpenAI:
 
     # -- text --------------------------------------------------------------------------------------------------------
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
-        """Go on with texts, or with tokens."""
+        """Continues texts or tokens, without a chat template."""
         service = self._service
         prompts = await asyncio.to_thread(self._prompts, body.prompt)
         sampling = await asyncio.to_thread(body.sampling, body.logprobs)
@@ -219,6 +220,7 @@ class OpenAI:
     async def _text_events(
         self, request: Request, prompt: Text, sampling: Sampling, body: CompletionRequest, head: dict[str, Any]
     ) -> AsyncIterator[str | dict[str, str]]:
+        """Yields the response headers, then the chunks of the answer."""
         service = self._service
         shown = body.stream_options is not None and body.stream_options.include_usage
 
@@ -267,7 +269,7 @@ class OpenAI:
 
 
 def varied(sampling: Sampling, number: int) -> Sampling:
-    """The sampling of one of several answers to the same prompt."""
+    """Returns the sampling of one of several answers to a prompt. A given seed is increased by ``number``."""
     if sampling.seed is None or not number:
         return sampling
     return sampling_of(sampling, seed=(sampling.seed + number) % 2**32)

@@ -1,4 +1,4 @@
-"""OpenAI's dialect: requests, and what their messages and tools say."""
+"""OpenAI's API: requests, and their messages and tools as the engine takes them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from cpucache.runtime.grammar import ANY_JSON, grammar_of
 from cpucache.server.asked import Extension
 
 CHOICES = 16
-"""Answers to one request at most."""
+"""Number of answers to one request at most."""
 
 
 class _Given(BaseModel):
-    """What clients send besides what is known here is passed over."""
+    """Base of request bodies. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class ResponseFormat(_Given):
-    """What an answer looks like."""
+    """The format of an answer."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: dict[str, Any] | None = None
 
 
 class StreamOptions(_Given):
-    """How an answer is streamed."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
 
@@ -53,12 +53,12 @@ class _Common(_Given):
     n: int | None = Field(None, ge=1, le=CHOICES)
     response_format: ResponseFormat | None = None
     grammar: str | None = None
-    """A GBNF grammar, as llama.cpp's own server takes it."""
+    """A GBNF grammar, as in the API of llama-server."""
     cache_prompt: bool = True
-    """``false``: everything is evaluated, and nothing reused."""
+    """``false``: the whole prompt is evaluated, and nothing is reused. As in the API of llama-server."""
 
     def sampling(self, logprobs: int | None) -> Sampling:
-        """How tokens are chosen. Unlike ``Engine``, OpenAI's dialect has a temperature of 1 unless told."""
+        """How tokens are sampled. The default temperature is 1, as in OpenAI's API, and not ``Engine``'s."""
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return sampling_of(
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -85,7 +85,7 @@ class _Common(_Given):
 
 
 class ChatRequest(_Common):
-    """A request for chat completions."""
+    """A request to answer a conversation."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 30)
@@ -98,7 +98,7 @@ class ChatRequest(_Common):
 
 
 class CompletionRequest(_Common):
-    """A request for completions."""
+    """A request to continue texts or tokens."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -106,7 +106,7 @@ class CompletionRequest(_Common):
 
 
 def messages_of(given: Sequence[dict[str, Any]]) -> list[ChatMessage]:
-    """Messages as OpenAI's clients send them. Raises ``InputError``."""
+    """Returns the messages of a request in OpenAI's format. Raises ``InputError``."""
     names: dict[str, str] = {}
     messages = []
     for number, each in enumerate(given):
@@ -133,7 +133,7 @@ def messages_of(given: Sequence[dict[str, Any]]) -> list[ChatMessage]:
 
 
 def text_of(content: Any, where: str) -> str:
-    """The text of a message's content. Raises ``InputError``."""
+    """Returns the text of a message's content. Raises ``InputError``, whose text begins with ``where``."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
@@ -149,7 +149,7 @@ def text_of(content: Any, where: str) -> str:
 
 
 def modules_of(contents: Iterable[Any]) -> list[str]:
-    """The texts of content parts that a client marks as modules: they are reused wherever they stand."""
+    """Texts of the content parts that a client marked as modules, which are reused at any position."""
     return [
         part["text"]
         for content in contents
@@ -179,7 +179,7 @@ def _call(value: dict[str, Any], where: str) -> ToolCall:
 
 
 def _arguments(value: Any, where: str) -> dict[str, Any]:
-    """A call's arguments, which clients send as JSON text, some of them as JSON."""
+    """Arguments of a call. Most clients send them as JSON text, some as a JSON object."""
     if isinstance(value, str):
         try:
             value = json.loads(value or "{}")
@@ -191,7 +191,7 @@ def _arguments(value: Any, where: str) -> dict[str, Any]:
 
 
 def tools_of(given: Sequence[dict[str, Any]] | None, choice: str | dict[str, Any] | None) -> list[Tool]:
-    """Tools as OpenAI's clients send them. Raises ``InputError``."""
+    """Returns the tools of a request in OpenAI's format, none if ``choice`` is ``"none"``. Raises ``InputError``."""
     if choice == "none":
         return []
     tools = []

@@ -1,4 +1,4 @@
-"""Preparing: prompts evaluated ahead, without an answer."""
+"""Preparing: prompts prefilled ahead of time, without an answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cpucache.server.tenant import Tenant
 
 
 class PrepareRequest(BaseModel):
-    """A conversation, as OpenAI's chat completions or Anthropic's messages take it; or a PML prompt."""
+    """A conversation in the format of OpenAI's chat completions or Anthropic's messages, or a PML prompt."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -34,7 +34,7 @@ class PrepareRequest(BaseModel):
 
     @property
     def anthropic(self) -> bool:
-        """Whether it is in Anthropic's words: with a system text of its own, or blocks or tools as only they are."""
+        """Whether the request is in Anthropic's format: it has ``system``, or blocks or tools that OpenAI's lacks."""
         blocks = [block for message in self.messages for block in _list(message.get("content"))]
         kinds = ("tool_use", "tool_result", "thinking")
         return (
@@ -49,10 +49,10 @@ def _list(value: Any) -> list[Any]:
 
 
 class Prepare:
-    """The endpoint that evaluates ahead.
+    """The endpoint that prefills prompts ahead of time.
 
     Args:
-        service: Does it.
+        service: Has the engine and the background thread.
     """
 
     def __init__(self, service: Service) -> None:
@@ -61,7 +61,7 @@ class Prepare:
         self.router.post("/v1/cache/prepare")(self.prepare)
 
     async def prepare(self, body: PrepareRequest, request: Request) -> dict[str, Any]:
-        """Evaluate messages ahead, whenever no answer is on its way, and tell how many tokens that took."""
+        """Prefills a prompt while no answer is running. Returns how many of its tokens were cached and evaluated."""
         service = self._service
         tenant = service.tenant(request)
         asked = await asyncio.to_thread(_asked, tenant, body)
@@ -71,7 +71,7 @@ class Prepare:
             return tenant.engine.prepare(asked.prompt, **asked.settings).result(progress)
 
         def at_end() -> None:
-            with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed: nobody waits for the job
                 loop.call_soon_threadsafe(ended.set)
 
         job = service.background.add(Job(work, at_end))
@@ -92,7 +92,7 @@ class Prepare:
 
 
 def _asked(tenant: Tenant, body: PrepareRequest) -> Asked:
-    """What is evaluated: a conversation up to where the next message begins."""
+    """Returns the prompt to prefill: a PML prompt, or a conversation up to the beginning of the next message."""
     if body.anthropic:
         given = anthropic.CountRequest(messages=body.messages, system=body.system, tools=body.tools)
         messages, tools = anthropic.messages_of(given), anthropic.tools_of(given)
@@ -106,7 +106,7 @@ def _asked(tenant: Tenant, body: PrepareRequest) -> Asked:
         raise InputError("messages, system, tools: there is nothing to evaluate")
     if messages and messages[-1].role in ("user", "tool"):
         assert asked is not None
-        return asked  # with what opens the answer
-    # What the user says next is not known: as much is evaluated as does not depend on it.
+        return asked  # the next message is the answer: its header is included
+    # The user's next message is unknown: only tokens that do not depend on it are evaluated.
     settings = {} if body.cpucache is None else body.cpucache.settings
     return tenant.following(Conversation(messages, tools, modules), settings)

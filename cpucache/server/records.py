@@ -1,4 +1,4 @@
-"""Records of requests: what a tenant asked lately, what it was answered from, and, when asked, why not from more."""
+"""Records of a tenant's last requests: where the state of each prompt came from, and why tokens were evaluated."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from cpucache.server.asked import Asked as Given
 from cpucache.server.failures import Refusal
 
 SHOWN = 100
-"""Requests that are listed."""
+"""Number of requests that are listed."""
 _KEPT = 2 * SHOWN
-"""Those that are kept: the oldest to explain the others by."""
+"""Number of requests that are kept: those not listed any more still explain the others."""
 _TOKENS = 2_000_000
-"""Tokens of prompts that are kept, 4 bytes each."""
+"""Number of tokens of all kept requests together, 4 bytes each."""
 
 
 PREPARING = "/v1/cache/prepare"
-"""The path that evaluates ahead."""
+"""Path of the endpoint that prefills ahead of time."""
 
 
 @dataclass(eq=False)
 class Record:
-    """A request that was answered, prepared for, or refused."""
+    """A request that is being answered, was answered, was prefilled ahead of time, or was refused."""
 
     id: str
     path: str
@@ -42,30 +42,30 @@ class Record:
     created: float = field(default_factory=time.time)
     metrics: Metrics = field(default_factory=Metrics)
     status: int | None = None
-    """The HTTP status; ``None``: it is being answered."""
+    """HTTP status; ``None`` until the response has ended."""
     finish: str = "running"
     prompt: Tokens = field(default_factory=empty)
     answer: list[int] = field(default_factory=list)
-    """Tokens of the answer that were evaluated."""
+    """Ids of the answer's tokens, as far as they were evaluated."""
     roles: tuple[RoleRun, ...] = ()
     evaluated: tuple[tuple[int, int], ...] = ()
-    """The tokens of the prompt that were evaluated, each run by its beginning and end."""
+    """Runs of the prompt's tokens that were evaluated, as indices [begin, end)."""
     ends: tuple[int, ...] = ()
-    """Where the exact slices end that the prompt begins with."""
+    """Ends of the exact slices at the head of the prompt, as token indices."""
     exact: bool = True
-    """Whether what was saved behind these is exact, too."""
+    """Whether every span was exact, so that slices saved after these are exact too."""
     begun: float = 0.0
-    """When its slices were looked up, by ``time.monotonic``."""
+    """Time of the lookup, by ``time.monotonic``."""
     saved: float = float("inf")
-    """When its prompt had been evaluated and saved."""
+    """Time at which the prompt was evaluated and saved, by ``time.monotonic``."""
     use_cache: bool = True
     schema: bool = False
-    """Whether it is a PML prompt."""
+    """Whether the prompt is a PML prompt."""
     reuse: Reuse = "schema"
-    """Which slices it could take."""
+    """Which slices the prompt could take, see ``Engine.plan``."""
 
     def as_dict(self) -> dict[str, Any]:
-        """What is told about it."""
+        """JSON object of the record. Times are in milliseconds, ``created`` in seconds since the epoch."""
         metrics = self.metrics
         return {
             "id": self.id,
@@ -87,27 +87,27 @@ class Record:
         }
 
     def looked_up(self, metrics: Metrics) -> None:
-        """Note that the first token is there."""
+        """Sets ``begun`` and ``saved``. Called when the first token has been generated."""
         self.saved = time.monotonic()
         self.begun = self.saved - (metrics.encode_ms + metrics.splice_ms + metrics.prefill_ms) / 1000
 
     @property
     def size(self) -> int:
-        """Tokens that are kept of it."""
+        """Number of tokens that the record keeps."""
         return len(self.prompt) + len(self.answer)
 
     @property
     def rate(self) -> float:
-        """Tokens evaluated in a second; 0 where none were."""
+        """Evaluated tokens per second; 0 if no time was spent."""
         seconds = (self.metrics.prefill_ms + self.metrics.encode_ms) / 1000
         return self.metrics.fresh_tokens / seconds if seconds > 0 else 0.0
 
 
 class Records:
-    """The last requests of a tenant. May be used from several threads.
+    """The last requests of a tenant. Safe to use from several threads.
 
     Args:
-        engine: The tenant's.
+        engine: The tenant's engine.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -117,13 +117,13 @@ class Records:
 
     # -- while a request is answered ---------------------------------------------------------------------------------
     def begin(self, record: Record) -> Record:
-        """Note a request."""
+        """Adds a record and returns it."""
         with self._lock:
             self._kept.append(record)
         return record
 
     def answered(self, record: Record, stream: Stream) -> None:
-        """Note what an answer that has ended was made of."""
+        """Completes the record of an answer that has ended, from its metrics and plan."""
         record.metrics, record.finish = stream.metrics, stream.metrics.finish
         record.answer = stream.tokens[: stream.evaluated]
         spans = stream.plan.spans
@@ -136,7 +136,14 @@ class Records:
         self._trim()
 
     def prepared(self, identity: str, given: Given, made: Prepared, model: str) -> Record:
-        """Note a prompt that was evaluated ahead."""
+        """Adds the record of a prompt that was prefilled ahead of time.
+
+        Args:
+            identity: Id of the request.
+            given: The prompt.
+            made: Token counts of the prefill.
+            model: Name of the model.
+        """
         there = given.size - made.evaluated_tokens
         metrics = Metrics(prompt_tokens=given.size, exact_tokens=there, fresh_tokens=made.evaluated_tokens)
         record = Record(identity, PREPARING, model, metrics=metrics, finish="prepared", saved=time.monotonic())
@@ -146,12 +153,12 @@ class Records:
         return self.begin(record)
 
     def list(self) -> list[Record]:
-        """The last requests, the newest first."""
+        """Returns the last ``SHOWN`` requests, the newest first."""
         with self._lock:
             return list(self._kept)[: -SHOWN - 1 : -1]
 
     def find(self, identity: str) -> Record:
-        """A request by its id. Raises ``Refusal`` (404)."""
+        """Returns the listed request with an id. Raises ``Refusal`` (404)."""
         for record in self.list():
             if record.id == identity:
                 return record
@@ -162,9 +169,9 @@ class Records:
             while len(self._kept) > 1 and sum(each.size for each in self._kept) > _TOKENS:
                 self._kept.popleft()
 
-    # -- when somebody asks ------------------------------------------------------------------------------------------
+    # -- explanations ------------------------------------------------------------------------------------------------
     def why(self, record: Record) -> Miss | None:
-        """Why tokens of a prompt were evaluated that need not have been. Takes up to a second."""
+        """Explains why tokens of a prompt were evaluated that could have been reused. Takes up to a second."""
         if record.schema:
             made = record.metrics.encoded_tokens
             return Miss("not-encoded", 0, made) if made else None
@@ -182,19 +189,23 @@ class Records:
         return self._engine.model.text(tokens, special=True)
 
     def _asked(self, record: Record) -> Asked:
-        """A record as it is compared with others."""
+        """Converts a record for ``explain``."""
         size = len(record.prompt)
         tokens = np.concatenate([record.prompt, np.array(record.answer, np.int32)])
         ends = list(record.ends)
         if record.exact:
-            # As ``engine.saving`` has it: the rest of the prompt but for its last token, then that and the answer.
+            # ``engine.saving`` saves the rest of the prompt without its last token, then that token with the answer.
             for begin, end in ((ends[-1] if ends else 0, size - 1), (size - 1, len(tokens))):
                 ends += [begin + cut for cut in self._engine.slices.cuts(tokens[begin:end], part=True)]
         return Asked(tokens, size, record.roles, tuple(ends), record.evaluated, record.use_cache)
 
 
 def evaluated(plan: Plan, count: int) -> tuple[tuple[int, int], ...]:
-    """The tokens of a prompt that were evaluated, ``count`` in all, by what its plan has no slices of."""
+    """Returns the runs of a prompt's tokens that were evaluated, ``count`` in all, as indices [begin, end).
+
+    They are the spans without a slice in the plan. If fewer tokens were evaluated: the last ``count`` of these;
+    if more: the last ``count`` of the prompt.
+    """
     runs: list[tuple[int, int]] = []
     at = 0
     for span in plan.spans:
@@ -202,13 +213,13 @@ def evaluated(plan: Plan, count: int) -> tuple[tuple[int, int], ...]:
             runs.append((at, at + len(span.tokens)))
         at += len(span.tokens)
     if sum(end - begin for begin, end in runs) < count:
-        return ((at - count, at),)  # a recurrent model goes on from further back
-    # Where there were fewer, the llama.cpp context held the first of them.
+        return ((at - count, at),)  # a recurrent model continues after a saved state further back
+    # Fewer, because the llama.cpp context still held the first ones.
     return _last(runs, count)
 
 
 def _last(runs: Sequence[tuple[int, int]], count: int) -> tuple[tuple[int, int], ...]:
-    """The last ``count`` places of some runs."""
+    """Returns the last ``count`` indices of some runs, as runs."""
     kept: list[tuple[int, int]] = []
     for begin, end in reversed(runs):
         if count <= 0:

@@ -1,4 +1,4 @@
-"""The last requests, and why each was not answered from more of what was known."""
+"""The last requests over HTTP, and why tokens of each were evaluated."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cpucache.server.why import told
 
 
 class Requests:
-    """The endpoints of what was asked lately. A key is told of no requests but its own.
+    """The endpoints of the last requests. An API key gets only its own.
 
     Args:
-        service: Answered them.
+        service: Has the records.
     """
 
     def __init__(self, service: Service) -> None:
@@ -25,12 +25,12 @@ class Requests:
         self.router.get("/{identity}")(self.one)
 
     async def all(self, request: Request) -> dict[str, Any]:
-        """The last requests, the newest first: what each was answered from, and how long it took."""
+        """The last requests, the newest first: where the state of each prompt came from, and how long each took."""
         records = self._service.tenant(request).records
         return {"object": "list", "data": [record.as_dict() for record in records.list()]}
 
     async def one(self, identity: str, request: Request) -> dict[str, Any]:
-        """A request by its ``x-request-id``, and why it was not answered from more: computed when it is asked for."""
+        """A request by its ``x-request-id``, and why tokens of it were evaluated, which is computed on each call."""
         service = self._service
         records = service.tenant(request).records
         record = records.find(identity)

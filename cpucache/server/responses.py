@@ -1,4 +1,4 @@
-"""OpenAI's Responses, without memory: what a client says is all that is known."""
+"""OpenAI's Responses API, stateless: a client sends the whole conversation with each request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _log = logging.getLogger("cpucache.server")
 
 
 class ResponsesRequest(BaseModel):
-    """A request for a response. What is not known here is passed over, or refused where it would change the answer."""
+    """A request for a response. Unknown fields are ignored. ``check`` refuses fields that need stored state."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -54,7 +54,7 @@ class ResponsesRequest(BaseModel):
     cpucache: Extension | None = None
 
     def sampling(self) -> Sampling:
-        """How tokens are chosen."""
+        """How tokens are sampled. The default temperature is 1, as in OpenAI's API. Raises ``InputError``."""
         form = (self.text or {}).get("format") or {}
         kind = form.get("type", "text") if isinstance(form, dict) else "text"
         grammar = ""
@@ -68,14 +68,18 @@ class ResponsesRequest(BaseModel):
         return sampling_of(temperature=temperature, top_p=self.top_p, grammar=grammar)
 
     def check(self) -> None:
-        """Raise ``InputError`` for what this server does not have."""
+        """Raises ``InputError`` if the request refers to stored state, or asks for a background response."""
         for name in ("previous_response_id", "conversation", "background"):
             if getattr(self, name):
                 raise InputError(f"{name}: this server keeps no responses; send the whole conversation as input")
 
 
 def conversation_of(body: ResponsesRequest) -> list[ChatMessage]:
-    """The conversation of a request. Raises ``InputError``."""
+    """Returns the messages of a request, its instructions first. Raises ``InputError``.
+
+    Reasoning is attached to the assistant's message or call right after it. A call is added to an assistant's message
+    right before it, if there is one; reasoning between the two is dropped.
+    """
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     messages = [] if not body.instructions else [ChatMessage("system", body.instructions)]
     names: dict[str, str] = {}
@@ -108,7 +112,7 @@ def conversation_of(body: ResponsesRequest) -> list[ChatMessage]:
 
 
 def _thought(item: dict[str, Any]) -> str:
-    """What an item says that the model thought. What only its own server can read says nothing here."""
+    """Text of a reasoning item. Encrypted reasoning of another server has no text."""
     parts = item.get("content")
     texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
     return "\n".join(text for text in texts if isinstance(text, str))
@@ -126,13 +130,13 @@ def _call(item: dict[str, Any], where: str) -> ToolCall:
 
 
 def functions_of(body: ResponsesRequest) -> list[Tool]:
-    """The functions among the tools of a request; other types are passed over. Raises ``InputError``."""
+    """Returns the functions among the tools of a request. Tools of other types are ignored. Raises ``InputError``."""
     functions = [{"type": "function", "function": each} for each in body.tools or () if each.get("type") == "function"]
     return tools_of(functions, body.tool_choice)
 
 
 def usage(metrics: Metrics, reasoning: int = 0) -> dict[str, Any]:
-    """What an answer took."""
+    """Token counts of an answer, in the shape of the API's ``usage``. ``reasoning`` is in tokens."""
     return {
         "input_tokens": metrics.prompt_tokens,
         "input_tokens_details": {"cached_tokens": metrics.cached_tokens},
@@ -143,10 +147,10 @@ def usage(metrics: Metrics, reasoning: int = 0) -> dict[str, Any]:
 
 
 class Responses:
-    """The endpoint of OpenAI's Responses.
+    """The endpoint of OpenAI's Responses API.
 
     Args:
-        service: Answers them.
+        service: Answers the requests.
     """
 
     def __init__(self, service: Service) -> None:
@@ -155,7 +159,7 @@ class Responses:
         self.router.post("/v1/responses", response_model=None)(self.respond)
 
     async def respond(self, body: ResponsesRequest, request: Request) -> Response:
-        """Answer a conversation."""
+        """Answers a conversation."""
         body.check()
         tools = functions_of(body)
         items = body.input if isinstance(body.input, list) else []
@@ -179,7 +183,7 @@ class Responses:
     async def _events(
         self, request: Request, prompt: Asked, body: ResponsesRequest, sampling: Sampling, names: Sequence[str]
     ) -> AsyncGenerator[dict[str, Any]]:
-        """Headers, then the events of a response; the last has all of it."""
+        """Yields the response headers, then the events of a response. The last event has the whole response."""
         service = self._service
         number = 0
 
@@ -266,14 +270,14 @@ class Responses:
 
 
 async def _said(parser: AnswerParser, reader: Reader) -> AsyncIterator[Said]:
-    """What an answer says, as it becomes certain."""
+    """Yields reasoning and text as the parser separates them."""
     async for piece in reader.pieces():
         yield parser.feed(piece)
     yield parser.finish()
 
 
 def _thoughts_end(item: dict[str, Any], thought: str, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events that end what the model thought, which is then the first of the output."""
+    """Adds the reasoning to ``output`` as its first item, and returns the events that end it."""
     content = [{"type": "reasoning_text", "text": thought}]
     output.append({**item, "status": "completed", "content": content})
     told = {"item_id": item["id"], "output_index": 0, "content_index": 0, "text": thought}
@@ -286,7 +290,7 @@ def _part(text: str) -> dict[str, Any]:
 
 
 async def _written(events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[str | dict[str, str]]:
-    """Headers, then the events as they are sent. What fails once there are some ends with an event of its own."""
+    """Yields the response headers, then the events as text. An error after the headers becomes ``response.failed``."""
     response: dict[str, Any] = {}
     number = 0
     async with aclosing(events):

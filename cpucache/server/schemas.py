@@ -12,16 +12,16 @@ from cpucache.server.service import Service
 
 
 class SchemaRequest(BaseModel):
-    """A schema to be uploaded."""
+    """A schema to upload."""
 
     model_config = ConfigDict(extra="forbid")
 
     text: str
-    """PML. A module's text stands in it: ``src`` can't be used."""
+    """The schema in PML. It must contain the text of all modules: ``src`` can't be used."""
 
 
 class Nothing(BaseModel):
-    """An empty object. That it is asked for keeps other sites' pages out, whose forms can't send JSON."""
+    """An empty JSON object. It must be sent: forms on pages of other sites can't send JSON, so they can't call this."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,7 +30,7 @@ class Schemas:
     """The endpoints of schemas.
 
     Args:
-        service: Knows them.
+        service: Has the tenants with their schemas.
     """
 
     def __init__(self, service: Service) -> None:
@@ -43,27 +43,27 @@ class Schemas:
         self.router.post("/{name}/encode", status_code=202)(self.encode)
 
     async def all(self, request: Request) -> dict[str, Any]:
-        """Every schema that was uploaded: its tokens, and what of it is encoded."""
+        """All uploaded schemas: the tokens of each, and how many of them are encoded."""
         library = self._service.tenant(request).schemas
         told = await asyncio.to_thread(lambda: [library.told(each) for each in library.all()])
         return {"object": "list", "data": told}
 
     async def add(self, body: SchemaRequest, request: Request) -> dict[str, Any]:
-        """Upload a schema, in place of one of the same name."""
+        """Uploads a schema. One of the same name is replaced."""
         library = self._service.tenant(request).schemas
         return await asyncio.to_thread(lambda: library.told(library.add(body.text)))
 
     async def one(self, name: str, request: Request) -> dict[str, Any]:
-        """A schema with its text and its modules, and how far it is encoded."""
+        """A schema with its text and its modules, and how many of its tokens are encoded."""
         library = self._service.tenant(request).schemas
         return await asyncio.to_thread(library.told, library.get(name), whole=True)
 
     async def delete(self, name: str, request: Request) -> dict[str, Any]:
-        """Forget a schema. What was encoded of it leaves the store by eviction."""
+        """Deletes a schema. Its slices stay in the store until they are evicted."""
         self._service.tenant(request).schemas.delete(name)
         return {"object": "schema", "name": name, "deleted": True}
 
     async def encode(self, name: str, body: Nothing, request: Request) -> dict[str, Any]:  # noqa: ARG002 - see Nothing
-        """Encode a schema in the background; ask for the schema to see how far it is."""
+        """Encodes a schema in the background. The schema's own endpoint reports the progress."""
         library = self._service.tenant(request).schemas
         return await asyncio.to_thread(library.told, library.encode(name))

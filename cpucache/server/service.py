@@ -1,4 +1,4 @@
-"""The service: answers for one engine, as the dialects need them."""
+"""The service: answers requests with one engine, for all APIs."""
 
 from __future__ import annotations
 
@@ -26,36 +26,41 @@ from cpucache.server.tenant import Tenant
 
 T = TypeVar("T")
 ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
-"""Paths that answer prompts."""
+"""Paths of the endpoints that answer prompts."""
 
 
 class Reader:
-    """An answer on its way to a client, for one event loop."""
+    """Passes an answer from the core's thread to one event loop.
+
+    Args:
+        stream: The answer, not begun yet.
+        loop: The event loop that reads.
+    """
 
     def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop) -> None:
         self.stream = stream
         self.expired = False
-        """Whether it has taken longer than it may."""
+        """Whether the answer was stopped because it took too long."""
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         stream.request.listen(self._put)
 
     def _put(self, event: Event) -> None:
-        with suppress(RuntimeError):  # the loop has been closed: nobody reads any more
+        with suppress(RuntimeError):  # the loop is closed: nobody reads the answer
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def begin(self) -> None:
-        """Give the prompt to the core, and wait for the first piece, or the end."""
+        """Submits the prompt to the core and waits for the first piece of the answer, or its end."""
         await asyncio.to_thread(self.stream.begin)
         self._first = await self._next()
 
     def expire(self) -> None:
-        """End it: it has taken too long."""
+        """Stops an answer that has taken too long."""
         self.expired = True
         self.stream.stop()
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The pieces of the answer."""
+        """Yields the pieces of the answer. Raises the error that ended it, ``TimeoutError`` if it expired."""
         piece = self._first
         while piece is not None:
             yield piece
@@ -78,9 +83,9 @@ class Service:
     """Answers requests with an engine.
 
     Args:
-        engine: Belongs to the caller, who closes it.
-        settings: What clients may do.
-        parallel: Requests that the engine answers at a time.
+        engine: The engine. The caller closes it.
+        settings: Limits and options of the server.
+        parallel: Number of requests that the engine answers at the same time.
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings, parallel: int) -> None:
@@ -92,11 +97,11 @@ class Service:
         self.keeper = Keeper(engine.store)
         self._tenants: dict[str, Tenant] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        # One more than the engine answers at a time, so that the next is read ahead.
+        # One more than the engine answers at a time, so that the next prompt is laid out meanwhile.
         self._admission = Admission(parallel + 1, settings.queue)
 
     def tenant(self, request: Request) -> Tenant:
-        """Who asks. Called in the event loop."""
+        """Returns the tenant of a request, created on its first request. Must be called in the event loop."""
         namespace = getattr(request.state, "namespace", "")
         found = self._tenants.get(namespace)
         if found is None:
@@ -106,11 +111,11 @@ class Service:
 
     @property
     def tenants(self) -> list[Tenant]:
-        """Those who have asked for something."""
+        """All tenants that have sent a request."""
         return list(self._tenants.values())
 
     def close(self) -> None:
-        """End what is done in the background, and let go of what is kept for a time."""
+        """Cancels background jobs and releases the slices that are held for a time."""
         self.background.close()
         self.keeper.close()
 
@@ -119,18 +124,33 @@ class Service:
     async def answer(
         self, request: Request, prompt: Asked, sampling: Sampling, max_tokens: int | None, *, use_cache: bool = True
     ) -> AsyncIterator[Reader]:
-        """An answer whose first piece is there. When the block ends, or its client goes, so does the answer."""
+        """Starts an answer and waits for its first piece. The answer is stopped when the ``async with`` block ends.
+
+        Args:
+            request: The HTTP request. Its connection is watched until the first piece.
+            prompt: The prompt to answer.
+            sampling: How tokens are sampled.
+            max_tokens: Tokens of the answer at most; ``None``: the server's default.
+            use_cache: Whether slices may be reused.
+
+        Yields:
+            The answer, whose first piece has arrived.
+
+        Raises:
+            Refusal: Too many requests wait (429), or the client has gone (499).
+            TimeoutError: The request waited, or its first piece took, longer than ``settings.timeout``.
+        """
         tenant = self.tenant(request)
         engine = tenant.engine
         known = min(self.engine.context.n_ctx, self.engine.model.n_ctx_train)
         room = max(1, min(max_tokens or self.settings.max_tokens, known - prompt.size))
-        # Keys share a machine: whoever has many requests waits behind those who have few.
+        # Requests are admitted in turn by key: many requests of one key must not delay the others.
         key = request.headers.get("authorization") or request.headers.get("x-api-key") or ""
         settings = {"reuse": self.settings.reuse, **prompt.settings}
         record = self._recorded(request, prompt, use_cache=use_cache, reuse=settings["reuse"])
         async with self._admission.place(key, self.settings.timeout):
             self.metrics.waiting.set(self._admission.waiting)
-            # A prompt may be a long text to be laid out, and looked up.
+            # In a thread: the layout and lookup of a long prompt take time.
             stream = await asyncio.to_thread(
                 engine.stream, prompt.prompt, max_tokens=room, sampling=sampling, use_cache=use_cache, **settings
             )
@@ -153,7 +173,7 @@ class Service:
                 self.metrics.note(stream.metrics)
 
     def _recorded(self, request: Request, prompt: Asked, *, use_cache: bool, reuse: Reuse) -> Record:
-        """The record of an answer to a request, which may have several."""
+        """Adds a record for one answer to a request. Further answers to it get an id with a number."""
         records = request.state.records
         identity = request.state.id if not records else f"{request.state.id}-{len(records) + 1}"
         record = Record(identity, request.scope["path"], self.model, use_cache=use_cache, reuse=reuse)
@@ -165,9 +185,9 @@ class Service:
         return self.tenant(request).records.begin(record)
 
     def ended(self, request: Request, status: int) -> Record | None:
-        """Note the status of a request; gives the record of its answer, if one was asked for.
+        """Sets the status of a request's records when it has ended, and returns the first, if any.
 
-        One that was refused has a record, too.
+        A refused request to an answering path gets a record too.
         """
         records = request.state.records
         if not records and request.scope["path"] in ANSWERING and hasattr(request.state, "namespace"):
@@ -176,26 +196,26 @@ class Service:
         for record in records:
             record.status = status
             if record.finish == "running":
-                record.finish = "interrupted"  # before it had a place
+                record.finish = "interrupted"  # it ended before it was admitted
         return records[0] if records else None
 
     async def _save_answer(self, engine: Engine, prompt: Asked, stream: Stream) -> None:
-        """Keep a prompt, as far as it was evaluated, up to each of its marks."""
+        """Keeps the slices of a prompt up to each of its marks. Waits until the answer has been saved."""
         await asyncio.to_thread(stream.request.wait)
         for mark in prompt.marks:
             keys = await asyncio.to_thread(self._keys, engine, prompt, mark.position)
             self.keeper.keep(keys, mark.seconds)
 
     def _keys(self, engine: Engine, prompt: Asked, position: int) -> list[str]:
-        """The slices that the first tokens of a prompt are answered from."""
+        """Keys of the slices in the store that cover the first ``position`` tokens of a prompt."""
         assert isinstance(prompt.prompt, Text)
-        # The last token is evaluated in any case: one more than are kept.
+        # A plan never takes the last token from a slice, so it gets one token more than is kept.
         head = prompt.prompt.first(position + 1)
         plan = engine.plan(head, reuse=prompt.settings.get("reuse", self.settings.reuse))
         return [key for key in engine.kv_cache.keys(plan) if key in engine.store]
 
     def facts(self, metrics: Metrics) -> dict[str, str]:
-        """Headers that tell what an answer was made of."""
+        """Response header with the prompt's tokens by relation and the TTFT in milliseconds."""
         counts = {
             "exact": metrics.exact_tokens,
             "clean": metrics.clean_tokens,
@@ -208,7 +228,7 @@ class Service:
 
 
 async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
-    """Wait, as long as the client does. Raises ``Refusal`` when it has gone."""
+    """Awaits ``waiting`` while the client is connected. Otherwise cancels it and raises ``Refusal`` (499)."""
     task = asyncio.ensure_future(waiting)
     try:
         while not task.done():
@@ -221,5 +241,5 @@ async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
 
 
 def new_id(prefix: str) -> str:
-    """An id for a request or a part of its answer."""
+    """Returns a random id for a request or a part of its answer."""
     return f"{prefix}{token_hex(12)}"

@@ -7,31 +7,31 @@ from dataclasses import dataclass
 from cpucache.engine import Reuse
 
 MAX_TOKENS = 1024
-"""Tokens of an answer to a request that does not say how many."""
+"""Tokens of an answer at most, if the request sets no limit."""
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What a server allows its clients."""
+    """Limits and options of a server."""
 
     api_keys: tuple[str, ...] = ()
-    """What clients must show one of, as ``Authorization: Bearer`` or ``x-api-key``."""
+    """Keys of which clients must send one, as ``Authorization: Bearer`` or ``x-api-key``. Empty: none is needed."""
     isolate: bool = False
-    """Whether keys share no slices, not even those that are exact."""
+    """Whether keys share no slices. Otherwise they share exact slices only."""
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]", "testserver")
-    """Names that the Host header may have: others come from a page that resolved its own name to this machine."""
+    """Names that the Host header may have; if empty, any. Others are refused: they may come from DNS rebinding."""
     queue: int = 64
-    """Requests that may wait for their turn."""
+    """Number of requests that may wait for admission, and of waiting background jobs."""
     timeout: float = 600.0
-    """Seconds that a request may take."""
+    """Seconds that a request may wait for admission, and again that its answer may take."""
     max_body: int = 32 << 20
-    """Bytes of a request at most."""
+    """Size of a request body at most."""
     max_schemas: int = 100
-    """Schemas that each key may upload."""
+    """Number of schemas that each key may upload."""
     max_schema_bytes: int = 64 << 20
-    """Characters of all of them."""
+    """Length of the texts of a key's schemas together, counted in characters."""
     max_tokens: int = MAX_TOKENS
     reuse: Reuse = "schema"
-    """Which slices prompts may take that do not say so themselves, see ``Engine.plan``."""
+    """Which slices a prompt may take if the request does not say, see ``Engine.plan``."""
     sorted_tools: bool = True
-    """Whether tools are told to the model in the order of their names, whatever order they were sent in."""
+    """Whether tools are sorted by name before they are rendered, so that their order does not change the prompt."""

@@ -1,4 +1,4 @@
-"""Tool calls in the text of an answer, found while it is written."""
+"""Tool calls in the text of an answer, found while the model writes it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from cpucache.layout.conversation import ToolCall
 
-# Qwen, Hermes and many others; Mistral, whose tag is a control token and has no text. The whole answer as JSON is
-# Llama's way, with a fence that of small models.
+# Qwen, Hermes and many others; Mistral, whose tag is a control token without text. Llama writes the whole answer as
+# JSON, small models put a fence around it.
 _OPEN = ("<tool_call>", "[TOOL_CALLS]")
 _WHOLE = ("{", "[{", "```json", "<|python_tag|>")
 _TAG = "<tool_call>"
@@ -25,7 +25,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refused)
 
 
 def _length(source: str) -> int:
-    """Characters of the JSON that a text begins with."""
+    """Length of the JSON value at the beginning of a text in characters; 0 if there is none."""
     try:
         return int(_DECODER.raw_decode(source)[1])
     except (ValueError, RecursionError):
@@ -34,21 +34,21 @@ def _length(source: str) -> int:
 
 @dataclass
 class ToolParser:
-    """Tells calls from text, piece by piece.
+    """Separates calls from text, piece by piece.
 
-    Text is given out as soon as it can't be the beginning of a call any more.
+    Text is returned as soon as it can't be the beginning of a call any more.
     """
 
     names: Collection[str]
-    """The tools that there are; without any, everything is text."""
+    """Names of the tools that may be called. If empty, everything is text."""
     calls: list[ToolCall] = field(default_factory=list)
-    """Those found, when the answer has ended."""
+    """The calls found. Empty until ``finish``."""
     _held: str = ""
     _calling: bool = False
     _begun: bool = False
 
     def feed(self, piece: str) -> str:
-        """The text that a piece makes certain."""
+        """Takes a piece of the answer. Returns the text that can't belong to a call any more."""
         if not self.names:
             return piece
         self._held += piece
@@ -65,13 +65,13 @@ class ToolParser:
             text, self._held, self._calling = self._held[:at], self._held[at:], True
             return text.rstrip()
         keep = max((size for each in _OPEN for size in range(len(each)) if self._held.endswith(each[:size])), default=0)
-        # White space before a call belongs to neither.
+        # White space is held too: before a call it is dropped.
         keep += len(self._held[: len(self._held) - keep]) - len(self._held[: len(self._held) - keep].rstrip())
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
 
     def finish(self) -> str:
-        """The rest of the text; ``calls`` has what the answer asks for."""
+        """Sets ``calls`` after the last piece, and returns the rest of the text."""
         rest, self._held = self._held, ""
         if not self._calling:
             return rest
@@ -79,11 +79,12 @@ class ToolParser:
         return "" if self.calls else rest
 
     def _parsed(self, text: str) -> list[ToolCall]:
+        """Returns the calls in a text; none if any of them is malformed or names an unknown tool."""
         found: list[ToolCall] = []
         sources, at = [], 0
         while (begin := text.find(_TAG, at)) >= 0:
             sources.append(text[begin + len(_TAG) :].lstrip())
-            # The next call begins behind this one: its arguments may hold the tags themselves.
+            # Search after the JSON of this call: its arguments may contain the tags.
             at = begin + len(_TAG) + _length(sources[-1])
         stripped = text.strip().removeprefix("<|python_tag|>").removeprefix("[TOOL_CALLS]").strip()
         if stripped.startswith("```"):

@@ -1,7 +1,7 @@
-"""The page at ``/``: a few files that are served as they are.
+"""The page at ``/``: a few static files.
 
-A page holds no data: it asks this server's endpoints for it, with a key where the server has keys. Its files are read
-once, when the application is made, so that no path from a request reaches the file system.
+The page contains no data. Its script reads data from this server's endpoints, with an API key if the server has keys.
+The files are read once, when the application is built, so that no path from a request reaches the file system.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TYPES = {
     "icon.svg": "image/svg+xml",
 }
 _HEADERS = {
-    # Everything comes from this server, nothing is inline, and no text becomes markup: the browser refuses all else.
+    # The browser refuses files of other servers, inline scripts, and text used as markup.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'",
@@ -31,7 +31,7 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    # Asked for anew each time: a newer version of the server comes with a newer page.
+    # Checked on each load: the page must match the version of the server.
     "Cache-Control": "no-cache",
 }
 
@@ -41,11 +41,11 @@ def _path(name: str) -> str:
 
 
 PATHS = tuple(map(_path, _TYPES))
-"""Where the files of the page are found. They need no key."""
+"""Paths of the page's files. They need no API key."""
 
 
 def add_page(app: FastAPI) -> None:
-    """Have an application serve the page."""
+    """Adds the page's files to an application."""
     for name, kind in _TYPES.items():
         _add(app, _path(name), (_FOLDER / name).read_bytes(), f"{kind}; charset=utf-8")
 

@@ -1,4 +1,4 @@
-"""Misses in words: what happened, and what to switch on."""
+"""Explanations of misses for clients: the cause, and what to change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cpucache.layout import Tokens
 from cpucache.server.records import Record, Records
 from cpucache.server.settings import ServerSettings
 
-_BEFORE, _BEHIND = 8, 24  # tokens that are shown of both texts around their first difference
+_BEFORE, _BEHIND = 8, 24  # tokens shown of both texts before and after their first difference
 _EVALUATED = "What stands behind it had to be evaluated again."
 _ANYWHERE = (
     'Start the server with --reuse anywhere (or send "cpucache": {"reuse": "anywhere"}), so that what stands '
@@ -58,9 +58,17 @@ _WHERE: dict[Cause, str] = {
 
 
 def told(record: Record, records: Records, settings: ServerSettings, *, movable: bool) -> dict[str, Any] | None:
-    """Why tokens of a request were evaluated that need not have been, as clients are told; ``None`` if none were.
+    """Explains why tokens of a request were evaluated that could have been reused, as a JSON object for clients.
 
-    ``movable``: whether slices can be spliced behind other text, with this model.
+    Args:
+        record: The request.
+        records: The tenant's records, for comparison.
+        settings: Options of the server, which the advice depends on.
+        movable: Whether this model's slices can be spliced at another position.
+
+    Returns:
+        Cause, explanation, advice, the texts at the first difference, tokens evaluated and seconds spent on them;
+        ``None`` if there is nothing to explain.
     """
     miss = records.why(record)
     if miss is None:
@@ -82,6 +90,7 @@ def told(record: Record, records: Records, settings: ServerSettings, *, movable:
 
 
 def _advice(miss: Miss, record: Record, settings: ServerSettings, *, movable: bool) -> str:
+    """Returns what a client or the operator can change to avoid a miss."""
     cause = miss.cause
     if cause == "tools-reordered" and settings.sorted_tools:
         return "Send the tools in the same order; sorted by name they differ still, for two of them have one name."
