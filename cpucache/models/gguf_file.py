@@ -1,8 +1,8 @@
-"""A quick look at a GGUF file that tells whether llama.cpp can be handed it.
+"""A quick check of a GGUF file, before llama.cpp loads it.
 
-Only the header is read (magic, metadata, tensor infos), straight from a memory map, and what it promises is compared
-with the size of the file. The reader is meant for files of any origin: every count and length is bounded before it is
-used, nothing is built in memory, and time is bounded by ``_MAX_STRINGS``.
+Only the header is read (magic, metadata, tensor infos), from a memory map, and the size that it implies is compared
+with the size of the file. The file may be hostile: every count and length is checked before it is used, nothing is
+copied into memory, and ``_MAX_STRINGS`` limits the time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cpucache.errors import ModelError
 
 _U32, _I64, _U64 = struct.Struct("<I"), struct.Struct("<q"), struct.Struct("<Q")
 
-# Far above what any model has (a large mixture of experts: about 2,000 tensors; the largest vocabulary with its merges:
-# about 800,000 strings), and low enough that a hostile file is refused in well under two seconds.
+# Far above any model (a large mixture of experts has about 2,000 tensors; the largest vocabulary has about 800,000
+# strings with its merges), and low enough to refuse a hostile file in well under two seconds.
 _MAX_ENTRIES = 1 << 16
 _MAX_STRINGS = 1 << 22
 _MAX_DIMENSIONS = 4
@@ -37,10 +37,9 @@ _TENSOR_TYPES = {
 
 
 def check_gguf(path: Path) -> None:
-    """Refuse, in one line, a file that is not a GGUF of a supported version or that is truncated or damaged.
+    """Raises ``ModelError`` for a file that is no GGUF of a supported version, or is truncated or damaged.
 
-    Tensor data is not read, so damage inside it goes unnoticed; tensors of a type unknown here are not measured.
-    Raises ModelError.
+    Tensor data is not read, so damage inside it is not found. The size of a tensor of an unknown type counts as 0.
     """
     try:
         with path.open("rb") as file:
@@ -54,13 +53,13 @@ def check_gguf(path: Path) -> None:
 
 
 class _Header:
-    """A cursor over the header of one file."""
+    """Reader of the header of one file; ``at`` is the offset of the next byte to read."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
         self.data = data
         self.size = len(data)
-        self.at = 4  # behind the magic
+        self.at = 4  # after the magic
         self.strings_left = _MAX_STRINGS
 
     def check(self) -> None:
@@ -106,7 +105,7 @@ class _Header:
         return count
 
     def string(self) -> tuple[int, int]:
-        """Skip a string; returns where its bytes start, and how many they are."""
+        """Skips a string. Returns the offset of its bytes, and their number."""
         length = self.number(_U64)
         start = self.at
         self.skip(length)
@@ -129,7 +128,7 @@ class _Header:
             self.damaged(f"it has a value of unknown type {kind}")
 
     def skip_strings(self, count: int) -> None:
-        # A vocabulary has hundreds of thousands of strings: this loop is the time of the whole check, so it is flat.
+        # A vocabulary has hundreds of thousands of strings: this loop takes most of the time, so it calls no methods.
         self.strings_left -= count
         if self.strings_left < 0:
             self.damaged(f"it claims more than {_MAX_STRINGS:,} strings")
@@ -142,7 +141,7 @@ class _Header:
         self.skip(at)
 
     def tensor_end(self, alignment: int) -> int:
-        """Read one tensor info; returns where its data ends, counted from the start of all tensor data."""
+        """Reads one tensor info. Returns the end of its data, in bytes from the start of all tensor data."""
         self.string()
         dimensions = self.number(_U32)
         if dimensions > _MAX_DIMENSIONS:
