@@ -1,4 +1,4 @@
-"""Opening of the package's SQLite files: with a write-ahead log, shared by several threads and processes."""
+"""The package's SQLite files: opened with a write-ahead log, and shared by several threads and processes."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ def read_database(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(database: sqlite3.Connection, script: str, added: Mapping[str, Sequence[str]]) -> None:
+    """Switches to WAL, adds missing columns and runs ``script``. Retries for ``WAIT`` seconds while it is locked."""
     give_up = time.monotonic() + WAIT
     while True:
         try:

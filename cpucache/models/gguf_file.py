@@ -63,6 +63,7 @@ class _Header:
         self.strings_left = _MAX_STRINGS
 
     def check(self) -> None:
+        """Reads the header. Raises ``ModelError`` for an unknown version, and for a damaged or truncated file."""
         version = self.number(_U32)
         if version & 0xFFFF == 0:
             raise ModelError(f"{self.path} is a big-endian GGUF file: convert it to little-endian")
@@ -88,17 +89,20 @@ class _Header:
         raise ModelError(f"{self.path} is a damaged GGUF file ({reason}): fetch it again")
 
     def skip(self, length: int) -> None:
+        """Skips ``length`` bytes. Raises ``ModelError`` at the end of the file, as do the methods that follow."""
         if length > self.size - self.at:
             self.damaged("it ends inside its header")
         self.at += length
 
     def number(self, layout: struct.Struct) -> int:
+        """Reads an integer."""
         start = self.at
         self.skip(layout.size)
         value: int = layout.unpack_from(self.data, start)[0]
         return value
 
     def count(self, what: str) -> int:
+        """Reads the number of tensors or metadata entries, at most ``_MAX_ENTRIES``."""
         count = self.number(_U64)
         if count > _MAX_ENTRIES:
             self.damaged(f"it claims {count:,} {what}")
@@ -112,6 +116,7 @@ class _Header:
         return start, length
 
     def skip_value(self, kind: int) -> None:
+        """Skips a metadata value of a type, by its number."""
         if kind in _SCALARS:
             self.skip(_SCALARS[kind])
         elif kind == _STRING:
@@ -128,6 +133,7 @@ class _Header:
             self.damaged(f"it has a value of unknown type {kind}")
 
     def skip_strings(self, count: int) -> None:
+        """Skips ``count`` strings."""
         # A vocabulary has hundreds of thousands of strings: this loop takes most of the time, so it calls no methods.
         self.strings_left -= count
         if self.strings_left < 0:

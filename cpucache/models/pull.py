@@ -147,6 +147,7 @@ class _Pull:
         self.progress = progress
 
     def run(self, say: Say) -> None:
+        """Fetches the missing parts and assembles the file. Raises ``CpucacheError`` or ``OSError`` when that fails."""
         self._check_disk(say)
         self.staging.mkdir(exist_ok=True)
         done = 0
@@ -165,6 +166,7 @@ class _Pull:
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def _check_disk(self, say: Say) -> None:
+        """Says how much disk space the pull needs. Raises ``CpucacheError`` when there is less."""
         staged = [self._staged(part) for part in self.source.parts]
         present = sum(path.stat().st_size for path in staged if path.exists())
         missing = max(self.source.download - present, 0)
@@ -182,6 +184,7 @@ class _Pull:
             )
 
     def _fetch(self, part: Part, staged: Path, done: int) -> None:
+        """Runs the client of a part and moves its file to ``staged``; ``done``: bytes of the parts before."""
         work = self.staging / f"{part.staged_name}.work"
         if not part.resumes:
             shutil.rmtree(work, ignore_errors=True)
@@ -219,7 +222,7 @@ class _Pull:
         built.replace(self.target)
 
     def _verified(self) -> Iterator[bytes]:
-        """The model's bytes, in chunks. Raises ``CpucacheError`` for wrong bytes, at the latest after the last chunk."""
+        """Chunks of the model's bytes. Raises ``CpucacheError`` for wrong bytes, after the last chunk at the latest."""
         digest = hashlib.sha256()
         done = 0
         for part in self.source.parts:

@@ -52,7 +52,7 @@ _LONGEST_NAME = 100
 
 
 def default_sessions() -> Path:
-    """``$CPUCACHE_SESSIONS``, else in the user's data, not cache: unlike slices, nobody can compute them again."""
+    """``$CPUCACHE_SESSIONS``, else in the user's data, not cache: unlike slices, they can't be computed again."""
     named = os.environ.get("CPUCACHE_SESSIONS")
     return Path(named).expanduser() if named else platformdirs.user_data_path("cpucache") / "sessions"
 
@@ -252,6 +252,7 @@ class Transcripts:
         return rows
 
     def _lock(self, name: str) -> filelock.BaseFileLock:
+        """Locks a conversation. Raises ``CpucacheError`` when it is locked elsewhere."""
         # Hashed, because a name may contain what a file system refuses, and differ only in what it ignores (case).
         path = self.folder / f"{sha256(name.encode()).hexdigest()[:32]}.lock"
         lock = filelock.FileLock(path, mode=0o600)

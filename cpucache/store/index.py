@@ -258,6 +258,7 @@ class Index:
         return now
 
     def _evict(self, victims: Sequence[_Victim], leaving: float, delete: Callable[[str], None]) -> None:
+        """Deletes the files of marked victims, then their rows; unmarks victims whose file could not be deleted."""
         gone = 0
         try:
             for victim in victims:
@@ -287,6 +288,7 @@ class Index:
         )
 
     def _insert(self, key: str, info: SliceInfo, size: int, *, whole: bool) -> None:
+        """Inserts a row, unless there is one, with the uses remembered in ``absent``."""
         now = time.time()
         row = asdict(info) | {"key": key, "bytes": size, "created": now, "used": now, "whole": whole}
         columns = ", ".join(row)

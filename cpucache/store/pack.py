@@ -60,6 +60,7 @@ class _Entry:
 
     @property
     def sound(self) -> bool:
+        """Whether size, key and hash have the right form: they come from a file of unknown origin."""
         fine = type(self.bytes) is int and 0 < self.bytes < 1 << 63
         return fine and _is_hex(self.key, 32) and _is_hex(self.sha256, 64)
 
@@ -200,6 +201,7 @@ def _read(file: IO[bytes], entry: tarfile.TarInfo) -> Iterator[bytes]:
 
 
 def _manifest(file: IO[bytes], path: Path, key: Path | None) -> tuple[Pack, list[_Entry]]:
+    """Reads and checks the manifest, and the signature if ``key`` is given. Raises ``InputError``."""
     entry = _next(file)
     if entry is None or entry.name != _MANIFEST or not entry.isreg() or entry.size > _MANIFEST_LIMIT:
         raise InputError(f"{path}: not a pack: it does not begin with {_MANIFEST}")
@@ -279,6 +281,7 @@ def _extract(file: IO[bytes], pack: Pack, entries: list[_Entry], staged: SliceFi
 
 
 def _check(staged: SliceFiles, key: str, pack: Pack, path: Path) -> None:
+    """Raises ``InputError`` unless a staged file is the slice of its key, for the pack's model."""
     try:
         staged.check(key)
         found = staged.info(key)

@@ -51,9 +51,11 @@ class SliceInfo:
     schema: str
     module: str
     tokens: int
+    """Number of tokens."""
     start: int
     """Position of the first token."""
     state_format: str
+    """What the bytes of a state depend on besides the model, see ``slice_key``."""
     context: str
     """Key of the context that the tokens attended to."""
     seconds: float
@@ -209,6 +211,7 @@ class SliceFiles:
             raise Damaged(f"{self.path(key)}: its content has changed since it was written")
 
     def _open(self, key: str) -> _Opened | None:
+        """Maps a file and checks its header; ``None`` without such a file. Raises ``Damaged``."""
         path = self.path(key)
         try:
             with open_regular(path) as file:
@@ -269,6 +272,7 @@ def _tensor(entry: dict[str, Any], kind: str, data: Bytes) -> Bytes:
 
 
 def _info(metadata: dict[str, str]) -> SliceInfo:
+    """Converts metadata, which has strings only, to the types of the fields."""
     kinds: dict[str, Any] = {"int": int, "float": float, "str": str}
     return SliceInfo(**{field.name: kinds[str(field.type)](metadata[field.name]) for field in fields(SliceInfo)})
 

@@ -1,4 +1,4 @@
-"""Opening of a store: its index (rebuilt where it was lost), remains of killed imports, the default budget."""
+"""Start-up of a store: its index (rebuilt where it was lost), remains of killed imports, the default budget."""
 
 from __future__ import annotations
 

@@ -222,6 +222,7 @@ class Store:
         return state
 
     def _mapped(self, key: str) -> Bytes | None:
+        """State from a slice's file; a file that can't be used is set aside or never read again."""
         if self.files is None or key in self._useless:
             return None
         try:
@@ -444,6 +445,7 @@ class Store:
             self._trouble(error)
 
     def _trouble(self, error: Exception) -> None:
+        """Logs the first disk error as a warning."""
         if not self._warned:
             _log.warning("can't keep slices in %s (%s); going on from memory", self.home, error)
             self._warned = True

@@ -128,6 +128,7 @@ class Writer(Generic[Job]):
             self._closing = False
 
     def _run(self) -> None:
+        """Loop of the thread; ends after ``close``, once no job waits."""
         while True:
             with self._changed:
                 while not (self._jobs or self._poked or self._closing):
