@@ -351,7 +351,7 @@ def _shown(name: object) -> str:
 
 
 def _line(error: Exception) -> str:
-    """Message of an error, on one line: SQLite quotes names from damaged files, unprintable characters included."""
+    """Message of an error, unprintable characters replaced: SQLite quotes names from damaged files."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(error))
 
 
