@@ -34,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # llama.cpp is loaded with the engine, which `cpucache --help` and reading PML can do without.
+    # Imported on first use: the engine loads llama.cpp, which `cpucache --help` and the PML parser don't need.
     if name in {"Engine", "Fidelity", "Metrics", "Reply", "Sampling", "Session", "Stream"}:
         import cpucache.engine
 

@@ -1,4 +1,4 @@
-"""``python -m cpucache``: the command, where it is not on the path."""
+"""``python -m cpucache``: runs the command line where ``cpucache`` is not on the PATH."""
 
 from cpucache.cli.main import main
 

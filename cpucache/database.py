@@ -1,4 +1,4 @@
-"""How the package opens its SQLite files: write-ahead logged, and by several processes at the same moment."""
+"""The package's SQLite files: opened with a write-ahead log, and shared by several threads and processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpucache.private import private_file
 
 _making = threading.Lock()
 WAIT = 20.0
-"""Seconds for other processes to finish their transactions."""
+"""Seconds to wait for other processes to finish their transactions."""
 
 
 def open_database(
@@ -24,21 +24,28 @@ def open_database(
     synchronous: Literal["NORMAL", "FULL"],
     added: Mapping[str, Sequence[str]] | None = None,
 ) -> sqlite3.Connection:
-    """The SQLite file at ``path`` with ``schema`` run on it, made if there is none, in autocommit, for several threads.
+    """Opens the SQLite file at ``path``, creating it if it is missing, and runs ``schema`` on it.
 
-    Everything in ``schema`` must be harmless when it is there already. ``synchronous`` NORMAL may lose the last
-    transactions in a power cut, never the file; FULL loses nothing. ``added`` names columns, with their types, that a
-    table gained since earlier versions: they are added to a table that lacks them. The file is for its owner alone
-    (``private_file``), and so is its log.
+    The connection is in autocommit mode and may be used from several threads. Only the owner can read or write the file
+    and its log (``private_file``).
 
-    Raises ``sqlite3.Error`` when the file can't be used.
+    Args:
+        path: The file; ``:memory:`` for a database in memory.
+        schema: SQL script; its statements must be harmless on a file that has been set up before.
+        synchronous: ``NORMAL`` may lose the last transactions in a power cut, but never damages the file. ``FULL``
+            loses nothing.
+        added: For each table, the columns with their types that it gained since earlier versions. A table that lacks
+            them gets them.
+
+    Raises:
+        sqlite3.Error: The file can't be used.
     """
-    # Another thread must not have locked the file yet when the one that makes it closes it. What can't be done, SQLite
-    # says in its own words.
+    # Under a lock: closing a file gives up this process's locks on it (POSIX), so no other thread may have opened the
+    # database before the file has been created and closed. An OSError is left for SQLite to report.
     if str(path) != ":memory:":
         with _making, contextlib.suppress(OSError):
             private_file(path)
-            # New ones get the mode of the file.
+            # SQLite gives a new log the mode of the database file.
             for log in (path.with_name(path.name + end) for end in ("-wal", "-shm")):
                 if log.exists():
                     private_file(log)
@@ -52,9 +59,10 @@ def open_database(
 
 
 def read_database(path: Path) -> sqlite3.Connection:
-    """An SQLite file that can't be written, on a read-only disk for example, opened to be read.
+    """Opens for reading an SQLite file that can't be written, for example one on a read-only disk.
 
-    Where no log can be made beside it, what lies in one is not seen. Raises ``sqlite3.Error`` when it can't be read.
+    Where SQLite can't create its shared-memory file beside it, transactions that are only in the log are ignored.
+    Raises ``sqlite3.Error`` when the file can't be read.
     """
     failure: sqlite3.Error | None = None
     for mode in ("mode=ro", "mode=ro&immutable=1"):
@@ -71,11 +79,12 @@ def read_database(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(database: sqlite3.Connection, script: str, added: Mapping[str, Sequence[str]]) -> None:
+    """Switches to WAL, adds missing columns and runs ``script``. Retries for ``WAIT`` seconds while it is locked."""
     give_up = time.monotonic() + WAIT
     while True:
         try:
-            # Of two that switch a new file to a log at once, one is told "locked" without any waiting, for SQLite asks
-            # no busy handler where both might wait for each other (sqlite3_busy_handler).
+            # When two connections switch a new file to WAL at the same moment, one fails with "locked" at once: SQLite
+            # does not call the busy handler where that could deadlock (sqlite3_busy_handler).
             database.execute("PRAGMA journal_mode = WAL")
             for table, columns in added.items():
                 there = {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
@@ -87,7 +96,7 @@ def _prepare(database: sqlite3.Connection, script: str, added: Mapping[str, Sequ
         except UnicodeDecodeError as error:
             raise sqlite3.DatabaseError(f"the names of its columns are damaged ({error})") from error
         except sqlite3.OperationalError as error:
-            # Another process may have added the column meanwhile: the next round finds it.
+            # Another process may have added the column meanwhile: the next attempt finds it.
             again = "locked" in str(error) or "duplicate column" in str(error)
             if not again or time.monotonic() > give_up:
                 raise

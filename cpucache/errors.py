@@ -1,22 +1,27 @@
-"""The errors that reach a user. Each carries one line that says what is wrong and what to do about it."""
+"""Errors that reach a user. Each message is one line that says what is wrong and what to do about it."""
 
 from __future__ import annotations
 
 
 class CpucacheError(Exception):
-    """Something failed while running: the command line prints the message and exits with status 1."""
+    """A failure at run time. The command line prints the message and exits with status 1."""
 
 
 class InputError(CpucacheError):
-    """What the user gave is wrong (a file, an argument, a name): the command line exits with status 2."""
+    """Wrong input from the user (a file, an argument, a name). The command line exits with status 2."""
 
 
 class PMLError(InputError):
-    """A schema or prompt breaks the rules of PML.
+    """A schema or prompt that breaks the rules of PML.
 
-    ``file``, ``line`` and ``column`` (both 1-based, the column only where it is known) say where. All are part of the
-    message, as ``file:line: what is wrong`` or ``file:line:column: what is wrong``. ``others`` are the further mistakes
-    in the same document, by line.
+    The message is ``file:line: reason`` or ``file:line:column: reason``.
+
+    Attributes:
+        file: Name of the document.
+        line: Line, 1-based; ``None`` where it is unknown.
+        column: Column, 1-based; ``None`` where it is unknown.
+        reason: The message without file, line and column.
+        others: Further errors in the same document, by line.
     """
 
     def __init__(self, message: str, *, file: str, line: int | None, column: int | None = None) -> None:
@@ -30,8 +35,8 @@ class PMLError(InputError):
 
 
 class ModelError(InputError):
-    """A model can't be found, opened or used for what was asked."""
+    """A model that can't be found, opened, or used for the request."""
 
 
 class ContextFull(InputError):
-    """A prompt needs more cells than the context holds (``n_ctx``)."""
+    """A prompt that needs more cells than the llama.cpp context has (``n_ctx``)."""

@@ -1,4 +1,4 @@
-"""Files and folders for their owner alone, whatever the umask: what people ask a model is nobody else's business."""
+"""Files and folders that only their owner can read, whatever the umask: they hold what people ask a model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _OTHERS = 0o077
 
 
 def private_folder(path: Path) -> None:
-    """Make a folder for its owner alone (mode 700), and those that are missing above it.
+    """Creates a folder, and missing folders above it, that only the owner can enter (mode 700).
 
-    A folder that is there already is left as it is; a warning, once, says that others can look into it. Raises
-    ``OSError`` when there can't be such a folder.
+    An existing folder keeps its mode; if other users can list it, one warning says so. Raises ``OSError`` when the
+    folder can't be created.
     """
     for folder in reversed([path, *path.parents]):
         if folder == path or not folder.exists():
@@ -31,14 +31,14 @@ def private_folder(path: Path) -> None:
 
 
 def private_file(path: Path) -> None:
-    """Let nobody but its owner read or write a file (mode 600), which is made, empty, if there is none.
+    """Restricts a file to its owner (mode 600); creates it, empty, if it is missing.
 
-    What is no regular file is left as it is. Raises ``OSError`` when the file can't be made or changed.
+    Anything but a regular file is left unchanged. Raises ``OSError`` when the file can't be created or changed.
     """
     try:
         path.touch(0o600, exist_ok=False)
     except FileExistsError:
-        # Changed by name, not opened: closing a file gives up every lock that SQLite holds on it in this process.
+        # By name, without opening it: closing a file gives up every lock that SQLite holds on it in this process.
         found = path.stat().st_mode
         if stat.S_ISREG(found) and found & _OTHERS:
             path.chmod(0o600)

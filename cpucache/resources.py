@@ -1,4 +1,4 @@
-"""Data folders of the project, found the same way from a checkout and from an installed wheel."""
+"""Data files of the project, in a checkout and in an installed wheel."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def checkout() -> Path | None:
-    """The root of the source tree that this package runs from, or None when it runs from an installed wheel."""
+    """Root of the source tree that this package runs from; ``None`` for an installed wheel."""
     root = _PACKAGE.parent
     return root if (root / "pyproject.toml").is_file() and (root / "gguf_models").is_dir() else None
 
 
 def resource(name: str) -> Path:
-    """The file or folder ``name`` (``gguf_models/catalogue.toml``, ``schemas``) that ships with the project.
+    """Path of a file or folder that ships with the project, such as ``gguf_models/catalogue.toml`` or ``schemas``.
 
-    Raises CpucacheError when the installation lacks it.
+    Raises ``CpucacheError`` when the installation lacks it.
     """
     path = (checkout() or _PACKAGE / "data") / name
     if not path.exists():

@@ -1,6 +1,7 @@
-"""Stages: where the time of a request goes, measured where the work is done, for whoever asks.
+"""Stages: the time of a request, measured by kind of work where that work is done.
 
-``with profiled() as profile`` profiles what is asked for in its block. Elsewhere ``stage`` costs a look at a variable.
+``with profiled() as profile`` measures the requests that begin in its block. Outside such a block, ``stage`` only reads
+a variable.
 """
 
 from __future__ import annotations
@@ -13,54 +14,55 @@ from types import TracebackType
 from typing import Literal, TypeAlias, get_args
 
 Stage: TypeAlias = Literal["parse", "plan", "look up", "load", "shift", "decode", "sample"]
-"""What a request does. ``parse``: PML text becomes a tree. ``plan``: the prompt becomes tokens at positions. ``look
-up``: the slices that there are of it are found. ``load``: their states are put into the llama.cpp context. ``shift``:
-they are moved to other positions. ``decode``: llama.cpp evaluates tokens. ``sample``: a token is chosen."""
+"""Kind of work in a request. ``parse``: PML text becomes a tree. ``plan``: the prompt becomes tokens at positions.
+``look up``: its slices are found in the store. ``load``: states are loaded into the llama.cpp context. ``shift``: they
+are moved to other positions. ``decode``: llama.cpp evaluates tokens. ``sample``: a token is chosen."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Profile:
-    """Milliseconds of a request by stage. A stage within another counts once, as itself."""
+    """Milliseconds of a request by stage. Time in a nested stage counts for the nested stage only."""
 
     def __init__(self) -> None:
         self.ms: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
-        """Of the whole request."""
+        """Milliseconds of the whole request."""
         self.first_ms: dict[Stage, float] | None = None
-        """Until the first token of the answer; ``None``: there is none."""
+        """Milliseconds until the first token of the answer; ``None`` before there is one."""
         self.before_ms = 0.0
-        """What was counted before the call."""
+        """Milliseconds counted before ``note_call``, in all stages."""
         self._open: list[Stage] = []
         self._since = 0.0
 
     def begin(self, stage: Stage) -> None:
-        """Count what follows as ``stage``."""
+        """Counts the time from now on for ``stage``."""
         self._count()
         self._open.append(stage)
 
     def end(self) -> None:
-        """Count what follows as the stage around the last that began."""
+        """Ends the innermost stage: counts the time from now on for the stage around it."""
         self._count()
         self._open.pop()
 
     def add(self, stage: Stage, seconds: float) -> None:
-        """Count time that was measured elsewhere."""
+        """Adds ``seconds`` that were measured elsewhere to ``stage``."""
         self.ms[stage] += seconds * 1000
 
     def note_call(self) -> None:
-        """Note that the call begins whose time is measured."""
+        """Marks the start of the call whose total time ``split`` receives."""
         self.before_ms = sum(self.ms.values())
 
     def note_first(self) -> None:
-        """Note that the first token of the answer is there."""
+        """Marks the first token of the answer."""
         if self.first_ms is None:
             self.first_ms = dict(self.ms)
 
     def split(self, ms: float, *, first: bool = True) -> dict[str, float]:
-        """Milliseconds by stage, and what is left of ``ms`` as ``rest``: waiting, saving, handing over.
+        """Milliseconds by stage; ``rest`` is the remainder: waiting, saving, passing results between threads.
 
         Args:
-            ms: How long it took from the call on. What was parsed before the call comes on top.
-            first: Until the first token, instead of to the end.
+            ms: Milliseconds since ``note_call``. ``before_ms`` is added to it.
+            first: Whether ``ms``, and the result, end with the first token. Without a first token, they are those of
+                the whole request.
         """
         spent = self.first_ms if first and self.first_ms is not None else self.ms
         found: dict[str, float] = {name: round(each, 3) for name, each in spent.items()}
@@ -93,22 +95,22 @@ _OFF = nullcontext()
 
 
 def current() -> Profile | None:
-    """The profile of what this thread is doing, if anybody asked for one."""
+    """Profile that this thread adds to; ``None`` outside ``profiled``."""
     return _current.get()
 
 
 def stage(name: Stage) -> AbstractContextManager[None]:
-    """Measures a block as a stage of what this thread is doing. Nothing is measured unless somebody asked."""
+    """Measures a block as a stage in the profile of this thread; does nothing outside ``profiled``."""
     profile = _current.get()
     return _OFF if profile is None else _Timer(profile, name)
 
 
 @contextmanager
 def profiled(profile: Profile | None = None) -> Iterator[Profile]:
-    """Profiles what this thread does in a block, and the requests that begin in it, wherever these are served.
+    """Profiles the work of this thread in a block, and the requests that begin in it, whichever thread serves them.
 
     Args:
-        profile: Is added to; a new one if none is given.
+        profile: Profile to add to; ``None`` for a new one.
     """
     profile = Profile() if profile is None else profile
     token = _current.set(profile)

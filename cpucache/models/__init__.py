@@ -1,4 +1,4 @@
-"""Models: the catalogue and the weights on this machine. ``cpucache.models.pull`` fetches them."""
+"""Models: the catalogue, and the weights on this machine. ``cpucache.models.pull`` fetches weights."""
 
 from cpucache.models.catalogue import Model, default_model, known_models
 from cpucache.models.gguf_file import check_gguf

@@ -1,4 +1,4 @@
-"""The model catalogue: what can be fetched by name. ``gguf_models/README.md`` describes the file."""
+"""The model catalogue: models that can be fetched by name. ``gguf_models/README.md`` describes the file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A file of weights that can be fetched: ``size`` in bytes, ``sha256`` where it is known, sources in order."""
+    """A file of weights that can be fetched: ``size`` in bytes, ``sha256`` if known, ``sources`` in order of trial."""
 
     name: str
     filename: str
@@ -36,7 +36,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Weights):
-    """A model of the catalogue. ``context``: tokens it was trained for; ``parameters``: how many numbers it has."""
+    """A model of the catalogue. ``context``: trained context length in tokens; ``parameters``: number of weights."""
 
     description: str
     licence: str
@@ -47,17 +47,17 @@ class Model(Weights):
 
 @cache
 def known_models() -> Mapping[str, Model]:
-    """The models by name, in the order of the file; the first is the default. Raises InputError if it is malformed."""
+    """Models by name, in the order of the catalogue. Raises ``InputError`` when the catalogue is malformed."""
     return read_catalogue(resource("gguf_models/catalogue.toml"))
 
 
 def default_model() -> str:
-    """The name of the model that commands use unless told otherwise."""
+    """Name of the model that commands use by default: the first of the catalogue."""
     return next(iter(known_models()))
 
 
 def read_catalogue(path: Path) -> dict[str, Model]:
-    """Read a catalogue file. Raises InputError that names the entry and what is wrong with it."""
+    """Reads a catalogue file. Raises ``InputError``, which names the entry and what is wrong with it."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -100,7 +100,7 @@ def _source(table: dict[str, Any], where: str) -> Source:
 
 
 def _build(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Make a dataclass of a TOML table, insisting on exactly its fields and their types."""
+    """Builds a dataclass from a TOML table. Raises ``InputError`` for a missing, unknown or mistyped field."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
     if missing := sorted(required - values.keys()):

@@ -1,8 +1,8 @@
-"""A quick look at a GGUF file that tells whether llama.cpp can be handed it.
+"""A quick check of a GGUF file, before llama.cpp loads it.
 
-Only the header is read (magic, metadata, tensor infos), straight from a memory map, and what it promises is compared
-with the size of the file. The reader is meant for files of any origin: every count and length is bounded before it is
-used, nothing is built in memory, and time is bounded by ``_MAX_STRINGS``.
+Only the header is read (magic, metadata, tensor infos), from a memory map, and the size that it implies is compared
+with the size of the file. The file may be hostile: every count and length is checked before it is used, nothing is
+copied into memory, and ``_MAX_STRINGS`` limits the time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cpucache.errors import ModelError
 
 _U32, _I64, _U64 = struct.Struct("<I"), struct.Struct("<q"), struct.Struct("<Q")
 
-# Far above what any model has (a large mixture of experts: about 2,000 tensors; the largest vocabulary with its merges:
-# about 800,000 strings), and low enough that a hostile file is refused in well under two seconds.
+# Far above any model (a large mixture of experts has about 2,000 tensors; the largest vocabulary has about 800,000
+# strings with its merges), and low enough to refuse a hostile file in well under two seconds.
 _MAX_ENTRIES = 1 << 16
 _MAX_STRINGS = 1 << 22
 _MAX_DIMENSIONS = 4
@@ -37,10 +37,9 @@ _TENSOR_TYPES = {
 
 
 def check_gguf(path: Path) -> None:
-    """Refuse, in one line, a file that is not a GGUF of a supported version or that is truncated or damaged.
+    """Raises ``ModelError`` for a file that is no GGUF of a supported version, or is truncated or damaged.
 
-    Tensor data is not read, so damage inside it goes unnoticed; tensors of a type unknown here are not measured.
-    Raises ModelError.
+    Tensor data is not read, so damage inside it is not found. The size of a tensor of an unknown type counts as 0.
     """
     try:
         with path.open("rb") as file:
@@ -54,16 +53,17 @@ def check_gguf(path: Path) -> None:
 
 
 class _Header:
-    """A cursor over the header of one file."""
+    """Reader of the header of one file; ``at`` is the offset of the next byte to read."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
         self.data = data
         self.size = len(data)
-        self.at = 4  # behind the magic
+        self.at = 4  # after the magic
         self.strings_left = _MAX_STRINGS
 
     def check(self) -> None:
+        """Reads the header. Raises ``ModelError`` for an unknown version, and for a damaged or truncated file."""
         version = self.number(_U32)
         if version & 0xFFFF == 0:
             raise ModelError(f"{self.path} is a big-endian GGUF file: convert it to little-endian")
@@ -89,30 +89,34 @@ class _Header:
         raise ModelError(f"{self.path} is a damaged GGUF file ({reason}): fetch it again")
 
     def skip(self, length: int) -> None:
+        """Skips ``length`` bytes. Raises ``ModelError`` at the end of the file, as do the methods that follow."""
         if length > self.size - self.at:
             self.damaged("it ends inside its header")
         self.at += length
 
     def number(self, layout: struct.Struct) -> int:
+        """Reads an integer."""
         start = self.at
         self.skip(layout.size)
         value: int = layout.unpack_from(self.data, start)[0]
         return value
 
     def count(self, what: str) -> int:
+        """Reads the number of tensors or metadata entries, at most ``_MAX_ENTRIES``."""
         count = self.number(_U64)
         if count > _MAX_ENTRIES:
             self.damaged(f"it claims {count:,} {what}")
         return count
 
     def string(self) -> tuple[int, int]:
-        """Skip a string; returns where its bytes start, and how many they are."""
+        """Skips a string. Returns the offset of its bytes, and their number."""
         length = self.number(_U64)
         start = self.at
         self.skip(length)
         return start, length
 
     def skip_value(self, kind: int) -> None:
+        """Skips a metadata value of a type, by its number."""
         if kind in _SCALARS:
             self.skip(_SCALARS[kind])
         elif kind == _STRING:
@@ -129,7 +133,8 @@ class _Header:
             self.damaged(f"it has a value of unknown type {kind}")
 
     def skip_strings(self, count: int) -> None:
-        # A vocabulary has hundreds of thousands of strings: this loop is the time of the whole check, so it is flat.
+        """Skips ``count`` strings."""
+        # A vocabulary has hundreds of thousands of strings: this loop takes most of the time, so it calls no methods.
         self.strings_left -= count
         if self.strings_left < 0:
             self.damaged(f"it claims more than {_MAX_STRINGS:,} strings")
@@ -142,7 +147,7 @@ class _Header:
         self.skip(at)
 
     def tensor_end(self, alignment: int) -> int:
-        """Read one tensor info; returns where its data ends, counted from the start of all tensor data."""
+        """Reads one tensor info. Returns the end of its data, in bytes from the start of all tensor data."""
         self.string()
         dimensions = self.number(_U32)
         if dimensions > _MAX_DIMENSIONS:

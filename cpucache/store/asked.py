@@ -1,4 +1,4 @@
-"""What was asked lately and could not be answered from exact slices: the work that is left for idle times."""
+"""Recent prompts that were not answered from exact slices only: work for refining when idle."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEPT = 200  # combinations
 
 @dataclass(frozen=True)
 class Part:
-    """A run of tokens of a prompt. ``saved``: it becomes a slice."""
+    """A run of tokens of a prompt. ``saved``: whether the run is to be saved as a slice."""
 
     tokens: Ids
     module: str
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Combination:
-    """What a prompt consisted of before its question."""
+    """The text of a prompt up to its question, part by part. ``uses``: how many prompts had it."""
 
     id: str
     schema: str
@@ -46,25 +46,34 @@ class Combination:
 
 
 class Asked:
-    """Combinations of text, the most asked first, shared by all processes.
+    """The latest combinations of parts that were asked, in an SQLite file that all processes share.
+
+    All methods raise ``sqlite3.Error`` when the file can't be used.
 
     Args:
-        path: The SQLite file; ``None`` keeps to memory.
+        path: The SQLite file; ``None`` for a database in memory.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._lock = threading.Lock()
         self._database = open_database(path or Path(":memory:"), _SCHEMA, synchronous="NORMAL")
-        # Whoever is locked out gives up soon: an answer waits for it.
+        # Short, because an answer waits for ``note``.
         self._database.execute("PRAGMA busy_timeout = 250")
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         with self._lock:
             self._database.close()
 
     def note(self, fingerprint: str, state_format: str, schema: str, parts: list[Part]) -> None:
-        """Count a combination as asked once more."""
+        """Counts one more use of a combination; forgets all but the latest 200.
+
+        Args:
+            fingerprint: Hash of the model's file.
+            state_format: What the bytes of a state depend on besides, see ``slice_key``.
+            schema: Name of the prompt's schema.
+            parts: The text before the question, in order.
+        """
         tokens = np.concatenate([part.tokens for part in parts]).astype("<i4").tobytes()
         cuts = json.dumps([[part.module, len(part.tokens), part.saved] for part in parts])
         name = blake2b(f"{fingerprint}\0{state_format}\0{cuts}\0".encode() + tokens, digest_size=16).hexdigest()
@@ -79,7 +88,7 @@ class Asked:
             )
 
     def combinations(self, fingerprint: str, state_format: str, schema: str | None = None) -> list[Combination]:
-        """What was asked of a model, the most used first; only prompts on ``schema``, if one is named."""
+        """Combinations asked of a model, the most used first; only those of ``schema``, if it is named."""
         with self._lock:
             rows = self._database.execute(
                 "SELECT id, schema, tokens, parts, uses FROM asked WHERE fingerprint = ? AND state_format = ? "
@@ -97,6 +106,6 @@ class Asked:
         return found
 
     def done(self, name: str) -> None:
-        """Forget a combination: it is answered from exact slices from now on."""
+        """Removes a combination by its ``id``: it now has exact slices."""
         with self._lock:
             self._database.execute("DELETE FROM asked WHERE id = ?", (name,))

@@ -1,4 +1,4 @@
-"""Claims: of several processes that lack the same slice, one makes it and the others wait."""
+"""Claims: of several processes that lack the same slice, one evaluates it and the others wait."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cpucache.private import private_folder
 
 
 class Claims:
-    """Locks on slices that are being made, one file each below ``folder``.
+    """Locks on slices that are being evaluated, one file each in ``folder``.
 
-    The operating system frees a lock when its process ends, however it ends, so a crash leaves nothing that has to be
-    cleaned up. Without a folder that can be written, every claim succeeds: a slice may then be made twice, no more.
+    The operating system releases a lock when its process ends, so nothing has to be cleaned up after a crash. Without a
+    writable folder every claim succeeds; the worst result is that two processes evaluate the same slice.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -25,10 +25,10 @@ class Claims:
         self._lock = threading.Lock()
 
     def take(self, key: str) -> bool:
-        """Claim a slice. False: somebody else is making it."""
+        """Claims a slice. Returns False when another process has claimed it."""
         if self._folder is None or key in self._held:
             return True
-        # Taken by the thread that evaluates, given back by the one that writes.
+        # Not thread-local: the thread that evaluates acquires it, the thread that writes releases it.
         lock = FileLock(self._folder / f"{key}.lock", mode=0o600, thread_local=False)
         try:
             if not self._folder.exists():
@@ -43,12 +43,13 @@ class Claims:
         return True
 
     def release(self, keys: Iterable[str]) -> None:
-        """Give claims back."""
+        """Releases claims; ignores keys that are not claimed here."""
         for key in keys:
             with self._lock:
                 lock = self._held.pop(key, None)
             if lock is not None:
-                # Deleted while it is held: who waits for it finds that out and makes a new one. Windows refuses that.
+                # Deleted while it is locked, so that no two processes lock different files of this name: filelock
+                # checks that the file it has locked still exists. Windows refuses to delete it.
                 with contextlib.suppress(OSError):
                     Path(lock.lock_file).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a file contains, as a hash that is computed once for as long as the file stays the same."""
+"""Fingerprints: hashes of files, computed again only when a file has changed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns 
 
 
 class Fingerprints:
-    """Remembers the hash of files by path, size, modification time and inode, in an SQLite file at ``index``.
+    """Hashes of files by path, size, modification time and inode, remembered in an SQLite file at ``index``.
 
-    Without an index (``None``), or with one that can't be written, hashes are computed anew each time.
+    Without an index (``None``), or with one that can't be written, unknown hashes are computed on each call.
     """
 
     def __init__(self, index: Path | None) -> None:
         self._index = index
 
     def of(self, path: Path, progress: Callable[[int], None] | None = None) -> str:
-        """xxh3 (128 bits) of the whole file. ``progress`` is told the bytes read so far when it has to be read."""
+        """Returns the xxh3 (128 bits, hexadecimal) of a whole file. Raises ``OSError`` when it can't be read.
+
+        ``progress`` is called with the bytes read so far, if the file has to be read.
+        """
         stat = path.stat()
         row = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
         known = self._look_up(row)

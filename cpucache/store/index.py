@@ -1,7 +1,7 @@
-"""The index: which slices there are, what they cost and how they are used, in one SQLite file shared by all processes.
+"""The index: an SQLite file, shared by all processes, that lists the slices on disk with their costs and uses.
 
-The files are the truth, the index is the account of them: it can be rebuilt from the files at any time, and a slice is
-never looked for by reading folders.
+The slice files are authoritative: the index can be rebuilt from them at any time. Lookups use the index or the path of
+a key and never list folders.
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON slices
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON slices
     BEGIN UPDATE totals SET number = number - old.bytes WHERE name = 'bytes'; END;
 """
-# Columns that files of earlier versions lack. Their slices are never found again, and leave by eviction.
+# Columns that files of earlier versions lack. Slices of these versions are never found again; eviction deletes them.
 _ADDED = (
     "content TEXT NOT NULL DEFAULT ''",
     "attends_to TEXT NOT NULL DEFAULT ''",
     "attended_tokens INTEGER NOT NULL DEFAULT 0",
 )
-# A slice is worth the seconds of evaluation that it saves for the room that it takes, times how often it is asked for.
+# Worth of a slice: microseconds of evaluation that one use saves, per byte, times the uses plus one.
 _WORTH = "(hits + before + 1) * seconds * 1e6 / bytes"
-_VARIABLES = 500  # values in one statement, of which SQLite takes 999 in every build
-_REMEMBERED = 20_000  # absent slices that are remembered: some 100 bytes each
+_VARIABLES = 500  # values in one statement; every build of SQLite accepts 999
+_REMEMBERED = 20_000  # rows of `absent`, about 100 bytes each
 
 
 @dataclass(frozen=True)
 class Row:
-    """A slice as the index knows it. Times are seconds since the epoch."""
+    """A slice in the index. Times are seconds since the epoch; ``bytes`` is the size of its state."""
 
     key: str
     info: SliceInfo
@@ -83,14 +83,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Kept:
-    """How many of some slices are on disk."""
+    """How many slices of a set are on disk, and their bytes."""
 
     slices: int
     bytes: int
     missing: int
-    """How many are not: they were evicted, found no room, or were never made."""
+    """How many are not on disk: evicted, without room, or never evaluated."""
     budget: int
-    """Bytes that a budget must have to keep the missing ones besides all that is on disk."""
+    """Smallest budget, in bytes, that holds the missing slices and all that is on disk. Slices of unknown size count
+    0 bytes."""
 
 
 class _Victim(NamedTuple):
@@ -101,9 +102,13 @@ class _Victim(NamedTuple):
 
 
 class Index:
-    """The account of the slices in one folder. Raises ``sqlite3.Error`` and ``OSError`` when its file can't be used.
+    """The index of the slices in one folder. May be used from several threads.
 
-    ``read_only``: the file can't be written; all that changes it fails. May be used from several threads.
+    All methods raise ``sqlite3.Error`` or ``OSError`` when the file can't be used.
+
+    Args:
+        path: The SQLite file.
+        read_only: Opens a file that can't be written; methods that change the index then fail.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -118,22 +123,22 @@ class Index:
                 raise sqlite3.OperationalError("the index is not one of this version, and can't be brought up to it")
             return
         private_folder(path.parent)
-        # A slice that a power cut leaves out of the account is found again by its name.
+        # NORMAL suffices: a slice whose row a power cut loses is still found by its file name.
         self._database = open_database(path, _SCHEMA, synchronous="NORMAL", added={"slices": _ADDED})
 
     @property
     def complete(self) -> bool:
-        """Whether what lay in the folder when this file was made is in the account."""
+        """Whether the slice files that existed when the index was created are in the index."""
         with self._lock:
             return bool(self._database.execute("PRAGMA user_version").fetchone()[0])
 
     def completed(self) -> None:
-        """Note that it is."""
+        """Sets ``complete``."""
         with self._lock:
             self._database.execute("PRAGMA user_version = 1")
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         with self._lock:
             self._database.close()
 
@@ -160,20 +165,29 @@ class Index:
         *,
         given: bool = True,
     ) -> bool:
-        """Speak for ``size`` bytes before they are written, evicting what is worth least to stay below ``budget``.
+        """Reserves room for a slice before its file is written; evicts the least valuable slices if necessary.
 
-        The rule is GreedyDual-Size-Frequency (Cherkasova 1998): a slice's value is what it is worth when it is used,
-        plus the store's age at that moment; the least valuable leaves, and the age rises to its value. What was used
-        once ages away however much of it there is, so a stream of new documents pushes itself out, not what is used
-        every day; nor what is used once a day, for how often a slice was used is remembered when it leaves, and counts
-        when it comes back. Pinned slices and those in ``keep`` stay. ``delete`` removes a victim's file before its room
-        is given to another, so that the disk never holds more than the budget.
+        Eviction is GreedyDual-Size-Frequency (Cherkasova 1998). The value of a slice is its worth at its last use plus
+        the age of the store at that moment. The slice with the lowest value is evicted, and the age rises to its value.
+        A stream of documents that are used once therefore evicts itself and not slices in regular use. The number of
+        uses of an evicted slice is remembered and counts when the slice returns. Pinned slices are never evicted. The
+        file of an evicted slice is deleted before its room is reserved, so the states never exceed the budget.
 
-        Nothing is evicted for a ``budget`` that is smaller than others had: than the largest that was ever ``given``,
-        and than what was kept to last where none was.
+        Nothing is evicted for a budget below the largest that any process was given, or below the default that a
+        process without a given budget used last. A slice that is in the index keeps its room and is unfinished until
+        ``commit``.
 
-        A slice that is in the account already has its room; until ``commit`` it counts as unfinished again. False when
-        there is no room that may be made: the slice is noted as absent.
+        Args:
+            key: Key of the slice.
+            info: Description of the slice.
+            size: Bytes of its state in the file.
+            budget: Bytes that all states in the folder may take.
+            keep: Keys that must not be evicted.
+            delete: Deletes the file of a key.
+            given: Whether the user chose the budget; else it is the default.
+
+        Returns:
+            False when there is no room; the slice is then listed as absent.
         """
         while True:
             with self._change() as database:
@@ -204,9 +218,9 @@ class Index:
             self._evict(victims, leaving, delete)
 
     def shrink(self, budget: int, delete: Callable[[str], None], *, given: bool = False) -> int:
-        """Evict down to ``budget``, as far as what is pinned allows; gives the bytes freed.
+        """Evicts slices until the rest fits ``budget`` bytes; pinned slices stay. Returns the bytes freed.
 
-        One that is ``given`` takes the place of all that others had.
+        ``given``: the budget replaces those recorded from all processes before.
         """
         with self._change() as database:
             if given:
@@ -218,7 +232,7 @@ class Index:
         return sum(victim.bytes for victim in victims)
 
     def _victims(self, needed: float, keep: Collection[str]) -> tuple[list[_Victim], bool]:
-        """What is worth least, up to so many bytes, and whether these suffice."""
+        """The least valuable slices that together free ``needed`` bytes, and whether they suffice."""
         victims: list[_Victim] = []
         rows = self._database.execute(
             "SELECT key, bytes, value, created FROM slices WHERE whole = 1 AND pinned = 0 ORDER BY value"
@@ -232,9 +246,10 @@ class Index:
         return victims, needed <= 0
 
     def _doom(self, victims: Iterable[_Victim]) -> float:
-        """Count victims as unfinished. Gives the moment, by which ``_evict`` knows them again.
+        """Marks victims as unfinished. Returns the time it writes into their rows; ``_evict`` identifies them by it.
 
-        A process that is killed before it has told of what it deleted leaves no account of slices that are not there.
+        The mark is set before the files are deleted: a process killed in between leaves no row that lists a deleted
+        file as whole.
         """
         now = time.time()
         self._database.executemany(
@@ -243,13 +258,14 @@ class Index:
         return now
 
     def _evict(self, victims: Sequence[_Victim], leaving: float, delete: Callable[[str], None]) -> None:
+        """Deletes the files of marked victims, then their rows; unmarks victims whose file could not be deleted."""
         gone = 0
         try:
             for victim in victims:
                 delete(victim.key)
                 gone += 1
         finally:
-            # Without its file, a victim may have been made again already, in the room that it has.
+            # Another process may have saved a victim again once its file was deleted: its row then has a later time.
             same = "WHERE key = ? AND whole = 0 AND created = ?"
             with self._change() as database:
                 for victim in victims[:gone]:
@@ -265,13 +281,14 @@ class Index:
                 database.execute("UPDATE totals SET number = number + ? WHERE name = 'evicted'", (gone,))
 
     def _forget(self) -> None:
-        """Of absent slices, remember the latest only."""
+        """Deletes all but the latest rows of ``absent``."""
         self._database.execute(
             "DELETE FROM absent WHERE gone < (SELECT gone FROM absent ORDER BY gone DESC LIMIT 1 OFFSET ?)",
             (_REMEMBERED,),
         )
 
     def _insert(self, key: str, info: SliceInfo, size: int, *, whole: bool) -> None:
+        """Inserts a row, unless there is one, with the uses remembered in ``absent``."""
         now = time.time()
         row = asdict(info) | {"key": key, "bytes": size, "created": now, "used": now, "whole": whole}
         columns = ", ".join(row)
@@ -286,24 +303,24 @@ class Index:
         self._database.execute("DELETE FROM absent WHERE key = ?", (key,))
 
     def commit(self, key: str) -> None:
-        """The file of a reserved slice is there, whole."""
+        """Marks a reserved slice as whole: its file is complete."""
         with self._change() as database:
             database.execute("UPDATE slices SET whole = 1 WHERE key = ?", (key,))
 
     def add_all(self, files: Iterable[tuple[str, SliceInfo, int]]) -> None:
-        """Take files into the account that are there already."""
+        """Adds existing files, given as key, description and bytes of the state, to the index."""
         with self._change() as database:
             for key, info, size in files:
                 self._insert(key, info, size, whole=True)
                 database.execute("UPDATE slices SET whole = 1 WHERE key = ?", (key,))
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Take slices out of the account."""
+        """Removes slices from the index; their files stay."""
         with self._change() as database:
             database.executemany("DELETE FROM slices WHERE key = ?", [(key,) for key in keys])
 
     def touch(self, uses: Mapping[str, int], *, misses: int = 0) -> list[str]:
-        """Note that slices were used, so often. Gives those that are not in the account."""
+        """Records uses by key, and ``misses``. Returns the keys that are not in the index."""
         unknown = []
         with self._change() as database:
             now, age, saved = time.time(), self._total("age"), 0.0
@@ -324,7 +341,7 @@ class Index:
         return unknown
 
     def pin(self, keys: Iterable[str], *, pinned: bool) -> None:
-        """Keep slices whatever comes, or no longer."""
+        """Protects slices from eviction, or ends the protection."""
         with self._change() as database:
             database.executemany("UPDATE slices SET pinned = ? WHERE key = ?", [(pinned, key) for key in keys])
 
@@ -333,24 +350,28 @@ class Index:
         return float(self._database.execute("SELECT number FROM totals WHERE name = ?", (name,)).fetchone()[0])
 
     def totals(self) -> dict[str, float]:
-        """``bytes`` in all, and since the store was made: ``hits``, ``misses``, ``evicted``, ``seconds_saved``."""
+        """Totals by name.
+
+        ``bytes`` of all states; ``age``, ``budget`` and ``default`` (see ``reserve``); and, since the folder was
+        created, ``hits``, ``misses``, ``evicted`` and ``seconds_saved``.
+        """
         with self._lock:
             return dict(self._database.execute("SELECT name, number FROM totals"))
 
     def count(self) -> int:
-        """How many slices are whole."""
+        """Number of whole slices."""
         with self._lock:
             return int(self._database.execute("SELECT count(*) FROM slices WHERE whole = 1").fetchone()[0])
 
     def rows(self) -> list[Row]:
-        """Every slice that is whole, the latest used first."""
+        """Whole slices, the latest used first."""
         with self._lock:
             cursor = self._database.execute("SELECT * FROM slices WHERE whole = 1 ORDER BY used DESC, key")
             names = [column[0] for column in cursor.description]
             return [_row(dict(zip(names, values, strict=True))) for values in cursor]
 
     def variants(self, contents: Iterable[str]) -> list[tuple[str, SliceInfo]]:
-        """Key and account of every whole slice whose tokens have one of these content keys."""
+        """Key and description of every whole slice with one of these content keys."""
         wanted = list(dict.fromkeys(contents))
         found = []
         with self._lock:
@@ -365,7 +386,7 @@ class Index:
         return [(row.key, row.info) for row in found]
 
     def sizes_behind(self, context: str) -> set[int]:
-        """How many tokens the whole slices have that were evaluated in a context."""
+        """Lengths, in tokens, of the whole slices that were evaluated in a context, given by its key."""
         with self._lock:
             rows = self._database.execute(
                 "SELECT DISTINCT tokens FROM slices WHERE context = ? AND whole = 1", (context,)
@@ -373,7 +394,7 @@ class Index:
             return {size for (size,) in rows}
 
     def speed(self, fingerprint: str) -> float | None:
-        """Tokens a second at which the slices of a model were evaluated; ``None`` when there are none."""
+        """Tokens per second at which the slices of a model were evaluated; ``None`` when there are none."""
         with self._lock:
             tokens, seconds = self._database.execute(
                 "SELECT sum(tokens), sum(seconds) FROM slices WHERE fingerprint = ?", (fingerprint,)
@@ -381,7 +402,7 @@ class Index:
         return tokens / seconds if seconds else None
 
     def kept(self, keys: Iterable[str]) -> Kept:
-        """How many of some slices are on disk, and what it takes to keep the others too."""
+        """Counts which of some slices are on disk, and the budget that would hold the others too."""
         sizes: list[int] = []
         missing: list[int] = []
         with self._lock:
@@ -395,7 +416,7 @@ class Index:
             return Kept(len(sizes), sum(sizes), len(missing), int(self._total("bytes")) + sum(missing))
 
     def absent(self, schema: str) -> dict[str, list[str]]:
-        """Slices of a schema that were evicted or found no room: their keys by the name of the model."""
+        """Keys of a schema's slices that were evicted or found no room, by name of the model."""
         found: dict[str, list[str]] = {}
         with self._lock:
             rows = self._database.execute("SELECT model, key FROM absent WHERE schema = ? ORDER BY key", (schema,))
@@ -404,7 +425,7 @@ class Index:
         return found
 
     def unfinished(self, older_than: float) -> list[str]:
-        """Slices spoken for more than so many seconds ago whose writer never came back."""
+        """Keys that have been unfinished for more than ``older_than`` seconds: their writer was killed."""
         with self._lock:
             limit = time.time() - older_than
             return [

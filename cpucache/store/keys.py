@@ -1,6 +1,7 @@
-"""Names for slices, made from all that decides their bytes, by a cryptographic hash (BLAKE2b of 128 bits).
+"""Keys of slices: a cryptographic hash (BLAKE2b, 128 bits) of everything that the bytes of a slice depend on.
 
-A collision would splice the state of another text, so that whoever can choose text must not be able to find one.
+The hash is cryptographic because a collision would splice the state of another text: whoever can choose text must not
+be able to find one.
 """
 
 from __future__ import annotations
@@ -12,32 +13,39 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int32]
 TEXT_ID = 8
-"""Bytes of a ``text_id``."""
+"""Length of a ``text_id``, in bytes."""
 
 
 def slice_key(model: str, state_format: str, context: str, tokens: Ids, start: int) -> str:
-    """32 hexadecimal digits that name the state of ``tokens`` from position ``start``.
+    """Key of a slice.
 
-    ``model`` is the fingerprint of the weights, ``state_format`` what the bytes of a state depend on besides (types,
-    version of llama.cpp), ``context`` the key of what the tokens attended to.
+    Args:
+        model: Fingerprint of the model's file.
+        state_format: What the bytes of a state depend on besides the model: types, version of llama.cpp.
+        context: Key of the context that the tokens attended to.
+        tokens: Token ids, ``[n_tokens]``.
+        start: Position of the first token.
+
+    Returns:
+        32 hexadecimal digits.
     """
     return _digest(_bytes(tokens), model, state_format, context, str(int(start)))
 
 
 def content_key(model: str, state_format: str, tokens: Ids) -> str:
-    """32 hexadecimal digits that all slices of these tokens have in common, whatever their contexts and positions."""
+    """Key that all slices of these tokens share, whatever their contexts and positions: 32 hexadecimal digits."""
     return _digest(_bytes(tokens), model, state_format)
 
 
 def text_id(tokens: Ids) -> bytes:
-    """``TEXT_ID`` bytes that stand for a run of tokens in the account of what a slice attended to."""
+    """Hash of a run of tokens, ``TEXT_ID`` bytes long, for ``SliceInfo.attends_to``."""
     return blake2b(_bytes(tokens), digest_size=TEXT_ID).digest()
 
 
 def _digest(data: bytes, *parts: str) -> str:
     digest = blake2b(digest_size=16)
     for part in parts:
-        # Each part ends in a byte that none contains, so that no two lists of parts run together.
+        # Each part ends with a byte that no part contains, so different lists of parts never give the same bytes.
         digest.update(part.encode() + b"\0")
     digest.update(data)
     return digest.hexdigest()

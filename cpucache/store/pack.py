@@ -1,11 +1,11 @@
 """Packs: the slices of a schema for one model in one file.
 
-They are made on a fast machine and shipped with an offline application. A pack is an uncompressed tar (f16 state does
-not compress): first ``pack.json``, which names the model's fingerprint and every slice with its size and its SHA-256;
-then ``pack.json.sig``, its Ed25519 signature, if it was signed; then the slice files as they lie in a store.
+A pack is written on a fast machine and shipped with an offline application. It is an uncompressed tar (f16 states do
+not compress). Its first file is ``pack.json``: the model's fingerprint, and every slice with its size and SHA-256. A
+signed pack then has ``pack.json.sig``, the Ed25519 signature of ``pack.json``. The slice files of the store follow.
 
-The hashes tell a damaged pack from a whole one, not a forged one: a state is what the model believes that it has read,
-and nobody can tell by its bytes whether it is. Only a signature says where a pack comes from, to those who ask for it.
+The hashes detect damage, not forgery: from the bytes of a state nobody can tell which text it was evaluated from. Only
+a signature, checked with the public key of its origin, proves where a pack comes from.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Pack:
-    """What a pack says of itself."""
+    """Contents of a pack's manifest. ``signed``: whether it has a signature, checked or not."""
 
     fingerprint: str
     model: str
@@ -52,7 +52,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A slice file in a pack."""
+    """A slice file in a pack; ``bytes`` is the size of the file."""
 
     key: str
     bytes: int
@@ -60,14 +60,26 @@ class _Entry:
 
     @property
     def sound(self) -> bool:
+        """Whether size, key and hash have the right form: they come from a file of unknown origin."""
         fine = type(self.bytes) is int and 0 < self.bytes < 1 << 63
         return fine and _is_hex(self.key, 32) and _is_hex(self.sha256, 64)
 
 
 def export_pack(store: Store, keys: Iterable[str], path: Path, *, key: Path | None = None) -> Pack:
-    """Write slices to a pack, signed with the private ``key`` in a file; it appears at ``path`` when it is whole.
+    """Writes slices to a pack, which appears at ``path`` when it is complete.
 
-    Raises ``InputError`` when there are none, or when they belong to several models.
+    Args:
+        store: The store that has the slices.
+        keys: Keys of the slices.
+        path: The pack; an existing file is replaced.
+        key: File with the private key to sign with; ``None`` leaves the pack unsigned.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: There are no slices, one is missing or damaged, they belong to several models, or the private key
+            can't be used.
     """
     files = store.files
     if files is None:
@@ -122,12 +134,24 @@ def _add(tar: tarfile.TarFile, name: str, size: int, file: IO[bytes]) -> None:
 def import_pack(
     store: Store, path: Path, *, fingerprint: str | None = None, key: Path | None = None
 ) -> tuple[Pack, int]:
-    """Add the slices of a pack to a store; gives the pack, and how many slices were new.
+    """Adds the slices of a pack to a store.
 
-    Everything is checked before anything is added: the signature, if the public ``key`` of its origin is given; names
-    (nothing but slices: no folders, links or paths); each slice's hashes and key; and that all belong to the pack's
-    model, and to the model of ``fingerprint`` if that is given. Room on the disk and in the budget for all of it is
-    checked before a byte is written. Raises ``InputError``, with nothing added.
+    Everything is checked before a slice is added: the signature, names (slice files only: no folders, links or paths),
+    each slice's hashes and key, and its model. Free disk space and the store's budget are checked before a byte is
+    written.
+
+    Args:
+        store: The store that receives the slices.
+        path: The pack.
+        fingerprint: Hash of the model's file that the pack must be for; ``None`` accepts any model.
+        key: File with the public key that must have signed the pack; ``None`` accepts any pack.
+
+    Returns:
+        The manifest, and the number of slices that were added: neither in the store before nor without room.
+
+    Raises:
+        InputError: A check failed; nothing was added.
+        CpucacheError: Another import into this store is running.
     """
     if store.files is None or store.index is None or store.home is None:
         raise InputError("a store in memory can't import a pack")
@@ -146,7 +170,7 @@ def import_pack(
 
 @contextmanager
 def _staging(home: Path, files: SliceFiles) -> Iterator[SliceFiles]:
-    """A folder beside the slices, so that these only have to be renamed. Whoever is killed leaves it: see ``Store``."""
+    """A folder on the disk of the slices, so that adding one is a rename. ``open_index`` deletes it after a crash."""
     claims = Claims(home / "claims")
     if not claims.take(STAGING):
         raise CpucacheError("another import into this store is under way; try again when it is done")
@@ -159,13 +183,13 @@ def _staging(home: Path, files: SliceFiles) -> Iterator[SliceFiles]:
 
 
 def _next(file: IO[bytes]) -> tarfile.TarInfo | None:
-    """The next entry of a tar, by its header alone: no extension of the format is understood. ``None``: the end."""
+    """Next entry of a tar, ``None`` at the end. Reads plain headers only, no extensions of the format."""
     block = file.read(tarfile.BLOCKSIZE)
     return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape") if block.strip(b"\0") else None
 
 
 def _read(file: IO[bytes], entry: tarfile.TarInfo) -> Iterator[bytes]:
-    """The bytes of an entry, and the padding behind them skipped."""
+    """Bytes of an entry, in chunks; skips the padding after them. Raises ``EOFError``."""
     left = entry.size
     while left:
         chunk = file.read(min(left, _CHUNK))
@@ -177,6 +201,7 @@ def _read(file: IO[bytes], entry: tarfile.TarInfo) -> Iterator[bytes]:
 
 
 def _manifest(file: IO[bytes], path: Path, key: Path | None) -> tuple[Pack, list[_Entry]]:
+    """Reads and checks the manifest, and the signature if ``key`` is given. Raises ``InputError``."""
     entry = _next(file)
     if entry is None or entry.name != _MANIFEST or not entry.isreg() or entry.size > _MANIFEST_LIMIT:
         raise InputError(f"{path}: not a pack: it does not begin with {_MANIFEST}")
@@ -203,7 +228,7 @@ def _manifest(file: IO[bytes], path: Path, key: Path | None) -> tuple[Pack, list
 
 
 def _signature(file: IO[bytes]) -> bytes | None:
-    """What stands behind the manifest, if it is a signature; else nothing has been read."""
+    """Signature after the manifest; ``None``, with the file position unchanged, where there is none."""
     here = file.tell()
     entry = _next(file)
     if entry is not None and entry.name == _SIGNATURE and entry.isreg() and entry.size <= tarfile.BLOCKSIZE:
@@ -213,13 +238,13 @@ def _signature(file: IO[bytes]) -> bytes | None:
 
 
 def _check_name(name: str, path: Path) -> None:
-    """Names are shown on terminals, line by line."""
+    """Raises ``InputError`` for a long or unprintable name: names are printed on terminals, one a line."""
     if not name.isprintable() or len(name) > _NAME_LIMIT:
         raise InputError(f"{path}: {name[:40]!a} is no name for a model, a schema or a module")
 
 
 def _check_room(store: Store, file: IO[bytes], entries: list[_Entry], path: Path) -> None:
-    """A pack is small that claims to be large; and what is large has to have its room."""
+    """Raises ``InputError`` when slices exceed the pack file's size, the store's budget or the free disk space."""
     size, there = sum(each.bytes for each in entries), os.fstat(file.fileno()).st_size
     if size > there:
         raise InputError(f"{path}: truncated: its slices take {decimal(size)}, the file {decimal(there)}")
@@ -231,7 +256,7 @@ def _check_room(store: Store, file: IO[bytes], entries: list[_Entry], path: Path
 
 
 def _extract(file: IO[bytes], pack: Pack, entries: list[_Entry], staged: SliceFiles, path: Path) -> None:
-    """Copy the slices out one by one; nothing is unpacked under a name that the archive chose."""
+    """Copies the slices to the staging folder, under names derived from their keys and not from the archive."""
     expected = {f"{each.key}.safetensors": each for each in entries}
     while (entry := _next(file)) is not None:
         here = expected.pop(entry.name, None)
@@ -256,6 +281,7 @@ def _extract(file: IO[bytes], pack: Pack, entries: list[_Entry], staged: SliceFi
 
 
 def _check(staged: SliceFiles, key: str, pack: Pack, path: Path) -> None:
+    """Raises ``InputError`` unless a staged file is the slice of its key, for the pack's model."""
     try:
         staged.check(key)
         found = staged.info(key)

@@ -1,4 +1,4 @@
-"""The RAM tier: the slices used last, within a budget of bytes."""
+"""The RAM tier: states of the slices used last, within a budget in bytes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 
 class RAM:
-    """States by key, the least recently used dropped first, but none that is ``needed``.
+    """States by key; the least recently used leave first. May be used from several threads.
 
-    What finds no room is not kept. A state may be memory of this process or a mapping of a file: both count in full.
-    May be used from several threads.
+    A state that finds no room is not kept. A state may be memory of this process or a mapping of a file; both count in
+    full.
+
+    Args:
+        budget: Bytes that all states may take.
+        needed: Keys of states that are not dropped to make room.
     """
 
     def __init__(self, budget: int, needed: Container[str] = ()) -> None:
@@ -36,7 +40,7 @@ class RAM:
         return key in self._states
 
     def get(self, key: str) -> Bytes | None:
-        """The state, which counts as used now."""
+        """Returns a state, or ``None``; it becomes the most recently used."""
         with self._lock:
             state = self._states.get(key)
             if state is not None:
@@ -44,7 +48,7 @@ class RAM:
             return state
 
     def put(self, key: str, state: Bytes) -> None:
-        """Keep a state, dropping others as needed."""
+        """Keeps a state; drops the least recently used to make room."""
         with self._lock:
             self.drop(key)
             excess = self.used + state.nbytes - self.budget
@@ -65,14 +69,14 @@ class RAM:
             self.used += state.nbytes
 
     def drop(self, key: str) -> None:
-        """Forget a state, if it is there."""
+        """Drops a state, if there is one of this key."""
         with self._lock:
             state = self._states.pop(key, None)
             if state is not None:
                 self.used -= state.nbytes
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drops all states."""
         with self._lock:
             self._states.clear()
             self.used = 0

@@ -1,4 +1,4 @@
-"""What this process has put into a store, by content and by context: the index learns of it later, or never."""
+"""Slices that this process put into a store, by content and by context: the index lists them later, or never."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import TypeVar
 from cpucache.store.slicefile import SliceInfo
 
 FORGET_EVERY = 1000
-"""Slices that are put between two looks at what may be forgotten."""
+"""Number of added slices after which those that need not be kept are removed."""
 _Known = TypeVar("_Known")
 
 
 class Recent:
-    """Slices that were put, until they are forgotten. May be used from several threads.
+    """Slices that were put into a store by this process. May be used from several threads.
 
     Args:
-        keep: Whether a slice, by its key, is still to be known here.
+        keep: Returns, for a key, whether the slice must still be found here.
     """
 
     def __init__(self, keep: Callable[[str], bool]) -> None:
         self._retained = keep
         self._lock = threading.Lock()
         self._by_content: dict[str, dict[str, SliceInfo]] = {}
-        self._behind: dict[str, dict[str, int]] = {}  # by context, with their sizes
-        self._since = 0  # slices that were put since the rest was forgotten
+        self._behind: dict[str, dict[str, int]] = {}  # by context: key and tokens of each slice
+        self._since = 0  # slices added since the last removal
 
     def add(self, key: str, info: SliceInfo) -> None:
-        """Note a slice that was put; now and then forget those that are not to be kept."""
+        """Adds a slice; every ``FORGET_EVERY`` slices, removes those that need not be kept."""
         with self._lock:
             self._by_content.setdefault(info.content, {})[key] = info
             self._behind.setdefault(info.context, {})[key] = info.tokens
@@ -39,12 +39,12 @@ class Recent:
                 _sweep(self._behind, self._retained)
 
     def know(self, key: str, info: SliceInfo) -> None:
-        """Let a slice that is there be found by the content key in ``info`` as well."""
+        """Lets an existing slice also be found by the content key in ``info``."""
         with self._lock:
             self._by_content.setdefault(info.content, {}).setdefault(key, info)
 
     def of(self, content: str, there: Callable[[str], bool]) -> dict[str, SliceInfo]:
-        """The slices of some tokens, by key; those that are not ``there`` are forgotten."""
+        """Slices with a content key, by key; removes those for which ``there`` returns False."""
         with self._lock:
             slices = self._by_content.get(content, {})
             for key in [key for key in slices if not there(key)]:
@@ -52,13 +52,13 @@ class Recent:
             return dict(slices)
 
     def sizes_behind(self, context: str) -> set[int]:
-        """How many tokens the slices have that were evaluated in a context, given by its key."""
+        """Lengths, in tokens, of the slices that were evaluated in a context, given by its key."""
         with self._lock:
             return set(self._behind.get(context, {}).values())
 
 
 def _sweep(known: dict[str, dict[str, _Known]], keep: Callable[[str], bool]) -> None:
-    """Take out of groups of slices those that are not kept, and groups without any."""
+    """Removes from each group the slices that need not be kept, and empty groups."""
     for name, slices in list(known.items()):
         for key in [key for key in slices if not keep(key)]:
             del slices[key]

@@ -1,4 +1,4 @@
-"""Signatures: a pack tells who made it, with keys that ``ssh-keygen -t ed25519`` or ``openssl genpkey`` makes."""
+"""Ed25519 signatures of packs, with keys from ``ssh-keygen -t ed25519`` or ``openssl genpkey``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from cpucache.errors import InputError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-_PURPOSE = b"cpucache pack\0"  # so that nothing else that the key ever signed passes for a pack
+_PURPOSE = b"cpucache pack\0"  # signed with the data, so that no other signature of the key is valid for a pack
 _KEY_LIMIT = 1 << 16
 
 
 def sign(data: bytes, key: Path) -> bytes:
-    """The Ed25519 signature of ``data`` by the private key in a file (PEM or OpenSSH). Raises ``InputError``."""
+    """Signature of ``data`` with the private key in a file (PEM or OpenSSH). Raises ``InputError`` for a bad key."""
     return _private(key).sign(_PURPOSE + data)
 
 
 def is_signed(data: bytes, signature: bytes, key: Path) -> bool:
-    """Whether the owner of the public key in a file (PEM or OpenSSH) signed ``data``. Raises ``InputError``."""
+    """Whether ``signature`` of ``data`` fits the public key in a file. Raises ``InputError`` for a bad key."""
     public, _ = _public(key), _needed()
     from cryptography.exceptions import InvalidSignature
 
@@ -49,7 +49,7 @@ def _private(path: Path) -> Ed25519PrivateKey:
         key = load(data, None)
     except TypeError as error:
         raise InputError(f"{path}: a passphrase protects this key; sign with one that has none") from error
-    except Exception as error:  # whatever the library says of a file that is no key
+    except Exception as error:  # the library's exceptions for a file that is no key vary
         raise InputError(f"{path}: no private key in PEM or OpenSSH format can be read from it") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise InputError(f"{path}: the key is of another kind than Ed25519; `ssh-keygen -t ed25519` makes one")
@@ -64,7 +64,7 @@ def _public(path: Path) -> Ed25519PublicKey:
     load = serialization.load_pem_public_key if data.startswith(b"-----") else serialization.load_ssh_public_key
     try:
         key = load(data)
-    except Exception as error:  # whatever the library says of a file that is no key
+    except Exception as error:  # the library's exceptions for a file that is no key vary
         raise InputError(f"{path}: no public key in PEM or OpenSSH format can be read from it") from error
     if not isinstance(key, Ed25519PublicKey):
         raise InputError(f"{path}: the key is of another kind than Ed25519; `ssh-keygen -t ed25519` makes one")

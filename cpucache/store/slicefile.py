@@ -1,9 +1,9 @@
-"""Slice files: one safetensors file a slice, found by its key, read by mapping it.
+"""Slice files: one safetensors file a slice, named by its key and read through a memory map.
 
-A file holds two tensors, ``state`` (bytes, as llama.cpp saved them) and ``tokens`` (their ids), and metadata: what the
-slice is, and the xxh3 of that, of the ids and of the state. It appears under its name only when it is whole (temporary
-file, fsync, rename). The hash guards against accidents, not against others who can write to the folder: whoever changes
-a state can write the hash that fits it.
+A file has two tensors, ``state`` (the bytes that llama.cpp saved, or these packed) and ``tokens`` (token ids), and
+metadata: the ``SliceInfo``, and the xxh3 of metadata, ids and state. A file gets its name only when it is complete
+(temporary file, fsync, rename). The hash detects accidental damage only: whoever can write to the folder can also write
+a matching hash.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _SUFFIX = ".safetensors"
 _CHUNK = 4 << 20
 Ids: TypeAlias = npt.NDArray[np.int32]
 Identity: TypeAlias = tuple[int, int, int]
-"""Which state of which file: inode, time of modification in nanoseconds, size in bytes."""
+"""Identity of a file's content: inode, modification time in nanoseconds, size in bytes."""
 
 
 @dataclass(frozen=True)
 class SliceInfo:
-    """What a slice is, for people and for checks."""
+    """Description of a slice."""
 
     fingerprint: str
     """Hash of the model's file."""
@@ -51,48 +51,50 @@ class SliceInfo:
     schema: str
     module: str
     tokens: int
+    """Number of tokens."""
     start: int
     """Position of the first token."""
     state_format: str
+    """What the bytes of a state depend on besides the model, see ``slice_key``."""
     context: str
     """Key of the context that the tokens attended to."""
     seconds: float
-    """What evaluating it took: its share of the batch, by tokens."""
+    """Seconds its evaluation took: its share of the batch, by tokens."""
     content: str = ""
     """The ``content_key`` of its tokens."""
     attends_to: str = ""
-    """The ``text_id`` of each run of tokens that it attended to, in order, as hexadecimal digits."""
+    """``text_id`` of each run of tokens that the slice attended to, in order, as hexadecimal digits."""
     attended_tokens: int = 0
-    """How many tokens these are."""
+    """Number of tokens in these runs."""
 
     @property
     def texts(self) -> tuple[bytes, ...]:
-        """The ``text_id`` of each run of tokens that it attended to, in order."""
+        """``text_id`` of each run of tokens that the slice attended to, in order."""
         data = bytes.fromhex(self.attends_to)
         return tuple(data[begin : begin + TEXT_ID] for begin in range(0, len(data), TEXT_ID))
 
 
 class Damaged(Exception):
-    """A file is not the slice that its name promises."""
+    """A file that is not the slice that its name states."""
 
 
 class Outdated(Damaged):
-    """A file is a slice of an earlier version: sound, and of no use."""
+    """A slice of another version of the file format, which can't be used."""
 
 
 class NoFile(OSError):
-    """Something else than a file has a file's name."""
+    """A path that is no regular file."""
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """A file, opened for reading. Never waits: a pipe is told from a file before anything is read.
+    """Opens a regular file for reading. Never blocks, not even on a pipe.
 
-    Raises ``NoFile`` for what is no regular file (a folder, a link, a pipe, a socket, a device), and ``OSError``.
+    Raises ``NoFile`` for a folder, link, pipe, socket or device, and ``OSError`` for other failures.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError as error:
-        # So Linux and the BSDs refuse links and sockets.
+        # The errors with which Linux and the BSDs refuse links and sockets.
         if error.errno in {errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EOPNOTSUPP}:
             raise NoFile(error.errno, "not a regular file", str(path)) from error
         raise
@@ -103,17 +105,17 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 class SliceFiles:
-    """Slices in files below ``folder``. Raises ``OSError`` when the file system refuses."""
+    """Slice files below ``folder``. All methods raise ``OSError`` when the file system fails."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, key: str) -> Path:
-        """Where the slice of this key lies, or would."""
+        """Path of the file of a key, whether it exists or not."""
         return self.folder / key[:2] / f"{key}{_SUFFIX}"
 
     def prepared(self, key: str) -> Path:
-        """Where it lies, in a folder that is there."""
+        """Returns ``path(key)``; creates its folder if necessary."""
         path = self.path(key)
         if not path.parent.exists():
             private_folder(path.parent)
@@ -123,23 +125,29 @@ class SliceFiles:
         return self.path(key).is_file()
 
     def __iter__(self) -> Iterator[str]:
-        """Every key on disk. Reads folders: for repairs, not for looking something up."""
+        """Every key on disk. Lists all folders, so only repairs use it."""
         for path in self.folder.glob(f"??/*{_SUFFIX}"):
             if not path.name.startswith("."):
                 yield path.stem
 
     def leftovers(self) -> Iterator[Path]:
-        """Temporary files of writers that were killed, and what was set aside."""
+        """Temporary files of running and of killed writers, and files that were set aside."""
         yield from self.folder.glob("??/.*")
         yield from self.folder.glob("??/*.damaged")
 
     def put(
         self, key: str, state: Bytes, tokens: Ids, info: SliceInfo, pause: Callable[[], None] | None = None
     ) -> None:
-        """Write a slice; nothing is there, or all of it, even after a power cut.
+        """Writes a slice. The file is complete or absent, even after a power cut.
 
-        ``pause`` is called every few megabytes, to give way to something more urgent. The file is written here and not
-        by the safetensors library, which would copy the state and could not be made to pause.
+        The safetensors library is not used: it would copy the state and can't pause.
+
+        Args:
+            key: Key of the slice.
+            state: Bytes of the state.
+            tokens: Token ids, ``[n_tokens]``.
+            info: Description of the slice.
+            pause: Called every ``_CHUNK`` bytes; may block to let more urgent work run.
         """
         path = self.prepared(key)
         ids = np.ascontiguousarray(tokens, "<i4").view(np.uint8)
@@ -166,10 +174,10 @@ class SliceFiles:
                 os.close(folder)
 
     def get(self, key: str, *, unless: Identity | None = None) -> tuple[Bytes, Identity] | None:
-        """The state, mapped from its file, and which file that is.
+        """Returns a state, mapped from its file, and the file's identity; ``None`` without such a file.
 
-        It is read when it is used, and stays valid even when the file is deleted meanwhile. The file is compared with
-        its hash, ``unless`` this very file was compared before. Raises ``Damaged`` when it is not what it should be.
+        The mapping stays valid when the file is deleted. The content is compared with its hash, except for a file with
+        the identity ``unless``. Raises ``Damaged`` for a file that is not this slice.
         """
         opened = self._open(key)
         if opened is None:
@@ -179,14 +187,14 @@ class SliceFiles:
         return opened.state, opened.identity
 
     def info(self, key: str) -> tuple[SliceInfo, int] | None:
-        """What a slice is by its own account, and the bytes of its state. Raises ``Damaged``."""
+        """Description of a slice from its file, hash unchecked, and the bytes of its state. Raises ``Damaged``."""
         opened = self._open(key)
         return (opened.info, opened.state.nbytes) if opened else None
 
     def check(self, key: str) -> bool:
-        """Compare everything: the file with its hash, and the key with all that it is made from. False: no such file.
+        """Compares a file with its hash, and its key with everything that the key is computed from.
 
-        Raises ``Damaged``.
+        Returns False when there is no such file. Raises ``Damaged`` when something differs.
         """
         opened = self._open(key)
         if opened is None:
@@ -203,6 +211,7 @@ class SliceFiles:
             raise Damaged(f"{self.path(key)}: its content has changed since it was written")
 
     def _open(self, key: str) -> _Opened | None:
+        """Maps a file and checks its header; ``None`` without such a file. Raises ``Damaged``."""
         path = self.path(key)
         try:
             with open_regular(path) as file:
@@ -236,13 +245,13 @@ class SliceFiles:
         return _Opened(metadata, info, state, tokens.view("<i4"), identity)
 
     def set_aside(self, key: str) -> None:
-        """Take a damaged file out of the way, keeping it for whoever wants to know why."""
+        """Renames a damaged file to ``*.damaged``, kept for inspection."""
         path = self.path(key)
         with contextlib.suppress(FileNotFoundError):
             path.replace(path.with_suffix(".damaged"))
 
     def drop(self, key: str) -> None:
-        """Delete a slice, if it is there. Mappings of it stay valid."""
+        """Deletes a slice file, if it exists. Mappings of it stay valid."""
         self.path(key).unlink(missing_ok=True)
 
 
@@ -263,6 +272,7 @@ def _tensor(entry: dict[str, Any], kind: str, data: Bytes) -> Bytes:
 
 
 def _info(metadata: dict[str, str]) -> SliceInfo:
+    """Converts metadata, which has strings only, to the types of the fields."""
     kinds: dict[str, Any] = {"int": int, "float": float, "str": str}
     return SliceInfo(**{field.name: kinds[str(field.type)](metadata[field.name]) for field in fields(SliceInfo)})
 
@@ -275,7 +285,7 @@ def _digest(facts: dict[str, str], *parts: Bytes) -> str:
 
 
 def _header(metadata: dict[str, str], n_ids: int, n_state: int) -> bytes:
-    """The head of a safetensors file: the length of what follows, and JSON padded to a multiple of eight bytes."""
+    """Head of a safetensors file: length of the JSON, then the JSON, padded to a multiple of eight bytes."""
     text = json.dumps(
         {
             "__metadata__": metadata,

@@ -1,4 +1,4 @@
-"""Opening a store: its index, made again where it was lost, what a killed import left, and the budget."""
+"""Start-up of a store: its index (rebuilt where it was lost), remains of killed imports, the default budget."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from cpucache.store.slicefile import Damaged, SliceFiles
 
 _log = logging.getLogger("cpucache.store")
 STAGING = ".import"
-"""The folder beside the slices where an import puts what it has not checked yet, and the claim on it."""
-_ABANDONED = 600.0  # seconds after which a slice that was never finished is given up
+"""Name of the folder for slices that an import has not checked yet, and of the claim on it."""
+_ABANDONED = 600.0  # seconds after which the writer of an unfinished slice counts as killed
 
 
 def open_index(home: Path) -> tuple[Index, Exception | None]:
-    """The index of a folder, and why it can only be read, if so. One that is no database (any more) is put aside.
+    """Opens the index of a folder. Returns it, with the reason if it can only be read.
 
-    One that is new, for whatever reason, is filled from the files.
+    A file that is no database is set aside. A new index is filled from the slice files. Raises ``sqlite3.Error`` or
+    ``OSError`` when there can't be an index.
     """
     path = home / "index.sqlite"
     files = SliceFiles(home / "slices")
@@ -43,7 +44,7 @@ def open_index(home: Path) -> tuple[Index, Exception | None]:
             rebuild(index, files)
             index.completed()
         for key in index.unfinished(_ABANDONED):
-            # Whoever was at it, writing or evicting, was killed before the account was right again.
+            # The process that was writing or evicting the slice was killed before it could update the index.
             if key in files:
                 index.commit(key)
             else:
@@ -55,7 +56,7 @@ def open_index(home: Path) -> tuple[Index, Exception | None]:
 
 
 def _clear_staging(home: Path, folder: Path) -> None:
-    """Delete what an import left that was killed."""
+    """Deletes the staging folder of a killed import."""
     claims = Claims(home / "claims")
     if folder.exists() and claims.take(STAGING):
         shutil.rmtree(folder, ignore_errors=True)
@@ -63,7 +64,7 @@ def _clear_staging(home: Path, folder: Path) -> None:
 
 
 def rebuild(index: Index, files: SliceFiles) -> int:
-    """Take every file that is not in the account into it; gives how many. Damaged ones are left for ``verify``."""
+    """Adds every slice file that is not in the index. Returns their number. Skips damaged files; see ``verify``."""
     known = {row.key for row in index.rows()}
     count = 0
     for key in files:
@@ -77,10 +78,10 @@ def rebuild(index: Index, files: SliceFiles) -> int:
 
 
 def default_budget(home: Path, index: Index) -> int:
-    """Bytes on disk that slices may take unless told otherwise.
+    """Disk budget in bytes where none is given.
 
-    A quarter of what is free or taken by them already, or the largest budget that was given for this folder, if there
-    is room for it.
+    A quarter of the room, which is the free disk space plus the bytes of the slices; or the largest budget that was
+    given for this folder, limited to the room, if that is more.
     """
     there = next(folder for folder in (home, *home.parents) if folder.exists())
     totals = index.totals()

@@ -1,4 +1,4 @@
-"""The store: RAM over disk, by key."""
+"""The store: slices by key, in RAM and on disk."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from cpucache.store.startup import default_budget, open_index
 from cpucache.store.writer import Writer
 
 _log = logging.getLogger("cpucache.store")
-# States that may wait for the disk. More would only grow while the disk is slower than evaluation.
+# Bytes of states that may wait for the disk: without a limit they would grow while the disk is slower than evaluation.
 WAITING = 256 << 20
 _PAGE = 4096  # bytes
-_CHECKED = 20_000  # files whose hashes are known to be right
-_NOTE_EVERY = 5.0  # seconds between entries of what was used
+_CHECKED = 20_000  # files remembered as checked against their hashes
+_NOTE_EVERY = 5.0  # seconds between updates of the index with what was used
 _Job: TypeAlias = "tuple[Bytes, Ids, SliceInfo]"
 
 
 class Packing(Protocol):
-    """What makes states smaller, such as ``cpucache.runtime.packing.Packing``."""
+    """Packs states into fewer bytes, as ``cpucache.runtime.packing.Packing`` does."""
 
     def pack(self, state: Bytes) -> Bytes:
-        """A state in fewer bytes."""
+        """Returns a state packed."""
 
     def unpack(self, packed: Bytes) -> Bytes:
-        """The state again, or nearly. Raises ``ValueError`` for bytes that are no state."""
+        """Returns the state, or an approximation of it. Raises ``ValueError`` for bytes that are no state."""
 
 
 def default_home() -> Path:
@@ -54,23 +54,25 @@ def default_home() -> Path:
 
 
 class Store:
-    """Slices by key: in RAM up to ``ram_budget`` bytes, and in files below ``home`` up to ``disk_budget``.
+    """Slices by key, in RAM and in files. May be used from several threads; several processes may share a folder.
 
-    ``home=None`` keeps to RAM. Slices are written by a thread in the background; ``flush`` waits for it, ``close``
-    (also at the end of a ``with``) does so and ends it. Several processes may share a folder.
+    A background thread writes slices. ``flush`` waits for it; ``close``, also called at the end of a ``with``, ends it.
 
-    The disk budget is one of all slices in the folder. When it is reached, what is worth least leaves. Without a
-    ``disk_budget`` it is a quarter of what is free or taken by slices, or the largest that another process was given
-    for this folder, if that is more. A process whose ``disk_budget`` is smaller than what others kept to adds nothing
-    beyond it and evicts nothing: what others keep stays. ``kept`` tells what of some slices is on disk.
+    The disk budget covers all slices in the folder; beyond it the least valuable are evicted (``Index.reserve``). A
+    process whose budget is smaller than that of others adds nothing beyond its budget and evicts nothing. ``kept``
+    tells how many of some slices are on disk.
 
-    Trouble with the disk never stops inference: it is reported once, as a warning of the logger ``cpucache.store``, and
-    what can't be written is kept in RAM alone; from a folder that can't be written, slices are read. A damaged file is
-    set aside and counts as missing. ``paranoid`` checks the hash of a file each time that it is mapped, not only the
-    first. ``patience`` is how many seconds to wait for a slice that another process is making, before making it too.
-    ``packing`` makes what lies on disk smaller.
+    Disk errors never stop inference. The first is logged as a warning (logger ``cpucache.store``); slices that can't be
+    written stay in RAM only, and slices are still read from a folder that can't be written. A damaged file is set aside
+    and its slice counts as missing. ``writable`` tells whether slices are written to disk.
 
-    ``writable`` tells whether slices still go to the disk. May be used from several threads.
+    Args:
+        home: Folder of the store; ``None`` keeps slices in RAM only.
+        ram_budget: Bytes of states in RAM.
+        disk_budget: Bytes of states in the folder; ``None`` for ``default_budget``.
+        paranoid: Checks a file's hash each time the file is mapped, not only the first time.
+        patience: Seconds to wait for a slice that another process evaluates before evaluating it here too.
+        packing: Packs the states on disk.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class Store:
         self.disk_budget = 0
         self._packing = packing
         self._given = disk_budget is not None
-        self._why: Exception | None = None  # why the folder can only be read
+        self._why: Exception | None = None  # set: the folder can only be read, and this is why
         self._claims = Claims(home / "claims" if home else None)
         self._lock = threading.Lock()
         self._using: Counter[str] = Counter()
@@ -101,9 +103,9 @@ class Store:
         self._misses = 0
         self._noted = time.monotonic()
         self._checked: dict[str, Identity] = {}
-        self._useless: set[str] = set()  # slices whose files can neither be used nor be taken away
+        self._useless: set[str] = set()  # slices whose files can neither be used nor be set aside
         self._writer: Writer[_Job] = Writer(self._write, self._note, limit=WAITING)
-        # What is in neither memory nor on its way to the disk the index knows, or nobody.
+        # A slice that is neither in RAM nor waiting for the disk is in the index, or lost.
         self._recent = Recent(lambda key: key in self.ram or key in self._writer)
         self.writable = home is not None
         self._warned = False
@@ -123,16 +125,16 @@ class Store:
         except sqlite3.Error as error:
             self._trouble(error)
             self.asked = Asked(None)
-        """What was asked and is not exact yet."""
+        """Combinations that were asked and lack exact slices."""
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def flush(self) -> None:
-        """Wait until everything that was put is on disk (or can't be)."""
+        """Waits until every slice that was put is on disk or has failed to be written."""
         self._writer.flush()
         self._note()
 
     def close(self) -> None:
-        """Write what is waiting and let go of the folder, and of every state in RAM."""
+        """Writes what is waiting, closes the folder's files, and drops every state in RAM."""
         self._closing = True
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
@@ -141,7 +143,7 @@ class Store:
         self._closing = False
         self._note()
         self.asked.close()
-        # Mapped states hold descriptors, and the store itself lies in a cycle with its writer.
+        # Mapped states hold file descriptors, and a reference cycle with the writer delays freeing the store itself.
         self.ram.clear()
         if self.index is not None:
             self.index.close()
@@ -166,7 +168,10 @@ class Store:
             return False
 
     def get(self, key: str) -> Bytes | None:
-        """The state of a slice: from RAM, from what waits to be written, else mapped from its file. ``None``: none."""
+        """Returns the state of a slice, or ``None`` where there is none; counts as a use.
+
+        The state comes from RAM, from the states that wait to be written, or from a file, which is then mapped.
+        """
         state = self.ram.get(key)
         if state is None:
             state = self._fetch(key)
@@ -179,13 +184,13 @@ class Store:
         return state
 
     def variants(self, contents: Iterable[str]) -> dict[str, list[tuple[str, SliceInfo]]]:
-        """Key and account of the slices there are of some tokens, by their content keys."""
+        """Key and description of the slices with each of these content keys."""
         wanted = set(contents)
         found: dict[str, dict[str, SliceInfo]] = {content: {} for content in wanted}
         if self.index is not None:
             try:
                 for key, info in self.index.variants(wanted):
-                    # The file may be unusable, or deleted by hand.
+                    # The file may be unusable, or a user may have deleted it.
                     if key in self:
                         found[info.content][key] = info
             except sqlite3.Error as error:
@@ -195,7 +200,7 @@ class Store:
         return {content: list(slices.items()) for content, slices in found.items()}
 
     def sizes_behind(self, context: str) -> set[int]:
-        """How many tokens the slices have, or had, that were evaluated in a context, given by its key."""
+        """Lengths, in tokens, of the slices that were evaluated in a context, given by its key; some may be gone."""
         sizes: set[int] = set()
         if self.index is not None:
             try:
@@ -205,11 +210,11 @@ class Store:
         return sizes | self._recent.sizes_behind(context)
 
     def speed(self, fingerprint: str) -> float | None:
-        """Tokens a second at which the slices of a model were evaluated; ``None`` when that is not known."""
+        """Tokens per second at which the slices of a model were evaluated; ``None`` when that is not known."""
         return self.index.speed(fingerprint) if self.index is not None else None
 
     def _fetch(self, key: str) -> Bytes | None:
-        """Bring a slice into RAM."""
+        """Loads a slice into RAM and returns its state; ``None`` where there is none."""
         waiting = self._writer.get(key)
         state = waiting[0] if waiting else self._mapped(key)
         if state is not None:
@@ -217,6 +222,7 @@ class Store:
         return state
 
     def _mapped(self, key: str) -> Bytes | None:
+        """State from a slice's file; a file that can't be used is set aside or never read again."""
         if self.files is None or key in self._useless:
             return None
         try:
@@ -244,7 +250,14 @@ class Store:
             return None
 
     def put(self, key: str, state: Bytes, tokens: Ids, info: SliceInfo) -> None:
-        """Keep a slice: at once in RAM, soon in a file. Waits only when the disk is far behind."""
+        """Keeps a slice: in RAM at once, in a file later. Blocks while too many bytes wait for the disk.
+
+        Args:
+            key: Key of the slice.
+            state: Bytes of the state; must not change afterwards.
+            tokens: Token ids, ``[n_tokens]``.
+            info: Description of the slice.
+        """
         self.ram.put(key, state)
         self._recent.add(key, info)
         if self.writable:
@@ -253,18 +266,18 @@ class Store:
             self._trouble(self._why)
 
     def note_asked(self, fingerprint: str, state_format: str, schema: str, parts: list[Part]) -> None:
-        """Note what was asked and is not exact yet; trouble with the disk is reported once."""
+        """Calls ``Asked.note``; a disk error is logged and not raised."""
         try:
             self.asked.note(fingerprint, state_format, schema, parts)
         except sqlite3.Error as error:
             self._trouble(error)
 
     def know(self, key: str, info: SliceInfo) -> None:
-        """Let a slice that is there be found by the content key in ``info`` as well, as long as this process runs."""
+        """Lets an existing slice also be found by the content key in ``info``, in this process only."""
         self._recent.know(key, info)
 
     def size(self, key: str) -> int:
-        """Bytes of a slice; 0 for one that is not there."""
+        """Bytes of a slice's state as it is held: in RAM, else (perhaps packed) in its file; 0 where there is none."""
         state = self.ram.get(key)
         if state is None and (waiting := self._writer.get(key)):
             state = waiting[0]
@@ -275,7 +288,7 @@ class Store:
         return found[1] if found else 0 if state is None else state.nbytes
 
     def discard(self, key: str, *, aside: bool = False) -> None:
-        """Forget a slice; ``aside`` keeps its file under another name for inspection."""
+        """Removes a slice; ``aside`` renames its file for inspection instead of deleting it."""
         self.ram.drop(key)
         self._writer.drop(key)
         self._claims.release([key])
@@ -292,7 +305,7 @@ class Store:
             self._trouble(error)
 
     def adopt(self, key: str, staged: SliceFiles) -> bool:
-        """Take a slice's file over from another folder of the same disk. False: it is here already, or has no room."""
+        """Moves a slice's file in from another folder of the same disk. False: it is here already, or has no room."""
         found = staged.info(key)
         if self.files is None or self.index is None or found is None or key in self.files:
             return False
@@ -300,15 +313,15 @@ class Store:
         return self._enter(key, *found, lambda: staged.path(key).replace(files.prepared(key)))
 
     def kept(self, keys: Iterable[str]) -> Kept:
-        """How many of some slices are on disk, once all that was put is (``flush``)."""
+        """Counts how many of some slices are on disk, after ``flush``."""
         self.flush()
         keys = list(keys)
         return Kept(0, 0, len(keys), 0) if self.index is None else self.index.kept(keys)
 
     def account(self) -> Account:
-        """What the store holds at the moment, and what that has been good for."""
+        """The account of the store at the moment."""
         with self._lock:
-            hits, misses = sum(self._uses.values()), self._misses  # what is not in the index yet
+            hits, misses = sum(self._uses.values()), self._misses  # not in the index yet
         account = Account(len(self.ram), self.ram.used, self.ram.budget, hits=hits, misses=misses)
         if self.index is not None:
             try:
@@ -318,23 +331,23 @@ class Store:
         return account
 
     def missed(self, count: int) -> None:
-        """Note that so many slices were asked for that were not there."""
+        """Counts ``count`` requested slices that the store lacked."""
         with self._lock:
             self._misses += count
 
     def hold(self, keys: Iterable[str]) -> None:
-        """Evict none of these slices, here or on disk by this process, until they are let go as often as held."""
+        """Keeps this process from evicting these slices, until ``let_go`` was called as often as ``hold``."""
         with self._lock:
             self._using.update(keys)
 
     def let_go(self, keys: Iterable[str]) -> None:
-        """They may be evicted again, as far as nobody else holds them."""
+        """Ends one ``hold`` of these slices."""
         with self._lock:
             self._using -= Counter(keys)
 
     @contextmanager
     def using(self, keys: Iterable[str]) -> Iterator[None]:
-        """Hold slices meanwhile."""
+        """Holds slices during a block."""
         held = list(keys)
         self.hold(held)
         try:
@@ -343,7 +356,7 @@ class Store:
             self.let_go(held)
 
     def prefetch(self, keys: Iterable[str]) -> Future[None]:
-        """Read slices from disk into RAM, checked, in the background. Stops when ``close`` is called."""
+        """Reads slices from disk into RAM in the background, hashes checked. Stops when ``close`` is called."""
         wanted = [key for key in keys if key not in self.ram]
 
         def read() -> None:
@@ -352,7 +365,7 @@ class Store:
                     break
                 state = self._fetch(key) if key not in self.ram else None
                 if state is not None:
-                    # A file that was checked before is only mapped: reading a byte of each page brings it in.
+                    # A file that was checked before is only mapped: reading a byte of each page loads the pages.
                     state[::_PAGE].max(initial=0)
 
         with self._lock:
@@ -361,12 +374,12 @@ class Store:
             return self._reader.submit(read)
 
     def paused(self) -> AbstractContextManager[None]:
-        """While an answer is on its way, nothing is written, so that saving never delays it."""
+        """Pauses writing during a block, so that saving never delays an answer."""
         return self._writer.paused()
 
-    # -- one process makes it, the others wait -----------------------------------------------------------------------
+    # -- one process evaluates a slice, the others wait --------------------------------------------------------------
     def claim(self, key: str) -> bool:
-        """Say that this process is going to make a slice. False: it is there already, or somebody else is at it."""
+        """Claims a slice for evaluation here. False: it exists already, or another process has claimed it."""
         if key in self:
             return False
         if not self._claims.take(key):
@@ -378,7 +391,7 @@ class Store:
         return True
 
     def release(self, keys: Iterable[str]) -> None:
-        """Claimed slices will not be made after all. Those that were put are given back when they are on disk."""
+        """Releases claims. Those of slices that wait to be written are released once these are on disk."""
         self._claims.release(key for key in keys if key not in self._writer)
 
     # -- in the background -------------------------------------------------------------------------------------------
@@ -400,7 +413,7 @@ class Store:
         self._enter(key, info, packed.nbytes, put)
 
     def _enter(self, key: str, info: SliceInfo, size: int, bring: Callable[[], object]) -> bool:
-        """Have the file of a slice brought to its place, and enter it into the index. False: there is no room."""
+        """Enters a slice into the index; ``bring`` writes or moves its file. False: there is no room."""
         assert self.files is not None and self.index is not None
         with self._lock:
             keep = set(self._using)
@@ -415,7 +428,7 @@ class Store:
         return True
 
     def _note(self) -> None:
-        """Enter into the index what was used since the last time."""
+        """Records uses and misses since the last call in the index."""
         with self._lock:
             uses, self._uses = self._uses, Counter()
             misses, self._misses = self._misses, 0
@@ -424,7 +437,7 @@ class Store:
             return
         try:
             for key in self.index.touch(uses, misses=misses):
-                # A file that is not in the account: written by a process that was killed before it could say so.
+                # A file without a row: its writer was killed, or a power cut lost the row.
                 known = self.files.info(key)
                 if known is not None:
                     self.index.add_all([(key, *known)])
@@ -432,6 +445,7 @@ class Store:
             self._trouble(error)
 
     def _trouble(self, error: Exception) -> None:
+        """Logs the first disk error as a warning."""
         if not self._warned:
             _log.warning("can't keep slices in %s (%s); going on from memory", self.home, error)
             self._warned = True

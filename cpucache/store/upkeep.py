@@ -1,4 +1,4 @@
-"""Looking after a store: checking every slice, clearing up, and keeping to the budget."""
+"""Maintenance of a store: checking every slice, deleting leftovers, enforcing the budget."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from cpucache.store.slicefile import Damaged, Outdated
 from cpucache.store.startup import rebuild
 from cpucache.store.store import Store
 
-_YOUNG = 600.0  # seconds: what is younger may still be in the making
+_YOUNG = 600.0  # seconds: a younger file may belong to a running writer
 
 Kind: TypeAlias = Literal["damaged", "missing", "unlisted", "outdated", "leftover"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be.
+    """An irregularity in a store.
 
-    ``damaged``: a file that is not the slice that it claims to be. ``missing``: a slice in the index without its file.
-    ``unlisted``: a file that the index does not know. ``outdated``: a slice of another version. ``leftover``: what a
-    killed writer left, or a file set aside.
+    ``damaged``: a file that is not the slice that its name states. ``missing``: a slice in the index without a file.
+    ``unlisted``: a slice file that is not in the index. ``outdated``: a slice of another version of the file format.
+    ``leftover``: a writer's temporary file, or a file that was set aside.
     """
 
     kind: Kind
@@ -34,18 +34,23 @@ class Finding:
 
     @property
     def harmless(self) -> bool:
-        """Whether a crash or an update leaves such a thing, and no slice is lost or wrong by it."""
+        """Whether it is the normal result of a crash or an update: no slice is lost or wrong."""
         return self.kind in {"unlisted", "outdated", "leftover"}
 
 
 def verify(
     store: Store, *, repair: bool = False, progress: Callable[[int, int], object] | None = None
 ) -> list[Finding]:
-    """Read every slice on disk in full and compare it with its hash, its key and the index.
+    """Reads every slice on disk and compares it with its hash, its key and the index.
 
-    ``repair`` sets damaged files aside, deletes outdated ones, lists what is not listed, and strikes out what is
-    missing. ``progress(done, total)`` is told about slices. The content is compared with its hash and the key with all
-    that it is made from.
+    Args:
+        store: The store; one without a folder has no findings.
+        repair: Sets damaged files aside, deletes outdated ones, adds unlisted ones to the index, and removes missing
+            ones from it.
+        progress: Called with the number of slices read and their total.
+
+    Returns:
+        All irregularities, with those that were repaired.
     """
     if store.files is None or store.index is None:
         return []
@@ -78,16 +83,16 @@ def verify(
 
 
 def collect(store: Store, budget: int | None = None) -> int:
-    """Delete leftovers and what is over the budget, and bring the index up to date; gives the bytes freed.
+    """Deletes leftovers, brings the index up to date, and evicts slices beyond the budget. Returns the bytes freed.
 
-    A ``budget`` that is given takes the place of what any process kept to before.
+    ``budget``, in bytes, replaces the budgets of all processes before; ``None`` uses the store's.
     """
     if store.files is None or store.index is None:
         return 0
     store.flush()
     freed = 0
     for path in list(store.files.leftovers()):
-        # Another process may be about to give a file its name.
+        # Another process may rename a temporary file at this moment.
         with contextlib.suppress(FileNotFoundError):
             found = path.lstat()
             if time.time() - found.st_mtime > _YOUNG or path.suffix == ".damaged":
@@ -104,6 +109,6 @@ def collect(store: Store, budget: int | None = None) -> int:
 
 
 def remove(store: Store, keys: Iterable[str]) -> None:
-    """Delete slices."""
+    """Deletes slices."""
     for key in keys:
         store.discard(key)

@@ -1,4 +1,4 @@
-"""Writing in the background, so that saving never delays an answer."""
+"""A background thread for writing, so that saving never delays an answer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ Job = TypeVar("Job")
 
 
 class Writer(Generic[Job]):
-    """Jobs by key, done one after the other by a thread of its own, in the order in which they came.
+    """Jobs by key, done in order by one background thread.
 
-    At most ``limit`` bytes wait: a caller with more has to wait itself, so that a fast evaluation can't fill the memory
-    with what a slow disk has not taken yet. ``write`` does a job, ``idle`` is called whenever there is nothing left to
-    do. What either of them raises is logged, and the thread goes on with the next job. The thread starts with the first
-    job and does not keep a program from ending; call ``close`` for what still waits.
+    The thread starts with the first job. It is a daemon thread: call ``close`` before the program ends to have waiting
+    jobs done. Exceptions of ``write`` and ``idle`` are logged, and the thread continues with the next job.
+
+    Args:
+        write: Does a job, given its key.
+        idle: Called whenever no job is left.
+        limit: Bytes of jobs that may wait. ``put`` blocks beyond it, so that fast evaluation can't fill the memory with
+            states that a slow disk has not taken yet.
     """
 
     def __init__(self, write: Callable[[str, Job], None], idle: Callable[[], None], *, limit: int) -> None:
@@ -34,19 +38,19 @@ class Writer(Generic[Job]):
         self._closing = False
         self._poked = False
         self._quiet = 0
-        self._pressed = 0  # callers that wait for room
+        self._pressed = 0  # callers that wait for a job to end: these override `paused`
 
     def __contains__(self, key: str) -> bool:
         return key in self._jobs
 
     def get(self, key: str) -> Job | None:
-        """The job of this key, if it has not been done yet."""
+        """Job of this key, ``None`` once it is done."""
         with self._changed:
             found = self._jobs.get(key)
             return found[0] if found else None
 
     def put(self, key: str, job: Job, size: int) -> None:
-        """Have a job done. Waits while too much is waiting already."""
+        """Adds a job of ``size`` bytes, unless its key is waiting already. Blocks while there is no room."""
         with self._changed:
             if key in self._jobs:
                 return
@@ -60,7 +64,7 @@ class Writer(Generic[Job]):
             self._awake()
 
     def drop(self, key: str) -> None:
-        """Have a job not done after all. Waits for the end of one that is under way."""
+        """Removes a job, if it is waiting. Blocks until it has ended, if it is running."""
         with self._changed:
             self._pressed += 1
             self._changed.notify_all()
@@ -73,7 +77,7 @@ class Writer(Generic[Job]):
                 self._changed.notify_all()
 
     def wake(self) -> None:
-        """Have ``idle`` called soon, though nothing is to be written."""
+        """Has ``idle`` called soon, even without a job."""
         with self._changed:
             self._poked = True
             self._awake()
@@ -86,7 +90,7 @@ class Writer(Generic[Job]):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Meanwhile, a job that calls ``give_way`` stands still, unless a caller of ``put`` is waiting for it."""
+        """Blocks ``give_way``, and so the running job, during a block; not while a caller waits for a job to end."""
         with self._changed:
             self._quiet += 1
         try:
@@ -97,13 +101,13 @@ class Writer(Generic[Job]):
                 self._changed.notify_all()
 
     def give_way(self) -> None:
-        """For a job to call now and then: comes back when nobody wants it ``paused``."""
+        """Called by jobs regularly: blocks while the writer is ``paused``."""
         with self._changed:
             while self._quiet and not self._pressed and not self._closing:
                 self._changed.wait()
 
     def flush(self) -> None:
-        """Wait until everything has been done."""
+        """Blocks until all jobs are done."""
         with self._changed:
             self._pressed += 1
             self._changed.notify_all()
@@ -112,7 +116,7 @@ class Writer(Generic[Job]):
             self._pressed -= 1
 
     def close(self) -> None:
-        """Do what is waiting, and end the thread. A later job starts another."""
+        """Does the waiting jobs and ends the thread. A later job starts another."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -124,6 +128,7 @@ class Writer(Generic[Job]):
             self._closing = False
 
     def _run(self) -> None:
+        """Loop of the thread; ends after ``close``, once no job waits."""
         while True:
             with self._changed:
                 while not (self._jobs or self._poked or self._closing):
@@ -142,7 +147,7 @@ class Writer(Generic[Job]):
                     _log.debug("where that happened", exc_info=True)
                 finally:
                     with self._changed:
-                        # Only now: until a slice lies in its file, it is found here.
+                        # Only now: until the slice has its file, `get` must find it here.
                         del self._jobs[key]
                         self._doing = None
                         self._waiting -= size
