@@ -110,7 +110,7 @@ def _add_known_prefix(kv_cache: KVCache, chain: Chain, tokens: Tokens) -> None:
     """Add the slices that the store has of the first of these tokens, each evaluated after all before it."""
     store, start = kv_cache.store, chain.end
     while len(left := tokens[chain.end - start :]):
-        for size in sorted((size for size in store.sizes_behind(chain.trail.key) if size <= len(left)), reverse=True):
+        for size in sorted((size for size in store.sizes_after(chain.trail.key) if size <= len(left)), reverse=True):
             known = chain.next(left[:size])
             if known.key in store:
                 break

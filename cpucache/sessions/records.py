@@ -188,7 +188,7 @@ class Transcripts:
 
     # -- inside ------------------------------------------------------------------------------------------------------
     def _row(self, name: str) -> sqlite3.Row | None:
-        with self._alone():
+        with self._locked():
             found = self._database.execute("SELECT * FROM sessions WHERE name = ?", (_shown(name),))
             row: sqlite3.Row | None = found.fetchone()
         # A damaged name, which is no valid text, is compared as it is shown.
@@ -201,7 +201,7 @@ class Transcripts:
         return row
 
     def _rows(self) -> list[sqlite3.Row]:
-        with self._alone():
+        with self._locked():
             return self._database.execute("SELECT * FROM sessions ORDER BY used DESC, name").fetchall()
 
     def _summary(self, row: sqlite3.Row) -> Summary:
@@ -212,7 +212,7 @@ class Transcripts:
         except Flaw as flaw:
             raise Damaged(row["name"], flaw) from flaw
         said = [each["id"] for each, (role, _) in zip(rows, read, strict=True) if role != "system"]
-        with self._alone():
+        with self._locked():
             found = self._database.execute("SELECT text FROM entries WHERE id = ?", (said[0] if said else None,))
             start = (found.fetchone() or [""])[0]
         return Summary(
@@ -235,7 +235,7 @@ class Transcripts:
 
     def _path(self, row: sqlite3.Row, columns: str) -> list[sqlite3.Row]:
         """Rows of a conversation, in order. Raises ``Damaged`` when an entry is missing."""
-        with self._alone():
+        with self._locked():
             rows = self._database.execute(
                 f"""
                 WITH RECURSIVE path (id) AS (
@@ -255,7 +255,8 @@ class Transcripts:
         """Locks a conversation. Raises ``CpucacheError`` when it is locked elsewhere."""
         # Hashed, because a name may contain what a file system refuses, and differ only in what it ignores (case).
         path = self.folder / f"{sha256(name.encode()).hexdigest()[:32]}.lock"
-        lock = filelock.FileLock(path, mode=0o600)
+        # A conversation may be closed in another thread than it was opened in.
+        lock = filelock.FileLock(path, mode=0o600, thread_local=False)
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
@@ -266,7 +267,7 @@ class Transcripts:
         return lock
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Admits one thread at a time. Turns errors of the file into ``CpucacheError``."""
         with self._turn:
             try:
@@ -278,7 +279,7 @@ class Transcripts:
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        with self._alone():
+        with self._locked():
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._database

@@ -212,7 +212,7 @@ class Index:
                     why = "it is larger" if size > budget else "others keep more" if smaller else "the rest is in use"
                     _log.info("no room on disk for %.8s, %d bytes of a budget of %d: %s", key, size, budget, why)
                     return False
-                leaving = self._doom(victims)
+                leaving = self._mark_leaving(victims)
             freed = sum(victim.bytes for victim in victims)
             _log.info("slices worth least leave the disk for %.8s: %d of them, %d bytes", key, len(victims), freed)
             self._evict(victims, leaving, delete)
@@ -227,7 +227,7 @@ class Index:
                 database.execute("UPDATE totals SET number = ? WHERE name = 'budget'", (budget,))
                 database.execute("UPDATE totals SET number = 0 WHERE name = 'default'")
             victims, _ = self._victims(self._total("bytes") - budget, ())
-            leaving = self._doom(victims)
+            leaving = self._mark_leaving(victims)
         self._evict(victims, leaving, delete)
         return sum(victim.bytes for victim in victims)
 
@@ -245,7 +245,7 @@ class Index:
                 needed -= victim.bytes
         return victims, needed <= 0
 
-    def _doom(self, victims: Iterable[_Victim]) -> float:
+    def _mark_leaving(self, victims: Iterable[_Victim]) -> float:
         """Marks victims as unfinished. Returns the time it writes into their rows; ``_evict`` identifies them by it.
 
         The mark is set before the files are deleted: a process killed in between leaves no row that lists a deleted
@@ -294,13 +294,17 @@ class Index:
         columns = ", ".join(row)
         marks = ", ".join(f":{name}" for name in row)
         before = "coalesce((SELECT uses FROM absent WHERE key = :key), 0)"
-        age = "(SELECT number FROM totals WHERE name = 'age')"
-        self._database.execute(
-            f"INSERT OR IGNORE INTO slices ({columns}, before, value) "
-            f"VALUES ({marks}, {before}, {age} + ({before} + 1) * :seconds * 1e6 / :bytes)",
-            row,
+        added = self._database.execute(
+            f"INSERT OR IGNORE INTO slices ({columns}, before, value) VALUES ({marks}, {before}, 0)", row
         )
+        if added.rowcount:
+            self._value(key)
         self._database.execute("DELETE FROM absent WHERE key = ?", (key,))
+
+    def _value(self, key: str) -> None:
+        """Sets the value of a slice that was inserted or used: the age of the store, plus its worth."""
+        age = "(SELECT number FROM totals WHERE name = 'age')"
+        self._database.execute(f"UPDATE slices SET value = {age} + {_WORTH} WHERE key = ?", (key,))
 
     def commit(self, key: str) -> None:
         """Marks a reserved slice as whole: its file is complete."""
@@ -323,18 +327,15 @@ class Index:
         """Records uses by key, and ``misses``. Returns the keys that are not in the index."""
         unknown = []
         with self._change() as database:
-            now, age, saved = time.time(), self._total("age"), 0.0
+            now, saved = time.time(), 0.0
             for key, count in uses.items():
                 found = database.execute("SELECT seconds FROM slices WHERE key = ?", (key,)).fetchone()
                 if found is None:
                     unknown.append(key)
                     continue
                 saved += found[0] * count
-                database.execute(
-                    f"UPDATE slices SET hits = hits + ?1, used = ?2, value = ?3 + {_WORTH} + ?1 * seconds * 1e6 / bytes"
-                    " WHERE key = ?4",
-                    (count, now, age, key),
-                )
+                database.execute("UPDATE slices SET hits = hits + ?, used = ? WHERE key = ?", (count, now, key))
+                self._value(key)
             hits = sum(uses.values())
             for name, number in (("hits", hits), ("misses", misses), ("seconds_saved", saved)):
                 database.execute("UPDATE totals SET number = number + ? WHERE name = ?", (number, name))
@@ -385,7 +386,7 @@ class Index:
                 found += [_row(dict(zip(names, values, strict=True))) for values in cursor]
         return [(row.key, row.info) for row in found]
 
-    def sizes_behind(self, context: str) -> set[int]:
+    def sizes_after(self, context: str) -> set[int]:
         """Lengths, in tokens, of the whole slices that were evaluated in a context, given by its key."""
         with self._lock:
             rows = self._database.execute(

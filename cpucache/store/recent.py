@@ -24,19 +24,19 @@ class Recent:
         self._retained = keep
         self._lock = threading.Lock()
         self._by_content: dict[str, dict[str, SliceInfo]] = {}
-        self._behind: dict[str, dict[str, int]] = {}  # by context: key and tokens of each slice
+        self._after: dict[str, dict[str, int]] = {}  # by context: key and tokens of each slice
         self._since = 0  # slices added since the last removal
 
     def add(self, key: str, info: SliceInfo) -> None:
         """Adds a slice; every ``FORGET_EVERY`` slices, removes those that need not be kept."""
         with self._lock:
             self._by_content.setdefault(info.content, {})[key] = info
-            self._behind.setdefault(info.context, {})[key] = info.tokens
+            self._after.setdefault(info.context, {})[key] = info.tokens
             self._since += 1
             if self._since >= FORGET_EVERY:
                 self._since = 0
                 _sweep(self._by_content, self._retained)
-                _sweep(self._behind, self._retained)
+                _sweep(self._after, self._retained)
 
     def know(self, key: str, info: SliceInfo) -> None:
         """Lets an existing slice also be found by the content key in ``info``."""
@@ -51,10 +51,10 @@ class Recent:
                 del slices[key]
             return dict(slices)
 
-    def sizes_behind(self, context: str) -> set[int]:
+    def sizes_after(self, context: str) -> set[int]:
         """Lengths, in tokens, of the slices that were evaluated in a context, given by its key."""
         with self._lock:
-            return set(self._behind.get(context, {}).values())
+            return set(self._after.get(context, {}).values())
 
 
 def _sweep(known: dict[str, dict[str, _Known]], keep: Callable[[str], bool]) -> None:

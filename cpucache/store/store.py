@@ -199,19 +199,24 @@ class Store:
             found[content].update(self._recent.of(content, self.__contains__))
         return {content: list(slices.items()) for content, slices in found.items()}
 
-    def sizes_behind(self, context: str) -> set[int]:
+    def sizes_after(self, context: str) -> set[int]:
         """Lengths, in tokens, of the slices that were evaluated in a context, given by its key; some may be gone."""
         sizes: set[int] = set()
         if self.index is not None:
             try:
-                sizes = self.index.sizes_behind(context)
+                sizes = self.index.sizes_after(context)
             except sqlite3.Error as error:
                 self._trouble(error)
-        return sizes | self._recent.sizes_behind(context)
+        return sizes | self._recent.sizes_after(context)
 
     def speed(self, fingerprint: str) -> float | None:
         """Tokens per second at which the slices of a model were evaluated; ``None`` when that is not known."""
-        return self.index.speed(fingerprint) if self.index is not None else None
+        if self.index is not None:
+            try:
+                return self.index.speed(fingerprint)
+            except sqlite3.Error as error:
+                self._trouble(error)
+        return None
 
     def _fetch(self, key: str) -> Bytes | None:
         """Loads a slice into RAM and returns its state; ``None`` where there is none."""
@@ -316,7 +321,12 @@ class Store:
         """Counts how many of some slices are on disk, after ``flush``."""
         self.flush()
         keys = list(keys)
-        return Kept(0, 0, len(keys), 0) if self.index is None else self.index.kept(keys)
+        if self.index is not None:
+            try:
+                return self.index.kept(keys)
+            except sqlite3.Error as error:
+                self._trouble(error)
+        return Kept(0, 0, len(keys), 0)
 
     def account(self) -> Account:
         """The account of the store at the moment."""

@@ -36,8 +36,8 @@ class Writer(Generic[Job]):
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
-        self._poked = False
-        self._quiet = 0
+        self._woken = False
+        self._pauses = 0
         self._pressed = 0  # callers that wait for a job to end: these override `paused`
 
     def __contains__(self, key: str) -> bool:
@@ -55,10 +55,8 @@ class Writer(Generic[Job]):
             if key in self._jobs:
                 return
             while self._jobs and self._waiting + size > self._limit and not self._closing:
-                self._pressed += 1
-                self._changed.notify_all()
-                self._changed.wait()
-                self._pressed -= 1
+                with self._pressing():
+                    self._changed.wait()
             self._jobs[key] = (job, size)
             self._waiting += size
             self._awake()
@@ -66,20 +64,28 @@ class Writer(Generic[Job]):
     def drop(self, key: str) -> None:
         """Removes a job, if it is waiting. Blocks until it has ended, if it is running."""
         with self._changed:
-            self._pressed += 1
-            self._changed.notify_all()
-            while self._doing == key:
-                self._changed.wait()
-            self._pressed -= 1
+            with self._pressing():
+                while self._doing == key:
+                    self._changed.wait()
             dropped = self._jobs.pop(key, None)
             if dropped is not None:
                 self._waiting -= dropped[1]
                 self._changed.notify_all()
 
+    @contextmanager
+    def _pressing(self) -> Iterator[None]:
+        """Lets the running job continue during a block, even while the writer is ``paused``."""
+        self._pressed += 1
+        self._changed.notify_all()
+        try:
+            yield
+        finally:
+            self._pressed -= 1
+
     def wake(self) -> None:
         """Has ``idle`` called soon, even without a job."""
         with self._changed:
-            self._poked = True
+            self._woken = True
             self._awake()
 
     def _awake(self) -> None:
@@ -92,28 +98,25 @@ class Writer(Generic[Job]):
     def paused(self) -> Iterator[None]:
         """Blocks ``give_way``, and so the running job, during a block; not while a caller waits for a job to end."""
         with self._changed:
-            self._quiet += 1
+            self._pauses += 1
         try:
             yield
         finally:
             with self._changed:
-                self._quiet -= 1
+                self._pauses -= 1
                 self._changed.notify_all()
 
     def give_way(self) -> None:
         """Called by jobs regularly: blocks while the writer is ``paused``."""
         with self._changed:
-            while self._quiet and not self._pressed and not self._closing:
+            while self._pauses and not self._pressed and not self._closing:
                 self._changed.wait()
 
     def flush(self) -> None:
         """Blocks until all jobs are done."""
-        with self._changed:
-            self._pressed += 1
-            self._changed.notify_all()
+        with self._changed, self._pressing():
             while self._jobs:
                 self._changed.wait()
-            self._pressed -= 1
 
     def close(self) -> None:
         """Does the waiting jobs and ends the thread. A later job starts another."""
@@ -131,12 +134,12 @@ class Writer(Generic[Job]):
         """Loop of the thread; ends after ``close``, once no job waits."""
         while True:
             with self._changed:
-                while not (self._jobs or self._poked or self._closing):
+                while not (self._jobs or self._woken or self._closing):
                     self._changed.wait()
                 job = next(iter(self._jobs.items()), None)
-                if job is None and not self._poked:
+                if job is None and not self._woken:
                     return
-                self._poked = False
+                self._woken = False
                 self._doing = job[0] if job else None
             if job is not None:
                 key, (what, size) = job

@@ -75,3 +75,10 @@ def test_a_session_that_is_closed_elsewhere_ends_its_answer(engine: Engine) -> N
     assert reply.metrics.finish == "interrupted"
     with engine.session("s") as again:
         assert [entry.role for entry in again.entries][:1] == ["user"]
+
+
+def test_a_session_may_be_closed_in_another_thread_than_it_was_opened_in(engine: Engine) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        session = pool.submit(engine.session, "s").result()
+    session.close()
+    engine.session("s").close()
