@@ -18,6 +18,8 @@ from cpucache.cli.console import err, out, seconds
 from cpucache.cli.options import engine_options
 from cpucache.engine import Engine
 
+_TRACES = "an agent's requests"
+
 if TYPE_CHECKING:
     from cpucache.bench.server import ServerReport, Workload
 
@@ -95,19 +97,22 @@ def server(
 
     more: list[Workload] = [("documents in other orders", permutations)] if orders else []
     if traces:
-        more.append(("an agent's requests", partial(replay, traces=traces, most=trace_tokens)))
+        more.append((_TRACES, partial(replay, traces=traces, most=trace_tokens)))
     settings: dict[str, Any] = {"tokens": tokens, "users": users, "rounds": rounds, "repeat": repeat, "say": say}
     settings["more"] = more
     passed = [f"--{name}={options[key]}" for name, key in (("ctx", "n_ctx"), ("threads", "threads")) if options[key]]
     with tempfile.TemporaryDirectory(prefix="cpucache-bench-") as folder:
         options["store"] = Path(folder) / "engine"
-        with Engine(model, **options) as engine, own_server(model, Path(folder) / "server", passed) as own:
+        with Engine(model, **options) as engine:
             engine.warm_up()
-            reports = [measure_server(engine, own, **settings)]
-            say("through Engine and through the server in turn")
-            direct, served = http_overhead(engine, own, tokens=tokens, repeat=repeat)
-            without = Target("cpucache, no reuse", own.url, {"cache_prompt": False})
-            reports.append(measure_server(engine, without, **{**settings, "repeat": 2, "rounds": 1}))
+            # Stopped before peers are measured: it refines while it is idle. Without reuse, traces would take hours.
+            with own_server(model, Path(folder) / "server", passed) as own:
+                reports = [measure_server(engine, own, **settings)]
+                say("through Engine and through the server in turn")
+                direct, served = http_overhead(engine, own, tokens=tokens, repeat=repeat)
+                without = Target("cpucache, no reuse", own.url, {"cache_prompt": False})
+                few = {"repeat": 2, "rounds": 1, "more": [each for each in more if each[0] != _TRACES]}
+                reports.append(measure_server(engine, without, **settings | few))
             reports += [measure_server(engine, Target(name, url.rstrip("/")), **settings) for name, _, url in named]
             name = engine.model.path.stem
     result = {
