@@ -75,10 +75,16 @@ def ttft(result: dict[str, Any], *, short: bool) -> list[str]:
 
 def servers(result: dict[str, Any], **_: object) -> list[str]:
     """Returns the table of ``cpucache bench server``."""
-    rows = [["", "prefix, p50 (p95)", "tok/s", "of four", "first round", "last round", "restarted", "failures"]]
+    # Documents in other orders are measured on request.
+    kinds = list(result["servers"][0].get("permuted", {}))
+    orders = [f"orders, {kind}" for kind in kinds]
+    rows = [
+        ["", "prefix, p50 (p95)", "tok/s", "of four", "first round", "last round", "restarted", *orders, "failures"]
+    ]
     for each in result["servers"]:
         speed = each["tokens_per_second"]
         times = [each["prefix"], each["rounds"][0], each["warm"], each["restarted"]]
+        times += [each["permuted"][kind] for kind in kinds]
         told = [f"{_time(found['p50'])} ({_time(found['p95'])})" if found else "" for found in times]
         rows.append(
             [each["name"], told[0], f"{speed['one']:.0f}", f"{speed['four']:.0f}", *told[1:], str(each["failures"])]
