@@ -253,7 +253,7 @@ class Trail:
         return self._digest.copy().hexdigest()
 
     def copy(self) -> Trail:
-        """The same trail, to go on with apart from this one."""
+        """Returns a copy that can be extended separately."""
         other = Trail()
         other._digest = self._digest.copy()
         other.end, other.exact, other.n_tokens = self.end, self.exact, self.n_tokens
@@ -261,14 +261,14 @@ class Trail:
         return other
 
     def in_place(self, span: Span) -> bool:
-        """Whether the state of ``span``, put behind this, is that of its tokens evaluated there."""
+        """Whether the state of ``span`` after this trail equals that of its tokens evaluated there."""
         if span.slice is None:
             return True
         fits = span.start == self.end and not span.delta
         return fits and span.slice.context_key == self.key
 
     def add(self, span: Span) -> None:
-        """Put a span behind the others."""
+        """Appends a span."""
         if not len(span.tokens):
             return
         in_place = self.in_place(span)
@@ -299,34 +299,34 @@ class Trail:
 
 
 class Cutting(Protocol):
-    """What finds the segments of texts, such as ``cpucache.layout.cuts.Cuts``."""
+    """Cuts texts into segments, as ``cpucache.layout.cuts.Cuts`` does."""
 
     def __call__(self, tokens: Tokens, *, part: bool = False) -> Sequence[int]:
-        """The end of each segment. ``part``: of a part of a longer text."""
+        """Returns the end of each segment. ``part``: whether ``tokens`` are part of a longer text."""
 
     def ends_message(self, tokens: Tokens) -> bool:
-        """Whether some tokens end where a message does, or its header."""
+        """Returns whether ``tokens`` end at the end of a message or of its header."""
 
 
 class Whole:
-    """Cuts nothing."""
+    """Treats every text as one segment."""
 
     def __call__(self, tokens: Tokens, *, part: bool = False) -> Sequence[int]:  # noqa: ARG002
-        """The end of the text."""
+        """Returns the end of the text."""
         return [len(tokens)] if len(tokens) else []
 
     def ends_message(self, tokens: Tokens) -> bool:  # noqa: ARG002
-        """Never: nobody asks for what was not cut."""
+        """Returns ``False``: uncut text has no known message ends."""
         return False
 
 
 class Slices:
-    """Makes slices of one model and one format of states, by the spans behind which they are evaluated.
+    """Describes slices of one model and one state format, with their keys and contexts.
 
     Args:
-        fingerprint: Names the model's weights.
-        state_format: What the bytes of a state depend on besides.
-        cuts: Finds the segments of texts; without it they are one each.
+        fingerprint: Identifies the model's weights.
+        state_format: Identifies the other settings that the bytes of a state depend on.
+        cuts: Cuts texts into segments; without it each text is one segment.
     """
 
     def __init__(self, fingerprint: str, state_format: str, cuts: Cutting | None = None) -> None:
@@ -334,22 +334,22 @@ class Slices:
         self.state_format = state_format
         """Part of every key."""
         self.scope = state_format
-        """Part of what slices are found by whose contexts may be others than what stands before them in a prompt."""
+        """Part of the content key, by which slices that are not exact are found."""
         self.cuts: Cutting = cuts or Whole()
         self.memory = Memory()
-        """What the model's memory can do; the KV cache says so."""
+        """Capabilities of the model's memory; set by ``KVCache``."""
 
     def point(self, slice_: Slice) -> Slice:
-        """The recurrent state behind a slice, as a slice of no tokens: one goes on from it, and only from it."""
+        """Returns the recurrent state at the end of a slice, as a slice of no tokens. Only it can be extended."""
         none = slice_.tokens[:0]
         key = self.key(slice_.key, none, slice_.end)
         return Slice(key, none, slice_.end, slice_.key, slice_.attends_to, slice_.attended_tokens, slice_.module)
 
     def within(self, namespace: str, *, isolate: bool = False) -> Slices:
-        """The same for a namespace.
+        """Returns the ``Slices`` of a namespace.
 
-        A slice that is not exact is found in the namespace that asked for it alone. An exact one has the same key in
-        all of them; with ``isolate`` it has not, and nothing is shared.
+        Slices that are not exact are found only in the namespace that asked for them. Exact slices have the same key in
+        all namespaces, unless ``isolate`` is set: then nothing is shared.
         """
         own = f"{self.state_format}/in-{namespace}"
         other = Slices(self.fingerprint, own if isolate else self.state_format, self.cuts)
@@ -358,15 +358,15 @@ class Slices:
 
     @property
     def shared(self) -> bool:
-        """Whether slices may be there that another namespace has made, and that are not found by their content."""
+        """Whether the store may hold slices from other namespaces, which this scope does not find by content."""
         return self.scope != self.state_format
 
     def content(self, tokens: Tokens) -> str:
-        """What all slices of these tokens are found by."""
+        """Returns the content key, shared by all slices of these tokens."""
         return content_key(self.fingerprint, self.scope, tokens)
 
     def key(self, context_key: str, tokens: Tokens, start: int) -> str:
-        """The key of the slice of these tokens in that context."""
+        """Returns the key of the slice of these tokens in that context, at position ``start``."""
         return slice_key(self.fingerprint, self.state_format, context_key, tokens, start)
 
     def make(
@@ -378,9 +378,14 @@ class Slices:
         start: int | None = None,
         trail: Trail | None = None,
     ) -> Slice:
-        """The slice of ``tokens`` evaluated right behind ``before``, then moved to ``start``, if that is elsewhere.
+        """Returns the slice of ``tokens`` evaluated directly after ``before``. Nothing is evaluated here.
 
-        ``trail`` is that of ``before``, where it is known.
+        Args:
+            before: Context of the slice.
+            tokens: Tokens of the slice.
+            module: Dotted path of its module.
+            start: Position to which the slice is shifted; by default it stays after ``before``.
+            trail: Trail of ``before``, if known.
         """
         trail = Trail(before) if trail is None else trail
         start = trail.end if start is None else start
@@ -391,7 +396,7 @@ class Slices:
     def cut(
         self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
     ) -> list[Slice]:
-        """``tokens`` right behind ``before``, in segments. ``ends``: of each of these, where they are known."""
+        """Returns slices of ``tokens`` directly after ``before``. ``ends``: ends of the segments, if known."""
         spans = list(before)
         trail = Trail(before)
         cut: list[Slice] = []
@@ -406,10 +411,10 @@ class Slices:
     def plan(
         self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
     ) -> Plan:
-        """``before``, the segments of ``tokens`` but for the last, and the last, to be evaluated.
+        """Returns a plan of ``before``, slices of all segments of ``tokens`` but the last, and the rest to evaluate.
 
-        ``ends``: of the segments of all tokens but the last, where they are known. Of a recurrent model all are slices:
-        its state before the last token is not to be had once that has been evaluated.
+        ``ends``: ends of the segments of ``tokens[:-1]``, if known. For a recurrent model, all of these segments are
+        slices: the state before the last token can't be recovered after that token has been evaluated.
         """
         whole = [0, *(self.cuts(tokens[:-1], part=True) if ends is None else ends)]
         if not self.memory.points:
@@ -420,7 +425,7 @@ class Slices:
         return Plan((*spans, Span(spans[-1].end if spans else 0, tokens[done:])))
 
     def chained(self, plan: Plan, module: str = "") -> list[Span]:
-        """The spans of a plan, with slices in the place of tokens to evaluate."""
+        """Returns the spans of a plan, with tokens to evaluate replaced by slices."""
         spans: list[Span] = []
         for span in plan.spans:
             if span.slice:
