@@ -58,7 +58,7 @@ def to_refine(slices: Slices, store: Store, schema: str | None = None) -> int:
 def refine(
     kv_cache: KVCache, slot: Slot, schema: str | None, report: Encoded, progress: OnProgress | None = None
 ) -> Task[None]:
-    """Encodes missing exact slices, in the order of ``store.asked.combinations``.
+    """Encodes missing exact slices, the most asked combinations first.
 
     A closed task keeps the slices encoded so far; a new task encodes only the rest.
 
