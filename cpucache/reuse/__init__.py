@@ -1,4 +1,4 @@
-"""Reuse: slices looked up, made (encoder) and put into a llama.cpp context (splicer), and the two brought together."""
+"""Reuse: looks up slices (lookup), encodes them (encoder) and loads them into a llama.cpp context (splicer)."""
 
 from cpucache.reuse.fidelity import DEFAULT, LEVELS, REUSES, Fidelity, Level, Reuse
 from cpucache.reuse.history import History

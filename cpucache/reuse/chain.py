@@ -1,4 +1,4 @@
-"""Chains: spans put one behind another, with the key of all of them at hand."""
+"""Chains of spans in position order, with the context key of the whole chain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cpucache.reuse.slices import Slice, Slices, Span, Trail
 
 
 class Chain:
-    """Spans in order of position, to which more are added at the end."""
+    """Spans in position order; new spans are appended at the end."""
 
     def __init__(self, slices: Slices) -> None:
         self._slices = slices
@@ -20,17 +20,17 @@ class Chain:
 
     @property
     def end(self) -> int:
-        """The position behind the last span."""
+        """Position after the last span."""
         return self.trail.end
 
     def copy(self) -> Chain:
-        """The same chain, to go on with apart from this one."""
+        """Returns a copy that can be extended separately."""
         other = Chain(self._slices)
         other.spans, other.trail = list(self.spans), self.trail.copy()
         return other
 
     def add(self, span: Span) -> None:
-        """Put a span behind the others. Tokens to evaluate for one reason are one span."""
+        """Appends a span. Adjacent tokens to evaluate, of one module and for one reason, are merged into one span."""
         if not len(span.tokens):
             return
         self.trail.add(span)
@@ -42,19 +42,19 @@ class Chain:
             self.spans.append(span)
 
     def evaluate(self, tokens: Tokens, why: str = "", module: str = "", *, again: bool = False) -> None:
-        """Put tokens to evaluate right behind the others. ``again``: although there is a slice of them."""
+        """Appends tokens to evaluate, directly after the last span. ``again``: a slice of them exists (recompute)."""
         self.add(Span(self.end, tokens, why=why, module=module, recomputed=again))
 
     def next(self, tokens: Tokens, module: str = "", reserved: int | None = None) -> Slice:
-        """The slice of ``tokens`` evaluated behind this chain; saved at ``reserved``, unless that is taken already."""
+        """Slice of ``tokens`` after this chain, at ``reserved`` or, if that is taken, at the chain's end."""
         start = self.end if reserved is None else max(reserved, self.end)
         return self._slices.make(self.spans, tokens, module, start=start, trail=self.trail)
 
     def only(self, texts: Iterable[bytes]) -> Chain:
-        """What of this chain holds and attended to these texts alone, back to back.
+        """Returns the spans of this chain that hold and attended to only these texts, packed without gaps.
 
         Args:
-            texts: Each as its ``text_id``.
+            texts: The allowed texts, each as its ``text_id``.
         """
         wanted = frozenset(texts)
         kept = []
@@ -67,9 +67,9 @@ class Chain:
         return self._packed(kept)
 
     def shortened(self, room: int) -> Chain:
-        """This chain, or where it takes more than ``room`` cells, its first span and its last ones, at most half.
+        """Returns this chain or, if it exceeds ``room`` cells, its first span and its last spans, in half of ``room``.
 
-        What is left moves down without being evaluated again, as in a conversation whose oldest turns leave.
+        The remaining spans move to lower positions without being evaluated again.
         """
         if self.trail.n_tokens <= room:
             return self
@@ -91,5 +91,5 @@ class Chain:
 
 
 def _alike(one: Span, other: Span) -> bool:
-    """Whether both are tokens to evaluate, of one module and for one reason."""
+    """Whether both spans are tokens to evaluate, of the same module and for the same reason."""
     return one.slice is None and other.slice is None and (one.why, one.module) == (other.why, other.module)

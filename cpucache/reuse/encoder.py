@@ -1,4 +1,4 @@
-"""The encoder: evaluates slices behind their contexts, moves them to their positions, and gives their states."""
+"""The encoder: evaluates slices after their contexts, shifts them to their positions, and hands over their states."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from cpucache.runtime import Run
 # Tokens evaluated side by side before their slices are saved and their cells freed. Runs of one batch are only masked
 # from one another, not skipped, so larger batches cost more than the rotation of keys that they save.
 _BATCH = 512
-# Tokens evaluated in place before what is finished is given away.
+# Tokens evaluated in place before the finished slices are handed over.
 _STEP = 256
 # Tokens of a long message between two recurrent states that are saved.
 _APART = 1024
-_HEADER = 16  # tokens of what opens an answer
-_SHORT = 64  # tokens behind a recurrent state that is saved, which are evaluated again rather than followed by another
+_HEADER = 16  # tokens of the header before an answer
+_SHORT = 64  # a message that ends sooner after a saved recurrent state gets none: it is cheap to evaluate again
 
 
 OnNewSlice: TypeAlias = Callable[[NewSlice], None]
-"""Told about each slice as soon as there is one."""
+"""Called with each slice as soon as it is evaluated."""
 
 
 @dataclass(eq=False)
 class _Run:
-    """Slices that are evaluated one behind the other, with nothing but tokens to evaluate between them."""
+    """Slices evaluated one after the other, with only tokens to evaluate between them."""
 
     slices: list[Slice]
 
@@ -46,30 +46,30 @@ class _Run:
 
     @property
     def tokens(self) -> Tokens:
-        """What is evaluated behind the context of the first slice."""
+        """Tokens evaluated after the context of the first slice."""
         last = self.slices[-1]
         between = (last.context or ())[len(self.first.context or ()) :]
         return joined([*(span.tokens for span in between), last.tokens])
 
     def goes_on_with(self, slice_: Slice) -> bool:
-        """Whether a slice is evaluated behind these."""
+        """Whether ``slice_`` is evaluated directly after this run."""
         last = self.slices[-1]
         at = len(last.context or ())
         context = slice_.context or ()
         if slice_.delta or last.delta or len(context) <= at or context[at].slice != last:
             return False
-        # The last slice may have been put behind something else than its context.
+        # The plan may contain the last slice after text other than its context.
         pairs = zip(context, (*(last.context or ()), last.span), strict=False)
         alike = all(one is other or one.same(other) for one, other in pairs)
         return alike and not any(span.slice for span in context[at + 1 :])
 
 
 class Encoder:
-    """Makes slices in the slots of a splicer.
+    """Encodes slices in the slots of a splicer.
 
     Args:
-        splicer: Evaluates them.
-        slices: Says where recurrent states are saved.
+        splicer: Builds contexts and evaluates slices.
+        slices: Determines where recurrent states are saved.
     """
 
     def __init__(self, splicer: Splicer, slices: Slices) -> None:
@@ -80,11 +80,17 @@ class Encoder:
     def encode(
         self, slot: Slot, slices: Iterable[Slice], state: State, made: OnNewSlice, progress: Step | None = None
     ) -> Task[None]:
-        """Evaluate slices in a slot, telling ``made`` about each as soon as there is one.
+        """Evaluates slices in a slot.
 
-        Contexts come first: the slices of a context must be among ``slices``, or known to ``state``. Several short runs
-        with the same context share a batch (15 to 35% faster), and all that are moved share one rotation of keys.
-        ``progress`` is told about tokens evaluated.
+        Several short runs with the same context share a batch (15 to 35% faster). The shifted runs of a batch share one
+        rotation of keys.
+
+        Args:
+            slot: Where the slices are evaluated.
+            slices: The slices, contexts first. A slice of a context must be among them or known to ``state``.
+            state: Returns the saved state of a slice.
+            made: Called with each slice as soon as it is evaluated.
+            progress: Called with numbers of tokens evaluated.
         """
         scattered = False
         for runs in _by_context(slices):
@@ -104,13 +110,13 @@ class Encoder:
                 if run not in placed and not run.first.delta:
                     yield from self._in_place(slot, run, state, made, progress)
         if scattered:
-            # What lies in one piece loads faster.
+            # Contiguous cells load faster.
             self._splicer.reset(slot)
 
     def _in_place(self, slot: Slot, run: _Run, state: State, made: OnNewSlice, progress: Step | None) -> Task[None]:
-        """Evaluate slices where they stand, and leave them there.
+        """Evaluates slices at their positions in the slot, and leaves them there.
 
-        What is finished is given away before more is evaluated, so that it is saved meanwhile, and Ctrl-C loses little.
+        Finished slices are handed over before more is evaluated: they are saved meanwhile, and Ctrl-C loses little.
         """
         point: NewSlice | None = None
         points = self._points(run.slices)
@@ -131,7 +137,7 @@ class Encoder:
                         made(NewSlice(slice_, captured, seconds * len(slice_.tokens)))
                 assert len(batch) > 1 or not lost, "a slice just evaluated behind its context"
                 for slice_ in lost:
-                    # It has left a sliding window, and been overwritten by what was evaluated with it.
+                    # The slice has left the sliding window; tokens evaluated with it have overwritten its cells.
                     yield from self._in_place(slot, _Run([slice_]), state, made, progress)
                 last = batch[-1]
                 if self._slices.memory.points:
@@ -140,24 +146,24 @@ class Encoder:
                         made(point)
                         point = None
         except BaseException:
-            # What was evaluated before an interruption can be gone on from.
+            # A later request can extend the state evaluated before an interruption.
             if point:
                 made(point)
             raise
 
     def _points(self, slices: Sequence[Slice]) -> set[Slice]:
-        """The slices behind which the recurrent state is saved.
+        """Slices at whose ends the recurrent state is saved.
 
-        The last, those at the ends of messages (but of very short ones), and one now and then in between.
+        These are the last slice, slices that end a message (very short ones excepted), and one every ``_APART`` tokens.
         """
         if not self._slices.memory.points:
             return set()
         points = {slices[-1]}
-        # The end of the first message, which is what others have in common, counts however short it is.
+        # The first message counts however short it is: other prompts share it.
         since = _SHORT if slices[0].start == 0 else 0
         for slice_ in slices:
             since += len(slice_.tokens)
-            # Behind the last message stands what opens the answer, and the last of the points.
+            # The header of the answer follows the last message, and the last point is saved after it.
             inside = slice_.end < slices[-1].end - _HEADER
             message = since >= _SHORT and inside and self._slices.cuts.ends_message(slice_.tokens)
             if message or slice_.start // _APART != slice_.end // _APART:
@@ -169,7 +175,7 @@ class Encoder:
         step: list[Slice] = []
         for slice_ in slices:
             step.append(slice_)
-            # A recurrent state must be saved before it goes on.
+            # A recurrent state must be saved before the next token overwrites it.
             if slice_ in points or sum(len(each.tokens) for each in step) >= _STEP:
                 yield step
                 step = []
@@ -177,7 +183,7 @@ class Encoder:
             yield step
 
     def _side_by_side(self, slot: Slot, batch: Sequence[_Run], made: OnNewSlice, progress: Step | None) -> Task[None]:
-        """Evaluate runs behind what a slot holds, each in a sequence of its own."""
+        """Evaluates runs after the content of a slot, each in its own sequence."""
         try:
             yield from self._beside(slot, batch, made, progress)
         except BaseException:
@@ -201,7 +207,7 @@ class Encoder:
             if run.first.delta:
                 context.shift(sequence, run.first.delta)
         if any(run.first.delta for run in batch):
-            # Shifts are applied by the next evaluation, whatever it is of.
+            # llama.cpp applies pending shifts (``llama_memory_seq_add``) at the next decode, of any token.
             yield Work([Run(spare, 0, np.array([context.model.filler], np.int32))])
             context.remove(spare)
         for sequence, run in placed:
@@ -228,9 +234,9 @@ def _batches(runs: Sequence[_Run], room: int, free: int) -> Iterator[list[_Run]]
 
 
 def _by_context(slices: Iterable[Slice]) -> list[list[_Run]]:
-    """Runs of slices grouped by the context that their first ones share; what needs others comes behind them."""
+    """Returns runs of slices, grouped by the context of their first slices; a run comes after the runs it needs."""
     groups: dict[str, list[_Run]] = {}
-    # The run that each slice ends at the moment.
+    # The run that currently ends with each slice.
     ending: dict[Slice, _Run] = {}
     for slice_ in slices:
         before = next((span.slice for span in reversed(slice_.context or ()) if span.slice), None)
@@ -244,5 +250,5 @@ def _by_context(slices: Iterable[Slice]) -> list[list[_Run]]:
 
 
 def tokens_to_evaluate(slices: Iterable[Slice]) -> int:
-    """How many tokens are evaluated to make these slices, at least."""
+    """Minimum number of tokens evaluated to encode these slices."""
     return sum(len(run.tokens) for runs in _by_context(slices) for run in runs)

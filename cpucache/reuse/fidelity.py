@@ -1,4 +1,4 @@
-"""How near to full prefill a prompt is wanted, and for how much time."""
+"""Fidelity levels: how close an answer must be to that of full prefill, and at which cost in time."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from cpucache.errors import InputError
 
 Level: TypeAlias = Literal["fast", "balanced", "high"]
 Reuse: TypeAlias = Literal["exact", "schema", "anywhere"]
-"""Which slices a prompt may take: those that attended to all that stands before them in it and to nothing else, those
-that attended to text of its schema alone, or any."""
+"""Slices that a prompt may take: exact ones, those that attended only to text of the prompt's schema, or any."""
 REUSES: tuple[Reuse, ...] = ("exact", "schema", "anywhere")
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What is done about slices whose contexts are not what stands before them in a prompt.
+    """Treatment of slices that are not exact in a prompt.
 
     Args:
         recompute: Share (0 to 1) of the spliced tokens that may be evaluated again before the first token. It goes to
             slices that are not exact.
-        exact: Take exact slices only. What has none is evaluated, and saved.
+        exact: Take exact slices only. Segments without one are evaluated and saved.
 
-    Raises ``InputError`` for a share that is none, and for both at once.
+    Raises:
+        InputError: ``recompute`` is not a share from 0 to 1, or both are given.
     """
 
     recompute: float = 0.0
@@ -41,9 +41,10 @@ class Fidelity:
     def of(
         fidelity: Level | Fidelity | None = None, recompute: float | None = None, *, usual: Fidelity | None = None
     ) -> Fidelity:
-        """What a caller asks for: a level, a ``Fidelity`` or a share to recompute; else what is usual.
+        """Returns the fidelity that a caller asks for: a level, a ``Fidelity`` or a share to recompute; else ``usual``.
 
-        Raises ``InputError`` for an unknown level, and for two of these at once.
+        Raises:
+            InputError: The level is unknown, or both a fidelity and a share are given.
         """
         if fidelity is not None and recompute is not None:
             raise InputError("give a fidelity or a share to recompute, not both: a level says what is recomputed")

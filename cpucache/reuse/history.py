@@ -1,4 +1,4 @@
-"""The history of a conversation: the spans of its entries where they stand now, and what has left the context."""
+"""History of a conversation: the spans of its entries at their current positions, and which entries have left."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cpucache.reuse.slices import Slice, Slices, Span, Trail
 
 
 class History:
-    """Entries in order, each a few spans. The first ``fixed`` stay; those behind may leave, the oldest first.
+    """Entries in order, each a few spans. The first ``fixed`` entries stay; later ones may leave, the oldest first.
 
-    When some leave, the rest moves down, without being evaluated again: its states keep what they attended to
-    (CachedAttention, section 3.4). Where a model's state can't be moved (``movable=False``) the rest becomes slices
-    of its own, evaluated behind what is left.
+    When entries leave, the later ones move to lower positions without being evaluated again (CachedAttention, section
+    3.4). Where a model's state can't be shifted (``movable=False``), the later entries become new slices, evaluated
+    after the entries before them.
     """
 
     def __init__(self, slices: Slices, *, movable: bool = True) -> None:
@@ -25,43 +25,43 @@ class History:
         self._entries: list[tuple[Span, ...]] = []
         self.fixed = 0
         self.left_out = 0
-        """Entries that have left."""
+        """Number of entries that have left the context."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def copy(self) -> History:
-        """The same history, to go on with apart from this one."""
+        """Returns a copy that can be extended separately."""
         other = copy.copy(self)
         other._entries = list(self._entries)
         return other
 
     @property
     def spans(self) -> list[Span]:
-        """What is in the context, in order of position."""
+        """Spans in the context, in position order."""
         return [span for entry in self._entries for span in entry]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in the context."""
+        """Number of tokens in the context."""
         return sum(self.size(index) for index in range(len(self)))
 
     @property
     def end(self) -> int:
-        """The position behind the last token."""
+        """Position after the last token."""
         return next((entry[-1].end for entry in reversed(self._entries) if entry), 0)
 
     @property
     def slices(self) -> list[Slice]:
-        """The slices in the context."""
+        """Slices in the context, in position order."""
         return [span.slice for span in self.spans if span.slice]
 
     def size(self, entry: int) -> int:
-        """Tokens of an entry that are in the context."""
+        """Number of tokens of an entry that are in the context."""
         return sum(len(span.tokens) for span in self._entries[entry])
 
     def add(self, spans: Iterable[Span]) -> None:
-        """The next entry. Its spans stand behind all others."""
+        """Appends an entry. Its spans must come after all others."""
         self._entries.append(tuple(spans))
 
     def add_saved(self, spans: Sequence[Span]) -> None:
@@ -80,7 +80,7 @@ class History:
         self.add(entry)
 
     def add_tokens(self, parts: Sequence[Tokens], module: str = "") -> list[Slice]:
-        """The next entry, cut into slices as told; gives them."""
+        """Appends an entry with one slice for each of ``parts``. Returns the slices."""
         spans = self.spans
         made: list[Slice] = []
         for part in parts:
@@ -90,7 +90,7 @@ class History:
         return made
 
     def leave_out(self, count: int) -> None:
-        """Let the first ``count`` entries that are not fixed leave, those that have left already among them."""
+        """Removes the first ``count`` entries that are not fixed; entries that left earlier count."""
         first = self.fixed + self.left_out
         leaving = range(first, self.fixed + count)
         kept = self._entries[self.fixed + count :]
@@ -101,7 +101,7 @@ class History:
         if not gone:
             return
         if self._movable:
-            # What stood right behind the gap closes up to what stands before it.
+            # The entries after the gap move to its start.
             follower = next((span for entry in kept for span in entry), None)
             delta = gone[0].start - (follower.start if follower else gone[0].start)
             self._entries[self.fixed + count :] = [tuple(span.moved(delta) for span in entry) for entry in kept]

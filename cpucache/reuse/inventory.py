@@ -1,4 +1,4 @@
-"""What the store has of a schema, and what an edit of a schema leaves of it."""
+"""Slices of a schema in the store, and the effect of an edit of the schema on them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cpucache.reuse.slices import Slice, Slices
 from cpucache.store import Row, content_key
 
 Verdict: TypeAlias = Literal["kept", "usable", "stale", "new"]
-"""What becomes of a slice in an edit.
+"""Effect of an edit on a slice.
 
-``kept``: it is the one that there was. ``usable``: it is to be made anew, behind what now stands before it; until then
-prompts take the one that there was, which attended to nothing that is gone. ``stale``: like this, but prompts can't
-take the old one. ``new``: its text is new.
+``kept``: the slice is unchanged. ``usable``: the slice must be encoded again, after its new context; until then prompts
+take the old slice, which attended only to text that still exists. ``stale``: the slice must be encoded again, and
+prompts can't take the old slice. ``new``: the text of the slice is new.
 """
 
 _OTHER = "(other text)"
@@ -25,18 +25,18 @@ _OTHER = "(other text)"
 
 @dataclass(frozen=True)
 class CachedSlice:
-    """A slice of a segment that is in the store. ``behind``: the modules whose text it attended to, in order."""
+    """A saved slice of a segment. ``behind``: the modules whose text the slice attended to, in order."""
 
     row: Row
     behind: tuple[str, ...]
 
 
 def inventory(layout: SchemaLayout, rows: Iterable[Row]) -> dict[Segment, list[CachedSlice]]:
-    """The slices of each segment of a schema, whatever they were evaluated behind.
+    """Returns the saved slices of each segment of a schema, in any context.
 
     Args:
-        layout: The schema.
-        rows: The slices of the model, see ``Store``.
+        layout: Layout of the schema.
+        rows: Slices of the model, see ``Store``.
     """
     names = module_names(layout)
     by_content: dict[tuple[str, str, str], list[Row]] = {}
@@ -56,7 +56,7 @@ def inventory(layout: SchemaLayout, rows: Iterable[Row]) -> dict[Segment, list[C
 
 
 def module_names(layout: SchemaLayout) -> dict[bytes, str]:
-    """The module of each text of a schema, by the ``text_id``."""
+    """Returns the module name of each text of a schema, by ``text_id``."""
     names = dict.fromkeys(layout.texts, "(argument)")
     names.update((segment.id, segment.module or "(schema)") for segment in reversed(layout.segments))
     return names
@@ -68,7 +68,7 @@ def _behind(row: Row, names: dict[bytes, str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of a slice, and why."""
+    """Effect of an edit on one slice, and the reason."""
 
     module: str
     tokens: int
@@ -78,27 +78,27 @@ class Change:
 
 @dataclass(frozen=True)
 class Edit:
-    """What an edit leaves of the slices of a schema."""
+    """Effect of an edit on the slices of a schema."""
 
     changes: tuple[Change, ...]
-    """One for each slice of the new schema, in the order in which they are made."""
+    """One for each slice of the new schema, in encoding order."""
     evaluated: int
-    """Tokens that are evaluated to make what is missing."""
+    """Number of tokens evaluated to encode the missing slices."""
     dropped: int
-    """Slices that the new schema has no use for."""
+    """Number of slices that the new schema does not use."""
     dropped_tokens: int
 
     def slices(self, *verdicts: Verdict) -> int:
-        """How many slices fare like this."""
+        """Number of slices with one of these verdicts."""
         return sum(change.verdict in verdicts for change in self.changes)
 
     def tokens(self, *verdicts: Verdict) -> int:
-        """Their tokens."""
+        """Number of tokens of the slices with one of these verdicts."""
         return sum(change.tokens for change in self.changes if change.verdict in verdicts)
 
 
 def compare(old: SchemaLayout, new: SchemaLayout, room: int) -> Edit:
-    """What an edit leaves of the slices that ``Engine.encode`` made of a schema.
+    """Returns the effect of an edit on the slices that ``Engine.encode`` saved for a schema.
 
     Args:
         old: The schema as it was encoded.
@@ -139,7 +139,7 @@ def compare(old: SchemaLayout, new: SchemaLayout, room: int) -> Edit:
 
 
 def _encoded(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
-    """The slices that encoding a schema makes, contexts before what needs them."""
+    """Returns the slices that encoding a schema creates, contexts first."""
     made = dict.fromkeys(reading(layout, slices, room))
     for scaffold in layout.schema.scaffolds:
         made.update(dict.fromkeys(scaffolded(layout, slices, scaffold.modules, room)))

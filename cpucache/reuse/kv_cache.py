@@ -1,4 +1,4 @@
-"""The KV cache: one llama.cpp context, one store, and the slices that go between them."""
+"""The KV cache: moves slices between one llama.cpp context and one store."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from cpucache.store import SliceInfo, Store
 
 _log = logging.getLogger("cpucache.reuse")
 _FEW = 128
-"""Tokens to evaluate, at most, for missing slices to go into one batch with what stands behind them."""
-_FUTILE = 20  # attempts to get at slices none of which got any further than the one before
+"""Maximum number of tokens to evaluate when missing slices share a batch with the tokens after them."""
+_FUTILE = 20  # consecutive attempts that loaded no further slice
 
 
 class Gone(Exception):
-    """A slice that was there is not any more: found damaged, or evicted by another process."""
+    """Raised when a saved slice has disappeared: it was damaged, or evicted by another process."""
 
 
 class Attempts:
-    """Attempts at what needs slices, until one succeeds; each is a context manager.
+    """Repeats an operation that needs slices until it succeeds; each attempt is a context manager.
 
-    Slices that turn out to be unusable are discarded, to be made again, each of them once. Slices that go before they
-    are had are waited for as often as that happens: what is in ``states`` by then is kept, so that each attempt gets
-    further than the one before. Raises ``CpucacheError`` where that leads nowhere.
+    A slice that llama.cpp refuses is discarded and encoded again, once. After a slice has disappeared, the operation is
+    repeated; ``states`` keeps the states loaded so far, so that the next attempt gets further. Raises ``CpucacheError``
+    if a slice is refused twice, or if attempts make no progress.
     """
 
     def __init__(self, store: Store) -> None:
         self.states: dict[Slice, Bytes] = {}
-        """The states that are at hand."""
+        """States loaded so far."""
         self._store = store
         self._done = False
         self._refused: set[Slice] = set()
@@ -80,7 +80,7 @@ class Attempts:
 
 
 class KVCache:
-    """Gets plans into a llama.cpp context, making on the way what slices are missing.
+    """Loads plans into a llama.cpp context, and encodes and saves missing slices.
 
     Raises ``ModelError`` for plans with slices when the model's state can't be spliced (recurrent models, absolute
     positions).
@@ -95,10 +95,10 @@ class KVCache:
         """Owns the slots, and all other sequences of the context."""
         self._encoder = Encoder(self.splicer, slices)
         self.prefill_rate: float | None = None
-        """Tokens evaluated in a second, as last measured over 32 tokens or more, or a few at first."""
+        """Tokens evaluated per second, last measured over at least 32 tokens (at least 8 the first time)."""
 
     def within(self, slices: Slices) -> KVCache:
-        """The same context and store, for the slices of a namespace."""
+        """Returns a KV cache with the same llama.cpp context and store, for the slices of a namespace."""
         other = copy.copy(self)
         other.slices = slices
         slices.memory = self.slices.memory
@@ -107,7 +107,7 @@ class KVCache:
 
     @contextmanager
     def slot(self) -> Iterator[Slot]:
-        """A slot of one's own."""
+        """Takes a slot, and frees it at the end of the block."""
         slot = self.take(Plan(()))
         try:
             yield slot
@@ -115,32 +115,32 @@ class KVCache:
             slot.busy = False
 
     def take(self, plan: Plan) -> Slot:
-        """The slot that holds most of ``plan``, of those that are idle. It is busy from then on."""
+        """Returns the idle slot that holds most of ``plan``, marked busy."""
         return self.splicer.take(plan, self.slices.state_format, self.points)
 
     def attempts(self) -> Attempts:
-        """Attempts at what needs slices."""
+        """Returns ``Attempts`` for an operation that needs slices."""
         return Attempts(self.store)
 
     @property
     def points(self) -> Points:
-        """The recurrent states that there are."""
+        """Saved recurrent states."""
         return Points(self.slices.point, lambda slice_: self.slices.point(slice_).key in self.store)
 
     # -- slices ------------------------------------------------------------------------------------------------------
     def keys(self, plan: Plan) -> list[str]:
-        """The keys of the slices that a plan is spliced from."""
+        """Returns the keys of all states that are loaded for a plan."""
         return [slice_.key for slice_ in self.loaded(plan.slices)]
 
     def loaded(self, slices: Sequence[Slice]) -> Sequence[Slice]:
-        """Consecutive slices, and what else is loaded with them: the recurrent state behind the last."""
+        """Returns consecutive slices and, if saved, the recurrent state at the end of the last one."""
         point = self.slices.point(slices[-1]) if slices and self.slices.memory.points else None
         return [*slices, point] if point and point.key in self.store else slices
 
     def missing(self, slices: Iterable[Slice], held: Collection[Slice] = ()) -> list[Slice]:
-        """Those of ``slices`` that the store lacks, and what of their contexts is needed to make them, in order.
+        """Returns the ``slices`` that the store lacks, preceded by missing slices of their contexts.
 
-        Those ``held`` count as had. Raises ``Gone`` for one that can't be made here.
+        Slices in ``held`` count as available. Raises ``Gone`` for a slice that can't be encoded here.
         """
         needed: dict[Slice, None] = {}
         had = set(held)
@@ -174,21 +174,24 @@ class KVCache:
         report: Encoded | None = None,
         wait: bool = True,
     ) -> Task[Encoded]:
-        """Make the slices that are missing among ``slices``.
+        """Encodes the missing ones of ``slices``.
 
         Args:
-            slot: Where they are evaluated.
-            slices: Each of those that can be made, or is there.
-            schema: What they are listed under.
-            progress: Told about tokens evaluated.
-            report: Is added to, and given back.
-            wait: Whether to wait for slices that another process is making, up to the store's patience.
+            slot: Slot in which slices are evaluated.
+            slices: Slices that exist or can be encoded here.
+            schema: Name under which the store lists new slices.
+            progress: Called with the number of tokens evaluated so far, and the total.
+            report: Receives the counts; a new one by default.
+            wait: Whether to wait for slices that another process is encoding, up to the store's patience.
+
+        Returns:
+            The report.
         """
         slices = list(slices)
         report = Encoded() if report is None else report
         report.wanted += slices
         attempts = self.attempts()
-        # Slices of one schema do not push one another out.
+        # Slices of one schema must not evict each other.
         with self.store.using(slice_.key for slice_ in slices):
             for attempt in attempts:
                 with attempt:
@@ -211,18 +214,25 @@ class KVCache:
         *,
         wait: bool = True,
     ) -> Task[None]:
-        """Encode ``missing``; adds to ``states`` those ``wanted``, as far as they were made here.
+        """Encodes the slices in ``missing``.
 
-        Those ``held`` lie in the slot, where they will be found.
-        What another process is making already is waited for, up to the store's patience, if at all.
+        Args:
+            slot: Slot in which slices are evaluated.
+            missing: Slices to encode, contexts first.
+            wanted: Slices whose states are kept in ``states``.
+            held: Slices that the slot holds; their states are not loaded.
+            states: States loaded or encoded so far.
+            schema: Name under which the store lists new slices.
+            report: Receives the counts.
+            progress: Called with numbers of tokens evaluated.
+            wait: Whether to wait for slices that another process is encoding, up to the store's patience.
         """
         if not missing:
             return
         self._check_can_be_made(missing)
         self.store.missed(len(missing))
         started = waiting = time.monotonic()
-        # Kept at hand besides the wanted: contexts of what comes later. A small store may drop any of them for what is
-        # made now.
+        # Keep the states of contexts, too: a small store may evict them while new slices are saved.
         first = missing[:1] if self.slices.memory.points else missing
         keep = {*wanted, *(other for slice_ in first for other in slice_.needs)}
         for slice_ in keep.difference(missing, held):
@@ -258,7 +268,7 @@ class KVCache:
         report.seconds += time.monotonic() - started
 
     def _tell(self, mine: Sequence[Slice], todo: Sequence[Slice]) -> None:
-        """Log what is made now, and what is waited for."""
+        """Logs the slices encoded now, or the number of slices waited for."""
         if not mine:
             _log.debug("waits for slices that another process is making: %d", len(todo))
         elif _log.isEnabledFor(logging.INFO):
@@ -266,7 +276,7 @@ class KVCache:
             _log.info("makes missing slices: %d, of %d tokens: %s", len(mine), tokens_to_evaluate(mine), modules)
 
     def _claimed(self, slices: Sequence[Slice]) -> list[Slice]:
-        """Those of ``slices`` that this process is to make now: nobody else is at them, and their contexts exist."""
+        """Claims and returns the slices that no other process is encoding and whose contexts are available."""
         mine: dict[Slice, None] = {}
         elsewhere: set[Slice] = set()
         for slice_ in slices:
@@ -278,7 +288,7 @@ class KVCache:
         return list(mine)
 
     def _claim(self, slice_: Slice) -> str:
-        """The key that is claimed for making a slice, or the recurrent state behind one that is there."""
+        """Returns the key to claim: that of the slice or, if it is saved, that of its recurrent state."""
         again = self.slices.memory.points and slice_.key in self.store
         return self.slices.point(slice_).key if again else slice_.key
 
@@ -287,13 +297,13 @@ class KVCache:
         self.store.put(slice_.key, new.state, slice_.tokens, self._info(slice_, schema, new.seconds))
 
     def know(self, slices: Iterable[Slice]) -> None:
-        """Let slices be found by their content that may have been made in another namespace."""
+        """Makes slices from other namespaces findable by content in this one."""
         for slice_ in slices if self.slices.shared else ():
             if slice_.key in self.store:
                 self.store.know(slice_.key, self._info(slice_))
 
     def _info(self, slice_: Slice, schema: str = "", seconds: float = 0.0) -> SliceInfo:
-        """The account of a slice."""
+        """Returns the store's description of a slice."""
         return SliceInfo(
             fingerprint=self.slices.fingerprint,
             model=self.context.model.path.stem,
@@ -310,7 +320,7 @@ class KVCache:
         )
 
     def state(self, states: dict[Slice, Bytes], slice_: Slice) -> Bytes:
-        """The state of a slice, kept at hand in ``states`` from then on. Raises ``Gone``."""
+        """Returns the state of a slice, and keeps it in ``states``. Raises ``Gone`` if the store lacks it."""
         if slice_ not in states:
             state = self.store.get(slice_.key)
             if state is None:
@@ -319,12 +329,12 @@ class KVCache:
         return states[slice_]
 
     def _check_can_be_made(self, slices: Iterable[Slice]) -> None:
-        """What attends to everything before it is made where it stands, with any model. The rest has to be moved."""
+        """Raises ``ModelError`` if a slice needs a shift that the model can't do; chained slices need none."""
         if not self.context.memory.moves and not all(slice_.chained for slice_ in slices):
             raise self._rigid()
 
     def check_can_be_spliced(self, plan: Plan) -> None:
-        """Raise ``ModelError`` for a plan that needs states to be moved, where the model's can't be."""
+        """Raises ``ModelError`` for a plan that needs shifts that the model can't do."""
         memory = self.context.memory
         for span in () if memory.moves else plan.spans:
             if span.slice and (span.relation != "exact" or span.delta or not (span.whole or memory.cuts)):
@@ -340,20 +350,20 @@ class KVCache:
 
     # -- the slots ---------------------------------------------------------------------------------------------------
     def learn_rate(self, tokens: int, seconds: float) -> None:
-        """Note how long so many tokens took to evaluate."""
+        """Updates ``prefill_rate`` from a number of tokens and their evaluation time in seconds."""
         if seconds > 0 and tokens >= (8 if self.prefill_rate is None else 32):
             self.prefill_rate = tokens / seconds
 
     def capture(self, slot: Slot, slices: Iterable[Slice], schema: str = "") -> int:
-        """Save what a slot holds of ``slices``, evaluated where they stand.
+        """Saves those of ``slices`` that the slot has evaluated at their positions.
 
-        Gives how many bytes there were. Writing goes on in the background.
+        Returns the number of bytes saved. A background thread writes them.
         """
         taken = 0
         for slice_ in slices:
             state = self.splicer.capture(slot, slice_)
             if state is not None:
-                # What making it again would take.
+                # Estimated time to encode the slice again.
                 seconds = len(slice_.tokens) / (self.prefill_rate or 100.0)
                 self._save(NewSlice(slice_, state, seconds), schema)
                 taken += state.nbytes
@@ -364,9 +374,9 @@ class KVCache:
         return taken
 
     def last(self, slot: Slot, plan: Plan, missing: Sequence[Slice]) -> list[Slice]:
-        """The missing slices right before the tokens that end a plan, if little of them is to be evaluated.
+        """Claims and returns missing slices directly before the final tokens of a plan, if few tokens are evaluated.
 
-        Evaluated together with these tokens, and saved then, they cost no batch of their own. They are claimed.
+        These slices are evaluated in one batch with the final tokens and saved afterwards.
         """
         if self.slices.memory.points or not plan.spans or plan.spans[-1].slice:
             return []
@@ -384,13 +394,13 @@ class KVCache:
                 break
             del last[0]
         for index in reversed(range(len(last))):
-            # What another process is at is waited for, like any other slice.
+            # A slice that another process is encoding is waited for, like any other.
             if not self.store.claim(last[index].key):
                 return last[index + 1 :]
         return last
 
     def capture_held(self, slot: Slot, plan: Plan, schema: str) -> None:
-        """Save the slices of a plan that are missing, and whose tokens a slot has evaluated where they stand."""
+        """Saves missing slices of a plan whose tokens the slot has evaluated at their positions."""
         if self.slices.memory.points or not any(span.slice is None for span in slot.held):
             return
         held = {span.slice for span in slot.held}
@@ -398,17 +408,17 @@ class KVCache:
         self.capture(slot, [slice_ for slice_ in there if slice_.key not in self.store], schema)
 
     def append(self, slot: Slot, tokens: Tokens) -> Task[None]:
-        """Evaluate tokens of an answer behind all that a slot holds, with logits of the last."""
+        """Evaluates tokens of an answer after the slot's last token, and keeps the logits of the last one."""
         return self.splicer.append(slot, tokens)
 
     def warm_up(self, slot: Slot, token: int) -> Task[None]:
-        """Do once what the first prompt would otherwise pay for. Leaves the slot empty."""
+        """Runs one-time work that would delay the first prompt. Leaves the slot empty."""
         self.splicer.reset(slot)
         yield from self.splicer.append(slot, np.array([token], np.int32))
         self.splicer.prepare(slot)
         self.splicer.reset(slot)
 
     def reset(self, slot: Slot) -> Task[None]:
-        """Empty a slot. The store keeps its slices."""
+        """Empties a slot. The store keeps its slices."""
         self.splicer.reset(slot)
         yield from ()

@@ -20,22 +20,22 @@ _CLOSING = 16  # tokens of a closing text at most
 
 
 class Found(NamedTuple):
-    """A slice that the store has of a segment's tokens."""
+    """A saved slice of a segment, with its relation to the prompt."""
 
     slice: Slice
     relation: Relation
 
     def worth(self, start: int) -> tuple[bool, int, bool, str]:
-        """What decides between the slices of a segment: the greatest is taken.
+        """Returns the sort key of the slices of a segment; the lookup takes the greatest.
 
-        Those that were evaluated behind most text come first (bench/RESULTS.md), then those that need not be moved to
-        ``start``.
+        Foreign slices rank last, then slices with more context rank first (bench/RESULTS.md), then those saved at
+        ``start``, which need no shift.
         """
         return self.relation != "foreign", self.slice.attended_tokens, self.slice.start == start, self.slice.key
 
 
 class Lookup:
-    """Plans prompts on schemas by the slices that there are."""
+    """Plans prompts on schemas from the slices that exist."""
 
     def __init__(self, kv_cache: KVCache, repair: Repair) -> None:
         self._kv_cache = kv_cache
@@ -43,7 +43,7 @@ class Lookup:
 
     @property
     def store(self) -> Store:
-        """Where slices are found."""
+        """Store in which slices are looked up."""
         return self._kv_cache.store
 
     def plan(
@@ -55,17 +55,16 @@ class Lookup:
         packed: bool | None = None,
         ends: bool = True,
     ) -> Plan:
-        """The plan of a prompt.
+        """Returns the plan of a prompt.
 
         Args:
             bound: The prompt on its schema.
             fidelity: Whether slices must be exact, and which share of them is recomputed otherwise.
             reuse: ``"anywhere"`` admits foreign slices, too.
-            packed: Modules stand back to back even where the layout reserves positions.
-            ends: The prompt ends here, so that its last token is evaluated: the answer begins with its logits, which no
-                slice holds.
+            packed: Packs modules without gaps even if the layout reserves positions.
+            ends: Whether the prompt ends here. Its last token is then evaluated: no slice holds its logits.
         """
-        # Tokens recomputed could not be evaluated behind a gap.
+        # Recomputed tokens can't be evaluated after a gap.
         packed = bound.layout.packed or bool(packed) or fidelity.exact or fidelity.recompute > 0
         with stage("look up"):
             planning = _Planning(self._kv_cache, bound, fidelity, reuse, packed=packed, ends=ends)
@@ -73,7 +72,7 @@ class Lookup:
             return plan if fidelity.exact else self._repaired(plan, fidelity)
 
     def _repaired(self, plan: Plan, fidelity: Fidelity) -> Plan:
-        """The plan with slices within the budget evaluated again, and the schema's closing text."""
+        """Returns the plan with relevant slices, within the budget, and the schema's closing text recomputed."""
         budget = math.ceil(fidelity.recompute * sum(len(span.tokens) for span in plan.spans if span.slice))
         chosen = (self._relevant(plan.spans, budget) if budget else set()) | _closing(plan.spans)
         if not chosen:
@@ -81,18 +80,18 @@ class Lookup:
         chain = Chain(self._kv_cache.slices)
         for span in plan.spans:
             if span in chosen:
-                # Evaluated like new text, so that what follows it attends to it as it is then.
+                # Evaluated like new text, so that later tokens attend to the recomputed state.
                 assert span.slice is not None
                 module = span.slice.module
                 chain.add(Span(chain.end, span.tokens, recomputed=True, module=module, why="recomputed"))
             else:
-                # Behind what leaves a gap no longer, tokens to evaluate stand further down.
+                # Without an earlier gap, tokens to evaluate move to lower positions.
                 chain.add(span if span.slice else replace(span, start=chain.end))
         besides = [span.slice for span in plan.spans if span in chosen and span.missing and span.slice]
         return Plan(tuple(chain.spans), tuple(besides))
 
     def _relevant(self, spans: Sequence[Span], budget: int) -> set[Span]:
-        """The slices of the most relevant modules that are not exact, ``budget`` tokens in all."""
+        """Returns the spans of the most relevant modules that are not exact, within ``budget`` tokens."""
         modules: dict[str, list[Span]] = {}
         for span in spans:
             if span.slice and span.relation != "exact":
@@ -104,10 +103,10 @@ class Lookup:
 
 
 def _closing(spans: tuple[Span, ...]) -> set[Span]:
-    """The schema's closing text in a plan, if it is short and not exact.
+    """Returns the schema's closing text in a plan, if it is short and not exact.
 
-    That is for example the end of its system turn: two tokens that decide how the answer begins, and cost nothing where
-    the question is evaluated with them.
+    An example is the end of the system turn: two tokens that affect how the answer begins, and that cost almost nothing
+    in one batch with the question.
     """
     last = next((span for span in reversed(spans) if span.slice), None)
     if last is None or last.slice is None or last.slice.module or last.relation == "exact" or last is spans[-1]:
@@ -116,7 +115,7 @@ def _closing(spans: tuple[Span, ...]) -> set[Span]:
 
 
 class _Planning:
-    """One prompt, planned piece by piece."""
+    """Plans one prompt, piece by piece."""
 
     def __init__(
         self, kv_cache: KVCache, bound: Bound, fidelity: Fidelity, reuse: Reuse, *, packed: bool, ends: bool
@@ -138,13 +137,13 @@ class _Planning:
         self._variants: Mapping[str, list[tuple[str, SliceInfo]]] = self._store.variants(self._contents.values())
         self._prompt = Chain(self._slices)
         self._before: set[bytes] = set()
-        """The texts that stand before the piece at hand."""
+        """The ``text_id`` of each text before the current piece."""
         self._text: Chain | None = None
-        """The schema's text in the prompt so far, placeholders in the place of arguments; ``None``: the same as the
+        """The schema's text in the prompt so far, with placeholders instead of arguments; ``None`` if that equals the
         prompt so far."""
 
     def run(self) -> list[Span]:
-        """The spans of the prompt."""
+        """Returns the spans of the prompt."""
         cached = [index for index, piece in enumerate(self._pieces) if isinstance(piece, Segment) and piece.cache]
         last = cached[-1] if cached else -1
         # An argument may be empty.
@@ -164,7 +163,7 @@ class _Planning:
 
     # -- what a prompt brings ----------------------------------------------------------------------------------------
     def _new(self, piece: NewText, *, followed: bool) -> None:
-        """Text that the prompt brings: evaluated, unless the very same prompt was refined."""
+        """Adds new text of the prompt. It is evaluated, unless exact slices are required or one is saved."""
         text = self._schema_text().copy()
         text.evaluate(piece.placeholder)
         if followed and self._prompt.trail.exact and len(piece.tokens):
@@ -203,7 +202,7 @@ class _Planning:
             return
         candidate = self._missing(segment)
         trail = self._prompt.trail
-        # What is evaluated right where the prompt has it stays there.
+        # A slice encoded at its position in the prompt is not shifted.
         in_place = candidate.context_key == trail.key and candidate.start >= start
         exact = in_place and trail.exact and candidate.start == trail.end
         start = candidate.start if in_place else start
@@ -211,7 +210,7 @@ class _Planning:
         self._take(segment, candidate, start, size, relation, self._why_missing(segment), missing=True)
 
     def _found(self, segment: Segment) -> list[Found]:
-        """The slices that this prompt may take of a segment."""
+        """Returns the saved slices of a segment that this prompt may take."""
         limit = self._layout.may_attend_to(segment)
         found = []
         for key, info in self._variants.get(self._contents[segment], []):
@@ -229,8 +228,8 @@ class _Planning:
         return "related" if attends_to <= self._layout.texts else "foreign"
 
     def _missing(self, segment: Segment) -> Slice:
-        """The slice to make of a segment that has none: behind the schema's text in the prompt, so that other prompts
-        can take it, too."""
+        """Returns the slice to encode for a segment without one. Its context is only schema text, so that other prompts
+        can take the slice, too."""
         limit = self._layout.may_attend_to(segment)
         context = self._schema_text().only(self._layout.texts if limit is None else limit)
         return context.next(segment.tokens, segment.module, None if self._packed else segment.reserved)
@@ -255,7 +254,7 @@ class _Planning:
     ) -> None:
         span = Span(start, slice_.tokens[:size], slice_, relation, missing=missing, why=why)
         if self._text is not None:
-            # Where the schema has it, wherever new text has pushed it in the prompt.
+            # The position in the schema, even if new text has shifted the segment in the prompt.
             reserved = None if self._packed else segment.reserved
             self._text.add(replace(span, start=max(reserved or 0, self._text.end)))
         self._prompt.add(span)

@@ -1,7 +1,7 @@
-"""What ``encode`` evaluates: a schema in reading order, once.
+"""Order and contexts in which ``encode`` evaluates a schema: once, in reading order.
 
-A module that has seen some long text before it no longer behaves as if it opened the document, so that it serves in any
-selection and order (bench/RESULTS.md). This module decides which text stands before which while a schema is encoded.
+A module encoded after long text no longer behaves as if it opened the document, so its slice is usable in any selection
+and order (bench/RESULTS.md). This file determines the context of each slice of a schema.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from cpucache.reuse.slices import Slice, Slices
 
 
 def reading(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
-    """The slices of a schema that is evaluated in reading order, contexts before what needs them.
+    """Returns the slices of a schema evaluated in reading order, contexts first.
 
-    Everything stands before what follows it, with these exceptions. Members of a union do not stand before one another;
-    behind the union stands one of them, see ``stands_for``. An isolated module stands before nothing, and behind the
-    text around it alone. With ``anchor="none"`` modules stand before and behind nothing.
+    The context of a slice is all text before it, with these exceptions. Members of a union do not attend to each other;
+    text after the union attends to one member, see ``stands_for``. An isolated module attends only to the text of its
+    enclosing scopes, and later text does not attend to it. With ``anchor="none"``, modules attend to no other module,
+    and later text does not attend to them.
 
     Args:
-        layout: The schema.
-        slices: Makes slices for the model at hand.
-        room: Cells that a slice and its context may take. Where the schema is longer, the oldest text leaves.
+        layout: Layout of the schema.
+        slices: Describes slices for the model.
+        room: Maximum number of cells for a slice and its context. In a longer schema, the oldest text is left out.
     """
     walk = _Reading(layout, slices, room)
     walk.scope(layout.schema, Chain(slices), [])
@@ -32,9 +33,9 @@ def reading(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
 
 
 def scaffolded(layout: SchemaLayout, slices: Slices, modules: Collection[Module], room: int) -> list[Slice]:
-    """The slices of a scaffold set: its modules and the text around them alone, back to back.
+    """Returns the slices of a scaffold: its modules and only their enclosing text, packed without gaps.
 
-    So they are with ``anchor="none"``, too: a prompt takes them where they are exact.
+    ``anchor="none"`` changes nothing here: prompts take these slices only where they are exact.
     """
     walk = _Reading(layout, slices, room, set(modules))
     walk.scope(layout.schema, Chain(slices), [])
@@ -42,16 +43,16 @@ def scaffolded(layout: SchemaLayout, slices: Slices, modules: Collection[Module]
 
 
 def stands_for(union: Union, layout: SchemaLayout) -> Module:
-    """The member of a union that stands before what follows it: its scaffold member, else its longest.
+    """Returns the union member that later text attends to: the scaffold member, else the longest.
 
-    Behind the longest member, what follows is evaluated at its reserved position, and need not be moved.
+    After the longest member, later text is evaluated at its reserved position and needs no shift.
     """
     named = (member for member in union.members if member.name == union.scaffold)
     return next(named, None) or max(union.members, key=layout.size)
 
 
 class _Reading:
-    """One walk through a schema; ``chosen`` limits it to these modules and what is nested in them."""
+    """Walks through a schema once; ``chosen`` limits the walk to these modules and their nested modules."""
 
     def __init__(self, layout: SchemaLayout, slices: Slices, room: int, chosen: set[Scope] | None = None) -> None:
         self._layout = layout
@@ -63,7 +64,7 @@ class _Reading:
     def scope(
         self, scope: Scope, chain: Chain, around: list[Segment | Placeholder], *, isolated: bool = False
     ) -> Chain:
-        """Put the text of a scope behind ``chain``; gives the chain that has it.
+        """Appends the text of a scope to ``chain``, and returns the extended chain.
 
         ``around`` is the text of the enclosing scopes before it.
         """
@@ -97,7 +98,7 @@ class _Reading:
         return member in self._chosen
 
     def _detached(self, parts: list[Segment | Placeholder]) -> Chain:
-        """A chain of these texts alone."""
+        """Returns a chain of only these texts; empty with ``anchor="none"``."""
         chain = Chain(self._slices)
         for part in parts if self._layout.schema.anchor != "none" else []:
             chain = self._part(part, chain)

@@ -1,4 +1,4 @@
-"""Refining: exact slices of what was asked lately, made when nothing else is to be done."""
+"""Refining: encodes exact slices of recently asked prompts when idle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cpucache.store import Part, Store
 
 
 def asked(bound: Bound) -> list[Part]:
-    """What of a prompt is to be exact the next time: everything up to the last segment that has slices."""
+    """Returns the parts of a prompt that should be exact next time: all up to the last cached segment."""
     parts = []
     last = 0
     for piece in bound.pieces:
@@ -30,12 +30,12 @@ def asked(bound: Bound) -> list[Part]:
 
 
 def text_parts(plan: Plan) -> list[Part]:
-    """The same of a text without markup: everything but its last span, which every prompt evaluates."""
+    """Returns the same for text without markup: all but its last span, which every prompt evaluates."""
     return [Part(span.tokens, "", saved=True) for span in plan.spans[:-1]]
 
 
 def exact_slices(parts: Sequence[Part], slices: Slices) -> list[Slice]:
-    """The slices that answer a combination exactly, each behind all before it."""
+    """Returns the exact slices of a combination, each with all parts before it as context."""
     chain = Chain(slices)
     made = []
     for part in parts:
@@ -48,7 +48,7 @@ def exact_slices(parts: Sequence[Part], slices: Slices) -> list[Slice]:
 
 
 def to_refine(slices: Slices, store: Store, schema: str | None = None) -> int:
-    """Tokens of the exact slices that ``refine`` would make."""
+    """Number of tokens of the exact slices that ``refine`` would encode."""
     wanted: dict[Slice, None] = {}
     for combination in store.asked.combinations(slices.fingerprint, slices.scope, schema):
         wanted.update(dict.fromkeys(exact_slices(combination.parts, slices)))
@@ -58,16 +58,16 @@ def to_refine(slices: Slices, store: Store, schema: str | None = None) -> int:
 def refine(
     kv_cache: KVCache, slot: Slot, schema: str | None, report: Encoded, progress: OnProgress | None = None
 ) -> Task[None]:
-    """Make the exact slices that are missing, the most asked combinations first.
+    """Encodes missing exact slices, the most asked combinations first.
 
-    Whenever it is closed, what has been made stays; begun again, it goes on from there.
+    A closed task keeps the slices encoded so far; a new task encodes only the rest.
 
     Args:
-        kv_cache: Its store knows what was asked.
+        kv_cache: Encodes the slices; its store lists the combinations asked.
         slot: Where slices are evaluated.
         schema: Only prompts on this schema; all for ``None``.
-        report: Is added to.
-        progress: Told about the tokens of the slices made, and of all that are to be made.
+        report: Receives the counts of the slices encoded.
+        progress: Called with the number of tokens of the slices encoded so far, and the total.
     """
     slices, store = kv_cache.slices, kv_cache.store
     total = report.tokens + to_refine(slices, store, schema)

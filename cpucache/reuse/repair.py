@@ -1,8 +1,8 @@
-"""Repair: which slices of a plan are evaluated again, within a budget.
+"""Repair: selects the slices of a plan to recompute, within a budget.
 
-A module as a whole, evaluated behind all that stands before it, brings an answer nearer to full prefill if the answer
-is in it. A part of a module does more harm than good, so that modules are recomputed whole or not at all
-(bench/RESULTS.md). They are found as search engines find them: by the words that they share with the prompt's new text.
+Recomputing a whole module that contains the answer brings the result closer to full prefill. Recomputing a part of a
+module lowers quality, so modules are recomputed as a whole or not at all (bench/RESULTS.md). Modules are ranked by the
+words that they share with the new text of the prompt.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ _KNOWN = 10_000  # texts whose words are remembered
 
 
 class Repair:
-    """Chooses what to recompute by the words of the question.
-
-    A word counts for the more, the fewer modules have it (inverse document frequency).
+    """Selects parts to recompute by the words of the question, weighted by inverse document frequency.
 
     Args:
-        text: Gives the text of tokens.
+        text: Returns the text of tokens.
     """
 
     def __init__(self, text: Callable[[Tokens], str]) -> None:
@@ -33,14 +31,14 @@ class Repair:
         self._known: dict[bytes, frozenset[str]] = {}
 
     def choose(self, parts: Sequence[Sequence[Tokens]], new: Iterable[Tokens], budget: int) -> set[int]:
-        """The parts to evaluate again, by their numbers: the most relevant, ``budget`` tokens in all.
+        """Returns the indices of the parts to recompute: the most relevant ones that fit the budget.
 
-        The first may take twice the budget, since less than a part is of no use.
+        The first part may take twice the budget, since part of a module is never recomputed.
 
         Args:
             parts: Each as the tokens of its slices.
-            new: What is evaluated in any case: the question.
-            budget: Tokens to evaluate at most.
+            new: Tokens that are evaluated in any case: the question.
+            budget: Maximum number of tokens to recompute.
         """
         chosen: set[int] = set()
         for number in self._ranked(parts, new):

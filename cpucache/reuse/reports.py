@@ -1,4 +1,4 @@
-"""Reports: what it took to encode slices, and to answer a prompt."""
+"""Reports: costs of encoding slices and of answering a prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Finish: TypeAlias = Literal["stop", "length", "interrupted"]
 
 @dataclass(frozen=True)
 class NewSlice:
-    """A slice with its state, and the seconds that evaluating it took: its share of the batch."""
+    """An encoded slice with its state, and its share of the batch's evaluation time, in seconds."""
 
     slice: Slice
     state: Bytes
@@ -22,7 +22,7 @@ class NewSlice:
 
 @dataclass
 class Encoded:
-    """What was encoded, and how long it took."""
+    """Counts of slices, tokens and bytes encoded, and the time taken in seconds."""
 
     slices: int = 0
     tokens: int = 0
@@ -30,10 +30,10 @@ class Encoded:
     seconds: float = 0.0
     new: set[Slice] = field(default_factory=set, repr=False)
     wanted: list[Slice] = field(default_factory=list, repr=False)
-    """The slices that were asked for, made now or there before."""
+    """Slices that were requested, encoded now or saved before."""
 
     def add(self, new: NewSlice) -> None:
-        """Count a slice that was made."""
+        """Adds an encoded slice to the counts."""
         self.slices += 1
         self.tokens += len(new.slice.tokens)
         self.bytes += new.state.nbytes
@@ -42,7 +42,7 @@ class Encoded:
 
 @dataclass
 class Metrics:
-    """Counts of tokens, and times in milliseconds from the call on."""
+    """Counts of tokens, and times in milliseconds."""
 
     model: str = ""
     prompt_tokens: int = 0
@@ -51,37 +51,36 @@ class Metrics:
     fresh_tokens: int = 0
     """Tokens of the prompt that were evaluated: new text, missing slices, and what was recomputed."""
     encoded_tokens: int = 0
-    """Tokens evaluated to make slices that were missing (0 from the second time on)."""
+    """Tokens evaluated to encode missing slices (0 from the second time on)."""
     exact_tokens: int = 0
     """Cached tokens whose state is that of full prefill."""
     clean_tokens: int = 0
-    """Cached tokens that were evaluated behind a part of what stands before them."""
+    """Cached tokens from clean slices: evaluated after a part of the text before them."""
     related_tokens: int = 0
-    """Cached tokens that were evaluated behind other text of the schema."""
+    """Cached tokens from related slices: evaluated after other text of the schema."""
     foreign_tokens: int = 0
-    """Cached tokens that were evaluated behind text of other prompts."""
+    """Cached tokens from foreign slices: evaluated after text of other prompts."""
     recomputed_tokens: int = 0
     """Tokens of slices that were evaluated again."""
     completion_tokens: int = 0
     ttft_ms: float = 0.0
     """Time to first token: everything from the call to the first token of the answer."""
     encode_ms: float = 0.0
-    """Part of it that made missing slices."""
+    """Part of ``ttft_ms``: encoding missing slices."""
     splice_ms: float = 0.0
-    """Part of it that put slices into the context."""
+    """Part of ``ttft_ms``: loading slices into the llama.cpp context."""
     prefill_ms: float = 0.0
-    """Part of it that evaluated fresh tokens."""
+    """Part of ``ttft_ms``: evaluating fresh tokens."""
     total_ms: float = 0.0
     save_ms: float = 0.0
-    """Time that it took to take new state out of the context, after the first token; writing goes on in the background.
-    """
+    """Time to copy new state out of the llama.cpp context after the first token; a background thread writes it."""
     left_out_tokens: int = 0
-    """In a session: tokens of old turns that had to leave the context for this one."""
+    """In a session: tokens of old turns that left the context to make room for this turn."""
     recompute_ms: float = 0.0
-    """What evaluating the turns behind them again would have taken, going by how fast prompts are evaluated here."""
+    """Estimated time to evaluate the turns after the left-out ones again, from the measured prefill speed."""
     finish: Finish = "stop"
     stop: str = ""
-    """The text to stop at that ended the answer, if one did."""
+    """Stop text that ended the answer, if any."""
 
     @property
     def tpot_ms(self) -> float:
@@ -89,17 +88,17 @@ class Metrics:
         return (self.total_ms - self.ttft_ms) / max(1, self.completion_tokens - 1)
 
     def note(self, plan: Plan, evaluated: int) -> None:
-        """Count the tokens of a prompt that lies in the llama.cpp context.
+        """Sets the token counts for a prompt that the llama.cpp context holds.
 
         Args:
             plan: The plan that was spliced.
-            evaluated: How many of its tokens were evaluated.
+            evaluated: Number of its tokens that were evaluated.
         """
         cached = {relation: plan.count(relation) for relation in get_args(Relation) if relation != "exact"}
         exact = plan.n_tokens - evaluated - sum(cached.values())
         first = next((index for index, span in enumerate(plan.spans) if span.relation != "exact"), None)
         if first is not None:
-            # What was evaluated behind such a slice, and was kept, is no nearer to full prefill than the slice.
+            # Reused tokens evaluated after such a slice are no closer to full prefill than the slice.
             kept = max(0, exact - sum(len(span.tokens) for span in plan.spans[:first]))
             exact -= kept
             cached[plan.spans[first].relation] += kept

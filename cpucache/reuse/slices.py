@@ -1,7 +1,7 @@
-"""Slices, and the plans that they are spliced by.
+"""Slices, and the plans by which they are spliced.
 
-A slice is the saved KV state of a run of tokens, evaluated in one context, at one position. Its key names all three.
-The key of a context names what was attended to and nothing else: not how that was cut into slices.
+A slice is the saved KV state of a run of tokens, evaluated in one context, at one position. Its key hashes all three.
+The key of a context depends only on the tokens attended to, not on how they were cut into slices.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from cpucache.runtime import Memory
 from cpucache.store import SliceInfo, content_key, slice_key, text_id
 
 Relation: TypeAlias = Literal["exact", "clean", "related", "foreign"]
-"""How the context of a slice relates to what stands before it in a prompt.
+"""Relation of the context of a slice to the text before the slice in a prompt.
 
-``exact``: it is that. ``clean``: it is a part of that. ``related``: it holds other text of the same schema.
-``foreign``: it holds text of other prompts.
+``exact``: all of that text. ``clean``: a part of it. ``related``: includes other text of the same schema.
+``foreign``: includes text of other prompts.
 """
 
 
@@ -36,13 +36,13 @@ class Slice:
     start: int
     context_key: str
     attends_to: tuple[bytes, ...]
-    """The ``text_id`` of each run of tokens that it attended to, in order."""
+    """The ``text_id`` of each run of tokens in its context, in order."""
     attended_tokens: int
-    """How many tokens these are."""
+    """Number of tokens in its context."""
     module: str = ""
     """Dotted path of the module that the text belongs to."""
     context: tuple[Span, ...] | None = None
-    """The spans behind which it is evaluated; ``None`` for one that was found in the store and can't be made here."""
+    """Spans after which the slice is evaluated; ``None`` if it was found in the store and can't be encoded here."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Slice) and self.key == other.key
@@ -55,32 +55,32 @@ class Slice:
 
     @property
     def end(self) -> int:
-        """The position behind the last token."""
+        """Position after the last token."""
         return self.start + len(self.tokens)
 
     @property
     def delta(self) -> int:
-        """By how many positions it is moved after it has been evaluated right behind its context."""
+        """Number of positions by which the slice is shifted after its evaluation directly after its context."""
         return self.start - (self.context[-1].end if self.context else 0)
 
     @property
     def needs(self) -> list[Slice]:
-        """The slices of its context."""
+        """Slices in the context of this slice."""
         return [span.slice for span in self.context or () if span.slice]
 
     @property
     def chained(self) -> bool:
-        """Whether it stands at its position among all tokens from 0 on, and its context is all of these."""
+        """Whether its context fills all positions from 0 up to the slice."""
         return self.start == self.attended_tokens and not self.delta
 
     @classmethod
     def described(cls, key: str, info: SliceInfo, tokens: Tokens, module: str = "") -> Slice:
-        """A slice as the store describes it."""
+        """Returns a slice from its description in the store."""
         return cls(key, tokens, info.start, info.context, info.texts, info.attended_tokens, module)
 
     @cached_property
     def span(self) -> Span:
-        """All of it, where it was saved."""
+        """The whole slice as a span, at its saved position."""
         return Span(self.start, self.tokens, self)
 
 
@@ -96,42 +96,42 @@ class Span:
     slice: Slice | None = None
     relation: Relation = "exact"
     missing: bool = False
-    """Whether the slice is missing, and made for this plan."""
+    """Whether the slice is missing, and encoded for this plan."""
     recomputed: bool = False
-    """Of tokens to evaluate: whether they are evaluated although there is a slice of them."""
+    """For tokens to evaluate: whether they are recomputed although a slice of them exists."""
     module: str = ""
-    """Of tokens to evaluate: the module that they belong to, if they are recomputed or it is never cached."""
+    """For tokens to evaluate: their module, if they are recomputed or the module is never cached."""
     why: str = ""
     """Why no better slice was taken, or why the tokens are evaluated."""
     joined: tuple[bytes, ...] = ()
-    """Of tokens to evaluate that were several texts: the ``text_id`` of each."""
+    """For tokens to evaluate that join several texts: the ``text_id`` of each."""
 
     @property
     def end(self) -> int:
-        """The position behind the last token."""
+        """Position after the last token."""
         return self.start + len(self.tokens)
 
     @property
     def delta(self) -> int:
-        """By how many positions the slice must be moved from where it was saved."""
+        """Number of positions by which the slice must be shifted from its saved position."""
         return self.start - self.slice.start if self.slice else 0
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of its slice."""
+        """Whether the span is a whole slice."""
         return self.slice is not None and len(self.tokens) == len(self.slice.tokens)
 
     @property
     def texts(self) -> tuple[bytes, ...]:
-        """The ``text_id`` of each text that it holds."""
+        """The ``text_id`` of each text in the span."""
         return self.joined or (text_id(self.tokens if self.slice is None else self.slice.tokens),)
 
     def moved(self, delta: int) -> Span:
-        """The same tokens, ``delta`` positions further on."""
+        """Returns the span shifted by ``delta`` positions."""
         return replace(self, start=self.start + delta) if delta else self
 
     def same(self, other: Span) -> bool:
-        """Whether both put the same state at the same positions."""
+        """Whether both spans hold the same state at the same positions."""
         return (
             self.slice == other.slice
             and self.start == other.start
@@ -146,59 +146,59 @@ class Span:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """Spans in order of position. Gaps between them are positions left out; spans never overlap."""
+    """Spans in position order. Gaps between them are unused positions; spans never overlap."""
 
     spans: tuple[Span, ...]
     besides: tuple[Slice, ...] = ()
-    """Missing slices that are made for other prompts: here, their tokens are recomputed."""
+    """Missing slices that are encoded for other prompts; this plan recomputes their tokens."""
 
     @cached_property
     def tokens(self) -> Tokens:
-        """Every token of the prompt, as a prompt without reuse evaluates them."""
+        """All tokens of the prompt, as a prompt without reuse evaluates them."""
         return joined([span.tokens for span in self.spans])
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all spans."""
+        """Number of tokens of all spans."""
         return sum(len(span.tokens) for span in self.spans)
 
     @property
     def n_cached(self) -> int:
-        """Tokens whose state comes from slices."""
+        """Number of tokens whose state comes from slices."""
         return sum(len(span.tokens) for span in self.spans if span.slice)
 
     @property
     def n_recomputed(self) -> int:
-        """Tokens that are evaluated although there are slices of them."""
+        """Number of recomputed tokens."""
         return sum(len(span.tokens) for span in self.spans if span.recomputed)
 
     @property
     def exact(self) -> bool:
-        """Whether every slice attended to all that stands before it, and to nothing else."""
+        """Whether all slices are exact."""
         return all(span.relation == "exact" for span in self.spans)
 
     @property
     def slices(self) -> list[Slice]:
-        """The slices to splice, in order."""
+        """Slices to splice, in order."""
         return [span.slice for span in self.spans if span.slice]
 
     @property
     def wanted(self) -> list[Slice]:
-        """The slices that are to be there when the prompt has been evaluated."""
+        """Slices that must exist after the prompt has been evaluated."""
         return [*self.slices, *self.besides]
 
     @property
     def end(self) -> int:
-        """The position behind the last token."""
+        """Position after the last token."""
         return self.spans[-1].end if self.spans else 0
 
     def count(self, relation: Relation) -> int:
-        """Tokens that come from slices of this relation that were there before."""
+        """Number of tokens from slices of this relation that existed before the plan."""
         spans = (span for span in self.spans if span.slice and span.relation == relation and not span.missing)
         return sum(len(span.tokens) for span in spans)
 
     def first(self, count: int) -> Plan:
-        """The first ``count`` tokens of it. A slice that ends behind them leaves tokens to evaluate."""
+        """Returns a plan of the first ``count`` tokens. A slice that is cut becomes tokens to evaluate."""
         spans: list[Span] = []
         for span in self.spans:
             if 0 < count < len(span.tokens):
@@ -209,38 +209,38 @@ class Plan:
         return Plan(tuple(spans), self.besides)
 
     def evaluating(self, count: int) -> Plan:
-        """The same with tokens to evaluate in the place of the last ``count`` slices, joined with those at its end."""
+        """Returns the plan with its last ``count + 1`` spans joined into one span of tokens to evaluate."""
         if not count:
             return self
         spans, end = self.spans[: -count - 1], self.spans[-count - 1 :]
         return Plan((*spans, Span(end[0].start, joined([span.tokens for span in end]))), self.besides)
 
     def without_reuse(self) -> Plan:
-        """The same tokens, all to be evaluated, back to back: a full prefill."""
+        """Returns a plan that evaluates all tokens without gaps: a full prefill."""
         return Plan((Span(0, self.tokens),))
 
     def __repr__(self) -> str:
         return f"<Plan of {self.n_tokens} tokens in {len(self.spans)} spans, {self.n_cached} from slices>"
 
 
-# Token ids are never negative: what is no token is told apart by these.
+# Token ids are never negative, so negative numbers mark gaps and slices.
 _GAP, _SLICE = -1, -2
 
 
 class Trail:
-    """The key of what stands before a point of a plan, as spans are added one by one.
+    """Context key of a growing prefix of a plan; spans are added one by one.
 
-    Tokens evaluated where they stand, and slices whose contexts are just what stands before them, count as their
-    tokens: so the key does not depend on how text was cut, or on what of it was saved. Any other slice counts by its
-    key, for its state is not that of its tokens there.
+    Evaluated tokens and exact slices are hashed as their tokens, so that the key does not depend on how text was cut
+    or which part was saved. Any other slice is hashed by its key: its state differs from that of its tokens evaluated
+    there.
     """
 
     def __init__(self, spans: Iterable[Span] = ()) -> None:
         self._digest = blake2b(digest_size=16)
         self.end = 0
-        """The position behind the last span."""
+        """Position after the last span."""
         self.exact = True
-        """Whether all tokens stand back to back from position 0, and attended to all before them."""
+        """Whether all tokens follow each other from position 0, and attended to all tokens before them."""
         self.attends_to: list[bytes] = []
         self._seen: dict[bytes, None] = {}
         self.n_tokens = 0
@@ -253,7 +253,7 @@ class Trail:
         return self._digest.copy().hexdigest()
 
     def copy(self) -> Trail:
-        """The same trail, to go on with apart from this one."""
+        """Returns a copy that can be extended separately."""
         other = Trail()
         other._digest = self._digest.copy()
         other.end, other.exact, other.n_tokens = self.end, self.exact, self.n_tokens
@@ -261,14 +261,14 @@ class Trail:
         return other
 
     def in_place(self, span: Span) -> bool:
-        """Whether the state of ``span``, put behind this, is that of its tokens evaluated there."""
+        """Whether the state of ``span`` after this trail equals that of its tokens evaluated there."""
         if span.slice is None:
             return True
         fits = span.start == self.end and not span.delta
         return fits and span.slice.context_key == self.key
 
     def add(self, span: Span) -> None:
-        """Put a span behind the others."""
+        """Appends a span."""
         if not len(span.tokens):
             return
         in_place = self.in_place(span)
@@ -299,34 +299,34 @@ class Trail:
 
 
 class Cutting(Protocol):
-    """What finds the segments of texts, such as ``cpucache.layout.cuts.Cuts``."""
+    """Cuts texts into segments, as ``cpucache.layout.cuts.Cuts`` does."""
 
     def __call__(self, tokens: Tokens, *, part: bool = False) -> Sequence[int]:
-        """The end of each segment. ``part``: of a part of a longer text."""
+        """Returns the end of each segment. ``part``: whether ``tokens`` are part of a longer text."""
 
     def ends_message(self, tokens: Tokens) -> bool:
-        """Whether some tokens end where a message does, or its header."""
+        """Returns whether ``tokens`` end at the end of a message or of its header."""
 
 
 class Whole:
-    """Cuts nothing."""
+    """Treats every text as one segment."""
 
     def __call__(self, tokens: Tokens, *, part: bool = False) -> Sequence[int]:  # noqa: ARG002
-        """The end of the text."""
+        """Returns the end of the text."""
         return [len(tokens)] if len(tokens) else []
 
     def ends_message(self, tokens: Tokens) -> bool:  # noqa: ARG002
-        """Never: nobody asks for what was not cut."""
+        """Returns ``False``: uncut text has no known message ends."""
         return False
 
 
 class Slices:
-    """Makes slices of one model and one format of states, by the spans behind which they are evaluated.
+    """Describes slices of one model and one state format, with their keys and contexts.
 
     Args:
-        fingerprint: Names the model's weights.
-        state_format: What the bytes of a state depend on besides.
-        cuts: Finds the segments of texts; without it they are one each.
+        fingerprint: Identifies the model's weights.
+        state_format: Identifies the other settings that the bytes of a state depend on.
+        cuts: Cuts texts into segments; without it each text is one segment.
     """
 
     def __init__(self, fingerprint: str, state_format: str, cuts: Cutting | None = None) -> None:
@@ -334,22 +334,22 @@ class Slices:
         self.state_format = state_format
         """Part of every key."""
         self.scope = state_format
-        """Part of what slices are found by whose contexts may be others than what stands before them in a prompt."""
+        """Part of the content key, by which slices that are not exact are found."""
         self.cuts: Cutting = cuts or Whole()
         self.memory = Memory()
-        """What the model's memory can do; the KV cache says so."""
+        """Capabilities of the model's memory; set by ``KVCache``."""
 
     def point(self, slice_: Slice) -> Slice:
-        """The recurrent state behind a slice, as a slice of no tokens: one goes on from it, and only from it."""
+        """Returns the recurrent state at the end of a slice, as a slice of no tokens. Only it can be extended."""
         none = slice_.tokens[:0]
         key = self.key(slice_.key, none, slice_.end)
         return Slice(key, none, slice_.end, slice_.key, slice_.attends_to, slice_.attended_tokens, slice_.module)
 
     def within(self, namespace: str, *, isolate: bool = False) -> Slices:
-        """The same for a namespace.
+        """Returns the ``Slices`` of a namespace.
 
-        A slice that is not exact is found in the namespace that asked for it alone. An exact one has the same key in
-        all of them; with ``isolate`` it has not, and nothing is shared.
+        Slices that are not exact are found only in the namespace that asked for them. Exact slices have the same key in
+        all namespaces, unless ``isolate`` is set: then nothing is shared.
         """
         own = f"{self.state_format}/in-{namespace}"
         other = Slices(self.fingerprint, own if isolate else self.state_format, self.cuts)
@@ -358,15 +358,15 @@ class Slices:
 
     @property
     def shared(self) -> bool:
-        """Whether slices may be there that another namespace has made, and that are not found by their content."""
+        """Whether the store may hold slices from other namespaces, which this scope does not find by content."""
         return self.scope != self.state_format
 
     def content(self, tokens: Tokens) -> str:
-        """What all slices of these tokens are found by."""
+        """Returns the content key, shared by all slices of these tokens."""
         return content_key(self.fingerprint, self.scope, tokens)
 
     def key(self, context_key: str, tokens: Tokens, start: int) -> str:
-        """The key of the slice of these tokens in that context."""
+        """Returns the key of the slice of these tokens in that context, at position ``start``."""
         return slice_key(self.fingerprint, self.state_format, context_key, tokens, start)
 
     def make(
@@ -378,9 +378,14 @@ class Slices:
         start: int | None = None,
         trail: Trail | None = None,
     ) -> Slice:
-        """The slice of ``tokens`` evaluated right behind ``before``, then moved to ``start``, if that is elsewhere.
+        """Returns the slice of ``tokens`` evaluated directly after ``before``. Nothing is evaluated here.
 
-        ``trail`` is that of ``before``, where it is known.
+        Args:
+            before: Context of the slice.
+            tokens: Tokens of the slice.
+            module: Dotted path of its module.
+            start: Position to which the slice is shifted; by default it stays after ``before``.
+            trail: Trail of ``before``, if known.
         """
         trail = Trail(before) if trail is None else trail
         start = trail.end if start is None else start
@@ -391,7 +396,7 @@ class Slices:
     def cut(
         self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
     ) -> list[Slice]:
-        """``tokens`` right behind ``before``, in segments. ``ends``: of each of these, where they are known."""
+        """Returns slices of ``tokens`` directly after ``before``. ``ends``: ends of the segments, if known."""
         spans = list(before)
         trail = Trail(before)
         cut: list[Slice] = []
@@ -406,10 +411,10 @@ class Slices:
     def plan(
         self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
     ) -> Plan:
-        """``before``, the segments of ``tokens`` but for the last, and the last, to be evaluated.
+        """Returns a plan of ``before``, slices of all segments of ``tokens`` but the last, and the rest to evaluate.
 
-        ``ends``: of the segments of all tokens but the last, where they are known. Of a recurrent model all are slices:
-        its state before the last token is not to be had once that has been evaluated.
+        ``ends``: ends of the segments of ``tokens[:-1]``, if known. For a recurrent model, all of these segments are
+        slices: the state before the last token can't be recovered after that token has been evaluated.
         """
         whole = [0, *(self.cuts(tokens[:-1], part=True) if ends is None else ends)]
         if not self.memory.points:
@@ -420,7 +425,7 @@ class Slices:
         return Plan((*spans, Span(spans[-1].end if spans else 0, tokens[done:])))
 
     def chained(self, plan: Plan, module: str = "") -> list[Span]:
-        """The spans of a plan, with slices in the place of tokens to evaluate."""
+        """Returns the spans of a plan, with tokens to evaluate replaced by slices."""
         spans: list[Span] = []
         for span in plan.spans:
             if span.slice:

@@ -1,4 +1,4 @@
-"""Slots: what a sequence of the llama.cpp context holds, and how much of a plan that is."""
+"""Slots: the spans that a sequence of the llama.cpp context holds, and how much of a plan they cover."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from cpucache.reuse.slices import Plan, Slice, Span, Trail
 
 
 class Points(NamedTuple):
-    """The recurrent states that there are, by the slices that they stand behind."""
+    """Saved recurrent states, each found by the slice at whose end it was saved."""
 
     of: Callable[[Slice], Slice]
-    """The recurrent state behind a slice, as a slice of no tokens."""
+    """Returns the recurrent state at the end of a slice, as a slice of no tokens."""
     there: Callable[[Slice], bool]
-    """Whether there is one behind a slice."""
+    """Returns whether a recurrent state was saved at the end of a slice."""
 
 
 class Slot:
-    """A sequence of the llama.cpp context that an answer is given in, and the spans that the sequence holds."""
+    """A sequence of the llama.cpp context that answers a request, and the spans that the sequence holds."""
 
     def __init__(self, sequence: int) -> None:
         self.sequence = sequence
         self.held: list[Span] = []
         self.busy = False
-        """Whether a task uses it."""
+        """Whether a task uses the slot."""
         self.points: Points | None = None
-        """The recurrent states that there are for it."""
+        """Saved recurrent states; ``None`` if the model needs none."""
         self.owner = ""
-        """Whose text it holds: what others hold is not reused."""
+        """Owner of the text in the slot; other owners never reuse it."""
         self.index = -1
-        """Index in the last batch of the logits of its last token."""
+        """Index, in the last batch, of the logits of the slot's last token."""
 
     @property
     def end(self) -> int:
-        """The position behind its last token."""
+        """Position after the last token."""
         return self.held[-1].end if self.held else 0
 
     def shared(self, plan: Plan) -> int:
-        """Number of leading spans of ``plan`` that the slot holds and can extend."""
+        """Number of leading spans of ``plan`` that the slot holds."""
         pairs = zip(self.held, plan.spans, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0].same(pair[1]), pairs))
 
     def stays(self, plan: Plan) -> int:
-        """Number of leading spans of ``plan`` that the slot holds and that can be gone on from.
+        """Number of leading spans of ``plan`` that the slot holds and can extend.
 
-        Where there are points, that is all that it holds, or it is to be taken back to a slice with a point behind it.
+        With recurrent states, the slot extends all that it holds, or returns to a slice with a saved state at its end.
         """
         shared = self.shared(plan)
         if self.points is None:
@@ -63,9 +63,9 @@ class Slot:
         return next((shared - index for index, found in enumerate(there) if found), 0)
 
     def known(self, plan: Plan, *, ends: bool = True) -> int:
-        """Leading tokens of ``plan`` without a slice that the slot holds.
+        """Number of tokens without a slice, in the shared prefix of ``plan``, that the slot holds.
 
-        Where the prompt ``ends``, the last of all is none of them: it is evaluated anyway.
+        If the prompt ``ends``, its last token does not count: it is evaluated in any case.
         """
         shared = self.shared(plan)
         count = sum(len(span.tokens) for span in plan.spans[:shared] if span.slice is None)
@@ -76,7 +76,7 @@ class Slot:
     def evaluated(self, index: int, fresh: Span) -> int:
         """Number of leading tokens of a fresh span that the slot's spans from ``index`` on hold at its position.
 
-        A slice counts where it is what its tokens would be, evaluated there.
+        A slice counts if its state equals that of its tokens evaluated there.
         """
         if fresh.slice:
             return 0
@@ -91,9 +91,9 @@ class Slot:
         return common(joined(parts), fresh.tokens)
 
     def resumable(self, plan: Plan) -> Plan:
-        """The plan of a recurrent model, with tokens to evaluate in the place of slices that one can't go on from.
+        """Returns the plan with slices that can't be extended replaced by tokens to evaluate (recurrent models).
 
-        Slices can be loaded up to one with a recurrent state behind it.
+        In each run of slices, those up to the last one with a saved recurrent state are kept.
         """
         assert self.points is not None
         done = self.stays(plan)
@@ -113,7 +113,7 @@ class Slot:
         return Plan(tuple(spans))
 
     def recognise(self, slice_: Slice) -> bool:
-        """Whether the slot has evaluated the tokens of a slice behind its context: they count as the slice then."""
+        """Marks tokens as ``slice_`` if the slot evaluated them after its context. Returns whether it did."""
         index = next((i for i, held in enumerate(self.held) if held.start <= slice_.start < held.end), None)
         if index is None:
             return False
@@ -133,7 +133,7 @@ class Slot:
         return True
 
     def add(self, tokens: Tokens) -> None:
-        """Note tokens that were evaluated behind its last."""
+        """Records tokens that were evaluated after the slot's last token."""
         start = self.end
         if self.held and self.held[-1].slice is None:
             last = self.held.pop()

@@ -23,15 +23,15 @@ from cpucache.runtime.rotation import Rotation, learn
 from cpucache.stages import stage
 
 SLOTS = SEQUENCES // 2
-"""Slots of a context at most."""
-_ROWS = 16  # tokens whose logits are read at once
+"""Maximum number of slots of a llama.cpp context."""
+_ROWS = 16  # tokens a batch whose logits are all read
 
 _log = logging.getLogger("cpucache.reuse")
 State: TypeAlias = Callable[[Slice], Bytes]
 
 
 class Refused(Exception):
-    """llama.cpp does not take this slice's state: it is not what it should be."""
+    """Raised when llama.cpp rejects the state of a slice, or the loaded cells don't match the slice."""
 
     def __init__(self, slice_: Slice) -> None:
         self.slice = slice_
@@ -39,31 +39,31 @@ class Refused(Exception):
 
 
 class Splicer:
-    """Owner of the slots of a context.
+    """Owns the slots of a llama.cpp context.
 
-    A slot keeps what it holds, so that the next plan only pays for where it differs. The sequences that are no slots
-    are empty between calls. A task that fails leaves its slot empty, one that is closed what it has evaluated.
+    A slot keeps its spans, so that the next plan costs only the difference. Sequences that are not slots are empty
+    between calls. A failed task empties its slot; a closed task keeps the tokens evaluated so far.
 
     Args:
-        context: Where slices are loaded, and tokens evaluated.
-        slots: How many answers can be given at a time, ``SLOTS`` at most.
+        context: The llama.cpp context where slices are loaded and tokens evaluated.
+        slots: Number of concurrent answers, ``SLOTS`` at most.
     """
 
     def __init__(self, context: Context, slots: int = 1) -> None:
         self.context = context
         self.slots = [Slot(sequence) for sequence in range(slots)]
         self.scratch = slots
-        """The sequence that a single slice is loaded or saved in."""
+        """Sequence in which single slices are loaded and saved."""
         self.free = range(slots + 1, SEQUENCES)
-        """Sequences for parking, and for encoding several slices side by side."""
+        """Sequences that hold loaded slices until they are joined, and that encode several slices in one batch."""
         self._learnt = False
         self._rotation: Rotation | None = None
 
     def take(self, plan: Plan, owner: str = "", points: Points | None = None) -> Slot:
-        """The idle slot of ``owner`` that holds most of ``plan``, busy from now on. Other idle slots are emptied.
+        """Returns the idle slot of ``owner`` that holds most of ``plan``, marked busy; empties other idle slots.
 
-        If all idle slots have other owners, one of these changes hands, empty.
-        Cells that a plan does not attend to are masked, not skipped: they would cost every evaluation time.
+        If all idle slots have other owners, one of them is emptied and assigned to ``owner``.
+        Other slots are emptied because cells that a plan does not attend to are masked, not skipped, and cost time.
         """
         idle = [slot for slot in self.slots if not slot.busy]
         taken = max(idle, key=lambda slot: slot.shared(plan) if slot.owner == owner else -1)
@@ -80,11 +80,11 @@ class Splicer:
         return taken
 
     def known(self, plan: Plan, owner: str, *, ends: bool = True) -> int:
-        """Leading tokens of ``plan`` without a slice that some slot of ``owner`` holds already, see ``Slot.known``."""
+        """Maximum of ``Slot.known`` over the slots of ``owner``, in tokens."""
         return max((slot.known(plan, ends=ends) for slot in self.slots if slot.owner == owner), default=0)
 
     def reset(self, slot: Slot) -> None:
-        """Empty a slot, and the sequences that are none."""
+        """Empties a slot, and all sequences that are not slots."""
         slot.held = []
         if not any(other.held for other in self.slots):
             self.context.clear()
@@ -93,7 +93,7 @@ class Splicer:
             self.context.remove(sequence)
 
     def prepare(self, slot: Slot) -> None:
-        """Learn from what a slot holds how states are moved, so that the first prompt need not."""
+        """Learns the rotation of keys from the state of a slot, so that the first prompt need not."""
         self._learn(self.context.save(slot.sequence))
 
     def splice(
@@ -106,17 +106,18 @@ class Splicer:
         fresh: bool = False,
         ends: bool = True,
     ) -> Splicing:
-        """Put the slices of a plan into the llama.cpp context; ``prefill`` has a slot hold the plan then.
-
-        Nothing may be evaluated in between. Raises ``Refused`` or ``ContextFull``, with the slot empty.
+        """Loads slices of a plan into the llama.cpp context. ``prefill`` must follow, with no evaluation in between.
 
         Args:
-            slot: Keeps what it shares with ``plan``.
-            plan: What it is to hold.
-            state: Gives the saved state of a slice.
-            metrics: Told how long it takes.
-            fresh: Take nothing from any slot.
-            ends: The prompt ends here, so that logits of its last token are wanted.
+            slot: Target; keeps the spans that it shares with ``plan``.
+            plan: Spans that the slot must hold after ``prefill``.
+            state: Returns the saved state of a slice.
+            metrics: Receives the time taken, in ``splice_ms`` and ``prefill_ms``.
+            fresh: Reuse nothing from any slot.
+            ends: Whether the prompt ends here, so that logits of its last token are needed.
+
+        Raises:
+            Refused, ContextFull: The slice can't be loaded, or the context is full; the slot is empty.
         """
         metrics = metrics or Metrics()
         started = time.perf_counter()
@@ -138,10 +139,10 @@ class Splicer:
         return splicing
 
     def prefill(self, splicing: Splicing, progress: Step | None = None) -> Task[int]:
-        """Make a slot hold a plan whose slices have been put into the context; gives how many tokens were evaluated.
+        """Joins the loaded slices in the slot and evaluates fresh tokens. Returns the number of tokens evaluated.
 
-        Logits of the last token are there afterwards if the plan ends with fresh tokens. ``progress`` is told about
-        tokens evaluated. Raises ``Refused`` or ``ContextFull``, with the slot empty.
+        Logits of the last token are available afterwards if the plan ends with fresh tokens. ``progress`` is called
+        with numbers of tokens evaluated. Raises ``Refused`` or ``ContextFull``, with the slot empty.
         """
         slot, plan = splicing.slot, splicing.plan
         evaluated = 0
@@ -157,7 +158,7 @@ class Splicer:
                 for slice_ in splicing.wanted.slices:
                     slot.recognise(slice_)
         except GeneratorExit:
-            # Ended while tokens were being evaluated: what has been done is there for the next plan.
+            # Closed during an evaluation: the next plan can reuse the tokens evaluated so far.
             self._keep_evaluated(slot, plan)
             raise
         except BaseException:
@@ -166,11 +167,11 @@ class Splicer:
         return evaluated
 
     def build(self, slot: Slot, plan: Plan, state: State, progress: Step | None = None) -> Task[int]:
-        """Make a slot hold a plan: ``splice``, and ``prefill``."""
+        """Runs ``splice`` and ``prefill``. Returns the number of tokens evaluated."""
         return (yield from self.prefill(self.splice(slot, plan, state), progress))
 
     def _keep_evaluated(self, slot: Slot, plan: Plan) -> None:
-        """Have a slot hold what its sequence has of ``plan``, and empty the sequences that are no slots."""
+        """Records the part of ``plan`` that the slot's sequence holds, and empties sequences that are not slots."""
         end = self.context.last_position(slot.sequence) + 1
         slot.held = [span for span in plan.spans if span.end <= end]
         rest = plan.spans[len(slot.held)] if len(slot.held) < len(plan.spans) else None
@@ -180,7 +181,7 @@ class Splicer:
             self.context.remove(sequence)
 
     def append(self, slot: Slot, tokens: Tokens) -> Task[None]:
-        """Evaluate tokens of an answer behind a slot's last, keeping the logits of the last of them."""
+        """Evaluates tokens of an answer after the slot's last token, and keeps the logits of the last one."""
         try:
             slot.index = yield Work([Run(slot.sequence, slot.end, tokens)], logits="last", answers=True)
         except BaseException:
@@ -189,7 +190,7 @@ class Splicer:
         slot.add(tokens)
 
     def rows(self, slot: Slot, tokens: Tokens) -> Task[list[Logits]]:
-        """Evaluate tokens behind a slot's last; gives the logits of each."""
+        """Evaluates tokens after the slot's last token. Returns the logits of each."""
         found: list[Logits] = []
         for begin in range(0, len(tokens), _ROWS):
             part = tokens[begin : begin + _ROWS]
@@ -203,9 +204,9 @@ class Splicer:
         return found
 
     def capture(self, slot: Slot, slice_: Slice) -> Bytes | None:
-        """The state of a slice whose tokens a slot has evaluated: they count as the slice from then on.
+        """Returns the state of a slice whose tokens the slot has evaluated, and marks these tokens as the slice.
 
-        ``None`` when the slot holds something else there, or before, or what stood in a window has been overwritten.
+        Returns ``None`` if the tokens or the context differ, or if cells of a sliding window were overwritten.
         """
         if slice_.delta or not slot.recognise(slice_):
             return None
@@ -216,11 +217,11 @@ class Splicer:
         return state
 
     def capture_point(self, slot: Slot) -> Bytes:
-        """The recurrent state of a slot."""
+        """Returns the recurrent state of a slot."""
         return self.context.save_point(slot.sequence)
 
     def _retain(self, slot: Slot, plan: Plan, state: State, *, ends: bool) -> list[Span]:
-        """Cut a slot back to what it shares with ``plan``; gives the spans that are still to come."""
+        """Cuts a slot to the prefix that it shares with ``plan``. Returns the remaining spans."""
         self._adopt(slot, plan)
         self._close_up(slot, plan)
         stays = slot.stays(plan)
@@ -228,11 +229,11 @@ class Splicer:
         end = plan.spans[stays - 1].end if stays else 0
         if slot.points:
             if end and end < slot.end:
-                # What the cells behind it hold is taken off below: a state can be put before them, not taken back.
+                # A recurrent state can't be rolled back, so load the saved one; `_cut` removes the later cells below.
                 self._load_point(slot.points, slot.sequence, plan.spans[stays - 1], state)
         elif rest and stays < len(slot.held):
             common = slot.evaluated(stays, rest[0])
-            # The last token of all is evaluated in any case, for its logits.
+            # The last token of the prompt is evaluated in any case, for its logits.
             common = min(common, len(rest[0].tokens) - (ends and len(rest) == 1))
             if common:
                 end = rest[0].start + common
@@ -246,7 +247,7 @@ class Splicer:
         return rest
 
     def _adopt(self, slot: Slot, plan: Plan) -> None:
-        """Where another slot holds more of the head of ``plan``, share its cells."""
+        """Shares the cells of another slot if it holds a longer prefix of ``plan``."""
         if not self.context.memory.cuts:
             return
         other = max((each for each in self.slots if each.owner == slot.owner), key=lambda each: each.shared(plan))
@@ -259,14 +260,14 @@ class Splicer:
                 self.reset(slot)
 
     def _close_up(self, slot: Slot, plan: Plan) -> None:
-        """Where ``plan`` leaves out what stands in the middle of a slot, move the rest down in place.
+        """Shifts the later slices of a slot down, in place, where ``plan`` leaves out spans in the middle.
 
-        So a truncated conversation costs one rotation of keys: nothing is evaluated, and nothing loaded.
+        A truncated conversation then costs one rotation of keys: nothing is evaluated or loaded.
         """
         begin = slot.shared(plan)
         if begin >= min(len(slot.held), len(plan.spans)) or not self.context.memory.moves:
             return
-        # Cells that belong to another slot as well would move there, too.
+        # Cells shared with another slot would move in that slot, too.
         if any(other.held for other in self.slots if other is not slot):
             return
         gap, first = slot.held[begin].start, plan.spans[begin]
@@ -276,7 +277,7 @@ class Splicer:
                 continue
             delta = first.start - held.start
             if delta < 0 and first.start >= gap:
-                # A slice is what it is wherever it stands. Fresh tokens have seen what is leaving.
+                # A slice keeps its state at any position. Fresh tokens have attended to the spans that leave.
                 staying = list(takewhile(lambda span: span.slice, slot.held[index:]))
                 if not staying:
                     return
@@ -290,8 +291,8 @@ class Splicer:
             return
 
     def _cut(self, slot: Slot, end: int) -> bool:
-        """Drop a slot's cells from position ``end`` on. False: everything had to go."""
-        # Emptied even where it should be empty: an error may have come within ``reset``.
+        """Removes a slot's cells from position ``end`` on. Returns ``False`` if the slot had to be emptied."""
+        # With ``end`` 0, reset even an empty slot: an earlier ``reset`` may have failed halfway.
         if end and end == slot.end:
             return True
         held = [replace(span, tokens=span.tokens[: end - span.start]) for span in slot.held if span.start < end]
@@ -301,9 +302,9 @@ class Splicer:
         return True
 
     def _whole(self, sequence: int, spans: Sequence[Span]) -> bool:
-        """Whether a sequence that holds some spans has all of them that its next token looks back on.
+        """Whether a sequence still has all cells of ``spans`` inside the sliding window of its next token.
 
-        Cells that have left a sliding window are overwritten when that suits llama.cpp, even though there is room.
+        llama.cpp may overwrite cells that have left a sliding window, even if other cells are free.
         """
         if not self.context.memory.window:
             return True
@@ -313,10 +314,10 @@ class Splicer:
         return self.context.whole(sequence, end, sum(inside))
 
     def _load_group(self, splicing: Splicing, parts: Sequence[_Part]) -> None:
-        """Load all slices of some parts, each part into a sequence of its own.
+        """Loads the slices of some parts, each part into its own sequence.
 
-        Loaded before anything is evaluated, those that llama.cpp has to move all cost a single rotation of keys (it
-        rotates every cell of the context, however few have moved).
+        All are loaded before anything is evaluated, so that all shifts share one rotation of keys: llama.cpp rotates
+        every cell of the context, however few have moved.
         """
         slot, state = splicing.slot, splicing.state
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
@@ -328,7 +329,7 @@ class Splicer:
                     self._load_point(slot.points, park, part.slices[-1], state)
 
     def _join(self, splicing: Splicing, parts: Sequence[_Part], progress: Step | None) -> Task[int]:
-        """Join parts that were loaded to a slot in turn, evaluating what is fresh between; gives how many tokens."""
+        """Joins loaded parts to a slot in order and evaluates their fresh tokens. Returns the number evaluated."""
         slot = splicing.slot
         evaluated = 0
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
@@ -351,10 +352,10 @@ class Splicer:
         moved = self._moved(saved, span.delta) if span.delta else None
         if moved is not None:
             saved, start = moved, span.start
-        # llama.cpp compares the shapes in the state's header with the model's, but takes whatever positions it finds.
+        # llama.cpp compares the shapes in the state's header with the model's, but does not check positions.
         loaded = self.context.load(self.scratch, saved)
         end = start + len(span.slice.tokens)
-        # Where there are points it tells the position of what is loaded later.
+        # With recurrent states, the last position is known only after the point is loaded.
         if not loaded or not (slot.points or self.context.last_position(self.scratch) == end - 1):
             raise Refused(span.slice)
         if not self._whole(self.scratch, [span.slice.span.moved(start - span.slice.start)]):
@@ -374,7 +375,7 @@ class Splicer:
             raise Refused(point)
 
     def _borrow(self, slot: Slot, span: Span, sequence: int) -> bool:
-        """Share the cells of another slot that holds the same slice at the same position."""
+        """Shares the cells of another slot that holds the same slice at the same position. Returns whether one does."""
         if not self.context.memory.cuts:
             return False
         others = (each for each in self.slots if each is not slot)
@@ -401,7 +402,7 @@ class Splicer:
 
 @dataclass(frozen=True)
 class _Part:
-    """Slices that stand next to one another, and the fresh tokens behind them."""
+    """Consecutive slices, and the fresh tokens after them."""
 
     slices: tuple[Span, ...]
     fresh: Span | None
@@ -409,20 +410,20 @@ class _Part:
 
 @dataclass(frozen=True)
 class Splicing:
-    """A plan on its way into a slot: what of its slices fits is in the llama.cpp context, nothing is joined yet."""
+    """A plan being built in a slot: the first group of its slices is loaded, nothing is joined yet."""
 
     slot: Slot
     wanted: Plan
-    """What was asked for."""
+    """The plan requested."""
     plan: Plan
-    """The same, with tokens to evaluate in the place of slices that can't be gone on from."""
+    """The plan requested, with tokens to evaluate in place of slices that can't be extended."""
     groups: list[list[_Part]]
     state: State
     metrics: Metrics
 
 
 def _grouped(spans: Sequence[Span], free: int) -> list[list[_Part]]:
-    """The parts of a plan, in groups that can be parked in so many ``free`` sequences at once."""
+    """Returns the parts of a plan, in groups that fit the slot and ``free`` more sequences."""
     parts: list[_Part] = []
     slices: list[Span] = []
     for span in spans:

@@ -1,4 +1,4 @@
-"""The lookup for text without markup: the longest known prefix, and what of the rest may be taken from elsewhere."""
+"""The lookup for text without markup: the longest known prefix, then slices with other contexts where allowed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cpucache.store import text_id
 PlanText: TypeAlias = Callable[[Sequence[Span], Tokens], Plan]
 """Plans tokens after the spans that precede them."""
 SHORTEST = 64
-"""Tokens of neighbouring segments at least, that are taken from elsewhere. Fewer are evaluated as fast as spliced."""
+"""Minimum number of consecutive tokens to take from slices with other contexts; fewer are evaluated as fast."""
 
 
 def plan_text(
@@ -30,20 +30,19 @@ def plan_text(
     reuse: Reuse,
     before: Sequence[Span] = (),
 ) -> Plan:
-    """The plan of a text, with the spans before it.
+    """Returns the plan of a text, with the spans before it.
 
-    First comes the longest known slice behind all before it, again and again, however it was cut: all of it exact. Then
-    come the segments that are left. Those that may be taken from elsewhere are, where there are slices of them; the
-    others are evaluated, and saved. The last token is evaluated in any case. The plan is exact for models whose states
-    can't be moved, whatever ``reuse`` says.
+    The plan begins with exact slices: the longest saved slice after the spans so far is added until none exists. The
+    remaining segments use slices with other contexts where ``reuse`` allows it and such slices exist; the others are
+    evaluated and saved. The last token is evaluated in any case. Models whose states can't be shifted get exact plans,
+    whatever ``reuse`` is.
 
     Args:
-        kv_cache: Its store has the slices.
-        repair: Chooses what to recompute.
-        text: Segments within its parts may be taken from elsewhere.
-        fidelity: Whether slices must be exact, and else the share of the tokens taken from elsewhere that is evaluated
-            afresh.
-        reuse: ``"anywhere"``: all others may be taken from elsewhere, too. ``"exact"``: none may.
+        kv_cache: KV cache whose store is searched.
+        repair: Selects the segments to recompute.
+        text: The text; segments within its parts may use slices with other contexts.
+        fidelity: Whether slices must be exact; otherwise the share of tokens from other contexts to recompute.
+        reuse: ``"anywhere"``: all segments may use slices with other contexts. ``"exact"``: none may.
         before: Spans that precede the text. The plan begins with them, unchanged.
     """
     with stage("look up"):
@@ -91,15 +90,15 @@ def _planned(
 
 @dataclass(eq=False)
 class _Segment:
-    """A segment behind the known prefix."""
+    """A segment after the known prefix."""
 
     begin: int
     tokens: Tokens
     slice: Slice | None = None
-    """What it is taken from."""
+    """Slice with another context to use for the segment, if any."""
     recomputed: bool = False
     why: str = "no slice yet"
-    """Why it is evaluated, if it is."""
+    """Reason for evaluating the segment, if it is evaluated."""
 
     @property
     def end(self) -> int:
@@ -107,7 +106,7 @@ class _Segment:
 
 
 def _add_known_prefix(kv_cache: KVCache, chain: Chain, tokens: Tokens) -> None:
-    """Add the slices that the store has of the first of these tokens, each evaluated after all before it."""
+    """Adds saved slices of a prefix of ``tokens`` to ``chain``, each with all tokens before it as context."""
     store, start = kv_cache.store, chain.end
     while len(left := tokens[chain.end - start :]):
         for size in sorted((size for size in store.sizes_after(chain.trail.key) if size <= len(left)), reverse=True):
@@ -120,36 +119,33 @@ def _add_known_prefix(kv_cache: KVCache, chain: Chain, tokens: Tokens) -> None:
 
 
 def _segments(kv_cache: KVCache, text: Text, begin: int) -> list[_Segment]:
-    """The segments from a position on; the last has the last token besides."""
+    """Returns the segments from position ``begin`` on; the last one includes the last token."""
     ends = [end for end in text.ends(kv_cache.slices.cuts) if end > begin]
     found = []
     for end in ends[:-1]:
         found.append(_Segment(begin, text.tokens[begin:end]))
         begin = end
     if kv_cache.slices.memory.points and begin < len(text.tokens) - 1:
-        # The state before the last token is not to be had once that has been evaluated.
+        # The state before the last token can't be recovered after that token has been evaluated.
         found.append(_Segment(begin, text.tokens[begin:-1]))
         begin = len(text.tokens) - 1
     return [*found, _Segment(begin, text.tokens[begin:])]
 
 
 def _find(kv_cache: KVCache, segments: Sequence[_Segment], start: int) -> None:
-    """Give segments the best slices that the store has of their tokens, whatever these attended to.
-
-    ``start``: the position of the text's first token.
-    """
+    """Sets the best saved slice of each segment, in any context. ``start``: position of the text's first token."""
     contents = [kv_cache.slices.content(each.tokens) for each in segments]
     variants = kv_cache.store.variants(contents)
     for each, content in zip(segments, contents, strict=True):
         found = variants[content]
         if found:
-            # Behind most text, and where it need not be moved.
+            # Prefer the longest context, then a slice that needs no shift.
             key, info = max(found, key=lambda one: (one[1].attended_tokens, one[1].start == start + each.begin, one[0]))
             each.slice = Slice.described(key, info, each.tokens)
 
 
 def _drop_short(segments: Sequence[_Segment]) -> None:
-    """Let go of slices that make runs of fewer than ``SHORTEST`` tokens."""
+    """Removes slices that form runs of fewer than ``SHORTEST`` tokens."""
     run: list[_Segment] = []
     for each in [*segments, None]:
         if each is not None and each.slice:

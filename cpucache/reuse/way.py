@@ -1,4 +1,4 @@
-"""The way of a prompt: plan, look up, splice, prefill, decode."""
+"""The steps of a prompt: plan, look up, splice, prefill, decode."""
 
 from __future__ import annotations
 
@@ -37,19 +37,21 @@ def answer(
     fresh: bool = False,
     ends: bool = True,
 ) -> Task[T]:
-    """The way of a prompt, from its plan to what ``decode`` returns. Every prompt goes it.
+    """Answers a prompt: looks up, splices and prefills its plan, then decodes. Every prompt is answered here.
 
     Args:
-        kv_cache: Has the llama.cpp context and the store.
-        plan: Gives the plan by the slices that there are. It is asked again when a slice turns out to be gone or
-            unusable.
-        decode: Given the slot that holds the plan, with logits of its last token.
-        slot: Where the prompt is evaluated; the idle one that holds most of it if none is given.
-        label: What slices made on the way are listed under.
-        progress: Told about tokens evaluated.
-        metrics: Told what the prompt took.
-        fresh: Take nothing from any slot, so that every token without a slice is evaluated.
-        ends: The prompt ends with the plan. Otherwise no logits are wanted, and the last token is like any other.
+        kv_cache: Owns the llama.cpp context and the store.
+        plan: Returns the plan from the slices that exist. Called again if a slice is gone or unusable.
+        decode: Called with the slot that holds the plan (with logits of its last token), and the plan.
+        slot: Slot for the prompt; by default the idle slot that holds most of it.
+        label: Name under which the store lists new slices.
+        progress: Called with the number of tokens evaluated so far, and the total.
+        metrics: Receives token counts and times.
+        fresh: Reuse nothing from any slot, so that every token without a slice is evaluated.
+        ends: Whether the prompt ends with the plan. Otherwise no logits are needed.
+
+    Returns:
+        The result of ``decode``.
     """
     with _Filling(kv_cache, slot, label, progress, metrics or Metrics(), fresh=fresh, ends=ends) as filling:
         for attempt in filling.attempts:
@@ -62,15 +64,15 @@ def answer(
 
 
 def nothing(_: Slot, plan: Plan) -> Task[Plan]:
-    """Decodes nothing: the plan is in the slot."""
+    """Decodes nothing, and returns the plan that the slot holds."""
     yield from ()
     return plan
 
 
 def forced(kv_cache: KVCache, slot: Slot, plan: Plan, tokens: Tokens, label: str = "") -> Task[Logits]:
-    """Logits behind each token of the plan's last span, which is fresh, and behind each of ``tokens`` after it.
+    """Returns logits after each token of the plan's last span, which must be fresh, and of ``tokens`` after it.
 
-    One row for each, a vocabulary long: what the model would say next if this is how it went on.
+    Shape: `[n_tokens, n_vocab]`. Row i predicts the token after token i.
     """
     *before, last = plan.spans
 
@@ -81,7 +83,7 @@ def forced(kv_cache: KVCache, slot: Slot, plan: Plan, tokens: Tokens, label: str
 
 
 class _Filling:
-    """A slot that is being filled with a plan, step by step."""
+    """Fills a slot with a plan, step by step."""
 
     def __init__(
         self,
@@ -117,13 +119,13 @@ class _Filling:
 
     @property
     def slot(self) -> Slot:
-        """The slot; there is one from the first ``look_up`` on."""
+        """The slot; set by the first ``look_up``."""
         assert self._slot is not None
         return self._slot
 
     @contextmanager
     def look_up(self, plan: Plan) -> Iterator[None]:
-        """Find what the slot holds of a plan, and what of its slices the store lacks. None is evicted meanwhile."""
+        """Finds the slices of a plan that the slot holds and those that are missing; protects them from eviction."""
         kv_cache = self._kv_cache
         with stage("look up"):
             kv_cache.check_can_be_spliced(plan)
@@ -154,13 +156,13 @@ class _Filling:
             yield
 
     def _step(self, count: int) -> None:
-        """Count tokens that have been evaluated."""
+        """Counts evaluated tokens."""
         self._counted += count
         if self._told:
             self._told(count)
 
     def _tell(self) -> None:
-        """Log what becomes of each part of the plan, and why."""
+        """Logs the source of each span of the plan, and the reason."""
         plan = self._plan
         if _log.isEnabledFor(logging.INFO):
             here = sum(len(slice_.tokens) for slice_ in self._held)
@@ -177,7 +179,7 @@ class _Filling:
                 _log.debug("  %d..%d %s %s%s", span.start, span.end, module or "(text)", taken, why)
 
     def splice(self) -> Task[None]:
-        """Make the slices that are missing, and put all slices of the plan into the llama.cpp context."""
+        """Encodes missing slices, and starts splicing the plan into the llama.cpp context."""
         kv_cache, states = self._kv_cache, self.attempts.states
         yield from kv_cache.make(
             self.slot, self._missing, self._wanted, self._held, states, self._label, self._encoded, self._step
@@ -193,7 +195,7 @@ class _Filling:
         )
 
     def prefill(self) -> Task[None]:
-        """Evaluate what is fresh, and count what the plan took."""
+        """Evaluates fresh tokens, and updates the metrics."""
         kv_cache, plan, encoded = self._kv_cache, self._plan, self._encoded
         before = self._metrics.prefill_ms
         spent = yield from kv_cache.splicer.prefill(self._splicing, self._step)
@@ -201,10 +203,10 @@ class _Filling:
         encoded.tokens += sum(len(slice_.tokens) for slice_ in self._last)
         kv_cache.know(plan.slices)
         made = sum(len(span.tokens) for span in plan.spans if span.slice in encoded.new)
-        # What stands before slices made on the way was evaluated with them.
+        # Tokens before newly encoded slices were evaluated with them.
         evaluated = made + max(spent, self._spliced.n_tokens - self._spliced.n_cached - self._known)
         if kv_cache.slices.memory.points:
-            # So are tokens between the recurrent state that was gone on from and them.
+            # Tokens between the recurrent state that was extended and these slices were evaluated, too.
             evaluated = max(evaluated, min(self._counted, plan.n_tokens))
         seconds = (self._metrics.prefill_ms - before) / 1000
         kv_cache.learn_rate(encoded.tokens + spent, encoded.seconds + seconds)

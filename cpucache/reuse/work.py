@@ -1,4 +1,4 @@
-"""Tasks: evaluations that say step by step what they want evaluated, so that a scheduler can put many in one batch."""
+"""Tasks: generators that yield the tokens to evaluate next, so that a scheduler can combine several in one batch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ T = TypeVar("T")
 
 @dataclass
 class Work:
-    """Tokens that a task wants evaluated before it goes on. Without any, the task waits for another process."""
+    """Tokens that a task needs evaluated before its next step. Without tokens, the task waits for another process."""
 
     runs: list[Run]
-    """What has not been put into a batch yet."""
+    """Runs not yet added to a batch."""
     logits: Wanted = "none"
-    """``"last"``: those of the last token of all. ``"all"``: those of every token, so that the runs go into one batch.
-    """
+    """Logits to keep. ``"last"``: of the last token. ``"all"``: of every token; all runs then go into one batch."""
     progress: Step | None = None
-    """Told how many tokens each batch had."""
+    """Called with the number of tokens added to each batch."""
     answers: bool = False
-    """Whether these are tokens of an answer, which go into the next batch, whatever else does."""
+    """Whether these are tokens of an answer, which always go into the next batch."""
     index: int = -1
     """Index in the last batch of the first token whose logits were kept."""
 
@@ -35,7 +34,7 @@ class Work:
         return sum(len(run.tokens) for run in self.runs)
 
     def fill(self, batch: Batch, room: int) -> int:
-        """Move up to ``room`` tokens into a batch; gives how many."""
+        """Moves up to ``room`` tokens (all with ``logits="all"``) into a batch. Returns the number of tokens moved."""
         begin = batch.size
         self.index = begin
         room = self.n_tokens if self.logits == "all" else min(room, self.n_tokens)
@@ -49,5 +48,5 @@ class Work:
 
 
 Task: TypeAlias = Generator[Work, int, T]
-"""Yields ``Work``, and is sent the index of the logits that were kept, in the last batch. Returns what it was to find
-out. Closing it, or an error thrown into it, leaves nothing half-done in the llama.cpp context."""
+"""Yields ``Work``; is sent the index, in the last batch, of the first logits kept; returns its result. Closing a task,
+or throwing an error into it, leaves the llama.cpp context consistent."""
