@@ -12,7 +12,7 @@ from cpucache.reuse.reports import Encoded
 from cpucache.reuse.slices import Plan, Slice, Slices
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
-from cpucache.store import Part, Store
+from cpucache.store import Part
 
 
 def asked(bound: Bound) -> list[Part]:
@@ -47,12 +47,19 @@ def exact_slices(parts: Sequence[Part], slices: Slices) -> list[Slice]:
     return made
 
 
-def to_refine(slices: Slices, store: Store, schema: str | None = None) -> int:
+def _to_refine(kv_cache: KVCache, schema: str | None) -> int:
     """Number of tokens of the exact slices that ``refine`` would encode."""
+    slices, store = kv_cache.slices, kv_cache.store
     wanted: dict[Slice, None] = {}
     for combination in store.asked.combinations(slices.fingerprint, slices.scope, schema):
-        wanted.update(dict.fromkeys(exact_slices(combination.parts, slices)))
+        wanted.update(dict.fromkeys(_wanted(kv_cache, combination.parts)))
     return sum(len(slice_.tokens) for slice_ in wanted if slice_.key not in store)
+
+
+def _wanted(kv_cache: KVCache, parts: Sequence[Part]) -> list[Slice]:
+    """The exact slices of a combination; none if it is longer than the llama.cpp context."""
+    fits = sum(len(part.tokens) for part in parts) < kv_cache.context.n_ctx
+    return exact_slices(parts, kv_cache.slices) if fits else []
 
 
 def refine(
@@ -70,10 +77,9 @@ def refine(
         progress: Called with the number of tokens of the slices encoded so far, and the total.
     """
     slices, store = kv_cache.slices, kv_cache.store
-    total = report.tokens + to_refine(slices, store, schema)
+    total = report.tokens + _to_refine(kv_cache, schema)
     for combination in store.asked.combinations(slices.fingerprint, slices.scope, schema):
-        fits = sum(len(part.tokens) for part in combination.parts) < kv_cache.context.n_ctx
-        wanted = exact_slices(combination.parts, slices) if fits else []
+        wanted = _wanted(kv_cache, combination.parts)
         for slice_ in wanted:
             yield from kv_cache.encode(slot, [slice_], combination.schema, report=report, wait=False)
             if progress:
