@@ -128,6 +128,8 @@ def test_no_schema_names_a_file_and_none_is_too_large(served: Served, tmp_path: 
     assert upload(served, "<schema name='s3'>x</schema>").status_code == 400
     assert upload(served, "<schema name='s0'>y</schema>").status_code == 201
     assert upload(served, f"<schema name='s0'>{'y ' * 1_000_000}</schema>").status_code == 413
+    # The bytes count, not the characters; what the replaced schema had does not.
+    assert upload(served, f"<schema name='s0'>{'ü' * 600_000}</schema>").status_code == 413
     # Names are names, not paths.
     for name in ("..%2f..%2fetc%2fpasswd", "%2e%2e", "a%00b"):
         assert served.http.get(f"/v1/schemas/{name}").status_code in (404, 405)
