@@ -199,6 +199,18 @@ def test_prompts_on_schemas_and_prompts_that_were_prepared(served: Served) -> No
     assert told["why"]["cause"] == "line-changed"
 
 
+def test_prompts_that_were_only_prepared_leave_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpucache.server.records._TOKENS", 1000)
+    for number in range(6):
+        body = {"messages": [{"role": "user", "content": message(number, 60)}]}
+        identity, _ = ask(served, "/v1/cache/prepare", body)
+    (tenant,) = served.service.tenants
+    kept = tenant.records.list()
+    assert kept[0].id == identity
+    assert 1 < len(kept) < 6
+    assert 200 < sum(each.size for each in kept) <= 1000
+
+
 def test_while_many_ask(served: Served) -> None:
     def work(number: int) -> bool:
         body = {**PROMPT, "prompt": message(number % 5, 40)}
