@@ -71,7 +71,7 @@ def test_what_the_template_keeps_is_put_back(ask: Callable[..., Told], sent: str
 def test_reasoning_between_an_answer_and_its_call(served: Served) -> None:
     """As items of a response it makes the prompt that it makes in a chat completion."""
     call = {"name": "glob", "arguments": '{"path": "*"}'}
-    said = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
+    said: dict[str, Any] = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
     said["tool_calls"] = [{"id": "c", "type": "function", "function": call}]
     asked = [{"role": "system", "content": CODING}, user("Look.")]
     result = {"role": "tool", "tool_call_id": "c", "content": "a.py"}
