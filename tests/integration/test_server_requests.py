@@ -177,7 +177,7 @@ def test_a_recurrent_model_goes_on_from_points(tiny: Tiny, tmp_path: Path) -> No
         other = {**system, "content": f"{SYSTEM[:-40]} and what else there is to be said of it"}
         _, told = ask(served, "/v1/chat/completions", {**CHAT, "messages": [other, user]})
         assert told["why"]["cause"] in ("resume-points", "line-changed")
-        assert "can be spliced" in told["why"]["advice"]
+        assert "nothing after a change can be spliced" in told["why"]["advice"]
         assert told["why"]["position"] > 0.8 * len(served.engine.model.tokenize(SYSTEM))
 
 
