@@ -108,11 +108,11 @@ def test_what_the_server_may_reuse(served: Served) -> None:
 
 def test_modules_are_counted_as_they_are_answered(served: Served) -> None:
     """A module is tokenized by itself: a blank before it is no part of its first token."""
-    parts = [{"type": "text", "text": "Read this:"}, {"type": "text", "text": f" the first. {DOCUMENTS[0]}", **MODULE}]
-    body: dict[str, Any] = {"model": "any", "messages": [{"role": "user", "content": parts}]}
+    text = {"type": "text", "text": f" the first. {DOCUMENTS[0]}"}
+    head = {"type": "text", "text": "Read this:"}
+    body: dict[str, Any] = {"model": "any", "messages": [{"role": "user", "content": [head, {**text, **MODULE}]}]}
     counted = served.anthropic.messages.count_tokens(**body).input_tokens
     used = served.anthropic.messages.create(max_tokens=1, **body).usage
     assert counted == used.input_tokens + used.cache_creation_input_tokens + used.cache_read_input_tokens
-    plain = [{name: part[name] for name in ("type", "text")} for part in parts]
-    body["messages"] = [{"role": "user", "content": plain}]
+    body["messages"] = [{"role": "user", "content": [head, text]}]
     assert served.anthropic.messages.count_tokens(**body).input_tokens < counted
