@@ -16,6 +16,12 @@ def namespace_of(key: str) -> str:
     return blake2b(key.encode(), digest_size=16, person=b"cpucache").hexdigest()
 
 
+def shown_key(request: Request) -> str:
+    """Returns the API key that a request shows, ``""`` if it shows none. ``x-api-key`` takes precedence."""
+    headers = request.headers
+    return headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+
+
 class Keys:
     """The API keys of a server.
 
@@ -33,9 +39,7 @@ class Keys:
         """
         if not self._keys:
             return ""
-        headers = request.headers
-        given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
-        shown = given.encode("latin-1")  # the bytes as they were sent
+        shown = shown_key(request).encode("latin-1")  # the bytes as they were sent
         found = ""
         # Every key is compared, each in constant time: response times must not reveal a key.
         for key, namespace in self._keys:

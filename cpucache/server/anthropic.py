@@ -222,9 +222,8 @@ class Anthropic:
         self.router.post("/v1/messages/count_tokens", response_model=None)(self.count)
 
     async def count(self, body: CountRequest, request: Request) -> dict[str, int]:
-        """Counts the tokens of a conversation. Nothing is evaluated."""
-        tenant = self._service.tenant(request)
-        asked = await asyncio.to_thread(tenant.asked, messages_of(body), tools_of(body), extension=body.cpucache)
+        """Counts the tokens of the prompt that /v1/messages would answer. Nothing is evaluated."""
+        asked = await asyncio.to_thread(asked_of, self._service.tenant(request), body)
         return {"input_tokens": asked.size}
 
     async def messages(self, body: MessagesRequest, request: Request) -> Response:

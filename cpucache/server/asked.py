@@ -84,7 +84,7 @@ def prompt_of(extension: Extension, messages: Sequence[ChatMessage], tools: Sequ
     turns = []
     for message in messages:
         if message.role not in ("user", "assistant") or message.calls:
-            raise InputError("messages: behind a PML prompt stand text messages of user and assistant only")
+            raise InputError("messages: after a PML prompt come text messages of user and assistant only")
         turns.append(Turn(cast(RoleName, message.role), message.text, prompt.line))
     arguments = {**prompt.arguments, **extension.arguments}
     return replace(prompt, arguments=arguments, children=(*prompt.children, *turns))

@@ -35,12 +35,12 @@ def form_of(conversations: Conversations, read: Callable[[Tokens], str]) -> Call
     except InputError:
         return TAGS
     # The tool's last occurrence is the call; an earlier one is its definition.
-    before, _, behind = text.rpartition(_PROBE)
+    before, _, after = text.rpartition(_PROBE)
     if "<tool_call>" in before:
         return TAGS
     if "[TOOL_CALLS]" in before:
         return LIST
-    return BARE if '"parameters"' in behind else TAGS
+    return BARE if '"parameters"' in after else TAGS
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,11 @@ class Uploaded:
         """Name by which prompts refer to the schema."""
         return self.layout.schema.name
 
+    @property
+    def size(self) -> int:
+        """Length of the text in bytes, as UTF-8."""
+        return len(self.text.encode())
+
 
 class Library:
     """The schemas of one namespace. Schemas are lost when the server ends; their slices stay in the store.
@@ -39,7 +44,7 @@ class Library:
         engine: Lays out and encodes the schemas.
         background: Runs the encoding jobs.
         most: Number of schemas at most.
-        most_bytes: Length of all their texts together at most, counted in characters.
+        most_bytes: Length of all their texts together at most, in bytes as UTF-8.
     """
 
     def __init__(self, engine: Engine, background: Background, most: int, most_bytes: int) -> None:
@@ -59,7 +64,7 @@ class Library:
         others = [each for each in list(self._schemas.values()) if each.name != schema.name]
         if len(others) >= self._most:
             raise Refusal(400, f"there are {self._most} schemas already; delete one")
-        if len(text) + sum(len(each.text) for each in others) > self._most_bytes:
+        if len(text.encode()) + sum(each.size for each in others) > self._most_bytes:
             raise Refusal(413, f"all schemas have {self._most_bytes >> 20} MiB at most; delete one")
         layout = self._engine.add_schema(schema)
         before = self._schemas.get(schema.name)

@@ -17,8 +17,8 @@ _MOST = 4  # as in Anthropic's API
 def marked(body: Body) -> list[tuple[Body, int]]:
     """Returns, for each mark, the request up to the marked block, and seconds to keep it. Raises ``InputError``.
 
-    All marks in tools count as one mark after the system text: the chat template decides whether tools or system text
-    come first. The longest time among these marks applies.
+    All marks in tools become one mark after the system text: the chat template decides whether tools or system text
+    come first. The longest time among these marks applies. Each of them counts towards the limit.
     """
     given: Any = body
     nothing: dict[str, Any] = {"messages": []}
@@ -33,8 +33,9 @@ def marked(body: Body) -> list[tuple[Body, int]]:
             content = message["content"][: number + 1]
             cut = [*given.messages[:index], {**message, "content": content}]
             found.append((body.model_copy(update={"messages": cut}), seconds))
-    if len(found) > _MOST + bool(tools):
-        raise InputError(f"cache_control: a request has {_MOST} marks at most, not {len(found)}")
+    count = len(found) - bool(tools) + len(tools)
+    if count > _MOST:
+        raise InputError(f"cache_control: a request has {_MOST} marks at most, not {count}")
     return found
 
 

@@ -29,7 +29,7 @@ class ServerMetrics:
         self.answered = Counter("cpucache_completion_tokens", "Tokens of answers.", registry=registry)
         self._bytes = Gauge("cpucache_store_bytes", "Bytes of slices by tier.", ["tier"], registry=registry)
         self._evicted = Gauge(
-            "cpucache_store_evicted", "Slices evicted from disk since the store was made.", registry=registry
+            "cpucache_store_evicted", "Slices evicted from disk since the store was created.", registry=registry
         )
 
     def note(self, metrics: Metrics) -> None:

@@ -16,6 +16,7 @@ from cpucache.reuse import OnProgress
 from cpucache.server import anthropic
 from cpucache.server.asked import Asked, Conversation, Extension
 from cpucache.server.background import Job
+from cpucache.server.failures import Refusal
 from cpucache.server.openai_requests import messages_of, modules_of, tools_of
 from cpucache.server.service import Service, while_connected
 from cpucache.server.tenant import Tenant
@@ -81,7 +82,9 @@ class Prepare:
             job.cancel()
         if job.error is not None:
             raise job.error
-        made: Prepared = job.result
+        made: Prepared | None = job.result
+        if made is None:  # cancelled by ``Background.close``
+            raise Refusal(503, "the server is shutting down; try again later", retry_after=5)
         request.state.records.append(tenant.records.prepared(request.state.id, asked, made, service.model))
         return {
             "object": "cache.prepared",

@@ -117,9 +117,10 @@ class Records:
 
     # -- while a request is answered ---------------------------------------------------------------------------------
     def begin(self, record: Record) -> Record:
-        """Adds a record and returns it."""
+        """Adds a record and returns it. The oldest leave when all together have more than ``_TOKENS`` tokens."""
         with self._lock:
             self._kept.append(record)
+        self._trim()
         return record
 
     def answered(self, record: Record, stream: Stream) -> None:

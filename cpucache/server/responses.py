@@ -78,7 +78,8 @@ def conversation_of(body: ResponsesRequest) -> list[ChatMessage]:
     """Returns the messages of a request, its instructions first. Raises ``InputError``.
 
     Reasoning is attached to the assistant's message or call right after it. A call is added to an assistant's message
-    right before it, if there is one; reasoning between the two is dropped.
+    right before it, if there is one. Reasoning between the two is added to that message's reasoning: chat templates
+    take the reasoning of a message as one text, before its text and calls.
     """
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     messages = [] if not body.instructions else [ChatMessage("system", body.instructions)]
@@ -87,7 +88,7 @@ def conversation_of(body: ResponsesRequest) -> list[ChatMessage]:
     for number, item in enumerate(items):
         where, kind = f"input[{number}]", item.get("type", "message")
         if kind == "reasoning":
-            thought = _thought(item)
+            thought = _joined(thought, _thought(item))
             continue
         reasoning, thought = thought, ""
         if kind == "message":
@@ -99,7 +100,7 @@ def conversation_of(body: ResponsesRequest) -> list[ChatMessage]:
             names[call.id] = call.name
             last = messages[-1] if messages else None
             if last is not None and last.role == "assistant":
-                messages[-1] = replace(last, calls=[*last.calls, call])
+                messages[-1] = replace(last, calls=[*last.calls, call], reasoning=_joined(last.reasoning, reasoning))
             else:
                 messages.append(ChatMessage("assistant", "", [call], reasoning=reasoning))
         elif kind == "function_call_output":
@@ -115,7 +116,12 @@ def _thought(item: dict[str, Any]) -> str:
     """Text of a reasoning item. Encrypted reasoning of another server has no text."""
     parts = item.get("content")
     texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-    return "\n".join(text for text in texts if isinstance(text, str))
+    return _joined(*(text for text in texts if isinstance(text, str)))
+
+
+def _joined(*texts: str) -> str:
+    """Texts of reasoning as one, each on lines of its own."""
+    return "\n".join(filter(None, texts))
 
 
 def _call(item: dict[str, Any], where: str) -> ToolCall:

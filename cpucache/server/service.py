@@ -14,6 +14,7 @@ from cpucache.engine import Engine, Metrics, Sampling, Stream
 from cpucache.engine.request import Event
 from cpucache.layout import Text
 from cpucache.reuse import Reuse
+from cpucache.server.access import shown_key
 from cpucache.server.admission import Admission
 from cpucache.server.asked import Asked
 from cpucache.server.background import Background
@@ -144,11 +145,10 @@ class Service:
         engine = tenant.engine
         known = min(self.engine.context.n_ctx, self.engine.model.n_ctx_train)
         room = max(1, min(max_tokens or self.settings.max_tokens, known - prompt.size))
-        # Requests are admitted in turn by key: many requests of one key must not delay the others.
-        key = request.headers.get("authorization") or request.headers.get("x-api-key") or ""
         settings = {"reuse": self.settings.reuse, **prompt.settings}
         record = self._recorded(request, prompt, use_cache=use_cache, reuse=settings["reuse"])
-        async with self._admission.place(key, self.settings.timeout):
+        # Requests are admitted in turn by key: many requests of one key must not delay the others.
+        async with self._admission.place(shown_key(request), self.settings.timeout):
             self.metrics.waiting.set(self._admission.waiting)
             # In a thread: the layout and lookup of a long prompt take time.
             stream = await asyncio.to_thread(

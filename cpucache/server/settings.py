@@ -29,7 +29,7 @@ class ServerSettings:
     max_schemas: int = 100
     """Number of schemas that each key may upload."""
     max_schema_bytes: int = 64 << 20
-    """Length of the texts of a key's schemas together, counted in characters."""
+    """Length of the texts of a key's schemas together, in bytes as UTF-8."""
     max_tokens: int = MAX_TOKENS
     reuse: Reuse = "schema"
     """Which slices a prompt may take if the request does not say, see ``Engine.plan``."""

@@ -11,11 +11,11 @@ from cpucache.layout import Tokens
 from cpucache.server.records import Record, Records
 from cpucache.server.settings import ServerSettings
 
-_BEFORE, _BEHIND = 8, 24  # tokens shown of both texts before and after their first difference
-_EVALUATED = "What stands behind it had to be evaluated again."
+_BEFORE, _AFTER = 8, 24  # tokens shown of both texts before and after their first difference
+_EVALUATED = "What comes after it had to be evaluated again."
 _ANYWHERE = (
-    'Start the server with --reuse anywhere (or send "cpucache": {"reuse": "anywhere"}), so that what stands '
-    "behind the difference is spliced from what was evaluated before; or have the client send "
+    'Start the server with --reuse anywhere (or send "cpucache": {"reuse": "anywhere"}), so that what comes '
+    "after the difference is spliced from what was evaluated before; or have the client send "
 )
 _SAYS: dict[Cause, str] = {
     "nothing-known": "No earlier prompt is on record that this one could have been answered from.",
@@ -45,7 +45,7 @@ _ADVICE: dict[Cause, str] = {
     "tools-reordered": "Start the server with --tool-order sorted (the default), which makes their order irrelevant.",
     "evicted": "Give the store more room with --disk and --ram, or have the client mark what is to be "
     'kept ("cache_control": {"type": "ephemeral", "ttl": "1h"}).',
-    "resume-points": "Keep what changes at the end: nothing behind a change can be spliced into this model.",
+    "resume-points": "Keep what changes at the end: nothing after a change can be spliced into this model.",
     "cache-off": 'Leave "cache_prompt" out.',
     "not-encoded": "Encode the schema ahead: POST /v1/schemas/NAME/encode.",
 }
@@ -74,7 +74,7 @@ def told(record: Record, records: Records, settings: ServerSettings, *, movable:
     if miss is None:
         return None
     known: Tokens = np.empty(0, np.int32) if miss.nearest is None else miss.nearest.tokens
-    begin, end = max(0, miss.position - _BEFORE), miss.position + _BEHIND
+    begin, end = max(0, miss.position - _BEFORE), miss.position + _AFTER
     seconds = miss.evaluated / record.rate if record.rate else 0.0
     changed = miss.cause in _WHERE or miss.cause in ("answer-rewritten", "tools-reordered")
     return {
@@ -97,7 +97,7 @@ def _advice(miss: Miss, record: Record, settings: ServerSettings, *, movable: bo
     if cause not in _WHERE:
         return _ADVICE[cause]
     if not movable:
-        return f"Have the client send {_WHERE[cause]} With this model nothing can be spliced behind a change."
+        return f"Have the client send {_WHERE[cause]} With this model nothing after a change can be spliced."
     if record.reuse == "anywhere":
         return (
             f"Have the client send {_WHERE[cause]} --reuse anywhere is on: what could be spliced was, and only runs of "

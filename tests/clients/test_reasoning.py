@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.clients import TOOLS, Told, claude_code, codex, codex_user, open_webui, saying, user, why
+from tests.support.clients import CODING, TOOLS, Told, claude_code, codex, codex_user, open_webui, saying, user, why
 from tests.support.serving import Served, until
 
 THOUGHT = "The user wants to know about the house. " * 6 + "So I say where it is."
@@ -66,6 +66,26 @@ def test_what_the_template_keeps_is_put_back(ask: Callable[..., Told], sent: str
     assert second.evaluated < AROUND
     assert second.exact > first.size + len(THOUGHT)
     assert why(served, second) is None
+
+
+def test_reasoning_between_an_answer_and_its_call(served: Served) -> None:
+    """As items of a response it makes the prompt that it makes in a chat completion."""
+    call = {"name": "glob", "arguments": '{"path": "*"}'}
+    said: dict[str, Any] = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
+    said["tool_calls"] = [{"id": "c", "type": "function", "function": call}]
+    asked = [{"role": "system", "content": CODING}, user("Look.")]
+    result = {"role": "tool", "tool_call_id": "c", "content": "a.py"}
+    chat = openai_messages(served, [*asked, said, result])
+    items = [
+        codex_user("Look."),
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": ANSWER}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": THOUGHT}]},
+        {"type": "function_call", "call_id": "c", **call},
+        {"type": "function_call_output", "call_id": "c", "output": "a.py"},
+    ]
+    response = codex(served, items)
+    assert response.size == chat.size
+    assert response.evaluated == 1
 
 
 @pytest.mark.parametrize("ask", [claude_code, codex, openai_messages])

@@ -162,6 +162,6 @@ def test_a_namespace_that_is_opened_twice_has_one_cache(tiny: Tiny, tmp_path: Pa
         assert second.kv_cache is first.kv_cache
         first.add_schema(parse_schema(SCHEMA))
         assert not second.planner.schemas
-        elsewhere = Store(tmp_path / "other")
+        elsewhere = Store(tmp_path / "other", ram_budget=1 << 20)
         running.use_store(elsewhere).close()
         assert all(cache.store is elsewhere for cache in caches)

@@ -138,17 +138,20 @@ def test_when_too_many_wait_the_next_is_told_so(tiny: Tiny, tmp_path: Path) -> N
         assert refused.json()["error"]["type"] == "rate_limit_error"
 
 
-def test_whoever_has_many_requests_waits_behind_those_who_have_few(tiny: Tiny, tmp_path: Path) -> None:
-    with serving(plain_spoken(tiny("llama")), tmp_path, parallel=1) as served:
+@pytest.mark.parametrize("name", ["Authorization", "x-api-key"])
+def test_whoever_has_many_requests_waits_behind_those_who_have_few(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    settings = ServerSettings(api_keys=("many", "few"))
+    with serving(plain_spoken(tiny("llama")), tmp_path, settings=settings, parallel=1) as served:
         slow(served.engine)
         done: list[str] = []
 
-        def ask(key: str) -> None:
-            headers = {"Authorization": f"Bearer {key}"}
+        def ask(key: str, number: int = 0) -> None:
+            # The key that lets a request in is the key whose turn it takes, whatever the other header says.
+            headers = {"Authorization": f"Bearer {number}", name: f"Bearer {key}" if name == "Authorization" else key}
             assert served.http.post(CHAT, json=asking(max_tokens=20), headers=headers).status_code == 200
             done.append(key)
 
-        many = [threading.Thread(target=ask, args=["many"]) for _ in range(8)]
+        many = [threading.Thread(target=ask, args=["many", number]) for number in range(8)]
         for thread in many:
             thread.start()
         until(lambda: served.service._admission.waiting == 6)

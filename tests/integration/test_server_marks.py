@@ -151,11 +151,15 @@ def test_other_marks_are_refused(control: dict[str, Any], reason: str, served: S
 
 def test_there_are_four_at_most(served: Served) -> None:
     texts = [{"type": "text", "text": f"part {number}", **MARK} for number in range(5)]
-    body = {"system": texts, "messages": asked("x"), "max_tokens": 2}
-    assert "4 marks at most" in served.http.post("/v1/messages", json=body).json()["error"]["message"]
-    tools = [{"name": "f", "input_schema": {}, **MARK}]
-    body = {"system": texts[:3], "messages": asked("x"), "max_tokens": 2, "tools": tools}
-    assert served.http.post("/v1/messages", json=body).status_code == 200
+    tools = [{"name": f"f{number}", "input_schema": {}, **MARK} for number in range(5)]
+    for in_system, in_tools in ((4, 0), (5, 0), (3, 1), (4, 1), (2, 2), (3, 2), (0, 4), (0, 5)):
+        body = {"messages": asked("x"), "max_tokens": 2, "system": texts[:in_system], "tools": tools[:in_tools]}
+        reply = served.http.post("/v1/messages", json=body)
+        if in_system + in_tools == 4:
+            assert reply.status_code == 200, reply.text
+        else:
+            assert reply.status_code == 400
+            assert "4 marks at most, not 5" in reply.json()["error"]["message"]
 
 
 # ---- keeping ---------------------------------------------------------------------------------------------------------

@@ -104,3 +104,15 @@ def test_what_the_server_may_reuse(served: Served) -> None:
         served.service.settings = replace(served.service.settings, reuse=reuse)
         found = facts(served, "/v1/chat/completions", chat([2, 3, 1, 0] if marked else [1, 0, 3, 2], marked=marked))
         assert (found["foreign"] + found["clean"] > 0) == taken
+
+
+def test_modules_are_counted_as_they_are_answered(served: Served) -> None:
+    """A module is tokenized by itself: a blank before it is no part of its first token."""
+    text = {"type": "text", "text": f" the first. {DOCUMENTS[0]}"}
+    head = {"type": "text", "text": "Read this:"}
+    body: dict[str, Any] = {"model": "any", "messages": [{"role": "user", "content": [head, {**text, **MODULE}]}]}
+    counted = served.anthropic.messages.count_tokens(**body).input_tokens
+    used = served.anthropic.messages.create(max_tokens=1, **body).usage
+    assert counted == used.input_tokens + used.cache_creation_input_tokens + used.cache_read_input_tokens
+    body["messages"] = [{"role": "user", "content": [head, text]}]
+    assert served.anthropic.messages.count_tokens(**body).input_tokens < counted

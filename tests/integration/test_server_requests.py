@@ -177,7 +177,7 @@ def test_a_recurrent_model_goes_on_from_points(tiny: Tiny, tmp_path: Path) -> No
         other = {**system, "content": f"{SYSTEM[:-40]} and what else there is to be said of it"}
         _, told = ask(served, "/v1/chat/completions", {**CHAT, "messages": [other, user]})
         assert told["why"]["cause"] in ("resume-points", "line-changed")
-        assert "can be spliced" in told["why"]["advice"]
+        assert "nothing after a change can be spliced" in told["why"]["advice"]
         assert told["why"]["position"] > 0.8 * len(served.engine.model.tokenize(SYSTEM))
 
 
@@ -197,6 +197,18 @@ def test_prompts_on_schemas_and_prompts_that_were_prepared(served: Served) -> No
     changed = json.loads(json.dumps(CHAT).replace("1: ", "7: "))
     _, told = ask(served, "/v1/chat/completions", changed)
     assert told["why"]["cause"] == "line-changed"
+
+
+def test_prompts_that_were_only_prepared_leave_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpucache.server.records._TOKENS", 1000)
+    for number in range(6):
+        body = {"messages": [{"role": "user", "content": message(number, 60)}]}
+        identity, _ = ask(served, "/v1/cache/prepare", body)
+    (tenant,) = served.service.tenants
+    kept = tenant.records.list()
+    assert kept[0].id == identity
+    assert 1 < len(kept) < 6
+    assert 200 < sum(each.size for each in kept) <= 1000
 
 
 def test_while_many_ask(served: Served) -> None:

@@ -128,6 +128,8 @@ def test_no_schema_names_a_file_and_none_is_too_large(served: Served, tmp_path: 
     assert upload(served, "<schema name='s3'>x</schema>").status_code == 400
     assert upload(served, "<schema name='s0'>y</schema>").status_code == 201
     assert upload(served, f"<schema name='s0'>{'y ' * 1_000_000}</schema>").status_code == 413
+    # The bytes count, not the characters; what the replaced schema had does not.
+    assert upload(served, f"<schema name='s0'>{'ü' * 600_000}</schema>").status_code == 413
     # Names are names, not paths.
     for name in ("..%2f..%2fetc%2fpasswd", "%2e%2e", "a%00b"):
         assert served.http.get(f"/v1/schemas/{name}").status_code in (404, 405)
@@ -291,3 +293,23 @@ def test_preparing_is_bounded_and_ends_with_its_client(tiny: Tiny, tmp_path: Pat
             assert waits.result() == 200
         until(served.idle, 5)
         until(lambda: not any(thread.name == "cpucache-background" for thread in threading.enumerate()), 5)
+
+
+def test_preparing_while_the_server_shuts_down(served: Served) -> None:
+    slow(served.engine, 0.2)
+
+    def ahead(number: int) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": message(number, 250)}]}
+        return served.http.post("/v1/cache/prepare", json=body)
+
+    background = served.service.background
+    with ThreadPoolExecutor(2) as pool:
+        # One is evaluated, one waits.
+        asked = [pool.submit(ahead, number) for number in (1, 2)]
+        until(lambda: background._running is not None and len(background._jobs) == 1)
+        served.service.close()
+        for each in asked:
+            reply = each.result()
+            assert reply.status_code == 503
+            assert "shutting down" in reply.json()["error"]["message"]
+            assert reply.headers["Retry-After"] == "5"
