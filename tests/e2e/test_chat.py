@@ -325,6 +325,27 @@ def test_somebody_types(model: Path) -> None:
         assert there.closed() == 0
 
 
+def test_what_is_typed_is_evaluated_meanwhile(model: Path) -> None:
+    question = "What is there to eat for somebody who comes from far away, is hungry, and has little time to wait?"
+    with terminal("chat", "typed", "-m", model, "-n", "12", "--temp", "0", "--threads", "1", "--plain") as there:
+        there.until("1>")
+        for word in question.split(" ")[:-1]:
+            there.type(f"{word} ")
+            time.sleep(0.05)
+        time.sleep(1)
+        there.type("wait?\r")
+        evaluated = int(re.findall(r"(\d+) evaluated", there.until(" evaluated ·"))[0])
+        there.until("2>")
+        there.type(CTRL_D)
+        assert there.closed() == 0
+    at_once = chat("at once", model, said=f"{question}\n")
+
+    assert said("typed") == said("at once") == [question]
+    assert said("typed", "assistant") == said("at once", "assistant")
+    # The last word, and the end of the template.
+    assert evaluated < int(FIGURES.findall(at_once.err)[0][1]) / 3
+
+
 @pytest.mark.parametrize("options", [(), ("--plain",)])
 def test_an_answer_that_is_interrupted_is_kept(smollm2: Path, options: tuple[str, ...]) -> None:
     questions = ["Tell a very long story of a fox.", "Tell a very long story of a bear."]

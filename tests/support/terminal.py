@@ -16,8 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyte
+
 from tests.support.command import PATIENCE, START
 
+LINES, COLUMNS = 30, 100
 CTRL_C, CTRL_D, ALT_ENTER, BACKSPACE = "\x03", "\x04", "\x1b\r", "\x7f"
 UP, DOWN = "\x1b[A", "\x1b[B"
 _AT_TERMINAL = f"""
@@ -44,6 +47,8 @@ class Terminal:
         self._end = end
         self._seen = 0
         self._read = b""
+        self._screen = pyte.Screen(COLUMNS, LINES)
+        self._stream = pyte.ByteStream(self._screen)
 
     def type(self, keys: str) -> None:
         os.write(self._end, keys.encode())
@@ -56,6 +61,14 @@ class Terminal:
             self._more(text)
         begin, self._seen = self._seen, found + len(text)
         return self._shown()[begin : self._seen]
+
+    def shows(self, text: str) -> str:
+        """Wait until the screen has a text, wherever it was drawn; gives all of the screen."""
+        limit = time.monotonic() + PATIENCE
+        while text not in (screen := "\n".join(line.rstrip() for line in self._screen.display)):
+            assert time.monotonic() < limit, screen
+            self._more(text)
+        return screen
 
     def _shown(self) -> str:
         return plain(self._read.decode(errors="replace"))
@@ -71,7 +84,8 @@ class Terminal:
             assert what == "an end" or self.command.poll() is None, self._shown()
             return
         try:
-            self._read += os.read(self._end, 1 << 16)
+            self._read += (read := os.read(self._end, 1 << 16))
+            self._stream.feed(read)
         except OSError:  # the command has ended
             assert what == "an end", self._shown()
             self.command.wait(PATIENCE)
@@ -81,7 +95,7 @@ class Terminal:
 def terminal(*arguments: str | Path) -> Iterator[Terminal]:
     """A terminal in which a command runs, which is gone when the block ends."""
     end, inner = pty.openpty()
-    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
     # Nobody answers where the cursor is.
     environment = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
     command = subprocess.Popen(
