@@ -19,7 +19,7 @@ class Bound:
 
     layout: SchemaLayout
     pieces: list[Piece]
-    """What it consists of, in the order in which the model reads it."""
+    """Its pieces, in the order in which the model reads them."""
     turns: Turns
     """The turns to go on with."""
     asks: bool
@@ -32,7 +32,7 @@ class Bound:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens these are."""
+        """Number of tokens of all pieces."""
         return sum(len(piece.tokens) for piece in self.pieces)
 
 

@@ -35,11 +35,11 @@ _MODULES = 256
 _REASONING = "reasoning"
 """The role of a mark in the place of what the assistant thought."""
 _THINK = "<think>"
-"""What templates put before reasoning, as the models write it."""
+"""Tags that templates put before reasoning, in the form that models write."""
 _SHORTEST = 128
 """Characters of a module at least. Fewer are evaluated as fast as looked up."""
 _PER_MESSAGE = 1 << 12
-"""What a template may spend for each message and tool, besides what it may for itself."""
+"""Further limits of a template for each message and tool."""
 _TOOLS = (
     "You may call functions. Their signatures:\n<tools>\n{tools}\n</tools>\n"
     "To call one, answer with nothing but its name and arguments in these tags:\n"
@@ -91,7 +91,7 @@ class Conversations:
 
     Args:
         vocabulary: Its tokenizer, and the chat template in its file. Without one, roles are plain text.
-        template: The same, taken apart.
+        template: The same template, split into parts.
         remembered: Gives the ids of a text of the assistant's, where it is known how the model wrote it.
     """
 
@@ -305,15 +305,15 @@ def _split(text: str, modules: Sequence[str]) -> list[tuple[str, bool]]:
 
 @dataclass(frozen=True)
 class _Text:
-    """What a mark stands for."""
+    """Value that a mark is replaced by."""
 
     text: str
     role: str
-    """Whose message it is; empty for a part of a tool's definition or of a call."""
+    """Role of the message; empty for a part of a tool's definition or of a call."""
     quoted: bool
-    """It stands inside a JSON string."""
+    """Whether it is inside a JSON string."""
     module: bool
-    """It is reused wherever it stands."""
+    """Whether it may be reused at any position."""
 
     @property
     def said(self) -> bool:

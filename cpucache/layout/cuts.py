@@ -36,11 +36,11 @@ _FACTORS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB
 
 
 class Pieces(Protocol):
-    """What cuts need of a model: the text of its tokens."""
+    """Part of a model that cuts depend on: the text of its tokens."""
 
     @property
     def n_vocab(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens of the vocabulary."""
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of a token."""

@@ -20,11 +20,11 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MOST = 1 << 19
-"""What one template may spend, in characters and elements. The templates of well-known models spend a few thousand."""
+"""Limit of one template, in characters and elements. The templates of well-known models use a few thousand."""
 LONGEST = 1 << 18
 """Characters of a template."""
 _ROUND = 8
-"""What each round of a loop, and each call of a macro or block, costs besides the text in it."""
+"""Cost of each round of a loop, and of each call of a macro or block, without the text in it."""
 _LARGEST = 10_000
 """A number that a filter or function takes: it may be a width."""
 _LOOKED_AT = (nodes.Name, nodes.Getattr, nodes.Getitem, nodes.List, nodes.Tuple, nodes.Dict, nodes.Concat)
@@ -97,7 +97,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return bounded
 
     def _within(self, function: Callable[..., Any], given: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
-        """What a function gives, called with what it is given, where that can't be large."""
+        """Returns the value of a call of a function whose value can't be large."""
         for each in given:
             self.spend(each)
             _demand(not isinstance(each, (int, float)) or abs(each) <= _LARGEST)

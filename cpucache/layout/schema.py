@@ -60,7 +60,7 @@ class SchemaLayout:
         self.packed = laid.packed
         self.extent = laid.extent
         self.outline = laid.outline
-        """What each scope consists of, in reading order."""
+        """Parts of each scope, in reading order."""
         self.segments_at: dict[Place, list[Segment]] = laid.places
         """The segments that hold a piece of text."""
         self._placeholders = laid.placeholders
@@ -75,7 +75,7 @@ class SchemaLayout:
 
     @property
     def positions(self) -> Literal["reserved", "packed"]:
-        """How positions were given."""
+        """The kind of positions that the modules have."""
         return "packed" if self.packed else "reserved"
 
     @cached_property
@@ -89,7 +89,7 @@ class SchemaLayout:
         return self._texts(self.schema)
 
     def placeholder(self, parameter: Parameter) -> Tokens:
-        """What stands for an argument of ``parameter`` while the schema is encoded."""
+        """Tokens that replace an argument of ``parameter`` while the schema is encoded."""
         return self._placeholders[parameter].tokens
 
     def may_attend_to(self, segment: Segment) -> frozenset[bytes] | None:

@@ -39,7 +39,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Placeholder:
-    """What stands for an argument while the schema is encoded: the parameter's scaffold, filled up to its length."""
+    """Tokens that replace an argument while the schema is encoded: the parameter's scaffold, padded to its length."""
 
     tokens: Tokens
     reserved: int | None
@@ -51,7 +51,7 @@ class NewText:
 
     tokens: Tokens
     placeholder: Tokens = field(default_factory=empty)
-    """What stands in its place while the schema is encoded: tokens for an argument, none for other text."""
+    """Tokens that replace it while the schema is encoded: of an argument, its placeholder; of other text, none."""
 
 
 Piece: TypeAlias = Segment | NewText
@@ -63,7 +63,7 @@ class RoleRun:
     """A run of tokens that one message says, without what the template puts around it."""
 
     role: str
-    """Whose message it is; ``"tools"``: the run describes a tool."""
+    """Role of the message; ``"tools"``: the run describes a tool."""
     begin: int
     end: int
 

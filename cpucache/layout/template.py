@@ -1,4 +1,4 @@
-"""The model's own chat template, taken apart into what stands before and behind the text of each role.
+"""The model's own chat template, split into the text before and after the content of each role.
 
 A template is a Jinja program that renders whole conversations. Modules need its pieces: so it is rendered around marks,
 and what stands between the marks is what the template adds. Any model's template works this way, whatever it is written
@@ -38,7 +38,7 @@ _HALF_TOKEN = re.compile(r"[<\[][^<>\[\]\s]*$")
 class ChatTemplate:
     """Text before and behind each role's content, and before the model's answer.
 
-    ``source`` is the Jinja text from the GGUF; ``None``, or a template that can't be taken apart, gives plain text:
+    ``source`` is the Jinja text from the GGUF; ``None``, or a template that can't be split, yields plain text:
     roles add nothing but a line break behind their content (``plain`` is true then).
 
     Templates that merge the system text into the first user turn (Gemma, Mistral), and those that refuse it, get it at
@@ -59,7 +59,7 @@ class ChatTemplate:
                 self._take_apart(_Renderer(source, bos, eos), bos)
 
     def start(self, role: RoleName, *, previous: RoleName | None, first: bool) -> str:
-        """What stands before the content of ``role``; ``first``: nothing stands before it in the whole prompt.
+        """Text before the content of ``role``. ``first``: nothing precedes it in the whole prompt.
 
         ``previous`` is the role before it. A first turn has what the template begins with, for example its default
         system text.
@@ -71,11 +71,11 @@ class ChatTemplate:
         return self._start[role]
 
     def end(self, role: RoleName) -> str:
-        """What stands behind the content of ``role``."""
+        """Text after the content of ``role``."""
         return self._end[role]
 
     def generation(self, previous: RoleName | None) -> str:
-        """What opens the model's answer behind a turn of ``previous``."""
+        """Text that begins the model's answer after a turn of ``previous``."""
         return (self._end_system if previous == "system" else "") + self._generation
 
     def _take_apart(self, render: _Renderer, bos: str) -> None:
@@ -125,7 +125,7 @@ def _around(text: str, mark: str) -> tuple[str, str]:
 
 
 def _shared(one: str, other: str) -> str:
-    """What both texts begin with, but not the first half of a control token."""
+    """Returns the common beginning of both texts, without a part of a control token at its end."""
     size = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
     return one[:size] if size in (len(one), len(other)) else _HALF_TOKEN.sub("", one[:size])
 
@@ -141,7 +141,7 @@ class _Generation(Extension):
 
 
 def template_environment(bos: str, eos: str) -> BoundedEnvironment:
-    """What chat templates are written for, and may do no more in than is good for others."""
+    """Jinja environment that chat templates are written for, with limits on what they may do."""
     environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )

@@ -36,13 +36,13 @@ class Turns:
         return joined(parts)
 
     def answer(self) -> Tokens:
-        """What opens the model's answer, which is then the open turn of the assistant."""
+        """Returns the tokens that begin the model's answer, which is then the open turn of the assistant."""
         header = self._special("" if self.open else self._template.generation(self.role))
         self.role, self.open = "assistant", True
         return header
 
     def close(self) -> Tokens:
-        """What ends an open turn of the assistant."""
+        """Tokens that end an open turn of the assistant."""
         end = self._special(self._template.end("assistant") if self.open else "")
         self.open = False
         return end

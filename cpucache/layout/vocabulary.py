@@ -1,4 +1,4 @@
-"""What layout needs of a model: its tokens. ``runtime.Model`` is one; anything with these members will do."""
+"""The part of a model that layout depends on: its tokens. ``runtime.Model`` has these members."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Vocabulary(Protocol):
         """Ids of a piece of text; control tokens are recognised only with ``special``."""
 
     def special_text(self, name: str) -> str:
-        """How templates write the ``bos`` or ``eos`` token."""
+        """Text of the ``bos`` or ``eos`` token in templates."""
 
 
 def empty() -> Tokens:

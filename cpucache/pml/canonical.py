@@ -41,7 +41,7 @@ _REFERENCE = re.compile(r"&#(?:x0*(?:9|a|d|20)|0*(?:9|10|13|32));", re.IGNORECAS
 
 
 def root_of(text: str) -> Root | None:
-    """What kind of document a text is, by its first tag: ``None`` for neither a schema nor a prompt."""
+    """Returns the kind of a document by its first tag; ``None`` for neither a schema nor a prompt."""
     start = _BEFORE.match(text)
     found = _ROOT.match(text, start.end() if start else 0)
     return None if found is None else "schema" if found.group(1) == "schema" else "prompt"
@@ -83,7 +83,7 @@ def laid_out(text: str, root: Root) -> str:
 
 
 def meaning(tree: Any) -> Any:
-    """What a tree stands for, as plain values that compare: all but where in which file it was written."""
+    """Returns the meaning of a tree as plain values that compare: all but file names and line numbers."""
     if dataclasses.is_dataclass(tree):
         fields = (each.name for each in dataclasses.fields(tree) if each.name not in ("line", "file"))
         return (type(tree).__name__, *(meaning(getattr(tree, name)) for name in fields))
@@ -187,7 +187,7 @@ class _Writer:
         return f"{name}={quote}{raw.translate(dict.fromkeys(map(ord, _SPACE), ' '))}{quote}"
 
     def _content(self, parent: _Tag, depth: int, *, preserve: bool) -> str:
-        """What is inside a tag, of which ``depth`` is how deep it is nested."""
+        """Writes the content of a tag that is nested ``depth`` levels deep."""
         if preserve:
             return "".join(self._item(item, depth + 1, preserve=True) for item in parent.inside)
         runs = list(self._runs(parent.inside))
@@ -208,7 +208,7 @@ class _Writer:
         return "".join(written)
 
     def _runs(self, items: list[_Piece | _Tag]) -> Iterator[tuple[list[_Piece | _Tag], _Tag | None]]:
-        """What stands before each tag that divides texts, with that tag, and what stands behind the last."""
+        """Yields the text before each dividing tag with that tag, then the text after the last."""
         run: list[_Piece | _Tag] = []
         for item in items:
             if isinstance(item, _Tag) and item.name not in self._silent:

@@ -1,4 +1,4 @@
-"""How large PML may be, and reading files no larger than that."""
+"""Limits on the size of PML, and reading of files within these limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MEBIBYTE = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a schema or prompt may be: larger than any context holds, and smaller than what brings a machine down.
+    """Limits of a schema or prompt: larger than any context holds, and small enough for any machine.
 
     ``document``: bytes of the document itself. ``source``: bytes of one ``src`` file. ``sources``: bytes of all
     ``src`` files of a schema, each counted as often as it is named. ``tags``: modules, parameters, references and

@@ -1,4 +1,4 @@
-"""What names may look like, and how error messages speak of them."""
+"""Form of names, and their text in error messages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tag(name: str) -> str:
 
 
 def hint(wrong: str, valid: Iterable[str], show: Callable[[str], str] = quote) -> str:
-    """What to add to a message that rejects ``wrong``: the nearest of the ``valid`` names, and all of them if few."""
+    """Returns the end of a message that rejects ``wrong``: the nearest ``valid`` names, and all if they are few."""
     names = list(islice(valid, _COMPARED + 1))
     if not names:
         return " (none is defined here)"

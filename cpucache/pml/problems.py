@@ -11,7 +11,7 @@ MOST_PROBLEMS = 100
 
 
 class Problems:
-    """What is wrong with one document so far."""
+    """Problems found so far in one document."""
 
     def __init__(self, file: str) -> None:
         self.file = file

@@ -71,7 +71,7 @@ def schema_for(prompt: Prompt, schemas: Sequence[Schema]) -> Schema:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a module stands in its scope. ``run``: which of the stretches that the scope's own parts divide it into."""
+    """Place of a module in its scope. ``run``: number of the run of modules between the scope's own parts."""
 
     module: Module
     union: Union | None
@@ -138,7 +138,7 @@ class _Resolver:
         }
 
     def _why_unknown(self, name: str, scope: Scope) -> str:
-        """What to say of a reference that names no module directly under ``scope``."""
+        """Returns the message for a reference that names no module directly below ``scope``."""
         here = "directly under the schema" if isinstance(scope, Schema) else f"under {tag(scope.name)}"
         if self._everywhere is None:
             self._everywhere = {}

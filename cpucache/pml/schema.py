@@ -51,7 +51,7 @@ def parse_schema(
 
 @dataclass
 class _Names:
-    """What is already named in one scope (the schema's or a module's), and on which line."""
+    """Names already used in one scope (the schema's or a module's), each with its line."""
 
     is_root: bool = False
     modules: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What may stand where in a document, as its RELAX NG grammar says.
+"""Structure of a document, read from its RELAX NG grammar.
 
 ``grammar/schema.rng`` and ``grammar/prompt.rng`` are what editors validate with. The parsers take from the same files
 which tags and attributes they expect, so that they can name what would be right where something is wrong.
@@ -32,7 +32,7 @@ class Attribute:
 
 @dataclass(eq=False)
 class Part:
-    """A stretch of what stands inside a tag: text and tags in any order."""
+    """Run of the content of a tag: text and tags in any order."""
 
     text: bool = False
     shapes: list[Shape] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Shape:
     alone: frozenset[str] = frozenset()
     """Attributes of a tag without content."""
     parts: list[Part] = field(default_factory=list)
-    """What may stand inside, one part behind the other."""
+    """Content that is allowed, in consecutive parts."""
 
     def fits(self, tag: str) -> bool:
         """Whether a tag of this name may stand here."""
@@ -88,7 +88,7 @@ class Shape:
 
     @property
     def part(self) -> Part:
-        """What may stand inside, where that is one part."""
+        """Content that is allowed, if it is one part."""
         (part,) = self.parts
         return part
 

@@ -18,7 +18,7 @@ _BACK = 500  # characters between the place where libxml2 gives up and what is w
 
 @dataclass(frozen=True)
 class _Saying:
-    """How something that libxml2 says is said here. ``mark``: the character in the text that it is about.
+    """Message for an error of libxml2. ``mark``: the character in the text that the error is about.
 
     ``stray``: it comes of a character that ``mend`` writes as XML has it.
     """
@@ -86,7 +86,7 @@ _SAYINGS = (
 
 
 def explain(parser: etree.XMLParser, error: etree.XMLSyntaxError, text: str, file: str) -> tuple[str, int, int | None]:
-    """What is wrong with the ``text`` of a ``file``, on which line and in which column."""
+    """Returns the message for a syntax error in the ``text`` of a ``file``, with its line and column."""
     # Later entries only follow from the first. The log of the error itself holds those of earlier documents, too.
     first = parser.error_log[0] if len(parser.error_log) else None
     message, line, column = (first.message, first.line, first.column) if first else (error.msg, error.lineno, 0)

@@ -157,7 +157,7 @@ class Context:
         """Tokens of a batch at most. llama.cpp aborts the process when it is given more."""
         shifts = bool(self._memory and api.llama_memory_can_shift(self._memory))
         self.memory = Memory.of(model, shifts=shifts)
-        """What can be done with its cells."""
+        """Operations that its cells support."""
         # What stands for the recurrent state in a saved state that has none: no sequence has any yet.
         self._no_point = self.save_point(0)[_POINT_HEAD:] if self.memory.points else np.empty(0, np.uint8)
         self._stop: Callable[[], bool] | None = None
@@ -183,7 +183,7 @@ class Context:
 
     @property
     def state_format(self) -> str:
-        """What a saved state's bytes depend on besides model and tokens: part of every slice key."""
+        """Name of the form of saved states, which depends on settings besides the model: part of every slice key."""
         turned = "" if os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0") == "0" else "/unturned"
         version = f"{api.LLAMA_STATE_SEQ_VERSION}/{llama.version()}"
         return f"llama-seq-{version}/k-{self.kv_type}/v-{self.value_type}/flash-{self.flash}{turned}"

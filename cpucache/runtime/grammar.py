@@ -49,7 +49,7 @@ def _bounded(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a model writes calls of functions: JSON objects, and texts around them."""
+    """Form in which a model writes calls of functions: JSON objects, and the text around them."""
 
     head: str = ""
     begin: str = ""
@@ -60,7 +60,7 @@ class CallForm:
     """Between two calls; ``None``: there is one."""
     tail: str = ""
     arguments: str = "arguments"
-    """What the arguments are called, besides ``name``."""
+    """Name of the field that holds the arguments, beside ``name``."""
 
 
 def calls_grammar(functions: Mapping[str, Mapping[str, Any]], form: CallForm, *, several: bool) -> str:

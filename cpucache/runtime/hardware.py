@@ -1,4 +1,4 @@
-"""What this machine offers and what a model is run on, with the reasons."""
+"""Hardware of this machine, and the settings that a model runs with, with reasons."""
 
 from __future__ import annotations
 

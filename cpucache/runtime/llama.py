@@ -37,7 +37,7 @@ def start() -> None:
 
 
 def last_errors(*, clear: bool = False) -> str:
-    """What llama.cpp logged as errors since the last clearing, as one line (empty when nothing)."""
+    """Returns the errors that llama.cpp has logged since the last clearing, as one line; empty if there are none."""
     text = "; ".join(line for line in _errors if line)
     if clear:
         _errors.clear()

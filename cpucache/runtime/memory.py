@@ -1,4 +1,4 @@
-"""What a model's memory can do: which states can be moved, cut back, and gone on from.
+"""Operations of a model's memory: which states can be moved, shortened and extended.
 
 Every room that has to know asks here, by what it is about to do.
 """
@@ -12,15 +12,15 @@ from cpucache.runtime.model import Model
 
 @dataclass(frozen=True)
 class Memory:
-    """What can be done with what a model keeps of a text.
+    """Operations on the state that a model keeps of a text.
 
     A model of attention keeps a cell for each token, and everything can be done with cells: all defaults are its.
     """
 
     moves: bool = True
-    """Whether states can be put at other positions, behind other text than they were evaluated behind."""
+    """Whether states can be moved to other positions, after other text than they were evaluated after."""
     points: bool = False
-    """Whether a recurrent state, of all tokens together, belongs to the cells: one goes on only where it was saved."""
+    """Whether the model has a recurrent state of all tokens, so that a sequence extends only from saved points."""
     window: int = 0
     """Tokens that some layers attend to at most, the nearest; 0: every layer attends to all tokens."""
 
@@ -32,9 +32,9 @@ class Memory:
 
     @property
     def cuts(self) -> bool:
-        """Whether tokens can be taken off the end of a sequence or a state, and the rest be gone on from.
+        """Whether tokens can be removed from the end of a sequence or a state, and the rest be extended.
 
-        With a window, as long as what the next token looks back on is there: ``Context.whole`` tells.
+        With a window, as long as the tokens within the window of the next token are present (``Context.whole``).
         """
         return not self.points
 

@@ -213,7 +213,7 @@ class Model:
 
     @cached_property
     def filler(self) -> int:
-        """What stands in for an argument not yet known: the unknown token, else padding, else end of text."""
+        """Token that replaces an argument not yet known: the unknown token, else padding, else end of text."""
         unknown = self.meta("tokenizer.ggml.unknown_token_id")
         candidates = (
             int(unknown) if unknown else -1,

@@ -17,7 +17,7 @@ from cpucache.runtime.context import Bytes
 from cpucache.runtime.layout import Block, Layout, UnknownLayout
 
 AtRest: TypeAlias = Literal["f16", "q8_0", "q4_0"]
-"""How states are kept on disk: as they are, or packed."""
+"""Kinds of states on disk: unchanged, or packed."""
 AT_REST: tuple[AtRest, ...] = get_args(AtRest)
 
 _GROUP = 32  # floats with a scale in common

@@ -40,7 +40,7 @@ Angles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class _Turn:
-    """How the keys of a layer turn.
+    """Rotation of the keys of a layer.
 
     A row of keys consists of parts of ``period`` floats; of each, ``size`` floats from ``begin`` on turn, in pairs of
     either neighbours or the two halves of a head. ``angles``: of each pair of a head, for one position.
@@ -53,7 +53,7 @@ class _Turn:
     angles: Angles
 
     def moving(self, rows: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        """What turns of some rows, as a view: rows, parts, floats."""
+        """The rotated part of some rows, as a view: rows, parts, floats."""
         return rows.reshape(len(rows), -1, self.period)[:, :, self.begin : self.begin + self.size]
 
     def turn(self, floats: Floats, delta: int) -> None:
@@ -193,7 +193,7 @@ def _craft(head: Bytes, like: Layout, keys: Sequence[Floats]) -> Bytes:
 
 
 def _fit(before: Floats, after: Floats, guess: _Turn | None) -> _Turn | None:
-    """How the keys of a layer turn, ``None`` if they don't. ``guess``: how those of another layer do."""
+    """Returns the rotation of the keys of a layer; ``None`` if there is none. ``guess``: that of another layer."""
     turning = np.flatnonzero((before != after).any(axis=(0, 1)))
     if not len(turning):
         return None

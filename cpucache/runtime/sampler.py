@@ -23,7 +23,7 @@ _RECENT = 64  # tokens that the repetition penalty looks back on, llama.cpp's ow
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. ``temperature=0`` takes the likeliest; ``seed=None`` draws a seed.
+    """Settings by which the next token is chosen. ``temperature=0`` takes the likeliest; ``seed=None`` draws a seed.
 
     ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch the respective filter off. ``stop`` strings
     end the answer and are not part of it. Raises ``InputError`` for values out of range.
