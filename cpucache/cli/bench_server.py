@@ -154,7 +154,7 @@ def _table(reports: Sequence[ServerReport]) -> Table:
 
 
 def _workloads(reports: Sequence[ServerReport]) -> Iterator[str]:
-    """What was measured besides, a line each."""
+    """Yields a line for each further measurement."""
     from cpucache.bench.server import traced
 
     for each in reports:

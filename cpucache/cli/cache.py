@@ -69,7 +69,7 @@ def _select(store: Store, schema: str | None, model: str | None, older: str | No
 
 
 def _fingerprint(model: str) -> str | None:
-    """That of a model's file, which may have gone since its slices were made."""
+    """Returns the name of a model's file, which may have been deleted since its slices were evaluated."""
     with contextlib.suppress(CpucacheError):
         return Fingerprints(default_home() / "index.sqlite").of(resolve_model(model))
     return None

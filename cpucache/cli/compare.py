@@ -26,11 +26,11 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """How many times sooner the first token comes."""
+        """Ratio of the times to first token, uncached to cached."""
         return self.uncached.metrics.ttft_ms / self.cached.metrics.ttft_ms
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``run --compare --json`` prints."""
+        """Returns the object that ``run --compare --json`` prints."""
         return {
             "cached": self.cached.as_dict(),
             "uncached": self.uncached.as_dict(),

@@ -1,4 +1,4 @@
-"""What the commands share: where things are printed, progress bars, and reading files named on the command line."""
+"""Consoles, progress bars, and files named on the command line, for all commands."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def check_prompt(prompt: Prompt, schemas: Sequence[Schema]) -> Schema:
 
 
 def kinds(metrics: Metrics) -> str:
-    """How near to full prefill the cached tokens of an answer are; nothing where they are the same."""
+    """Returns the relation of an answer's cached tokens to full prefill; empty if all are exact."""
     approximate = [
         f"{count:,} {name}"
         for name, count in (

@@ -47,8 +47,8 @@ def encode(
     answered at once; prompts that begin like the schema are exact. The second pass makes likely prompts exact: scaffold
     sets, and the prompts given with --prompts.
 
-    What is in the store already is not evaluated again. Slices are found by what they contain: when a module changes,
-    that module and what stands behind it are evaluated anew.
+    Slices that the store holds are not evaluated again. Slices are found by their content: when a module changes, that
+    module and the text after it are evaluated again.
 
     \b
     cpucache encode schemas/trip/schema.xml

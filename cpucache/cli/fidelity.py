@@ -62,16 +62,15 @@ def fidelity(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """How far the cached answer to PROMPT, a file (- for standard input), is from the uncached one.
+    """Compare the cached answer to PROMPT, a file (- for standard input), with the uncached answer.
 
-    Slices that were evaluated behind other text than stands before them now give nearly, not quite, what is said
-    without. Here the
-    prompt is answered both ways, and for its last fresh tokens, and for each token of the uncached answer, what the
-    model would say next is compared: by the Kullback-Leibler divergence (KL, in nats; 0: no difference), by whether
-    both think the same token the likeliest (top-1), and by how much less likely the token has become (NLL).
+    Slices that attended to other text than precedes them in the prompt approximate full prefill. The prompt is
+    evaluated both ways. For its last fresh tokens, and for each token of the uncached answer, the predictions of the
+    next token are compared: by the Kullback-Leibler divergence (KL, in nats; 0: no difference), by whether both predict
+    the same token (top-1), and by how much less likely the token has become (NLL).
 
-    Then recomputing more of the slices is tried, and exact slices, and listed with what they bring and what they cost,
-    the best first. That takes as long as some full prefills.
+    Then further settings are tried: more recomputed tokens, and exact slices. They are listed with benefit and cost,
+    the best first. That takes as long as several full prefills.
 
     \b
     cpucache fidelity schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml
@@ -117,7 +116,7 @@ def _bar(*, shown: bool) -> Iterator[OnTrial]:
 
 
 def _tokens(report: FidelityReport, *, everything: bool) -> Table:
-    """What is predicted, token by token."""
+    """Returns the predictions, token by token."""
     now = report.now.distance
     count = len(now.kl)
     chosen = range(count) if everything else sorted(np.argsort(-now.kl, kind="stable")[:_WORST].tolist())
@@ -196,7 +195,7 @@ def _excerpt(text: str, at: int) -> str:
 
 
 def _trials(report: FidelityReport) -> Table:
-    """What was tried: what it brings, and what it costs."""
+    """Returns the settings that were tried, with benefit and cost."""
     table = Table(box=SIMPLE_HEAD)
     # Names of modules may be long, and are to be copied.
     table.add_column("what was tried", overflow="fold")
@@ -221,7 +220,7 @@ def _signed(milliseconds: float) -> str:
 
 
 def _advice(report: FidelityReport) -> str:
-    """What to do."""
+    """Returns the advice."""
     now = report.now.distance
     if now.kl_mean < _NEAR:
         return "There is nothing to do: the model says from slices what it says without."

@@ -31,7 +31,7 @@ class Cost:
     tokens: int
     cached: int
     always: bool
-    """It is evaluated in every prompt (``cache="false"``)."""
+    """Whether it is evaluated in every prompt (``cache="false"``)."""
 
     def __str__(self) -> str:
         if not self.tokens:
@@ -63,7 +63,7 @@ def costs(engine: Engine, layout: SchemaLayout) -> dict[str, Cost]:
 
 
 def price(plan: Plan) -> str:
-    """What a prompt costs as it is planned."""
+    """Returns the cost of a plan, in words."""
     evaluated = plan.n_tokens - plan.n_cached + sum(len(span.tokens) for span in plan.spans if span.missing)
     return f"{plan.n_tokens:,} tokens: {plan.n_tokens - evaluated:,} cached, {evaluated:,} to be evaluated"
 

@@ -36,9 +36,9 @@ _STYLES = {"exact": "green", "clean": "cyan", "related": "yellow", "foreign": "m
 def plan(prompt: str, schema_file: str | None, model: str, as_json: bool, **options: Any) -> None:
     """Show which slice each part of PROMPT takes, a file (- for standard input), and what the prompt will cost.
 
-    Nothing is evaluated and nothing is saved. A slice is exact when it was evaluated behind just what stands before it
-    in the prompt, clean when behind a part of that, related when behind other text of the same schema, foreign when
-    behind text of other prompts (--reuse anywhere). What has no slice is evaluated once, and saved.
+    Nothing is evaluated and nothing is saved. A slice is exact if it attended to all text that precedes it in the
+    prompt and to nothing else, clean if to a part of that text, related if to other text of the same schema, foreign
+    if to text of other prompts (--reuse anywhere). Text without a slice is evaluated once, and saved.
 
     \b
     cpucache plan schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml
@@ -85,7 +85,7 @@ def _row(span: Span, store: Store, texts: dict[bytes, str]) -> dict[str, Any]:
 
 
 def _begun(engine: Engine, span: Span) -> str:
-    """How the text of a span begins, on one line."""
+    """Returns the beginning of a span's text, on one line."""
     return " ".join(engine.model.text(span.tokens[:_WORDS], special=True).split())
 
 

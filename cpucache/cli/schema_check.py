@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cpucache.layout import Positions
 
 _STDIN = "untitled:stdin"
-"""What standard input is called where a URI is asked for."""
+"""URI of standard input."""
 
 
 @click.command()
@@ -76,7 +76,7 @@ def _looked(name: str, positions: Positions) -> Looked:
 
 
 class _Checking:
-    """What is found in files. ``silent``: nothing is printed."""
+    """Problems found in files. ``silent``: nothing is printed."""
 
     def __init__(self, files: list[Named], models: list[Looked], *, silent: bool) -> None:
         self._files = files
@@ -164,7 +164,7 @@ class _Checking:
             err.print("cpucache: after so many mistakes the rest is not looked at", markup=False, soft_wrap=True)
 
     def diagnostics(self) -> list[dict[str, Any]]:
-        """What a language server would publish of each file."""
+        """Returns the diagnostics of each file, in the form that language servers publish."""
         return [
             {
                 "uri": _STDIN if name == "-" else Path(name).absolute().as_uri(),
@@ -215,5 +215,5 @@ def _diagnostic(mistake: InputError, lines: list[str]) -> dict[str, Any]:
 
 
 def _units(text: str) -> int:
-    """How many UTF-16 units a text takes."""
+    """Returns the number of UTF-16 code units of a text."""
     return len(text.encode("utf-16-le", errors="replace")) // 2

@@ -38,11 +38,11 @@ _SAID = {
 def diff(old: str, new: str, model: str, positions: Positions, n_ctx: int | None, as_json: bool) -> None:
     """Say which slices of the schema OLD stay valid for the schema NEW, and what it costs to encode the rest.
 
-    Slices are found by what they contain: what has not changed, and stands behind nothing that has, stays as it was. Of
-    the rest, some text is the same: prompts take its slices as they are, unless these attended to text that is gone,
-    and `cpucache encode` makes them anew.
+    Slices are found by their content: unchanged text that follows no change keeps its slices. Unchanged text after a
+    change keeps them too, for prompts that may take related slices, unless they attended to text that is gone;
+    `cpucache encode` evaluates it again.
 
-    Nothing is evaluated, and it does not matter what is in the store. One of the two may be - for standard input.
+    Nothing is evaluated, and the store is not read. One of the two may be - for standard input.
 
     \b
     git show HEAD:schemas/trip/schema.xml | cpucache schema diff - schemas/trip/schema.xml

@@ -45,9 +45,7 @@ _model_option = click.option(
 @click.option(
     "--length", type=click.IntRange(1, 999_999_999), default=32, show_default=True, help="Tokens of each parameter."
 )
-@click.option(
-    "--trim", is_flag=True, help="No text: a line break behind a tag, and blanks before it. Chat templates are so read."
-)
+@click.option("--trim", is_flag=True, help="Drop a line break after a tag, and blanks before it, as chat templates do.")
 def from_jinja(template: str, output: Path | None, name: str | None, length: int, trim: bool) -> None:
     """Turn a Jinja TEMPLATE (- for standard input) into a schema, on standard output.
 
@@ -209,7 +207,7 @@ def _json_files(given: tuple[Path, ...]) -> list[Path]:
 
 
 def _counter(model: str | None) -> tuple[Callable[[str], int], str]:
-    """What counts the tokens of a text, and what to say before the number."""
+    """Returns a function that counts the tokens of a text, and the words to print before the number."""
     if model is None:
         return (lambda text: -(-len(text.encode(errors="replace")) // _PER_TOKEN)), "about "
     from cpucache.cli.schema_layout import Looked

@@ -57,11 +57,11 @@ class _Row:
 
     @property
     def contexts(self) -> dict[tuple[str, ...], int]:
-        """What its slices were evaluated behind, and how many tokens they have."""
+        """Returns the contexts of its slices, each with the number of tokens."""
         found: dict[tuple[str, ...], int] = {}
         for segment, slices in self.segments:
             for behind in {slice_.behind for slice_ in slices}:
-                # A text that is cut into several slices stands behind its own beginning.
+                # A text that is cut into several slices attends to its own beginning.
                 others = tuple(name for name in behind if name != (self.path or "(schema)"))
                 found[others] = found.get(others, 0) + len(segment.tokens)
         return found
@@ -81,8 +81,8 @@ def show(file: str, model: str, positions: Positions, contexts: bool, plot: Path
     module's own tokens are what is encoded and saved for it; what is nested in it counts for itself. Bytes are for keys
     and values of 16 bits, for one slice of everything.
 
-    "cached" says of how much of a module's own text the store has slices, and behind how many different contexts they
-    were evaluated, if behind more than one (--contexts lists them).
+    "cached" is the share of a module's own text of which the store has slices, with the number of different contexts
+    that they were evaluated in, if more than one (--contexts lists them).
     """
     parsed = read_schema(file)
     if plot:
@@ -153,7 +153,7 @@ def _label(extent: Extent) -> Text:
 
 
 def _cached(row: _Row) -> str:
-    """How much of a module's own text is cached, and in how many contexts."""
+    """Returns the cached share of a module's own text, and the number of contexts."""
     if not row.saved:
         return ""
     total = sum(len(segment.tokens) for segment, _ in row.segments)
@@ -171,7 +171,7 @@ def _table(rows: list[_Row], layout: SchemaLayout, looked: Looked) -> Table:
         ["bytes", *(decimal(row.extent.own * each) if row.saved and each else "" for row in rows)],
     ]
     scale = f"0 to {layout.length:,}"
-    # The names get what they need; of what stands behind them a narrow terminal shows as much as it has room for.
+    # Names are shown whole; a narrow terminal shows as many of the other columns as it has room for.
     labels = [Text(row.prefix, style="dim") + _label(row.extent) for row in rows]
     room = out.width - max(label.cell_len for label in labels)
     table = Table.grid(padding=(0, _GAP))
@@ -181,7 +181,7 @@ def _table(rows: list[_Row], layout: SchemaLayout, looked: Looked) -> Table:
         if not any(values):
             continue
         needed = _GAP + max(map(len, [heading, *values]))
-        # Where there is no room for one, there is none for those behind it; the drawing is worth more than the last.
+        # Without room for one column, there is none for later ones; the drawing matters more than the last.
         least = 0 if heading in ("tokens", "positions") else _GAP + max(_LEAST_BAR, len(scale))
         if room - needed < least:
             break

@@ -53,7 +53,7 @@ class Row:
 
 
 class Selection:
-    """What of a schema is picked.
+    """Modules of a schema that are picked.
 
     Args:
         schema: The modules to choose from.
@@ -116,7 +116,7 @@ class Selection:
                 around.children = [child for child in around.children if child not in others]
         order = list(tree.modules_of(around.scope))
         behind = set(order[order.index(module.name) :])
-        # In front of what the schema has behind it, wherever the prompt put that.
+        # Before the modules that follow it in the schema, wherever the prompt has those.
         at = next(
             (
                 index

@@ -80,8 +80,8 @@ def _is_loopback(host: str) -> bool:
     type=click.Choice(REUSES),
     default="schema",
     show_default=True,
-    help="Which slices prompts may take. exact: those that were evaluated behind just what stands before them; schema: "
-    "content parts marked as modules, and tools, wherever they stand, too; anywhere: all text.",
+    help="Which slices prompts may take. exact: those that attended to exactly the text that precedes them; schema: "
+    "also those of content parts marked as modules, and of tools, at any position; anywhere: those of all text.",
 )
 @click.option(
     "-v",

@@ -62,7 +62,7 @@ def _watch(
             continue
         edited = [schema for schema in new if told or changed & _files({schema: new[schema]})]
         told = []
-        # Edits that come while something is encoded are seen behind it.
+        # Edits during encoding are found afterwards.
         seen = {path: now.get(path, what) for path, what in _seen(files | _files(new)).items()}
         _encode_all(edited, new, encode)
 
@@ -77,7 +77,7 @@ def _encode_all(edited: Iterable[Schema], asked: Asked, encode: Callable[[Schema
 
 
 def _settled(seen: _Seen, patience: float | None) -> _Seen:
-    """How files look after they have changed, or after so many seconds. What is still being written is waited for."""
+    """Returns the state of files after a change, or after ``patience`` seconds. Waits until no file is being written."""
     begun = time.monotonic()
     before = seen
     while True:
@@ -97,7 +97,7 @@ def _files(asked: Asked) -> set[Path]:
 
 
 def _seen(paths: Iterable[Path]) -> _Seen:
-    """What tells whether a file has changed."""
+    """Returns what identifies a version of each file: time of change, size and inode."""
     seen: _Seen = {}
     for path in paths:
         try:
