@@ -77,7 +77,7 @@ def _encode_all(edited: Iterable[Schema], asked: Asked, encode: Callable[[Schema
 
 
 def _settled(seen: _Seen, patience: float | None) -> _Seen:
-    """Returns the state of files after a change, or after ``patience`` seconds. Waits until no file is being written."""
+    """Returns the state of files after a change, or after ``patience`` seconds. Waits for the end of a write."""
     begun = time.monotonic()
     before = seen
     while True:
