@@ -1,4 +1,4 @@
-"""Reuse: looks up slices (lookup), encodes them (encoder) and loads them into a llama.cpp context (splicer)."""
+"""Reuse of KV state: looks slices up, builds missing ones (encoder), and splices them into a llama.cpp context."""
 
 from cpucache.reuse.fidelity import DEFAULT, LEVELS, REUSES, Fidelity, Level, Reuse
 from cpucache.reuse.history import History

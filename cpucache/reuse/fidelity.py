@@ -1,4 +1,4 @@
-"""Fidelity levels: how close an answer must be to that of full prefill, and at which cost in time."""
+"""Fidelity: how closely an answer must match full prefill, and how much may be recomputed for it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from cpucache.errors import InputError
 
 Level: TypeAlias = Literal["fast", "balanced", "high"]
 Reuse: TypeAlias = Literal["exact", "schema", "anywhere"]
-"""Slices that a prompt may take: exact ones, those that attended only to text of the prompt's schema, or any."""
+"""Slices that a prompt may use.
+
+``exact``: slices whose context is all text before them in the prompt. ``schema``: also slices that attended only to
+text of its schema. ``anywhere``: also foreign slices.
+"""
 REUSES: tuple[Reuse, ...] = ("exact", "schema", "anywhere")
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Treatment of slices that are not exact in a prompt.
+    """Treatment of slices whose context differs from the text before them in a prompt.
 
     Args:
-        recompute: Share (0 to 1) of the spliced tokens that may be evaluated again before the first token. It goes to
-            slices that are not exact.
-        exact: Take exact slices only. Segments without one are evaluated and saved.
+        recompute: Share (0 to 1) of the spliced tokens to recompute before the first token, in slices that are not
+            exact.
+        exact: Whether to use exact slices only. Segments without one are evaluated and saved.
 
     Raises:
-        InputError: ``recompute`` is not a share from 0 to 1, or both are given.
+        InputError: ``recompute`` is not a number from 0 to 1, or is given together with ``exact``.
     """
 
     recompute: float = 0.0
@@ -41,10 +45,15 @@ class Fidelity:
     def of(
         fidelity: Level | Fidelity | None = None, recompute: float | None = None, *, usual: Fidelity | None = None
     ) -> Fidelity:
-        """Returns the fidelity that a caller asks for: a level, a ``Fidelity`` or a share to recompute; else ``usual``.
+        """Returns the fidelity that a caller asks for.
+
+        Args:
+            fidelity: A level, or a ``Fidelity``.
+            recompute: Share (0 to 1) of spliced tokens to recompute, instead of ``fidelity``.
+            usual: The fidelity if neither is given; by default that of the level ``DEFAULT``.
 
         Raises:
-            InputError: The level is unknown, or both a fidelity and a share are given.
+            InputError: The level is unknown, the share is invalid, or both arguments are given.
         """
         if fidelity is not None and recompute is not None:
             raise InputError("give a fidelity or a share to recompute, not both: a level says what is recomputed")
@@ -59,7 +68,7 @@ class Fidelity:
         return LEVELS[fidelity]
 
 
-# Set by the evaluation in bench/RESULTS.md.
+# Chosen from the measurements in bench/RESULTS.md.
 LEVELS: dict[Level, Fidelity] = {
     "fast": Fidelity(),
     "balanced": Fidelity(recompute=0.1),

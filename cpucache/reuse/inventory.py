@@ -1,4 +1,4 @@
-"""Slices of a schema in the store, and the effect of an edit of the schema on them."""
+"""Lists the stored slices of a schema, and compares the slices of two versions of a schema."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cpucache.reuse.slices import Slice, Slices
 from cpucache.store import Row, content_key
 
 Verdict: TypeAlias = Literal["kept", "usable", "stale", "new"]
-"""Effect of an edit on a slice.
+"""Effect of an edit on a slice of the new schema.
 
-``kept``: the slice is unchanged. ``usable``: the slice must be encoded again, after its new context; until then prompts
-take the old slice, which attended only to text that still exists. ``stale``: the slice must be encoded again, and
-prompts can't take the old slice. ``new``: the text of the slice is new.
+``kept``: the old schema has the same slice. ``usable``: the slice must be encoded again in its new context; until then
+prompts use an old slice of the same text, whose context the new schema still allows. ``stale``: the slice must be
+encoded again, and no old slice of its text can be used. ``new``: the old schema does not have its text.
 """
 
 _OTHER = "(other text)"
@@ -25,18 +25,18 @@ _OTHER = "(other text)"
 
 @dataclass(frozen=True)
 class CachedSlice:
-    """A saved slice of a segment. ``behind``: the modules whose text the slice attended to, in order."""
+    """A stored slice of a segment. ``behind`` lists the modules whose text it attended to, in order."""
 
     row: Row
     behind: tuple[str, ...]
 
 
 def inventory(layout: SchemaLayout, rows: Iterable[Row]) -> dict[Segment, list[CachedSlice]]:
-    """Returns the saved slices of each segment of a schema, in any context.
+    """Returns the stored slices of each segment of a schema, whatever their contexts.
 
     Args:
-        layout: Layout of the schema.
-        rows: Slices of the model, see ``Store``.
+        layout: The schema.
+        rows: The stored slices to choose from, see ``Store``.
     """
     names = module_names(layout)
     by_content: dict[tuple[str, str, str], list[Row]] = {}
@@ -56,19 +56,20 @@ def inventory(layout: SchemaLayout, rows: Iterable[Row]) -> dict[Segment, list[C
 
 
 def module_names(layout: SchemaLayout) -> dict[bytes, str]:
-    """Returns the module name of each text of a schema, by ``text_id``."""
+    """Maps the ``text_id`` of each text of a schema to the name of its module."""
     names = dict.fromkeys(layout.texts, "(argument)")
     names.update((segment.id, segment.module or "(schema)") for segment in reversed(layout.segments))
     return names
 
 
 def _behind(row: Row, names: dict[bytes, str]) -> tuple[str, ...]:
+    """Names of the modules that a stored slice attended to, in order, each once."""
     return tuple(dict.fromkeys(names.get(text, _OTHER) for text in row.info.texts))
 
 
 @dataclass(frozen=True)
 class Change:
-    """Effect of an edit on one slice, and the reason."""
+    """The effect of an edit on one slice, and the reason. ``tokens`` is the length of the slice."""
 
     module: str
     tokens: int
@@ -78,15 +79,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Edit:
-    """Effect of an edit on the slices of a schema."""
+    """The effect of an edit on all slices of a schema."""
 
     changes: tuple[Change, ...]
-    """One for each slice of the new schema, in encoding order."""
+    """One change for each slice of the new schema, in the order of encoding."""
     evaluated: int
-    """Number of tokens evaluated to encode the missing slices."""
+    """Number of tokens to evaluate to encode all slices that are not ``kept``."""
     dropped: int
-    """Number of slices that the new schema does not use."""
+    """Number of old slices that are not among the new schema's."""
     dropped_tokens: int
+    """Number of tokens of the dropped slices."""
 
     def slices(self, *verdicts: Verdict) -> int:
         """Number of slices with one of these verdicts."""
@@ -101,11 +103,11 @@ def compare(old: SchemaLayout, new: SchemaLayout, room: int) -> Edit:
     """Returns the effect of an edit on the slices that ``Engine.encode`` saved for a schema.
 
     Args:
-        old: The schema as it was encoded.
-        new: The schema as it is now, under the same model.
-        room: Cells that a slice and its context may take.
+        old: The schema before the edit.
+        new: The schema after the edit, laid out for the same model.
+        room: Maximum size of a slice with its context, in cells.
     """
-    # Keys are only compared with one another: the model and the format are the same in all of them.
+    # Keys are only compared with each other, so the model and the state format may stay empty.
     slices = Slices("", "")
     before = {slice_.key: slice_ for slice_ in _encoded(old, slices, room)}
     after = _encoded(new, slices, room)
@@ -139,7 +141,7 @@ def compare(old: SchemaLayout, new: SchemaLayout, room: int) -> Edit:
 
 
 def _encoded(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
-    """Returns the slices that encoding a schema creates, contexts first."""
+    """Returns the slices that encoding a schema builds, each after the slices of its context."""
     made = dict.fromkeys(reading(layout, slices, room))
     for scaffold in layout.schema.scaffolds:
         made.update(dict.fromkeys(scaffolded(layout, slices, scaffold.modules, room)))
@@ -147,6 +149,7 @@ def _encoded(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
 
 
 def _why(old: Slice, new: Slice, names: dict[bytes, str]) -> str:
+    """The reason for which a slice differs from an old one of the same text: its position, or its context."""
     if old.attends_to == new.attends_to:
         return "it has moved" if old.context_key == new.context_key else "what stands before it has moved"
     for was, now in zip((*old.attends_to, None), (*new.attends_to, None), strict=False):

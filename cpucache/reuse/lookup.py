@@ -1,4 +1,4 @@
-"""The lookup: for each segment of a prompt, the best slice that exists."""
+"""The lookup: selects the best existing slice for each segment of a prompt."""
 
 from __future__ import annotations
 
@@ -16,26 +16,31 @@ from cpucache.reuse.slices import Plan, Relation, Slice, Span
 from cpucache.stages import stage
 from cpucache.store import SliceInfo, Store, text_id
 
-_CLOSING = 16  # tokens of a closing text at most
+_CLOSING = 16  # maximum length of a closing text, in tokens
 
 
 class Found(NamedTuple):
-    """A saved slice of a segment, with its relation to the prompt."""
+    """A stored slice of a segment's tokens, and the relation of its context to the prompt."""
 
     slice: Slice
     relation: Relation
 
     def worth(self, start: int) -> tuple[bool, int, bool, str]:
-        """Returns the sort key of the slices of a segment; the lookup takes the greatest.
+        """Sort key of the slices of one segment: the lookup takes the slice with the greatest key.
 
-        Foreign slices rank last, then slices with more context rank first (bench/RESULTS.md), then those saved at
-        ``start``, which need no shift.
+        Foreign slices rank last. Then the longer context wins (bench/RESULTS.md), then a slice saved at position
+        ``start``, which needs no shift. The slice key breaks ties.
         """
         return self.relation != "foreign", self.slice.attended_tokens, self.slice.start == start, self.slice.key
 
 
 class Lookup:
-    """Plans prompts on schemas from the slices that exist."""
+    """Plans prompts on schemas from the slices in the store.
+
+    Args:
+        kv_cache: Provides the store and the model's slice keys.
+        repair: Chooses the modules to recompute.
+    """
 
     def __init__(self, kv_cache: KVCache, repair: Repair) -> None:
         self._kv_cache = kv_cache
@@ -43,7 +48,7 @@ class Lookup:
 
     @property
     def store(self) -> Store:
-        """Store in which slices are looked up."""
+        """The store that the lookup searches."""
         return self._kv_cache.store
 
     def plan(
@@ -59,12 +64,14 @@ class Lookup:
 
         Args:
             bound: The prompt on its schema.
-            fidelity: Whether slices must be exact, and which share of them is recomputed otherwise.
-            reuse: ``"anywhere"`` admits foreign slices, too.
-            packed: Packs modules without gaps even if the layout reserves positions.
-            ends: Whether the prompt ends here. Its last token is then evaluated: no slice holds its logits.
+            fidelity: Whether slices must be exact; if not, the share of spliced tokens to recompute.
+            reuse: ``"anywhere"`` also admits foreign slices.
+            packed: Whether to pack modules back to back even if the layout reserves positions. Exact plans and plans
+                that recompute are always packed.
+            ends: Whether the prompt ends with the plan. Its last token is then always evaluated: the answer starts from
+                its logits, which no slice holds.
         """
-        # Recomputed tokens can't be evaluated after a gap.
+        # llama_decode evaluates only at a sequence's last position + 1, so recomputed tokens can't follow a gap.
         packed = bound.layout.packed or bool(packed) or fidelity.exact or fidelity.recompute > 0
         with stage("look up"):
             planning = _Planning(self._kv_cache, bound, fidelity, reuse, packed=packed, ends=ends)
@@ -72,7 +79,7 @@ class Lookup:
             return plan if fidelity.exact else self._repaired(plan, fidelity)
 
     def _repaired(self, plan: Plan, fidelity: Fidelity) -> Plan:
-        """Returns the plan with relevant slices, within the budget, and the schema's closing text recomputed."""
+        """Replaces the slices to recompute and the schema's closing text by tokens to evaluate."""
         budget = math.ceil(fidelity.recompute * sum(len(span.tokens) for span in plan.spans if span.slice))
         chosen = (self._relevant(plan.spans, budget) if budget else set()) | _closing(plan.spans)
         if not chosen:
@@ -80,18 +87,18 @@ class Lookup:
         chain = Chain(self._kv_cache.slices)
         for span in plan.spans:
             if span in chosen:
-                # Evaluated like new text, so that later tokens attend to the recomputed state.
+                # A span without a slice, so that the slot evaluates it in order and later fresh tokens attend to it.
                 assert span.slice is not None
                 module = span.slice.module
                 chain.add(Span(chain.end, span.tokens, recomputed=True, module=module, why="recomputed"))
             else:
-                # Without an earlier gap, tokens to evaluate move to lower positions.
+                # Recomputed spans close gaps, so the fresh tokens after them move to lower positions.
                 chain.add(span if span.slice else replace(span, start=chain.end))
         besides = [span.slice for span in plan.spans if span in chosen and span.missing and span.slice]
         return Plan(tuple(chain.spans), tuple(besides))
 
     def _relevant(self, spans: Sequence[Span], budget: int) -> set[Span]:
-        """Returns the spans of the most relevant modules that are not exact, within ``budget`` tokens."""
+        """Spans of the non-exact modules most relevant to the new text, up to about ``budget`` tokens."""
         modules: dict[str, list[Span]] = {}
         for span in spans:
             if span.slice and span.relation != "exact":
@@ -103,10 +110,10 @@ class Lookup:
 
 
 def _closing(spans: tuple[Span, ...]) -> set[Span]:
-    """Returns the schema's closing text in a plan, if it is short and not exact.
+    """Returns the schema's closing text (the last slice of the plan) if it is short, not exact and followed by text.
 
-    An example is the end of the system turn: two tokens that affect how the answer begins, and that cost almost nothing
-    in one batch with the question.
+    An example is the end of the system turn: two tokens that influence how the answer begins. Evaluating them in the
+    same batch as the question costs almost nothing.
     """
     last = next((span for span in reversed(spans) if span.slice), None)
     if last is None or last.slice is None or last.slice.module or last.relation == "exact" or last is spans[-1]:
@@ -137,16 +144,16 @@ class _Planning:
         self._variants: Mapping[str, list[tuple[str, SliceInfo]]] = self._store.variants(self._contents.values())
         self._prompt = Chain(self._slices)
         self._before: set[bytes] = set()
-        """The ``text_id`` of each text before the current piece."""
+        """The ``text_id`` of each piece that precedes the current one in the prompt."""
         self._text: Chain | None = None
-        """The schema's text in the prompt so far, with placeholders instead of arguments; ``None`` if that equals the
-        prompt so far."""
+        """The schema's text in the prompt so far, with placeholders instead of arguments. ``None`` while it equals
+        ``_prompt``."""
 
     def run(self) -> list[Span]:
         """Returns the spans of the prompt."""
         cached = [index for index, piece in enumerate(self._pieces) if isinstance(piece, Segment) and piece.cache]
         last = cached[-1] if cached else -1
-        # An argument may be empty.
+        # An argument may be empty, so the last piece need not be the last one with tokens.
         end = max((index for index, piece in enumerate(self._pieces) if len(piece.tokens)), default=-1)
         for index, piece in enumerate(self._pieces):
             size = len(piece.tokens) - (self._ends and index == end)
@@ -161,9 +168,9 @@ class _Planning:
                 self._before.add(text_id(piece.tokens))
         return self._prompt.spans
 
-    # -- what a prompt brings ----------------------------------------------------------------------------------------
+    # -- text of the prompt -------------------------------------------------------------------------------------------
     def _new(self, piece: NewText, *, followed: bool) -> None:
-        """Adds new text of the prompt. It is evaluated, unless exact slices are required or one is saved."""
+        """Adds new text of the prompt: evaluated, unless ``refine`` saved an exact slice of it or the plan is exact."""
         text = self._schema_text().copy()
         text.evaluate(piece.placeholder)
         if followed and self._prompt.trail.exact and len(piece.tokens):
@@ -182,10 +189,12 @@ class _Planning:
         self._prompt.evaluate(piece.tokens, why, module)
 
     def _schema_text(self) -> Chain:
+        """The schema's text so far, whether it differs from the prompt or not."""
         return self._prompt if self._text is None else self._text
 
-    # -- what the schema has -----------------------------------------------------------------------------------------
+    # -- text of the schema ------------------------------------------------------------------------------------------
     def _segment(self, segment: Segment, size: int) -> None:
+        """Adds the first ``size`` tokens of a segment: from an exact, else the best usable, else a missing slice."""
         candidate = self._prompt.next(segment.tokens if self._cuts else segment.tokens[:size], segment.module)
         if self._prompt.trail.exact and (self._exact or candidate.key in self._store):
             absent = candidate.key not in self._store
@@ -202,7 +211,7 @@ class _Planning:
             return
         candidate = self._missing(segment)
         trail = self._prompt.trail
-        # A slice encoded at its position in the prompt is not shifted.
+        # A slice encoded in the prompt's own context keeps the position at which it is encoded.
         in_place = candidate.context_key == trail.key and candidate.start >= start
         exact = in_place and trail.exact and candidate.start == trail.end
         start = candidate.start if in_place else start
@@ -210,7 +219,7 @@ class _Planning:
         self._take(segment, candidate, start, size, relation, self._why_missing(segment), missing=True)
 
     def _found(self, segment: Segment) -> list[Found]:
-        """Returns the saved slices of a segment that this prompt may take."""
+        """Returns the stored slices of a segment that this prompt may splice."""
         limit = self._layout.may_attend_to(segment)
         found = []
         for key, info in self._variants.get(self._contents[segment], []):
@@ -223,18 +232,22 @@ class _Planning:
         return found
 
     def _relation(self, attends_to: frozenset[bytes]) -> Relation:
+        """Relation of a context to the prompt so far; ``exact`` is decided by the caller."""
         if attends_to <= self._before:
             return "clean"
         return "related" if attends_to <= self._layout.texts else "foreign"
 
     def _missing(self, segment: Segment) -> Slice:
-        """Returns the slice to encode for a segment without one. Its context is only schema text, so that other prompts
-        can take the slice, too."""
+        """The slice to encode for a segment without a usable one.
+
+        Its context is the schema's text in the prompt, without the prompt's own text, so that other prompts can use it.
+        """
         limit = self._layout.may_attend_to(segment)
         context = self._schema_text().only(self._layout.texts if limit is None else limit)
         return context.next(segment.tokens, segment.module, None if self._packed else segment.reserved)
 
     def _why_missing(self, segment: Segment) -> str:
+        """The reason for which no stored slice of a segment is usable."""
         there = self._variants.get(self._contents[segment])
         if not there:
             return "no slice yet"
@@ -252,9 +265,10 @@ class _Planning:
         *,
         missing: bool = False,
     ) -> None:
+        """Adds the first ``size`` tokens of a slice at position ``start``."""
         span = Span(start, slice_.tokens[:size], slice_, relation, missing=missing, why=why)
         if self._text is not None:
-            # The position in the schema, even if new text has shifted the segment in the prompt.
+            # New text shifts a segment in the prompt, but not in the schema's text.
             reserved = None if self._packed else segment.reserved
             self._text.add(replace(span, start=max(reserved or 0, self._text.end)))
         self._prompt.add(span)

@@ -1,4 +1,4 @@
-"""Refining: encodes exact slices of recently asked prompts when idle."""
+"""Refining: builds the exact slices of recent prompts while the engine is idle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cpucache.store import Part
 
 
 def asked(bound: Bound) -> list[Part]:
-    """Returns the parts of a prompt that should be exact next time: all up to the last cached segment."""
+    """Returns the parts of a prompt that ``refine`` makes exact: all up to the last segment that may have slices."""
     parts = []
     last = 0
     for piece in bound.pieces:
@@ -30,12 +30,12 @@ def asked(bound: Bound) -> list[Part]:
 
 
 def text_parts(plan: Plan) -> list[Part]:
-    """Returns the same for text without markup: all but its last span, which every prompt evaluates."""
+    """Returns the parts of a text without markup: all spans but the last, which every prompt evaluates."""
     return [Part(span.tokens, "", saved=True) for span in plan.spans[:-1]]
 
 
 def exact_slices(parts: Sequence[Part], slices: Slices) -> list[Slice]:
-    """Returns the exact slices of a combination, each with all parts before it as context."""
+    """Returns the slices of the saved parts of a combination, each with all preceding parts as its context."""
     chain = Chain(slices)
     made = []
     for part in parts:
@@ -67,7 +67,8 @@ def refine(
 ) -> Task[None]:
     """Encodes missing exact slices, the most asked combinations first.
 
-    A closed task keeps the slices encoded so far; a new task encodes only the rest.
+    A closed task keeps the slices encoded so far; a new task encodes only the rest. Combinations that do not fit into the
+    llama.cpp context are dropped.
 
     Args:
         kv_cache: Encodes the slices; its store lists the combinations asked.

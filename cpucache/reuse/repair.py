@@ -1,8 +1,8 @@
-"""Repair: selects the slices of a plan to recompute, within a budget.
+"""Repair: chooses the modules of a plan to recompute, within a budget of tokens.
 
-Recomputing a whole module that contains the answer brings the result closer to full prefill. Recomputing a part of a
-module lowers quality, so modules are recomputed as a whole or not at all (bench/RESULTS.md). Modules are ranked by the
-words that they share with the new text of the prompt.
+Recomputing the module that contains the answer brings the result closer to full prefill. Recomputing only a part of a
+module does more harm than good, so that modules are recomputed whole or not at all (bench/RESULTS.md). Modules are
+ranked like documents in a search engine: by the words that they share with the new text of the prompt.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from cpucache.layout import Tokens
 from cpucache.store import text_id
 
 _WORD = re.compile(r"\w+")
-_KNOWN = 10_000  # texts whose words are remembered
+_KNOWN = 10_000  # maximum number of texts whose words are cached
 
 
 class Repair:
-    """Selects parts to recompute by the words of the question, weighted by inverse document frequency.
+    """Chooses what to recompute by the words of the question.
+
+    Each shared word is weighted by its inverse document frequency: the fewer modules contain it, the more it counts.
 
     Args:
         text: Returns the text of tokens.
@@ -31,14 +33,14 @@ class Repair:
         self._known: dict[bytes, frozenset[str]] = {}
 
     def choose(self, parts: Sequence[Sequence[Tokens]], new: Iterable[Tokens], budget: int) -> set[int]:
-        """Returns the indices of the parts to recompute: the most relevant ones that fit the budget.
+        """Returns the indices of the parts to recompute: the most relevant ones that fit into ``budget``.
 
-        The first part may take twice the budget, since part of a module is never recomputed.
+        The first part chosen may be up to twice as long as the budget, since a part is only recomputed whole.
 
         Args:
-            parts: Each as the tokens of its slices.
-            new: Tokens that are evaluated in any case: the question.
-            budget: Maximum number of tokens to recompute.
+            parts: The modules or segments to choose from, each as the tokens of its slices.
+            new: The tokens that are evaluated anyway: the question.
+            budget: Number of tokens to recompute.
         """
         chosen: set[int] = set()
         for number in self._ranked(parts, new):
@@ -49,6 +51,7 @@ class Repair:
         return chosen
 
     def _ranked(self, parts: Sequence[Sequence[Tokens]], new: Iterable[Tokens]) -> list[int]:
+        """Indices of all parts, the most relevant first."""
         asked = {word for tokens in new for word in self._words_of(tokens)}
         words = [asked & set().union(*map(self._words, part)) for part in parts]
         found = Counter(word for shared in words for word in shared)
@@ -56,6 +59,7 @@ class Repair:
         return sorted(range(len(parts)), key=lambda number: -value[number])
 
     def _words(self, tokens: Tokens) -> frozenset[str]:
+        """``_words_of``, cached."""
         identity = text_id(tokens)
         words = self._known.get(identity)
         if words is None:
@@ -65,4 +69,5 @@ class Repair:
         return words
 
     def _words_of(self, tokens: Tokens) -> frozenset[str]:
+        """The case-folded words of a text."""
         return frozenset(_WORD.findall(self._text(tokens).casefold()))

@@ -24,14 +24,15 @@ from cpucache.stages import stage
 
 SLOTS = SEQUENCES // 2
 """Maximum number of slots of a llama.cpp context."""
-_ROWS = 16  # tokens a batch whose logits are all read
+_ROWS = 16  # maximum size, in tokens, of a batch that keeps all logits
 
 _log = logging.getLogger("cpucache.reuse")
 State: TypeAlias = Callable[[Slice], Bytes]
+"""Returns the saved state of a slice."""
 
 
 class Refused(Exception):
-    """Raised when llama.cpp rejects the state of a slice, or the loaded cells don't match the slice."""
+    """Raised when llama.cpp rejects the saved state of a slice, or the loaded state has the wrong positions."""
 
     def __init__(self, slice_: Slice) -> None:
         self.slice = slice_
@@ -39,31 +40,37 @@ class Refused(Exception):
 
 
 class Splicer:
-    """Owns the slots of a llama.cpp context.
+    """Owner of the slots of a llama.cpp context.
 
-    A slot keeps its spans, so that the next plan costs only the difference. Sequences that are not slots are empty
-    between calls. A failed task empties its slot; a closed task keeps the tokens evaluated so far.
+    A slot keeps its cells between plans, so that the next plan costs only what differs. All sequences other than slots
+    are empty between calls. A task that fails empties its slot; a task that is closed keeps what it has evaluated.
 
     Args:
-        context: The llama.cpp context where slices are loaded and tokens evaluated.
-        slots: Number of concurrent answers, ``SLOTS`` at most.
+        context: The llama.cpp context that loads slices and evaluates tokens.
+        slots: Number of answers that can be decoded concurrently, at most ``SLOTS``.
     """
 
     def __init__(self, context: Context, slots: int = 1) -> None:
         self.context = context
         self.slots = [Slot(sequence) for sequence in range(slots)]
         self.scratch = slots
-        """Sequence in which single slices are loaded and saved."""
+        """The sequence in which single slices are loaded and saved."""
         self.free = range(slots + 1, SEQUENCES)
-        """Sequences that hold loaded slices until they are joined, and that encode several slices in one batch."""
+        """Sequences that hold loaded parts until they are joined, or several slices encoded in one batch."""
         self._learnt = False
         self._rotation: Rotation | None = None
 
     def take(self, plan: Plan, owner: str = "", points: Points | None = None) -> Slot:
-        """Returns the idle slot of ``owner`` that holds most of ``plan``, marked busy; empties other idle slots.
+        """Returns the idle slot of ``owner`` that shares the most spans with ``plan``, and marks it busy.
 
-        If all idle slots have other owners, one of them is emptied and assigned to ``owner``.
-        Other slots are emptied because cells that a plan does not attend to are masked, not skipped, and cost time.
+        If every idle slot belongs to another owner, one of them is emptied and assigned to ``owner``. All other idle
+        slots are emptied: llama.cpp masks the cells of other sequences but does not skip them, so that they would slow
+        every evaluation.
+
+        Args:
+            plan: The plan that the slot will hold.
+            owner: Whose text the slot may already hold; the text of other owners is never reused.
+            points: The recurrent states available; ignored for models without any.
         """
         idle = [slot for slot in self.slots if not slot.busy]
         taken = max(idle, key=lambda slot: slot.shared(plan) if slot.owner == owner else -1)
@@ -80,11 +87,11 @@ class Splicer:
         return taken
 
     def known(self, plan: Plan, owner: str, *, ends: bool = True) -> int:
-        """Maximum of ``Slot.known`` over the slots of ``owner``, in tokens."""
+        """Greatest ``Slot.known`` among the slots of ``owner``: tokens without a slice that need no evaluation."""
         return max((slot.known(plan, ends=ends) for slot in self.slots if slot.owner == owner), default=0)
 
     def reset(self, slot: Slot) -> None:
-        """Empties a slot, and all sequences that are not slots."""
+        """Empties a slot, and all sequences other than slots."""
         slot.held = []
         if not any(other.held for other in self.slots):
             self.context.clear()
@@ -93,7 +100,7 @@ class Splicer:
             self.context.remove(sequence)
 
     def prepare(self, slot: Slot) -> None:
-        """Learns the rotation of keys from the state of a slot, so that the first prompt need not."""
+        """Learns the key rotation of the model from a slot's state, so that the first prompt does not pay for it."""
         self._learn(self.context.save(slot.sequence))
 
     def splice(
@@ -106,18 +113,24 @@ class Splicer:
         fresh: bool = False,
         ends: bool = True,
     ) -> Splicing:
-        """Loads slices of a plan into the llama.cpp context. ``prefill`` must follow, with no evaluation in between.
+        """Loads the slices of a plan into the llama.cpp context; ``prefill`` then completes the plan in the slot.
+
+        Nothing may be evaluated between the two calls. After an exception the slot is empty.
 
         Args:
-            slot: Target; keeps the spans that it shares with ``plan``.
-            plan: Spans that the slot must hold after ``prefill``.
+            slot: The slot to fill; it keeps the cells that it shares with ``plan``.
+            plan: The plan that the slot will hold.
             state: Returns the saved state of a slice.
-            metrics: Receives the time taken, in ``splice_ms`` and ``prefill_ms``.
-            fresh: Reuse nothing from any slot.
-            ends: Whether the prompt ends here, so that logits of its last token are needed.
+            metrics: Receives the milliseconds taken, in ``splice_ms``.
+            fresh: Whether to reuse nothing that a slot holds.
+            ends: Whether the prompt ends with the plan, so that the logits of its last token are needed.
+
+        Returns:
+            The state of the splice, for ``prefill``.
 
         Raises:
-            Refused, ContextFull: The slice can't be loaded, or the context is full; the slot is empty.
+            Refused: llama.cpp rejects the state of a slice.
+            ContextFull: The llama.cpp context has too few free cells.
         """
         metrics = metrics or Metrics()
         started = time.perf_counter()
@@ -139,10 +152,11 @@ class Splicer:
         return splicing
 
     def prefill(self, splicing: Splicing, progress: Step | None = None) -> Task[int]:
-        """Joins the loaded slices in the slot and evaluates fresh tokens. Returns the number of tokens evaluated.
+        """Completes a plan in its slot: joins the loaded slices and evaluates fresh tokens, in position order.
 
-        Logits of the last token are available afterwards if the plan ends with fresh tokens. ``progress`` is called
-        with numbers of tokens evaluated. Raises ``Refused`` or ``ContextFull``, with the slot empty.
+        Returns the number of tokens evaluated. If the plan ends with fresh tokens, the logits of the last one can be
+        read afterwards. ``progress`` is called with the tokens of each batch. Raises ``Refused`` or ``ContextFull``,
+        with the slot empty.
         """
         slot, plan = splicing.slot, splicing.plan
         evaluated = 0
@@ -167,11 +181,11 @@ class Splicer:
         return evaluated
 
     def build(self, slot: Slot, plan: Plan, state: State, progress: Step | None = None) -> Task[int]:
-        """Runs ``splice`` and ``prefill``. Returns the number of tokens evaluated."""
+        """Runs ``splice`` and ``prefill``; returns the number of tokens evaluated."""
         return (yield from self.prefill(self.splice(slot, plan, state), progress))
 
     def _keep_evaluated(self, slot: Slot, plan: Plan) -> None:
-        """Records the part of ``plan`` that the slot's sequence holds, and empties sequences that are not slots."""
+        """Sets a slot's spans to the part of ``plan`` in its sequence, and empties all sequences other than slots."""
         end = self.context.last_position(slot.sequence) + 1
         slot.held = [span for span in plan.spans if span.end <= end]
         rest = plan.spans[len(slot.held)] if len(slot.held) < len(plan.spans) else None
@@ -181,7 +195,7 @@ class Splicer:
             self.context.remove(sequence)
 
     def append(self, slot: Slot, tokens: Tokens) -> Task[None]:
-        """Evaluates tokens of an answer after the slot's last token, and keeps the logits of the last one."""
+        """Evaluates tokens of an answer at the end of a slot, with logits of the last one."""
         try:
             slot.index = yield Work([Run(slot.sequence, slot.end, tokens)], logits="last", answers=True)
         except BaseException:
@@ -190,7 +204,7 @@ class Splicer:
         slot.add(tokens)
 
     def rows(self, slot: Slot, tokens: Tokens) -> Task[list[Logits]]:
-        """Evaluates tokens after the slot's last token. Returns the logits of each."""
+        """Evaluates tokens at the end of a slot; returns the logits of each."""
         found: list[Logits] = []
         for begin in range(0, len(tokens), _ROWS):
             part = tokens[begin : begin + _ROWS]
@@ -204,9 +218,10 @@ class Splicer:
         return found
 
     def capture(self, slot: Slot, slice_: Slice) -> Bytes | None:
-        """Returns the state of a slice whose tokens the slot has evaluated, and marks these tokens as the slice.
+        """Returns the state of a slice whose tokens a slot has evaluated; the slot then holds them as this slice.
 
-        Returns ``None`` if the tokens or the context differ, or if cells of a sliding window were overwritten.
+        Returns ``None`` if the slice is saved with a shift, if the slot holds other tokens at its position or before
+        it, or if llama.cpp has overwritten cells of its sliding window.
         """
         if slice_.delta or not slot.recognise(slice_):
             return None
@@ -217,11 +232,11 @@ class Splicer:
         return state
 
     def capture_point(self, slot: Slot) -> Bytes:
-        """Returns the recurrent state of a slot."""
+        """Returns the recurrent state at the end of a slot."""
         return self.context.save_point(slot.sequence)
 
     def _retain(self, slot: Slot, plan: Plan, state: State, *, ends: bool) -> list[Span]:
-        """Cuts a slot to the prefix that it shares with ``plan``. Returns the remaining spans."""
+        """Removes the cells of a slot that it does not share with ``plan``; returns the spans to load or evaluate."""
         self._adopt(slot, plan)
         self._close_up(slot, plan)
         stays = slot.stays(plan)
@@ -229,11 +244,11 @@ class Splicer:
         end = plan.spans[stays - 1].end if stays else 0
         if slot.points:
             if end and end < slot.end:
-                # A recurrent state can't be rolled back, so load the saved one; `_cut` removes the later cells below.
+                # A recurrent state can't be rolled back: load the earlier one; ``_cut`` removes the cells after it.
                 self._load_point(slot.points, slot.sequence, plan.spans[stays - 1], state)
         elif rest and stays < len(slot.held):
             common = slot.evaluated(stays, rest[0])
-            # The last token of the prompt is evaluated in any case, for its logits.
+            # The last token of a prompt is always evaluated, for its logits.
             common = min(common, len(rest[0].tokens) - (ends and len(rest) == 1))
             if common:
                 end = rest[0].start + common
@@ -247,7 +262,7 @@ class Splicer:
         return rest
 
     def _adopt(self, slot: Slot, plan: Plan) -> None:
-        """Shares the cells of another slot if it holds a longer prefix of ``plan``."""
+        """Shares the cells of the owner's slot with the longest prefix of ``plan``, if longer than this slot's."""
         if not self.context.memory.cuts:
             return
         other = max((each for each in self.slots if each.owner == slot.owner), key=lambda each: each.shared(plan))
@@ -260,14 +275,14 @@ class Splicer:
                 self.reset(slot)
 
     def _close_up(self, slot: Slot, plan: Plan) -> None:
-        """Shifts the later slices of a slot down, in place, where ``plan`` leaves out spans in the middle.
+        """Shifts slices of a slot to lower positions in place where ``plan`` leaves out the spans before them.
 
-        A truncated conversation then costs one rotation of keys: nothing is evaluated or loaded.
+        A truncated conversation thus costs one rotation of keys, without any load or evaluation.
         """
         begin = slot.shared(plan)
         if begin >= min(len(slot.held), len(plan.spans)) or not self.context.memory.moves:
             return
-        # Cells shared with another slot would move in that slot, too.
+        # Slots may share cells, and a shift would move them in the other slot, too.
         if any(other.held for other in self.slots if other is not slot):
             return
         gap, first = slot.held[begin].start, plan.spans[begin]
@@ -277,7 +292,7 @@ class Splicer:
                 continue
             delta = first.start - held.start
             if delta < 0 and first.start >= gap:
-                # A slice keeps its state at any position. Fresh tokens have attended to the spans that leave.
+                # Slices can be shifted to any position. Fresh tokens attended to the spans that are removed.
                 staying = list(takewhile(lambda span: span.slice, slot.held[index:]))
                 if not staying:
                     return
@@ -291,8 +306,8 @@ class Splicer:
             return
 
     def _cut(self, slot: Slot, end: int) -> bool:
-        """Removes a slot's cells from position ``end`` on. Returns ``False`` if the slot had to be emptied."""
-        # With ``end`` 0, reset even an empty slot: an earlier ``reset`` may have failed halfway.
+        """Removes a slot's cells from position ``end`` on; returns whether the rest stays (else the slot is empty)."""
+        # With ``end`` 0 even an empty slot is reset: an exception may have interrupted an earlier ``reset``.
         if end and end == slot.end:
             return True
         held = [replace(span, tokens=span.tokens[: end - span.start]) for span in slot.held if span.start < end]
@@ -302,9 +317,9 @@ class Splicer:
         return True
 
     def _whole(self, sequence: int, spans: Sequence[Span]) -> bool:
-        """Whether a sequence still has all cells of ``spans`` inside the sliding window of its next token.
+        """Whether a sequence still has all cells of its spans that the next token can attend to.
 
-        llama.cpp may overwrite cells that have left a sliding window, even if other cells are free.
+        llama.cpp may overwrite cells that have left a sliding window, even while other cells are free.
         """
         if not self.context.memory.window:
             return True
@@ -314,10 +329,10 @@ class Splicer:
         return self.context.whole(sequence, end, sum(inside))
 
     def _load_group(self, splicing: Splicing, parts: Sequence[_Part]) -> None:
-        """Loads the slices of some parts, each part into its own sequence.
+        """Loads all slices of some parts, each part into its own sequence.
 
-        All are loaded before anything is evaluated, so that all shifts share one rotation of keys: llama.cpp rotates
-        every cell of the context, however few have moved.
+        All slices are loaded before anything is evaluated, so that llama.cpp applies all shifts in one rotation of
+        keys: a rotation always covers every cell of the llama.cpp context, however few were shifted.
         """
         slot, state = splicing.slot, splicing.state
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
@@ -329,7 +344,7 @@ class Splicer:
                     self._load_point(slot.points, park, part.slices[-1], state)
 
     def _join(self, splicing: Splicing, parts: Sequence[_Part], progress: Step | None) -> Task[int]:
-        """Joins loaded parts to a slot in order and evaluates their fresh tokens. Returns the number evaluated."""
+        """Appends loaded parts to a slot, and evaluates their fresh tokens; returns the number of tokens evaluated."""
         slot = splicing.slot
         evaluated = 0
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
@@ -345,6 +360,7 @@ class Splicer:
         return evaluated
 
     def _load(self, slot: Slot, span: Span, sequence: int, state: State) -> None:
+        """Adds the slice of a span to a sequence: from another slot, or from its saved state, shifted if needed."""
         assert span.slice is not None
         if self._borrow(slot, span, sequence):
             return
@@ -352,10 +368,10 @@ class Splicer:
         moved = self._moved(saved, span.delta) if span.delta else None
         if moved is not None:
             saved, start = moved, span.start
-        # llama.cpp compares the shapes in the state's header with the model's, but does not check positions.
+        # llama_state_seq_set_data checks shapes against the model, but accepts any positions.
         loaded = self.context.load(self.scratch, saved)
         end = start + len(span.slice.tokens)
-        # With recurrent states, the last position is known only after the point is loaded.
+        # With recurrent states, ``last_position`` is only valid once ``_load_point`` has loaded one.
         if not loaded or not (slot.points or self.context.last_position(self.scratch) == end - 1):
             raise Refused(span.slice)
         if not self._whole(self.scratch, [span.slice.span.moved(start - span.slice.start)]):
@@ -369,13 +385,14 @@ class Splicer:
         self.context.remove(self.scratch)
 
     def _load_point(self, points: Points, sequence: int, span: Span, state: State) -> None:
+        """Loads the recurrent state saved at the end of a span's slice."""
         assert span.slice is not None
         point = points.of(span.slice)
         if not self.context.load_point(sequence, state(point)) or self.context.last_position(sequence) != span.end - 1:
             raise Refused(point)
 
     def _borrow(self, slot: Slot, span: Span, sequence: int) -> bool:
-        """Shares the cells of another slot that holds the same slice at the same position. Returns whether one does."""
+        """Shares the cells of a slot that holds the same slice at the same position; returns whether one does."""
         if not self.context.memory.cuts:
             return False
         others = (each for each in self.slots if each is not slot)
@@ -390,6 +407,7 @@ class Splicer:
         return whole
 
     def _moved(self, state: Bytes, delta: int) -> Bytes | None:
+        """A state with its keys rotated by ``delta`` positions; ``None`` if only llama.cpp can shift it."""
         with stage("shift"):
             self._learn(state)
             return self._rotation.moved(state, delta) if self._rotation else None
@@ -402,7 +420,7 @@ class Splicer:
 
 @dataclass(frozen=True)
 class _Part:
-    """Consecutive slices, and the fresh tokens after them."""
+    """A run of slices, and the fresh tokens after it."""
 
     slices: tuple[Span, ...]
     fresh: Span | None
@@ -410,20 +428,20 @@ class _Part:
 
 @dataclass(frozen=True)
 class Splicing:
-    """A plan being built in a slot: the first group of its slices is loaded, nothing is joined yet."""
+    """A plan between ``splice`` and ``prefill``: the slices of its first group are loaded, but not joined yet."""
 
     slot: Slot
     wanted: Plan
-    """The plan requested."""
+    """The plan passed to ``splice``."""
     plan: Plan
-    """The plan requested, with tokens to evaluate in place of slices that can't be extended."""
+    """``wanted``, with tokens to evaluate instead of slices that have no recurrent state after them."""
     groups: list[list[_Part]]
     state: State
     metrics: Metrics
 
 
 def _grouped(spans: Sequence[Span], free: int) -> list[list[_Part]]:
-    """Returns the parts of a plan, in groups that fit the slot and ``free`` more sequences."""
+    """Cuts spans into parts, in groups of at most one more than the number of ``free`` sequences."""
     parts: list[_Part] = []
     slices: list[Span] = []
     for span in spans:
@@ -432,7 +450,7 @@ def _grouped(spans: Sequence[Span], free: int) -> list[list[_Part]]:
             continue
         last = parts[-1].fresh if parts and not slices else None
         if last and last.end == span.start:
-            # One evaluation is faster than two.
+            # One batch is faster than two.
             parts[-1] = _Part(parts[-1].slices, Span(last.start, np.concatenate([last.tokens, span.tokens])))
         else:
             parts.append(_Part(tuple(slices), span))
@@ -444,4 +462,5 @@ def _grouped(spans: Sequence[Span], free: int) -> list[list[_Part]]:
 
 
 def _since(started: float) -> float:
+    """Milliseconds since ``started``, in seconds of ``time.perf_counter``."""
     return (time.perf_counter() - started) * 1000

@@ -1,4 +1,4 @@
-"""The lookup for text without markup: the longest known prefix, then slices with other contexts where allowed."""
+"""The lookup for text without markup: the longest saved prefix, then slices of single segments in other contexts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cpucache.stages import stage
 from cpucache.store import text_id
 
 PlanText: TypeAlias = Callable[[Sequence[Span], Tokens], Plan]
-"""Plans tokens after the spans that precede them."""
+"""Returns the plan of some spans and the tokens after them."""
 SHORTEST = 64
-"""Minimum number of consecutive tokens to take from slices with other contexts; fewer are evaluated as fast."""
+"""Minimum length, in tokens, of a run of segments spliced from other contexts. Evaluating fewer is as fast."""
 
 
 def plan_text(
@@ -30,19 +30,19 @@ def plan_text(
     reuse: Reuse,
     before: Sequence[Span] = (),
 ) -> Plan:
-    """Returns the plan of a text, with the spans before it.
+    """Returns the plan of a text, after the spans that precede it.
 
-    The plan begins with exact slices: the longest saved slice after the spans so far is added until none exists. The
-    remaining segments use slices with other contexts where ``reuse`` allows it and such slices exist; the others are
-    evaluated and saved. The last token is evaluated in any case. Models whose states can't be shifted get exact plans,
-    whatever ``reuse`` is.
+    The plan begins with the longest saved prefix of the text: at each position, the longest exact slice, however the
+    text was cut when it was saved. The rest is cut into segments. A segment that may come from another context uses a
+    slice evaluated there; any other segment is evaluated and saved. The last token is always evaluated. The plan is
+    exact for models whose states can't be shifted, whatever ``reuse`` is.
 
     Args:
-        kv_cache: KV cache whose store is searched.
-        repair: Selects the segments to recompute.
-        text: The text; segments within its parts may use slices with other contexts.
-        fidelity: Whether slices must be exact; otherwise the share of tokens from other contexts to recompute.
-        reuse: ``"anywhere"``: all segments may use slices with other contexts. ``"exact"``: none may.
+        kv_cache: Provides the store and the model's slice keys.
+        repair: Chooses the segments to recompute.
+        text: The text; segments within its ``parts`` may use slices from other contexts.
+        fidelity: Whether slices must be exact; if not, the share of tokens from other contexts to recompute.
+        reuse: ``"anywhere"`` lets all segments use slices from other contexts, ``"exact"`` none.
         before: Spans that precede the text. The plan begins with them, unchanged.
     """
     with stage("look up"):
@@ -55,6 +55,7 @@ def plan_text(
 def _planned(
     kv_cache: KVCache, repair: Repair, text: Text, before: Sequence[Span], *, anywhere: bool, share: float
 ) -> Plan:
+    """``plan_text`` with its choices resolved: ``share`` is the share of tokens from other contexts to recompute."""
     chain = Chain(kv_cache.slices)
     for span in before:
         chain.add(span)
@@ -90,15 +91,15 @@ def _planned(
 
 @dataclass(eq=False)
 class _Segment:
-    """A segment after the known prefix."""
+    """A segment after the saved prefix."""
 
     begin: int
     tokens: Tokens
     slice: Slice | None = None
-    """Slice with another context to use for the segment, if any."""
+    """A slice of its tokens, evaluated in another context."""
     recomputed: bool = False
     why: str = "no slice yet"
-    """Reason for evaluating the segment, if it is evaluated."""
+    """The reason for evaluating the segment, if it is evaluated."""
 
     @property
     def end(self) -> int:
@@ -106,7 +107,7 @@ class _Segment:
 
 
 def _add_known_prefix(kv_cache: KVCache, chain: Chain, tokens: Tokens) -> None:
-    """Adds saved slices of a prefix of ``tokens`` to ``chain``, each with all tokens before it as context."""
+    """Adds the exact slices that the store has of the first of these tokens, at each position the longest one."""
     store, start = kv_cache.store, chain.end
     while len(left := tokens[chain.end - start :]):
         for size in sorted((size for size in store.sizes_after(chain.trail.key) if size <= len(left)), reverse=True):
@@ -119,33 +120,36 @@ def _add_known_prefix(kv_cache: KVCache, chain: Chain, tokens: Tokens) -> None:
 
 
 def _segments(kv_cache: KVCache, text: Text, begin: int) -> list[_Segment]:
-    """Returns the segments from position ``begin`` on; the last one includes the last token."""
+    """Cuts a text into segments from index ``begin`` on; the last one contains the last token and is evaluated."""
     ends = [end for end in text.ends(kv_cache.slices.cuts) if end > begin]
     found = []
     for end in ends[:-1]:
         found.append(_Segment(begin, text.tokens[begin:end]))
         begin = end
     if kv_cache.slices.memory.points and begin < len(text.tokens) - 1:
-        # The state before the last token can't be recovered after that token has been evaluated.
+        # A recurrent state can't be rolled back, so the state before the last token needs a slice of its own.
         found.append(_Segment(begin, text.tokens[begin:-1]))
         begin = len(text.tokens) - 1
     return [*found, _Segment(begin, text.tokens[begin:])]
 
 
 def _find(kv_cache: KVCache, segments: Sequence[_Segment], start: int) -> None:
-    """Sets the best saved slice of each segment, in any context. ``start``: position of the text's first token."""
+    """Assigns to each segment the best stored slice of its tokens, whatever its context.
+
+    ``start`` is the position of the text's first token.
+    """
     contents = [kv_cache.slices.content(each.tokens) for each in segments]
     variants = kv_cache.store.variants(contents)
     for each, content in zip(segments, contents, strict=True):
         found = variants[content]
         if found:
-            # Prefer the longest context, then a slice that needs no shift.
+            # The longest context first, then a slice that needs no shift.
             key, info = max(found, key=lambda one: (one[1].attended_tokens, one[1].start == start + each.begin, one[0]))
             each.slice = Slice.described(key, info, each.tokens)
 
 
 def _drop_short(segments: Sequence[_Segment]) -> None:
-    """Removes slices that form runs of fewer than ``SHORTEST`` tokens."""
+    """Drops the slices of runs of segments that are shorter than ``SHORTEST`` tokens in all."""
     run: list[_Segment] = []
     for each in [*segments, None]:
         if each is not None and each.slice:

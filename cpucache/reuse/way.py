@@ -1,4 +1,4 @@
-"""The steps of a prompt: plan, look up, splice, prefill, decode."""
+"""The stages of a prompt: plan, look up, splice, prefill, decode."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def answer(
     fresh: bool = False,
     ends: bool = True,
 ) -> Task[T]:
-    """Answers a prompt: looks up, splices and prefills its plan, then decodes. Every prompt is answered here.
+    """Runs all stages of a prompt; every prompt is answered through this task.
 
     Args:
-        kv_cache: Owns the llama.cpp context and the store.
-        plan: Returns the plan from the slices that exist. Called again if a slice is gone or unusable.
-        decode: Called with the slot that holds the plan (with logits of its last token), and the plan.
-        slot: Slot for the prompt; by default the idle slot that holds most of it.
-        label: Name under which the store lists new slices.
-        progress: Called with the number of tokens evaluated so far, and the total.
-        metrics: Receives token counts and times.
-        fresh: Reuse nothing from any slot, so that every token without a slice is evaluated.
-        ends: Whether the prompt ends with the plan. Otherwise no logits are needed.
+        kv_cache: Provides the llama.cpp context and the store.
+        plan: Returns the plan from the slices in the store. Called again if a slice is evicted or unusable.
+        decode: Called with the slot and its plan; the logits of the slot's last token can be read.
+        slot: The slot for the prompt; by default the idle one that shares the most spans with the plan.
+        label: The name under which the store lists slices saved for this prompt.
+        progress: Called with the number of tokens evaluated, and their total.
+        metrics: Receives the times and token counts of the prompt.
+        fresh: Whether to reuse nothing that a slot holds, so that every token without a slice is evaluated.
+        ends: Whether the prompt ends with the plan. If not, the logits of the last token are not needed.
 
     Returns:
         The result of ``decode``.
@@ -64,15 +64,23 @@ def answer(
 
 
 def nothing(_: Slot, plan: Plan) -> Task[Plan]:
-    """Decodes nothing, and returns the plan that the slot holds."""
+    """A ``decode`` for ``answer`` that decodes nothing and returns the plan."""
     yield from ()
     return plan
 
 
 def forced(kv_cache: KVCache, slot: Slot, plan: Plan, tokens: Tokens, label: str = "") -> Task[Logits]:
-    """Returns logits after each token of the plan's last span, which must be fresh, and of ``tokens`` after it.
+    """Returns the logits after each token of the plan's last span and after each of ``tokens``, by teacher forcing.
 
-    Shape: `[n_tokens, n_vocab]`. Row i predicts the token after token i.
+    Args:
+        kv_cache: Provides the llama.cpp context and the store.
+        slot: The slot that evaluates the tokens.
+        plan: The plan of the prompt; its last span is fresh.
+        tokens: The continuation to evaluate after the plan.
+        label: The name under which the store lists slices saved for this prompt.
+
+    Returns:
+        Logits ``[n_last_span + n_tokens, n_vocab]``; each row predicts the token after its own.
     """
     *before, last = plan.spans
 
@@ -83,7 +91,7 @@ def forced(kv_cache: KVCache, slot: Slot, plan: Plan, tokens: Tokens, label: str
 
 
 class _Filling:
-    """Fills a slot with a plan, step by step."""
+    """The stages of ``answer`` before ``decode``: fills a slot with a plan."""
 
     def __init__(
         self,
@@ -125,7 +133,7 @@ class _Filling:
 
     @contextmanager
     def look_up(self, plan: Plan) -> Iterator[None]:
-        """Finds the slices of a plan that the slot holds and those that are missing; protects them from eviction."""
+        """Finds what the slot holds and the store lacks of a plan. Its slices are not evicted until the exit."""
         kv_cache = self._kv_cache
         with stage("look up"):
             kv_cache.check_can_be_spliced(plan)
@@ -156,13 +164,13 @@ class _Filling:
             yield
 
     def _step(self, count: int) -> None:
-        """Counts evaluated tokens."""
+        """Counts evaluated tokens, and reports progress."""
         self._counted += count
         if self._told:
             self._told(count)
 
     def _tell(self) -> None:
-        """Logs the source of each span of the plan, and the reason."""
+        """Logs the source of each span of the plan, and the reason for it."""
         plan = self._plan
         if _log.isEnabledFor(logging.INFO):
             here = sum(len(slice_.tokens) for slice_ in self._held)
@@ -179,7 +187,7 @@ class _Filling:
                 _log.debug("  %d..%d %s %s%s", span.start, span.end, module or "(text)", taken, why)
 
     def splice(self) -> Task[None]:
-        """Encodes missing slices, and starts splicing the plan into the llama.cpp context."""
+        """Encodes the missing slices, then starts the splice of the plan, see ``Splicer.splice``."""
         kv_cache, states = self._kv_cache, self.attempts.states
         yield from kv_cache.make(
             self.slot, self._missing, self._wanted, self._held, states, self._label, self._encoded, self._step
@@ -195,7 +203,7 @@ class _Filling:
         )
 
     def prefill(self) -> Task[None]:
-        """Evaluates fresh tokens, and updates the metrics."""
+        """Evaluates the fresh tokens, saves slices evaluated among them, and completes the metrics."""
         kv_cache, plan, encoded = self._kv_cache, self._plan, self._encoded
         before = self._metrics.prefill_ms
         spent = yield from kv_cache.splicer.prefill(self._splicing, self._step)
@@ -203,10 +211,10 @@ class _Filling:
         encoded.tokens += sum(len(slice_.tokens) for slice_ in self._last)
         kv_cache.know(plan.slices)
         made = sum(len(span.tokens) for span in plan.spans if span.slice in encoded.new)
-        # Tokens before newly encoded slices were evaluated with them.
+        # Encoding a missing slice may already have evaluated the fresh tokens before it, which ``spent`` leaves out.
         evaluated = made + max(spent, self._spliced.n_tokens - self._spliced.n_cached - self._known)
         if kv_cache.slices.memory.points:
-            # Tokens between the recurrent state that was extended and these slices were evaluated, too.
+            # Encoding also evaluates the tokens between the loaded recurrent state and a missing slice.
             evaluated = max(evaluated, min(self._counted, plan.n_tokens))
         seconds = (self._metrics.prefill_ms - before) / 1000
         kv_cache.learn_rate(encoded.tokens + spent, encoded.seconds + seconds)

@@ -1,4 +1,4 @@
-"""Tasks: generators that yield the tokens to evaluate next, so that a scheduler can combine several in one batch."""
+"""Tasks: generators that yield the tokens to evaluate next, so that a scheduler can batch several tasks together."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ T = TypeVar("T")
 
 @dataclass
 class Work:
-    """Tokens that a task needs evaluated before its next step. Without tokens, the task waits for another process."""
+    """Tokens that a task needs evaluated before it continues. Without tokens, the task waits for another process."""
 
     runs: list[Run]
-    """Runs not yet added to a batch."""
+    """The runs not yet added to a batch."""
     logits: Wanted = "none"
-    """Logits to keep. ``"last"``: of the last token. ``"all"``: of every token; all runs then go into one batch."""
+    """Logits to keep: ``"last"`` for the last token only; ``"all"`` for every token, with all runs in one batch."""
     progress: Step | None = None
-    """Called with the number of tokens added to each batch."""
+    """Called with the number of these tokens in each batch."""
     answers: bool = False
-    """Whether these are tokens of an answer, which always go into the next batch."""
+    """Whether these are tokens of an answer, which are always part of the next batch."""
     index: int = -1
-    """Index in the last batch of the first token whose logits were kept."""
+    """Index, in the last batch, of the first token whose logits were kept."""
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens still to be evaluated."""
+        """Number of tokens not yet added to a batch."""
         return sum(len(run.tokens) for run in self.runs)
 
     def fill(self, batch: Batch, room: int) -> int:
-        """Moves up to ``room`` tokens (all with ``logits="all"``) into a batch. Returns the number of tokens moved."""
+        """Moves up to ``room`` tokens into a batch (with logits ``"all"``, every token); returns their number."""
         begin = batch.size
         self.index = begin
         room = self.n_tokens if self.logits == "all" else min(room, self.n_tokens)
@@ -48,5 +48,5 @@ class Work:
 
 
 Task: TypeAlias = Generator[Work, int, T]
-"""Yields ``Work``; is sent the index, in the last batch, of the first logits kept; returns its result. Closing a task,
-or throwing an error into it, leaves the llama.cpp context consistent."""
+"""Yields ``Work``, is sent ``Work.index`` of the last batch, and returns its result. Closing a task, or throwing an
+exception into it, leaves the llama.cpp context consistent with what the slots hold."""
