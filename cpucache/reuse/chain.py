@@ -1,4 +1,4 @@
-"""Chains of spans in position order, with the context key of the whole chain."""
+"""Chains: consecutive spans, together with the trail (and so the context key) of all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cpucache.reuse.slices import Slice, Slices, Span, Trail
 
 
 class Chain:
-    """Spans in position order; new spans are appended at the end."""
+    """Spans in order of position; new spans are added at the end."""
 
     def __init__(self, slices: Slices) -> None:
         self._slices = slices
@@ -24,13 +24,13 @@ class Chain:
         return self.trail.end
 
     def copy(self) -> Chain:
-        """Returns a copy that can be extended separately."""
+        """Independent copy of this chain."""
         other = Chain(self._slices)
         other.spans, other.trail = list(self.spans), self.trail.copy()
         return other
 
     def add(self, span: Span) -> None:
-        """Appends a span. Adjacent tokens to evaluate, of one module and for one reason, are merged into one span."""
+        """Adds a span at the end. Adjacent tokens to evaluate for the same reason are merged into one span."""
         if not len(span.tokens):
             return
         self.trail.add(span)
@@ -42,19 +42,29 @@ class Chain:
             self.spans.append(span)
 
     def evaluate(self, tokens: Tokens, why: str = "", module: str = "", *, again: bool = False) -> None:
-        """Appends tokens to evaluate, directly after the last span. ``again``: a slice of them exists (recompute)."""
+        """Adds tokens to evaluate directly after the last span.
+
+        Args:
+            tokens: The tokens to evaluate.
+            why: Reason for evaluating them, as shown by ``cpucache plan``.
+            module: Dotted path of their module.
+            again: Whether they are evaluated although a slice of them exists.
+        """
         self.add(Span(self.end, tokens, why=why, module=module, recomputed=again))
 
     def next(self, tokens: Tokens, module: str = "", reserved: int | None = None) -> Slice:
-        """Slice of ``tokens`` after this chain, at ``reserved`` or, if that is taken, at the chain's end."""
+        """Slice of ``tokens`` with this chain as its context.
+
+        It is saved at position ``reserved``, or at the end of the chain where the chain already extends beyond that.
+        """
         start = self.end if reserved is None else max(reserved, self.end)
         return self._slices.make(self.spans, tokens, module, start=start, trail=self.trail)
 
     def only(self, texts: Iterable[bytes]) -> Chain:
-        """Returns the spans of this chain that hold and attended to only these texts, packed without gaps.
+        """Chain of the spans that hold, and attended to, only the given texts, moved back to back.
 
         Args:
-            texts: The allowed texts, each as its ``text_id``.
+            texts: ``text_id`` of each text.
         """
         wanted = frozenset(texts)
         kept = []
@@ -67,9 +77,9 @@ class Chain:
         return self._packed(kept)
 
     def shortened(self, room: int) -> Chain:
-        """Returns this chain or, if it exceeds ``room`` cells, its first span and its last spans, in half of ``room``.
+        """This chain, or, if it takes more than ``room`` cells, its first span and its last ones, in at most half.
 
-        The remaining spans move to lower positions without being evaluated again.
+        The remaining spans move down without being evaluated again, as when the oldest turns of a conversation leave.
         """
         if self.trail.n_tokens <= room:
             return self

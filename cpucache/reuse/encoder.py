@@ -1,4 +1,4 @@
-"""The encoder: evaluates slices after their contexts, shifts them to their positions, and hands over their states."""
+"""The encoder: evaluates slices in their contexts, moves them to their positions, and reports their states."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from cpucache.reuse.splicer import Splicer, State
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Run
 
-# Tokens evaluated side by side before their slices are saved and their cells freed. Runs of one batch are only masked
-# from one another, not skipped, so larger batches cost more than the rotation of keys that they save.
+# Most tokens evaluated side by side before their slices are saved and their cells freed. Cells of the other runs in a
+# batch are masked, not skipped, so larger batches cost more than the rotation of keys that they save.
 _BATCH = 512
-# Tokens evaluated in place before the finished slices are handed over.
+# Tokens evaluated in place before finished slices are reported.
 _STEP = 256
-# Tokens of a long message between two recurrent states that are saved.
+# Distance, in tokens, between saved recurrent states inside a long message.
 _APART = 1024
-_HEADER = 16  # tokens of the header before an answer
-_SHORT = 64  # a message that ends sooner after a saved recurrent state gets none: it is cheap to evaluate again
+_HEADER = 16  # most tokens of the header that starts an answer
+_SHORT = 64  # least tokens between a saved recurrent state and one at the end of a message
 
 
 OnNewSlice: TypeAlias = Callable[[NewSlice], None]
-"""Called with each slice as soon as it is evaluated."""
+"""Called with each slice as soon as its state is captured."""
 
 
 @dataclass(eq=False)
 class _Run:
-    """Slices evaluated one after the other, with only tokens to evaluate between them."""
+    """Slices evaluated in one sequence, with only tokens to evaluate between them."""
 
     slices: list[Slice]
 
@@ -46,19 +46,19 @@ class _Run:
 
     @property
     def tokens(self) -> Tokens:
-        """Tokens evaluated after the context of the first slice."""
+        """Tokens to evaluate after the context of the first slice."""
         last = self.slices[-1]
         between = (last.context or ())[len(self.first.context or ()) :]
         return joined([*(span.tokens for span in between), last.tokens])
 
     def goes_on_with(self, slice_: Slice) -> bool:
-        """Whether ``slice_`` is evaluated directly after this run."""
+        """Whether the context of ``slice_`` is that of the last slice, the last slice, and only tokens to evaluate."""
         last = self.slices[-1]
         at = len(last.context or ())
         context = slice_.context or ()
         if slice_.delta or last.delta or len(context) <= at or context[at].slice != last:
             return False
-        # The plan may contain the last slice after text other than its context.
+        # In this context, the last slice may follow other text than it attended to.
         pairs = zip(context, (*(last.context or ()), last.span), strict=False)
         alike = all(one is other or one.same(other) for one, other in pairs)
         return alike and not any(span.slice for span in context[at + 1 :])
@@ -68,8 +68,8 @@ class Encoder:
     """Encodes slices in the slots of a splicer.
 
     Args:
-        splicer: Builds contexts and evaluates slices.
-        slices: Determines where recurrent states are saved.
+        splicer: Builds contexts and evaluates tokens.
+        slices: Returns the points, and decides after which slices recurrent states are saved.
     """
 
     def __init__(self, splicer: Splicer, slices: Slices) -> None:
@@ -82,15 +82,15 @@ class Encoder:
     ) -> Task[None]:
         """Evaluates slices in a slot.
 
-        Several short runs with the same context share a batch (15 to 35% faster). The shifted runs of a batch share one
-        rotation of keys.
+        Several short runs with the same context share a batch (15 to 35% faster), and all runs of a batch that are
+        moved share one rotation of keys.
 
         Args:
-            slot: Where the slices are evaluated.
-            slices: The slices, contexts first. A slice of a context must be among them or known to ``state``.
-            state: Returns the saved state of a slice.
-            made: Called with each slice as soon as it is evaluated.
-            progress: Called with numbers of tokens evaluated.
+            slot: The slot that holds the contexts; its contents are replaced.
+            slices: The slices to encode, in order: slices of a context come before the slices that need them.
+            state: Returns the saved state of a slice of a context.
+            made: Called with each new slice as soon as its state is captured.
+            progress: Called with the number of tokens of each batch.
         """
         scattered = False
         for runs in _by_context(slices):
@@ -110,13 +110,14 @@ class Encoder:
                 if run not in placed and not run.first.delta:
                     yield from self._in_place(slot, run, state, made, progress)
         if scattered:
-            # Contiguous cells load faster.
+            # An empty slot leaves free cells in one piece, and contiguous cells load faster.
             self._splicer.reset(slot)
 
     def _in_place(self, slot: Slot, run: _Run, state: State, made: OnNewSlice, progress: Step | None) -> Task[None]:
-        """Evaluates slices at their positions in the slot, and leaves them there.
+        """Evaluates slices at their positions in the slot, which keeps them.
 
-        Finished slices are handed over before more is evaluated: they are saved meanwhile, and Ctrl-C loses little.
+        Finished slices are reported before more tokens are evaluated: they are saved meanwhile, and Ctrl-C loses
+        little.
         """
         point: NewSlice | None = None
         points = self._points(run.slices)
@@ -137,7 +138,7 @@ class Encoder:
                         made(NewSlice(slice_, captured, seconds * len(slice_.tokens)))
                 assert len(batch) > 1 or not lost, "a slice just evaluated behind its context"
                 for slice_ in lost:
-                    # The slice has left the sliding window; tokens evaluated with it have overwritten its cells.
+                    # Its cells have left the sliding window and were overwritten by the tokens evaluated after it.
                     yield from self._in_place(slot, _Run([slice_]), state, made, progress)
                 last = batch[-1]
                 if self._slices.memory.points:
@@ -146,24 +147,25 @@ class Encoder:
                         made(point)
                         point = None
         except BaseException:
-            # A later request can extend the state evaluated before an interruption.
+            # The next prompt can extend the tokens evaluated before an interruption.
             if point:
                 made(point)
             raise
 
     def _points(self, slices: Sequence[Slice]) -> set[Slice]:
-        """Slices at whose ends the recurrent state is saved.
+        """Slices after which the recurrent state is saved.
 
-        These are the last slice, slices that end a message (very short ones excepted), and one every ``_APART`` tokens.
+        These are the last slice, the slices that end a message ``_SHORT`` tokens or more after the previous point, and
+        one about every ``_APART`` tokens in between.
         """
         if not self._slices.memory.points:
             return set()
         points = {slices[-1]}
-        # The first message counts however short it is: other prompts share it.
+        # Prompts often share only their first message, so its end counts however short it is.
         since = _SHORT if slices[0].start == 0 else 0
         for slice_ in slices:
             since += len(slice_.tokens)
-            # The header of the answer follows the last message, and the last point is saved after it.
+            # Only the header of the answer follows the last message, and the last slice is a point anyway.
             inside = slice_.end < slices[-1].end - _HEADER
             message = since >= _SHORT and inside and self._slices.cuts.ends_message(slice_.tokens)
             if message or slice_.start // _APART != slice_.end // _APART:
@@ -175,7 +177,7 @@ class Encoder:
         step: list[Slice] = []
         for slice_ in slices:
             step.append(slice_)
-            # A recurrent state must be saved before the next token overwrites it.
+            # A recurrent state must be saved before further tokens change it.
             if slice_ in points or sum(len(each.tokens) for each in step) >= _STEP:
                 yield step
                 step = []
@@ -183,7 +185,7 @@ class Encoder:
             yield step
 
     def _side_by_side(self, slot: Slot, batch: Sequence[_Run], made: OnNewSlice, progress: Step | None) -> Task[None]:
-        """Evaluates runs after the content of a slot, each in its own sequence."""
+        """Evaluates runs after the context that a slot holds, each run in its own sequence."""
         try:
             yield from self._beside(slot, batch, made, progress)
         except BaseException:
@@ -192,7 +194,7 @@ class Encoder:
 
     def _beside(self, slot: Slot, batch: Sequence[_Run], made: OnNewSlice, progress: Step | None) -> Task[None]:
         context, scratch = self._context, self._splicer.scratch
-        # Answers may be saved through the scratch sequence while this waits for an evaluation.
+        # Nothing may stay in the scratch sequence across an evaluation: other tasks may save through it meanwhile.
         spare, *free = self._splicer.free
         placed = list(zip(free, batch, strict=False))
         for sequence, _ in placed:
@@ -207,7 +209,7 @@ class Encoder:
             if run.first.delta:
                 context.shift(sequence, run.first.delta)
         if any(run.first.delta for run in batch):
-            # llama.cpp applies pending shifts (``llama_memory_seq_add``) at the next decode, of any token.
+            # llama_memory_seq_add only records a shift; the next llama_decode applies it, so any token will do.
             yield Work([Run(spare, 0, np.array([context.model.filler], np.int32))])
             context.remove(spare)
         for sequence, run in placed:
@@ -234,9 +236,9 @@ def _batches(runs: Sequence[_Run], room: int, free: int) -> Iterator[list[_Run]]
 
 
 def _by_context(slices: Iterable[Slice]) -> list[list[_Run]]:
-    """Returns runs of slices, grouped by the context of their first slices; a run comes after the runs it needs."""
+    """Runs of slices, grouped by the context of their first slices. A run follows the runs that it needs."""
     groups: dict[str, list[_Run]] = {}
-    # The run that currently ends with each slice.
+    # For each slice that is the last of a run so far: that run.
     ending: dict[Slice, _Run] = {}
     for slice_ in slices:
         before = next((span.slice for span in reversed(slice_.context or ()) if span.slice), None)
@@ -250,5 +252,5 @@ def _by_context(slices: Iterable[Slice]) -> list[list[_Run]]:
 
 
 def tokens_to_evaluate(slices: Iterable[Slice]) -> int:
-    """Minimum number of tokens evaluated to encode these slices."""
+    """Least number of tokens to evaluate to encode these slices."""
     return sum(len(run.tokens) for runs in _by_context(slices) for run in runs)

@@ -1,4 +1,4 @@
-"""History of a conversation: the spans of its entries at their current positions, and which entries have left."""
+"""The history of a conversation: the spans of its entries at their current positions, and which have left."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cpucache.reuse.slices import Slice, Slices, Span, Trail
 class History:
     """Entries in order, each a few spans. The first ``fixed`` entries stay; later ones may leave, the oldest first.
 
-    When entries leave, the later ones move to lower positions without being evaluated again (CachedAttention, section
-    3.4). Where a model's state can't be shifted (``movable=False``), the later entries become new slices, evaluated
-    after the entries before them.
+    When entries leave, the later ones move down without being evaluated again: their states keep what they attended
+    to (CachedAttention, section 3.4). Where a model's state can't be moved (``movable=False``), the later entries are
+    cut into new slices, to be evaluated after the entries that remain.
     """
 
     def __init__(self, slices: Slices, *, movable: bool = True) -> None:
@@ -31,14 +31,14 @@ class History:
         return len(self._entries)
 
     def copy(self) -> History:
-        """Returns a copy that can be extended separately."""
+        """Independent copy of this history."""
         other = copy.copy(self)
         other._entries = list(self._entries)
         return other
 
     @property
     def spans(self) -> list[Span]:
-        """Spans in the context, in position order."""
+        """Spans in the context, in order of position."""
         return [span for entry in self._entries for span in entry]
 
     @property
@@ -53,22 +53,22 @@ class History:
 
     @property
     def slices(self) -> list[Slice]:
-        """Slices in the context, in position order."""
+        """Slices in the context, in order of position."""
         return [span.slice for span in self.spans if span.slice]
 
     def size(self, entry: int) -> int:
-        """Number of tokens of an entry that are in the context."""
+        """Number of tokens of an entry that are in the context; 0 if the entry has left."""
         return sum(len(span.tokens) for span in self._entries[entry])
 
     def add(self, spans: Iterable[Span]) -> None:
-        """Appends an entry. Its spans must come after all others."""
+        """Adds the next entry. Its spans must stand after all others."""
         self._entries.append(tuple(spans))
 
     def add_saved(self, spans: Sequence[Span]) -> None:
         """Adds the next entry, of spans as they were saved.
 
-        An earlier entry whose slices are gone may have become other slices since then, at other positions. The spans
-        move with it, and those that were exact are exact no more.
+        An earlier entry whose slices were lost may have been cut into other slices since, at other positions. The
+        spans are moved to follow it. Exact spans whose context has changed become clean.
         """
         trail = Trail(self.spans)
         delta = trail.end - spans[0].start
@@ -80,7 +80,7 @@ class History:
         self.add(entry)
 
     def add_tokens(self, parts: Sequence[Tokens], module: str = "") -> list[Slice]:
-        """Appends an entry with one slice for each of ``parts``. Returns the slices."""
+        """Adds the next entry, one slice for each of ``parts``, and returns these slices."""
         spans = self.spans
         made: list[Slice] = []
         for part in parts:
@@ -90,7 +90,7 @@ class History:
         return made
 
     def leave_out(self, count: int) -> None:
-        """Removes the first ``count`` entries that are not fixed; entries that left earlier count."""
+        """Removes entries from the context until the first ``count`` after the fixed ones have left."""
         first = self.fixed + self.left_out
         leaving = range(first, self.fixed + count)
         kept = self._entries[self.fixed + count :]
@@ -101,7 +101,7 @@ class History:
         if not gone:
             return
         if self._movable:
-            # The entries after the gap move to its start.
+            # The first remaining entry moves to where the gap began.
             follower = next((span for entry in kept for span in entry), None)
             delta = gone[0].start - (follower.start if follower else gone[0].start)
             self._entries[self.fixed + count :] = [tuple(span.moved(delta) for span in entry) for entry in kept]

@@ -1,4 +1,4 @@
-"""The KV cache: moves slices between one llama.cpp context and one store."""
+"""The KV cache: moves slices between one llama.cpp context and one store, and encodes missing slices."""
 
 from __future__ import annotations
 
@@ -26,25 +26,28 @@ from cpucache.store import SliceInfo, Store
 
 _log = logging.getLogger("cpucache.reuse")
 _FEW = 128
-"""Maximum number of tokens to evaluate when missing slices share a batch with the tokens after them."""
-_FUTILE = 20  # consecutive attempts that loaded no further slice
+"""Most tokens to evaluate when missing slices share a batch with the tokens after them."""
+_FUTILE = 20  # consecutive attempts without progress before giving up
 
 
 class Gone(Exception):
-    """Raised when a saved slice has disappeared: it was damaged, or evicted by another process."""
+    """A slice has disappeared from the store: it was found damaged, or another process evicted it."""
 
 
 class Attempts:
-    """Repeats an operation that needs slices until it succeeds; each attempt is a context manager.
+    """Iterator of attempts at an operation that needs slices, until one succeeds. Each attempt is a context manager.
 
-    A slice that llama.cpp refuses is discarded and encoded again, once. After a slice has disappeared, the operation is
-    repeated; ``states`` keeps the states loaded so far, so that the next attempt gets further. Raises ``CpucacheError``
-    if a slice is refused twice, or if attempts make no progress.
+    A slice that llama.cpp refuses (``Refused``) is discarded and encoded again, once. A slice that disappears before
+    it was read (``Gone``) starts a new attempt. ``states`` is kept between attempts, so that each
+    one gets further than the one before.
+
+    Raises:
+        CpucacheError: A slice was refused twice, or several attempts in a row got no further.
     """
 
     def __init__(self, store: Store) -> None:
         self.states: dict[Slice, Bytes] = {}
-        """States loaded so far."""
+        """States of slices that were read or encoded, kept in memory between attempts."""
         self._store = store
         self._done = False
         self._refused: set[Slice] = set()
@@ -80,10 +83,16 @@ class Attempts:
 
 
 class KVCache:
-    """Loads plans into a llama.cpp context, and encodes and saves missing slices.
+    """Supplies the slices of plans for one llama.cpp context: finds, encodes, and saves them.
 
-    Raises ``ModelError`` for plans with slices when the model's state can't be spliced (recurrent models, absolute
-    positions).
+    Args:
+        context: The llama.cpp context.
+        store: Where slices are saved.
+        slices: Creates slices and their keys; its ``memory`` is set from the context.
+        slots: Number of requests that can be answered at the same time.
+
+    Models whose state can't be moved (recurrent state, absolute positions) take exact slices only: other plans raise
+    ``ModelError``.
     """
 
     def __init__(self, context: Context, store: Store, slices: Slices, slots: int = 1) -> None:
@@ -92,13 +101,13 @@ class KVCache:
         self.slices = slices
         slices.memory = context.memory
         self.splicer = Splicer(context, slots)
-        """Owns the slots, and all other sequences of the context."""
+        """Owns the slots and all other sequences of the llama.cpp context."""
         self._encoder = Encoder(self.splicer, slices)
         self.prefill_rate: float | None = None
-        """Tokens evaluated per second, last measured over at least 32 tokens (at least 8 the first time)."""
+        """Tokens evaluated per second, as last measured over 32 tokens or more (the first time, over 8 or more)."""
 
     def within(self, slices: Slices) -> KVCache:
-        """Returns a KV cache with the same llama.cpp context and store, for the slices of a namespace."""
+        """Returns a KV cache that shares this one's context and store, for the slices of a namespace."""
         other = copy.copy(self)
         other.slices = slices
         slices.memory = self.slices.memory
@@ -107,7 +116,7 @@ class KVCache:
 
     @contextmanager
     def slot(self) -> Iterator[Slot]:
-        """Takes a slot, and frees it at the end of the block."""
+        """Reserves a slot during a block."""
         slot = self.take(Plan(()))
         try:
             yield slot
@@ -115,32 +124,39 @@ class KVCache:
             slot.busy = False
 
     def take(self, plan: Plan) -> Slot:
-        """Returns the idle slot that holds most of ``plan``, marked busy."""
+        """Returns the idle slot that holds the most spans of ``plan``, and marks it busy."""
         return self.splicer.take(plan, self.slices.state_format, self.points)
 
     def attempts(self) -> Attempts:
-        """Returns ``Attempts`` for an operation that needs slices."""
+        """New attempts at an operation that needs slices."""
         return Attempts(self.store)
 
     @property
     def points(self) -> Points:
-        """Saved recurrent states."""
+        """Access to the recurrent states in the store."""
         return Points(self.slices.point, lambda slice_: self.slices.point(slice_).key in self.store)
 
     # -- slices ------------------------------------------------------------------------------------------------------
     def keys(self, plan: Plan) -> list[str]:
-        """Returns the keys of all states that are loaded for a plan."""
+        """Keys of everything in the store that is loaded to splice a plan."""
         return [slice_.key for slice_ in self.loaded(plan.slices)]
 
     def loaded(self, slices: Sequence[Slice]) -> Sequence[Slice]:
-        """Returns consecutive slices and, if saved, the recurrent state at the end of the last one."""
+        """Consecutive slices, and the recurrent state after the last one, if it is saved: they are loaded together."""
         point = self.slices.point(slices[-1]) if slices and self.slices.memory.points else None
         return [*slices, point] if point and point.key in self.store else slices
 
     def missing(self, slices: Iterable[Slice], held: Collection[Slice] = ()) -> list[Slice]:
-        """Returns the ``slices`` that the store lacks, preceded by missing slices of their contexts.
+        """Slices that the store lacks, each after the missing slices of its context.
 
-        Slices in ``held`` count as available. Raises ``Gone`` for a slice that can't be encoded here.
+        For a recurrent model, the last slice is also missing if the recurrent state after it is.
+
+        Args:
+            slices: The slices that are needed.
+            held: Slices that are not missing although the store may lack them.
+
+        Raises:
+            Gone: A missing slice was found in the store, and so has no spans to encode it from.
         """
         needed: dict[Slice, None] = {}
         had = set(held)
@@ -174,24 +190,28 @@ class KVCache:
         report: Encoded | None = None,
         wait: bool = True,
     ) -> Task[Encoded]:
-        """Encodes the missing ones of ``slices``.
+        """Encodes the slices that the store lacks among ``slices``.
 
         Args:
-            slot: Slot in which slices are evaluated.
-            slices: Slices that exist or can be encoded here.
-            schema: Name under which the store lists new slices.
-            progress: Called with the number of tokens evaluated so far, and the total.
-            report: Receives the counts; a new one by default.
-            wait: Whether to wait for slices that another process is encoding, up to the store's patience.
+            slot: Slot to evaluate them in.
+            slices: The slices that are needed; each must have a context or exist in the store.
+            schema: Name of the schema that the store lists them under.
+            progress: Called with the number of tokens evaluated and their total.
+            report: Report to add to; a new one by default.
+            wait: Whether to wait for slices that another process is encoding, up to ``Store.patience`` seconds.
 
         Returns:
-            The report.
+            ``report``.
+
+        Raises:
+            ModelError: The model's state can't be moved, and a missing slice would have to be.
+            CpucacheError: The slices are evicted or refused again and again.
         """
         slices = list(slices)
         report = Encoded() if report is None else report
         report.wanted += slices
         attempts = self.attempts()
-        # Slices of one schema must not evict each other.
+        # Slices of one schema must not evict one another.
         with self.store.using(slice_.key for slice_ in slices):
             for attempt in attempts:
                 with attempt:
@@ -214,25 +234,31 @@ class KVCache:
         *,
         wait: bool = True,
     ) -> Task[None]:
-        """Encodes the slices in ``missing``.
+        """Encodes missing slices, except those that another process is encoding.
 
         Args:
-            slot: Slot in which slices are evaluated.
-            missing: Slices to encode, contexts first.
-            wanted: Slices whose states are kept in ``states``.
-            held: Slices that the slot holds; their states are not loaded.
-            states: States loaded or encoded so far.
-            schema: Name under which the store lists new slices.
-            report: Receives the counts.
-            progress: Called with numbers of tokens evaluated.
-            wait: Whether to wait for slices that another process is encoding, up to the store's patience.
+            slot: Slot to evaluate them in.
+            missing: The slices to encode, contexts first.
+            wanted: Slices whose states are added to ``states`` if they are encoded here.
+            held: Slices that the slot holds, which need no state.
+            states: States kept in memory; read and extended.
+            schema: Name of the schema that the store lists the slices under.
+            report: Report to add to.
+            progress: Called with the number of tokens of each batch.
+            wait: Whether to wait for slices that another process is encoding. After ``Store.patience`` seconds
+                without progress they are encoded here.
+
+        Raises:
+            Gone: A slice of a context has disappeared from the store.
+            ModelError: The model's state can't be moved, and a slice would have to be.
         """
         if not missing:
             return
         self._check_can_be_made(missing)
         self.store.missed(len(missing))
         started = waiting = time.monotonic()
-        # Keep the states of contexts, too: a small store may evict them while new slices are saved.
+        # Contexts of later slices are kept in memory too: a small store may evict any of them for the slices encoded
+        # now.
         first = missing[:1] if self.slices.memory.points else missing
         keep = {*wanted, *(other for slice_ in first for other in slice_.needs)}
         for slice_ in keep.difference(missing, held):
@@ -268,7 +294,7 @@ class KVCache:
         report.seconds += time.monotonic() - started
 
     def _tell(self, mine: Sequence[Slice], todo: Sequence[Slice]) -> None:
-        """Logs the slices encoded now, or the number of slices waited for."""
+        """Logs which slices are encoded now, or how many are waited for."""
         if not mine:
             _log.debug("waits for slices that another process is making: %d", len(todo))
         elif _log.isEnabledFor(logging.INFO):
@@ -276,7 +302,7 @@ class KVCache:
             _log.info("makes missing slices: %d, of %d tokens: %s", len(mine), tokens_to_evaluate(mine), modules)
 
     def _claimed(self, slices: Sequence[Slice]) -> list[Slice]:
-        """Claims and returns the slices that no other process is encoding and whose contexts are available."""
+        """Claims the slices to encode here now: no other process has claimed them, or a slice of their contexts."""
         mine: dict[Slice, None] = {}
         elsewhere: set[Slice] = set()
         for slice_ in slices:
@@ -288,7 +314,7 @@ class KVCache:
         return list(mine)
 
     def _claim(self, slice_: Slice) -> str:
-        """Returns the key to claim: that of the slice or, if it is saved, that of its recurrent state."""
+        """Key to claim before encoding: the slice's, or, if the slice exists, that of the recurrent state after it."""
         again = self.slices.memory.points and slice_.key in self.store
         return self.slices.point(slice_).key if again else slice_.key
 
@@ -297,13 +323,13 @@ class KVCache:
         self.store.put(slice_.key, new.state, slice_.tokens, self._info(slice_, schema, new.seconds))
 
     def know(self, slices: Iterable[Slice]) -> None:
-        """Makes slices from other namespaces findable by content in this one."""
+        """Lets slices that another namespace may have saved be found by their content in this one."""
         for slice_ in slices if self.slices.shared else ():
             if slice_.key in self.store:
                 self.store.know(slice_.key, self._info(slice_))
 
     def _info(self, slice_: Slice, schema: str = "", seconds: float = 0.0) -> SliceInfo:
-        """Returns the store's description of a slice."""
+        """Description of a slice, as the store keeps it."""
         return SliceInfo(
             fingerprint=self.slices.fingerprint,
             model=self.context.model.path.stem,
@@ -320,7 +346,7 @@ class KVCache:
         )
 
     def state(self, states: dict[Slice, Bytes], slice_: Slice) -> Bytes:
-        """Returns the state of a slice, and keeps it in ``states``. Raises ``Gone`` if the store lacks it."""
+        """Returns the state of a slice from ``states``, or else the store. Raises ``Gone`` if both lack it."""
         if slice_ not in states:
             state = self.store.get(slice_.key)
             if state is None:
@@ -329,12 +355,12 @@ class KVCache:
         return states[slice_]
 
     def _check_can_be_made(self, slices: Iterable[Slice]) -> None:
-        """Raises ``ModelError`` if a slice needs a shift that the model can't do; chained slices need none."""
+        """Raises ``ModelError`` if a slice has to be moved (it is not ``chained``) and the model's state can't be."""
         if not self.context.memory.moves and not all(slice_.chained for slice_ in slices):
             raise self._rigid()
 
     def check_can_be_spliced(self, plan: Plan) -> None:
-        """Raises ``ModelError`` for a plan that needs shifts that the model can't do."""
+        """Raises ``ModelError`` if the model's state can't be moved or cut, and a plan needs that."""
         memory = self.context.memory
         for span in () if memory.moves else plan.spans:
             if span.slice and (span.relation != "exact" or span.delta or not (span.whole or memory.cuts)):
@@ -350,20 +376,20 @@ class KVCache:
 
     # -- the slots ---------------------------------------------------------------------------------------------------
     def learn_rate(self, tokens: int, seconds: float) -> None:
-        """Updates ``prefill_rate`` from a number of tokens and their evaluation time in seconds."""
+        """Updates ``prefill_rate`` from ``tokens`` evaluated in ``seconds``, unless they are too few."""
         if seconds > 0 and tokens >= (8 if self.prefill_rate is None else 32):
             self.prefill_rate = tokens / seconds
 
     def capture(self, slot: Slot, slices: Iterable[Slice], schema: str = "") -> int:
-        """Saves those of ``slices`` that the slot has evaluated at their positions.
+        """Saves those of ``slices`` whose tokens the slot has evaluated at their positions.
 
-        Returns the number of bytes saved. A background thread writes them.
+        Disk writes run in the background. Returns the number of bytes of their states.
         """
         taken = 0
         for slice_ in slices:
             state = self.splicer.capture(slot, slice_)
             if state is not None:
-                # Estimated time to encode the slice again.
+                # Estimated cost of encoding the slice again.
                 seconds = len(slice_.tokens) / (self.prefill_rate or 100.0)
                 self._save(NewSlice(slice_, state, seconds), schema)
                 taken += state.nbytes
@@ -374,9 +400,17 @@ class KVCache:
         return taken
 
     def last(self, slot: Slot, plan: Plan, missing: Sequence[Slice]) -> list[Slice]:
-        """Claims and returns missing slices directly before the final tokens of a plan, if few tokens are evaluated.
+        """Claims the missing slices directly before the last tokens of a plan, if few tokens have to be evaluated.
 
-        These slices are evaluated in one batch with the final tokens and saved afterwards.
+        They are evaluated in one batch with these tokens and saved afterwards, so they cost no batch of their own.
+
+        Args:
+            slot: Slot that the plan will be spliced into.
+            plan: The plan, ending with tokens to evaluate.
+            missing: Missing slices of the plan, in order.
+
+        Returns:
+            The claimed slices, in order.
         """
         if self.slices.memory.points or not plan.spans or plan.spans[-1].slice:
             return []
@@ -394,13 +428,13 @@ class KVCache:
                 break
             del last[0]
         for index in reversed(range(len(last))):
-            # A slice that another process is encoding is waited for, like any other.
+            # A slice that another process is encoding is waited for in ``make``, and so are those before it.
             if not self.store.claim(last[index].key):
                 return last[index + 1 :]
         return last
 
     def capture_held(self, slot: Slot, plan: Plan, schema: str) -> None:
-        """Saves missing slices of a plan whose tokens the slot has evaluated at their positions."""
+        """Saves the missing slices of a plan whose tokens the slot has already evaluated at their positions."""
         if self.slices.memory.points or not any(span.slice is None for span in slot.held):
             return
         held = {span.slice for span in slot.held}
@@ -408,11 +442,11 @@ class KVCache:
         self.capture(slot, [slice_ for slice_ in there if slice_.key not in self.store], schema)
 
     def append(self, slot: Slot, tokens: Tokens) -> Task[None]:
-        """Evaluates tokens of an answer after the slot's last token, and keeps the logits of the last one."""
+        """Evaluates tokens of an answer after all that a slot holds, and keeps the logits of the last."""
         return self.splicer.append(slot, tokens)
 
     def warm_up(self, slot: Slot, token: int) -> Task[None]:
-        """Runs one-time work that would delay the first prompt. Leaves the slot empty."""
+        """Evaluates one token and learns how states are moved, so that the first prompt need not. Empties the slot."""
         self.splicer.reset(slot)
         yield from self.splicer.append(slot, np.array([token], np.int32))
         self.splicer.prepare(slot)

@@ -67,7 +67,7 @@ def refine(
 ) -> Task[None]:
     """Encodes missing exact slices, the most asked combinations first.
 
-    A closed task keeps the slices encoded so far; a new task encodes only the rest. Combinations that do not fit into the
+    A closed task keeps the slices encoded so far; a new task encodes the rest. Combinations that do not fit into the
     llama.cpp context are dropped.
 
     Args:

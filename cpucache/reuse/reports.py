@@ -1,4 +1,4 @@
-"""Reports: costs of encoding slices and of answering a prompt."""
+"""Reports: counts and times of encoding slices, and of answering a prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Finish: TypeAlias = Literal["stop", "length", "interrupted"]
 
 @dataclass(frozen=True)
 class NewSlice:
-    """An encoded slice with its state, and its share of the batch's evaluation time, in seconds."""
+    """A newly evaluated slice, its state, and its share of the seconds that its batch took."""
 
     slice: Slice
     state: Bytes
@@ -22,7 +22,7 @@ class NewSlice:
 
 @dataclass
 class Encoded:
-    """Counts of slices, tokens and bytes encoded, and the time taken in seconds."""
+    """Numbers of slices, tokens and bytes that were encoded, and the seconds that it took."""
 
     slices: int = 0
     tokens: int = 0
@@ -30,10 +30,10 @@ class Encoded:
     seconds: float = 0.0
     new: set[Slice] = field(default_factory=set, repr=False)
     wanted: list[Slice] = field(default_factory=list, repr=False)
-    """Slices that were requested, encoded now or saved before."""
+    """The slices that were requested, whether encoded now or already in the store."""
 
     def add(self, new: NewSlice) -> None:
-        """Adds an encoded slice to the counts."""
+        """Counts a newly encoded slice."""
         self.slices += 1
         self.tokens += len(new.slice.tokens)
         self.bytes += new.state.nbytes
@@ -42,45 +42,45 @@ class Encoded:
 
 @dataclass
 class Metrics:
-    """Counts of tokens, and times in milliseconds."""
+    """Token counts and times of one answer; times are in milliseconds."""
 
     model: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Tokens of the prompt that were not evaluated for it: spliced from slices, or left in the context."""
+    """Tokens of the prompt that were not evaluated for it: spliced from slices, or still held by the slot."""
     fresh_tokens: int = 0
-    """Tokens of the prompt that were evaluated: new text, missing slices, and what was recomputed."""
+    """Tokens of the prompt that were evaluated: new text, missing slices, and recomputed tokens."""
     encoded_tokens: int = 0
-    """Tokens evaluated to encode missing slices (0 from the second time on)."""
+    """Tokens of missing slices that were encoded (0 from the second time on)."""
     exact_tokens: int = 0
     """Cached tokens whose state is that of full prefill."""
     clean_tokens: int = 0
-    """Cached tokens from clean slices: evaluated after a part of the text before them."""
+    """Cached tokens whose slice attended to only a part of the text before them."""
     related_tokens: int = 0
-    """Cached tokens from related slices: evaluated after other text of the schema."""
+    """Cached tokens whose slice attended to other text of the schema."""
     foreign_tokens: int = 0
-    """Cached tokens from foreign slices: evaluated after text of other prompts."""
+    """Cached tokens whose slice attended to text of other prompts."""
     recomputed_tokens: int = 0
-    """Tokens of slices that were evaluated again."""
+    """Tokens that were evaluated although a slice of them exists."""
     completion_tokens: int = 0
     ttft_ms: float = 0.0
-    """Time to first token: everything from the call to the first token of the answer."""
+    """Time to first token (TTFT): from the call to the first token of the answer."""
     encode_ms: float = 0.0
-    """Part of ``ttft_ms``: encoding missing slices."""
+    """Part of the TTFT that encoded missing slices."""
     splice_ms: float = 0.0
-    """Part of ``ttft_ms``: loading slices into the llama.cpp context."""
+    """Part of the TTFT that spliced slices."""
     prefill_ms: float = 0.0
-    """Part of ``ttft_ms``: evaluating fresh tokens."""
+    """Part of the TTFT that evaluated fresh tokens."""
     total_ms: float = 0.0
     save_ms: float = 0.0
-    """Time to copy new state out of the llama.cpp context after the first token; a background thread writes it."""
+    """Time to copy new state out of the llama.cpp context, after the first token; disk writes run in the background."""
     left_out_tokens: int = 0
     """In a session: tokens of old turns that left the context to make room for this turn."""
     recompute_ms: float = 0.0
-    """Estimated time to evaluate the turns after the left-out ones again, from the measured prefill speed."""
+    """Estimated time to evaluate the later turns again, at the measured prefill rate; they were moved instead."""
     finish: Finish = "stop"
     stop: str = ""
-    """Stop text that ended the answer, if any."""
+    """The stop text that ended the answer, or an empty string."""
 
     @property
     def tpot_ms(self) -> float:
@@ -88,7 +88,7 @@ class Metrics:
         return (self.total_ms - self.ttft_ms) / max(1, self.completion_tokens - 1)
 
     def note(self, plan: Plan, evaluated: int) -> None:
-        """Sets the token counts for a prompt that the llama.cpp context holds.
+        """Sets the token counts from a prompt that was built in the llama.cpp context.
 
         Args:
             plan: The plan that was spliced.
@@ -98,7 +98,7 @@ class Metrics:
         exact = plan.n_tokens - evaluated - sum(cached.values())
         first = next((index for index, span in enumerate(plan.spans) if span.relation != "exact"), None)
         if first is not None:
-            # Reused tokens evaluated after such a slice are no closer to full prefill than the slice.
+            # Held tokens that were evaluated after such a slice attended to it: they are no more exact than the slice.
             kept = max(0, exact - sum(len(span.tokens) for span in plan.spans[:first]))
             exact -= kept
             cached[plan.spans[first].relation] += kept

@@ -1,7 +1,7 @@
-"""Slices, and the plans by which they are spliced.
+"""Slices, and the plans that they are spliced by.
 
-A slice is the saved KV state of a run of tokens, evaluated in one context, at one position. Its key hashes all three.
-The key of a context depends only on the tokens attended to, not on how they were cut into slices.
+A slice is the saved KV state of a run of tokens, evaluated in one context, at one position. Its key is a hash of all
+three. The key of a context depends on what was attended to, and not on how that text was cut into slices.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from cpucache.runtime import Memory
 from cpucache.store import SliceInfo, content_key, slice_key, text_id
 
 Relation: TypeAlias = Literal["exact", "clean", "related", "foreign"]
-"""Relation of the context of a slice to the text before the slice in a prompt.
+"""How the context of a slice relates to the text before the slice in a prompt.
 
-``exact``: all of that text. ``clean``: a part of it. ``related``: includes other text of the same schema.
-``foreign``: includes text of other prompts.
+``exact``: the context equals that text. ``clean``: it is a part of that text. ``related``: it holds other text of the
+same schema. ``foreign``: it holds text of other prompts.
 """
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Slice:
-    """The state of ``tokens``, saved at the positions from ``start`` on. Compared by key."""
+    """KV state of ``tokens``, saved at consecutive positions from ``start``. Slices are compared by key."""
 
     key: str
     tokens: Tokens
     start: int
     context_key: str
     attends_to: tuple[bytes, ...]
-    """The ``text_id`` of each run of tokens in its context, in order."""
+    """``text_id`` of each text that the slice attended to, in order."""
     attended_tokens: int
-    """Number of tokens in its context."""
+    """Number of tokens that the slice attended to before its own."""
     module: str = ""
     """Dotted path of the module that the text belongs to."""
     context: tuple[Span, ...] | None = None
-    """Spans after which the slice is evaluated; ``None`` if it was found in the store and can't be encoded here."""
+    """Spans to evaluate the slice after; ``None`` if it was found in the store, and so can't be encoded again."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Slice) and self.key == other.key
@@ -60,27 +60,27 @@ class Slice:
 
     @property
     def delta(self) -> int:
-        """Number of positions by which the slice is shifted after its evaluation directly after its context."""
+        """Positions that the slice is moved by, after it was evaluated directly after its context."""
         return self.start - (self.context[-1].end if self.context else 0)
 
     @property
     def needs(self) -> list[Slice]:
-        """Slices in the context of this slice."""
+        """Slices in the slice's context, in order."""
         return [span.slice for span in self.context or () if span.slice]
 
     @property
     def chained(self) -> bool:
-        """Whether its context fills all positions from 0 up to the slice."""
+        """Whether the context fills all positions before the slice, and the slice is not moved."""
         return self.start == self.attended_tokens and not self.delta
 
     @classmethod
     def described(cls, key: str, info: SliceInfo, tokens: Tokens, module: str = "") -> Slice:
-        """Returns a slice from its description in the store."""
+        """Slice from the store's description of it. It has no context spans."""
         return cls(key, tokens, info.start, info.context, info.texts, info.attended_tokens, module)
 
     @cached_property
     def span(self) -> Span:
-        """The whole slice as a span, at its saved position."""
+        """Span of the whole slice, at the position where it was saved."""
         return Span(self.start, self.tokens, self)
 
 
@@ -88,7 +88,8 @@ class Slice:
 class Span:
     """Tokens at consecutive positions from ``start``: a slice to splice, or (no slice) tokens to evaluate.
 
-    The tokens of a slice are all of its tokens, or the first of them. Compared by identity; ``same`` compares content.
+    A span with a slice holds all of its tokens, or the first of them. Spans are compared by identity; ``same``
+    compares content.
     """
 
     start: int
@@ -96,15 +97,15 @@ class Span:
     slice: Slice | None = None
     relation: Relation = "exact"
     missing: bool = False
-    """Whether the slice is missing, and encoded for this plan."""
+    """Whether the store lacks the slice, so that it is encoded for this plan."""
     recomputed: bool = False
-    """For tokens to evaluate: whether they are recomputed although a slice of them exists."""
+    """Of tokens to evaluate: whether they are evaluated although a slice of them exists."""
     module: str = ""
-    """For tokens to evaluate: their module, if they are recomputed or the module is never cached."""
+    """Of tokens to evaluate: their module, if they are recomputed or the module is never cached."""
     why: str = ""
-    """Why no better slice was taken, or why the tokens are evaluated."""
+    """Reason why no better slice was taken, or why the tokens are evaluated."""
     joined: tuple[bytes, ...] = ()
-    """For tokens to evaluate that join several texts: the ``text_id`` of each."""
+    """Of tokens to evaluate that were joined from several texts: the ``text_id`` of each."""
 
     @property
     def end(self) -> int:
@@ -113,25 +114,25 @@ class Span:
 
     @property
     def delta(self) -> int:
-        """Number of positions by which the slice must be shifted from its saved position."""
+        """Positions that the slice must be moved by, from where it was saved."""
         return self.start - self.slice.start if self.slice else 0
 
     @property
     def whole(self) -> bool:
-        """Whether the span is a whole slice."""
+        """Whether the span holds all tokens of a slice."""
         return self.slice is not None and len(self.tokens) == len(self.slice.tokens)
 
     @property
     def texts(self) -> tuple[bytes, ...]:
-        """The ``text_id`` of each text in the span."""
+        """``text_id`` of each text in the span."""
         return self.joined or (text_id(self.tokens if self.slice is None else self.slice.tokens),)
 
     def moved(self, delta: int) -> Span:
-        """Returns the span shifted by ``delta`` positions."""
+        """Returns the same span, ``delta`` positions later."""
         return replace(self, start=self.start + delta) if delta else self
 
     def same(self, other: Span) -> bool:
-        """Whether both spans hold the same state at the same positions."""
+        """Whether both spans yield the same state at the same positions."""
         return (
             self.slice == other.slice
             and self.start == other.start
@@ -146,20 +147,20 @@ class Span:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """Spans in position order. Gaps between them are unused positions; spans never overlap."""
+    """Spans in order of position. Spans never overlap; gaps between them are unused positions."""
 
     spans: tuple[Span, ...]
     besides: tuple[Slice, ...] = ()
-    """Missing slices that are encoded for other prompts; this plan recomputes their tokens."""
+    """Missing slices that are encoded for later prompts only: in this prompt, their tokens are recomputed."""
 
     @cached_property
     def tokens(self) -> Tokens:
-        """All tokens of the prompt, as a prompt without reuse evaluates them."""
+        """All tokens of the prompt, in the order in which full prefill evaluates them."""
         return joined([span.tokens for span in self.spans])
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens of all spans."""
+        """Number of tokens in all spans."""
         return sum(len(span.tokens) for span in self.spans)
 
     @property
@@ -169,22 +170,22 @@ class Plan:
 
     @property
     def n_recomputed(self) -> int:
-        """Number of recomputed tokens."""
+        """Number of tokens that are evaluated although slices of them exist."""
         return sum(len(span.tokens) for span in self.spans if span.recomputed)
 
     @property
     def exact(self) -> bool:
-        """Whether all slices are exact."""
+        """Whether every slice attended to all text before it, and to nothing else."""
         return all(span.relation == "exact" for span in self.spans)
 
     @property
     def slices(self) -> list[Slice]:
-        """Slices to splice, in order."""
+        """Slices to splice, in order of position."""
         return [span.slice for span in self.spans if span.slice]
 
     @property
     def wanted(self) -> list[Slice]:
-        """Slices that must exist after the prompt has been evaluated."""
+        """Slices that exist once the prompt has been evaluated."""
         return [*self.slices, *self.besides]
 
     @property
@@ -193,12 +194,12 @@ class Plan:
         return self.spans[-1].end if self.spans else 0
 
     def count(self, relation: Relation) -> int:
-        """Number of tokens from slices of this relation that existed before the plan."""
+        """Number of tokens that come from slices of this relation, missing slices not counted."""
         spans = (span for span in self.spans if span.slice and span.relation == relation and not span.missing)
         return sum(len(span.tokens) for span in spans)
 
     def first(self, count: int) -> Plan:
-        """Returns a plan of the first ``count`` tokens. A slice that is cut becomes tokens to evaluate."""
+        """Plan of the first ``count`` tokens. A span that ends after them becomes tokens to evaluate."""
         spans: list[Span] = []
         for span in self.spans:
             if 0 < count < len(span.tokens):
@@ -209,30 +210,30 @@ class Plan:
         return Plan(tuple(spans), self.besides)
 
     def evaluating(self, count: int) -> Plan:
-        """Returns the plan with its last ``count + 1`` spans joined into one span of tokens to evaluate."""
+        """Plan with its last span and the ``count`` spans before it joined into one span of tokens to evaluate."""
         if not count:
             return self
         spans, end = self.spans[: -count - 1], self.spans[-count - 1 :]
         return Plan((*spans, Span(end[0].start, joined([span.tokens for span in end]))), self.besides)
 
     def without_reuse(self) -> Plan:
-        """Returns a plan that evaluates all tokens without gaps: a full prefill."""
+        """Plan that evaluates the same tokens back to back from position 0: a full prefill."""
         return Plan((Span(0, self.tokens),))
 
     def __repr__(self) -> str:
         return f"<Plan of {self.n_tokens} tokens in {len(self.spans)} spans, {self.n_cached} from slices>"
 
 
-# Token ids are never negative, so negative numbers mark gaps and slices.
+# Marks of what is hashed besides tokens: token ids are never negative.
 _GAP, _SLICE = -1, -2
 
 
 class Trail:
-    """Context key of a growing prefix of a plan; spans are added one by one.
+    """Running hash of the spans of a plan: its ``key`` is the context key of what follows the spans added so far.
 
-    Evaluated tokens and exact slices are hashed as their tokens, so that the key does not depend on how text was cut
-    or which part was saved. Any other slice is hashed by its key: its state differs from that of its tokens evaluated
-    there.
+    Tokens to evaluate, and slices whose context is exactly the text before them, are hashed as tokens, so the key
+    depends neither on how text was cut nor on which slices were saved. Any other slice is hashed by its key, because
+    its state differs from that of its tokens evaluated there.
     """
 
     def __init__(self, spans: Iterable[Span] = ()) -> None:
@@ -240,7 +241,7 @@ class Trail:
         self.end = 0
         """Position after the last span."""
         self.exact = True
-        """Whether all tokens follow each other from position 0, and attended to all tokens before them."""
+        """Whether all tokens are back to back from position 0, and each attended to all tokens before it."""
         self.attends_to: list[bytes] = []
         self._seen: dict[bytes, None] = {}
         self.n_tokens = 0
@@ -249,11 +250,11 @@ class Trail:
 
     @property
     def key(self) -> str:
-        """32 hexadecimal digits."""
+        """Context key of the spans so far: 32 hexadecimal digits."""
         return self._digest.copy().hexdigest()
 
     def copy(self) -> Trail:
-        """Returns a copy that can be extended separately."""
+        """Independent copy of this trail."""
         other = Trail()
         other._digest = self._digest.copy()
         other.end, other.exact, other.n_tokens = self.end, self.exact, self.n_tokens
@@ -261,14 +262,14 @@ class Trail:
         return other
 
     def in_place(self, span: Span) -> bool:
-        """Whether the state of ``span`` after this trail equals that of its tokens evaluated there."""
+        """Whether the state of ``span``, added at the end, equals that of its tokens evaluated there."""
         if span.slice is None:
             return True
         fits = span.start == self.end and not span.delta
         return fits and span.slice.context_key == self.key
 
     def add(self, span: Span) -> None:
-        """Appends a span."""
+        """Adds a span at the end."""
         if not len(span.tokens):
             return
         in_place = self.in_place(span)
@@ -299,48 +300,48 @@ class Trail:
 
 
 class Cutting(Protocol):
-    """Cuts texts into segments, as ``cpucache.layout.cuts.Cuts`` does."""
+    """Divides texts into segments, such as ``cpucache.layout.cuts.Cuts``."""
 
     def __call__(self, tokens: Tokens, *, part: bool = False) -> Sequence[int]:
-        """Returns the end of each segment. ``part``: whether ``tokens`` are part of a longer text."""
+        """Index after the last token of each segment. ``part``: whether ``tokens`` are a part of a longer text."""
 
     def ends_message(self, tokens: Tokens) -> bool:
-        """Returns whether ``tokens`` end at the end of a message or of its header."""
+        """Whether ``tokens`` end with the end of a message or of a message's header."""
 
 
 class Whole:
-    """Treats every text as one segment."""
+    """Cutting that leaves each text as one segment."""
 
     def __call__(self, tokens: Tokens, *, part: bool = False) -> Sequence[int]:  # noqa: ARG002
-        """Returns the end of the text."""
+        """Index after the last token of the text; empty for an empty text."""
         return [len(tokens)] if len(tokens) else []
 
     def ends_message(self, tokens: Tokens) -> bool:  # noqa: ARG002
-        """Returns ``False``: uncut text has no known message ends."""
+        """Always ``False``."""
         return False
 
 
 class Slices:
-    """Describes slices of one model and one state format, with their keys and contexts.
+    """Creates slices, and their keys, for one model and one state format.
 
     Args:
-        fingerprint: Identifies the model's weights.
-        state_format: Identifies the other settings that the bytes of a state depend on.
-        cuts: Cuts texts into segments; without it each text is one segment.
+        fingerprint: Hash that identifies the model's weights.
+        state_format: Everything else that the bytes of a state depend on.
+        cuts: Divides texts into segments; without it, each text is one segment.
     """
 
     def __init__(self, fingerprint: str, state_format: str, cuts: Cutting | None = None) -> None:
         self.fingerprint = fingerprint
         self.state_format = state_format
-        """Part of every key."""
+        """Part of every slice key."""
         self.scope = state_format
-        """Part of the content key, by which slices that are not exact are found."""
+        """Part of every content key, by which slices are found whatever their contexts."""
         self.cuts: Cutting = cuts or Whole()
         self.memory = Memory()
-        """Capabilities of the model's memory; set by ``KVCache``."""
+        """Abilities of the model's memory; set by ``KVCache``."""
 
     def point(self, slice_: Slice) -> Slice:
-        """Returns the recurrent state at the end of a slice, as a slice of no tokens. Only it can be extended."""
+        """Recurrent state after a slice, as a slice of no tokens. A recurrent model can only continue after a point."""
         none = slice_.tokens[:0]
         key = self.key(slice_.key, none, slice_.end)
         return Slice(key, none, slice_.end, slice_.key, slice_.attends_to, slice_.attended_tokens, slice_.module)
@@ -348,8 +349,8 @@ class Slices:
     def within(self, namespace: str, *, isolate: bool = False) -> Slices:
         """Returns the ``Slices`` of a namespace.
 
-        Slices that are not exact are found only in the namespace that asked for them. Exact slices have the same key in
-        all namespaces, unless ``isolate`` is set: then nothing is shared.
+        Slices that are not exact are found only in the namespace that encoded them. Exact slices have the same key in
+        all namespaces; with ``isolate``, keys differ too, and nothing is shared.
         """
         own = f"{self.state_format}/in-{namespace}"
         other = Slices(self.fingerprint, own if isolate else self.state_format, self.cuts)
@@ -358,15 +359,15 @@ class Slices:
 
     @property
     def shared(self) -> bool:
-        """Whether the store may hold slices from other namespaces, which this scope does not find by content."""
+        """Whether slices may exist that another namespace saved, and that can't be found by content in this one."""
         return self.scope != self.state_format
 
     def content(self, tokens: Tokens) -> str:
-        """Returns the content key, shared by all slices of these tokens."""
+        """Content key, by which all slices of these tokens are found."""
         return content_key(self.fingerprint, self.scope, tokens)
 
     def key(self, context_key: str, tokens: Tokens, start: int) -> str:
-        """Returns the key of the slice of these tokens in that context, at position ``start``."""
+        """Key of the slice of ``tokens`` at position ``start``, in the context with key ``context_key``."""
         return slice_key(self.fingerprint, self.state_format, context_key, tokens, start)
 
     def make(
@@ -378,13 +379,13 @@ class Slices:
         start: int | None = None,
         trail: Trail | None = None,
     ) -> Slice:
-        """Returns the slice of ``tokens`` evaluated directly after ``before``. Nothing is evaluated here.
+        """Describes the slice of ``tokens`` in the context ``before``. Nothing is evaluated.
 
         Args:
-            before: Context of the slice.
+            before: Spans of the context.
             tokens: Tokens of the slice.
-            module: Dotted path of its module.
-            start: Position to which the slice is shifted; by default it stays after ``before``.
+            module: Dotted path of their module.
+            start: Position to move the slice to, if not directly after ``before``.
             trail: Trail of ``before``, if known.
         """
         trail = Trail(before) if trail is None else trail
@@ -396,7 +397,14 @@ class Slices:
     def cut(
         self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
     ) -> list[Slice]:
-        """Returns slices of ``tokens`` directly after ``before``. ``ends``: ends of the segments, if known."""
+        """Slices of the segments of ``tokens``, directly after ``before``.
+
+        Args:
+            before: Spans of the context of the first slice; each slice belongs to the context of the next.
+            tokens: The tokens to cut.
+            module: Dotted path of their module.
+            ends: Index after the last token of each segment, if known.
+        """
         spans = list(before)
         trail = Trail(before)
         cut: list[Slice] = []
@@ -411,10 +419,16 @@ class Slices:
     def plan(
         self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
     ) -> Plan:
-        """Returns a plan of ``before``, slices of all segments of ``tokens`` but the last, and the rest to evaluate.
+        """Plan of ``before``, slices of the segments of ``tokens`` but the last, and the last to evaluate.
 
-        ``ends``: ends of the segments of ``tokens[:-1]``, if known. For a recurrent model, all of these segments are
-        slices: the state before the last token can't be recovered after that token has been evaluated.
+        For a recurrent model, all tokens but the very last are slices: its state before the last token can't be saved
+        once that token has been evaluated.
+
+        Args:
+            before: Spans at the start of the plan.
+            tokens: The tokens that follow; the last one is always evaluated.
+            module: Dotted path of their module.
+            ends: Index after the last token of each segment of ``tokens[:-1]``, if known.
         """
         whole = [0, *(self.cuts(tokens[:-1], part=True) if ends is None else ends)]
         if not self.memory.points:
@@ -425,7 +439,7 @@ class Slices:
         return Plan((*spans, Span(spans[-1].end if spans else 0, tokens[done:])))
 
     def chained(self, plan: Plan, module: str = "") -> list[Span]:
-        """Returns the spans of a plan, with tokens to evaluate replaced by slices."""
+        """Spans of a plan, with tokens to evaluate replaced by slices of their segments."""
         spans: list[Span] = []
         for span in plan.spans:
             if span.slice:

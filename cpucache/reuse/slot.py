@@ -1,4 +1,4 @@
-"""Slots: the spans that a sequence of the llama.cpp context holds, and how much of a plan they cover."""
+"""Slots: sequences of the llama.cpp context, the spans that they hold, and how much of a plan these cover."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cpucache.reuse.slices import Plan, Slice, Span, Trail
 
 
 class Points(NamedTuple):
-    """Saved recurrent states, each found by the slice at whose end it was saved."""
+    """Saved recurrent states. Each is called a point, and is found by the slice that it follows."""
 
     of: Callable[[Slice], Slice]
-    """Returns the recurrent state at the end of a slice, as a slice of no tokens."""
+    """Returns the point after a slice, as a slice of no tokens."""
     there: Callable[[Slice], bool]
-    """Returns whether a recurrent state was saved at the end of a slice."""
+    """Returns whether the point after a slice is saved."""
 
 
 class Slot:
@@ -31,9 +31,9 @@ class Slot:
         self.busy = False
         """Whether a task uses the slot."""
         self.points: Points | None = None
-        """Saved recurrent states; ``None`` if the model needs none."""
+        """Saved recurrent states; ``None`` for a model without recurrent state."""
         self.owner = ""
-        """Owner of the text in the slot; other owners never reuse it."""
+        """Owner of the text that the slot holds. Text in slots of other owners is not reused."""
         self.index = -1
         """Index, in the last batch, of the logits of the slot's last token."""
 
@@ -43,19 +43,20 @@ class Slot:
         return self.held[-1].end if self.held else 0
 
     def shared(self, plan: Plan) -> int:
-        """Number of leading spans of ``plan`` that the slot holds."""
+        """Length, in spans, of the longest prefix of ``plan`` that the slot already holds."""
         pairs = zip(self.held, plan.spans, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0].same(pair[1]), pairs))
 
     def stays(self, plan: Plan) -> int:
-        """Number of leading spans of ``plan`` that the slot holds and can extend.
+        """Length, in spans, of the longest prefix of ``plan`` that the slot already holds and can extend.
 
-        With recurrent states, the slot extends all that it holds, or returns to a slice with a saved state at its end.
+        A recurrent state can't be rewound: the prefix is all that the slot holds, or it ends with a slice whose point
+        is saved.
         """
         shared = self.shared(plan)
         if self.points is None:
             return shared
-        # The last token is evaluated in any case, for its logits.
+        # The last token is always evaluated, for its logits.
         evaluates = shared < len(plan.spans) or not plan.spans or plan.spans[-1].slice is not None
         if shared == len(self.held) and evaluates:
             return shared
@@ -63,9 +64,9 @@ class Slot:
         return next((shared - index for index, found in enumerate(there) if found), 0)
 
     def known(self, plan: Plan, *, ends: bool = True) -> int:
-        """Number of tokens without a slice, in the shared prefix of ``plan``, that the slot holds.
+        """Number of tokens of ``plan`` without a slice that the slot already holds, counted from the plan's start.
 
-        If the prompt ``ends``, its last token does not count: it is evaluated in any case.
+        If the prompt ``ends`` with this plan, its last token does not count: it is always evaluated, for its logits.
         """
         shared = self.shared(plan)
         count = sum(len(span.tokens) for span in plan.spans[:shared] if span.slice is None)
@@ -74,9 +75,16 @@ class Slot:
         return min(count, max(0, plan.n_tokens - plan.n_cached - ends))
 
     def evaluated(self, index: int, fresh: Span) -> int:
-        """Number of leading tokens of a fresh span that the slot's spans from ``index`` on hold at its position.
+        """Number of leading tokens of a span to evaluate that the slot already holds at the same positions.
 
-        A slice counts if its state equals that of its tokens evaluated there.
+        Held slices count if their state equals that of their tokens evaluated there (``Trail.in_place``).
+
+        Args:
+            index: Index in ``held`` of the first span to compare.
+            fresh: The span to evaluate.
+
+        Returns:
+            Number of tokens; 0 if ``fresh`` is a slice.
         """
         if fresh.slice:
             return 0
@@ -91,9 +99,9 @@ class Slot:
         return common(joined(parts), fresh.tokens)
 
     def resumable(self, plan: Plan) -> Plan:
-        """Returns the plan with slices that can't be extended replaced by tokens to evaluate (recurrent models).
+        """Plan of a recurrent model, with tokens to evaluate instead of the slices that can't be loaded.
 
-        In each run of slices, those up to the last one with a saved recurrent state are kept.
+        Of consecutive slices, those up to the last one with a saved point can be loaded.
         """
         assert self.points is not None
         done = self.stays(plan)
@@ -113,7 +121,10 @@ class Slot:
         return Plan(tuple(spans))
 
     def recognise(self, slice_: Slice) -> bool:
-        """Marks tokens as ``slice_`` if the slot evaluated them after its context. Returns whether it did."""
+        """Replaces held tokens by ``slice_``, if the slot has evaluated the slice's tokens in the slice's context.
+
+        Returns whether the slot holds the slice.
+        """
         index = next((i for i, held in enumerate(self.held) if held.start <= slice_.start < held.end), None)
         if index is None:
             return False
