@@ -109,4 +109,5 @@ class History:
             del self._entries[self.fixed + count :]
             for entry in kept:
                 tokens = joined([span.tokens for span in entry])
-                self.add(block.span for block in self._slices.cut(self.spans, tokens))
+                module = next((span.slice.module for span in entry if span.slice), "")
+                self.add(block.span for block in self._slices.cut(self.spans, tokens, module))

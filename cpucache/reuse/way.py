@@ -149,8 +149,8 @@ class _Filling:
                 wanted = [slice_ for slice_ in plan.slices if slice_ not in self._held]
                 had = self.attempts.states.keys() | self._held
                 missing = kv_cache.missing([*wanted, *plan.besides], had)
+                # Missing slices that are evaluated with the end of the prompt.
                 self._last = [] if self._fresh else kv_cache.last(slot, plan, missing)
-                """Missing slices that are evaluated with the end of the prompt."""
                 self._until.callback(kv_cache.store.release, [slice_.key for slice_ in self._last])
                 self._missing: Sequence[Slice] = missing[: len(missing) - len(self._last)]
                 self._wanted = [slice_ for slice_ in wanted if slice_ not in self._last]
