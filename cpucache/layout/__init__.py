@@ -1,4 +1,4 @@
-"""From trees or messages and a tokenizer to segments at positions: the layout of a schema, and prompts on it."""
+"""Turns PML trees or chat messages into segments at positions: the layout of a schema, and prompts bound to it."""
 
 from cpucache.layout.bind import Bound, bind
 from cpucache.layout.schema import Extent, Positions, SchemaLayout

@@ -1,4 +1,4 @@
-"""Binding: a prompt, resolved against its schema, on the schema's layout gives a list of pieces."""
+"""Binding: turns a prompt that is resolved against its schema into a list of pieces on the schema's layout."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cpucache.pml.tree import Argument, Included, Role, RoleEnd, RoleStart, Sche
 
 @dataclass(frozen=True)
 class Bound:
-    """A prompt on the layout of its schema."""
+    """A prompt bound to the layout of its schema."""
 
     layout: SchemaLayout
     pieces: list[Piece]
-    """Its pieces, in the order in which the model reads them."""
+    """Pieces of the prompt, in reading order."""
     turns: Turns
-    """The turns to go on with."""
+    """State of the turns at the end of the prompt, for later turns of a conversation."""
     asks: bool
-    """Whether its last turn is a message of the user's."""
+    """Whether the last turn is a user message."""
 
     @property
     def tokens(self) -> Tokens:
-        """Tokens of all pieces."""
+        """Tokens of all pieces, concatenated."""
         return joined([piece.tokens for piece in self.pieces])
 
     @property
@@ -37,11 +37,20 @@ class Bound:
 
 
 def bind(layout: SchemaLayout, included: Included, *, file: str = "<prompt>", opens: bool = False) -> Bound:
-    """The pieces of a prompt. ``file`` is what errors call the prompt.
+    """Binds a prompt to the layout of its schema.
 
-    The prompt ends with what opens the model's answer, unless its last turn already did, or it is plain text to go on
-    with, or ``opens`` a conversation, whose next message does so. Raises ``PMLError`` when an argument is longer than
-    its parameter, ``InputError`` when there is no text at all.
+    The tokens that open the model's answer end the prompt, except where the prompt ends with plain text or an assistant
+    turn, which the model continues, and where ``opens`` is true.
+
+    Args:
+        layout: Layout of the prompt's schema.
+        included: The prompt, resolved against the schema.
+        file: Name of the prompt in error messages.
+        opens: Whether the prompt begins a conversation, whose next message will ask for an answer.
+
+    Raises:
+        PMLError: An argument is longer than its parameter.
+        InputError: The prompt holds no text.
     """
     binding = _Binding(layout, file)
     binding.scope(included)
@@ -59,7 +68,7 @@ class _Binding:
         self.file = file
         self.pieces: list[Piece] = []
         self.turns = Turns(layout.template, layout.vocabulary)
-        self._answered = True  # nothing asks for an answer: the text simply goes on
+        self._answered = True  # initially no turn asks for an answer: the model continues the text
 
     def scope(self, included: Included) -> None:
         if isinstance(included.scope, Schema):
@@ -83,22 +92,22 @@ class _Binding:
                 self._turn(item)
 
     def answer(self) -> None:
-        """Open the model's answer, where the prompt asks for one."""
+        """Appends the tokens that open the model's answer, if the prompt asks for one."""
         if not self._answered:
             self._new(self.turns.answer())
 
     def stands_before(self) -> bool:
-        """Whether there is any text so far."""
+        """Whether the pieces so far hold any text besides ``bos``."""
         return sum(len(piece.tokens) for piece in self.pieces) > (self.layout.vocabulary.bos is not None)
 
     def _text(self, node: Text | Role | Schema, *, end: bool = False) -> None:
         segments = self.layout.segments_at.get((node, "end" if end else ""), [])
-        # Neighbouring pieces of text share segments, and nothing can stand between them.
+        # Adjacent texts share segments, and no other piece can stand between them: append the segments once.
         if segments and not (self.pieces and self.pieces[-1] is segments[-1]):
             self.pieces += segments
 
     def _new(self, tokens: Tokens, placeholder: Tokens | None = None) -> None:
-        # Tokens may be missing altogether: an empty argument, or what a template does not add.
+        # Tokens may be empty: an empty argument has a placeholder, and some templates add no text.
         if len(tokens) or placeholder is not None:
             self.pieces.append(NewText(tokens, empty() if placeholder is None else placeholder))
 
@@ -117,5 +126,5 @@ class _Binding:
     def _turn(self, turn: Turn) -> None:
         self.turns.begun = self.stands_before()
         self._new(self.turns.turn(turn.role, turn.text))
-        # The last turn may be the beginning of an answer, for the model to go on with.
+        # If the last turn is the assistant's, the model continues it.
         self._answered = turn.role == "assistant"

@@ -1,7 +1,7 @@
-"""Conversations as programs send them, with tools: rendered by the model's own chat template, and tokenized.
+"""Conversations, with tools, rendered by the model's own chat template and tokenized.
 
-The template is given marks in the place of texts. So what stands between them is tokenized with its control tokens, and
-the texts without: no text can forge a turn.
+The template renders marks instead of the texts. The text between marks is tokenized with control tokens, the texts
+themselves without: no message can forge a turn.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from cpucache.layout.vocabulary import Tokens, Vocabulary, joined
 from cpucache.pml.tree import RoleName
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
-# Not to be guessed by who writes a text.
+# Random, so that no text can contain a mark on purpose.
 _NONCE = "".join(secrets.choice("ABCDEFGHIJKLMNOP") for _ in range(12))
 _MARK = re.compile(rf"{_NONCE}x(\d+|[BE])Qx")
 _BEGIN, _END = f"{_NONCE}xBQx", f"{_NONCE}xEQx"
 _MODULES = 256
-"""Modules that a conversation may have."""
+"""Maximum number of modules in a conversation."""
 _REASONING = "reasoning"
-"""The role of a mark in the place of what the assistant thought."""
+"""Role of a mark that stands for the assistant's reasoning."""
 _THINK = "<think>"
-"""Tags that templates put before reasoning, in the form that models write."""
+"""Tag before reasoning, in templates and in the models' answers."""
 _SHORTEST = 128
-"""Characters of a module at least. Fewer are evaluated as fast as looked up."""
+"""Minimum length of a module, in characters. Evaluating a shorter one is as fast as a lookup."""
 _PER_MESSAGE = 1 << 12
-"""Further limits of a template for each message and tool."""
+"""Budget that a template gets for each message and tool, in addition to ``MOST``."""
 _TOOLS = (
     "You may call functions. Their signatures:\n<tools>\n{tools}\n</tools>\n"
     "To call one, answer with nothing but its name and arguments in these tags:\n"
@@ -49,7 +49,7 @@ _TOOLS = (
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function that the model asks for."""
+    """Call of a function by the model."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -63,36 +63,36 @@ class ChatMessage:
     role: Role
     text: str = ""
     calls: Sequence[ToolCall] = ()
-    """Of the assistant."""
+    """Assistant only: the functions that it calls."""
     call: str = ""
-    """Of a tool: the id of the call that it answers."""
+    """Tool only: id of the call that it answers."""
     name: str = ""
-    """Of a tool: which one."""
+    """Tool only: name of the tool."""
     reasoning: str = ""
-    """Of the assistant: what it thought before it answered, where templates keep it."""
+    """Assistant only: its reasoning before the answer, which some templates keep."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the model may ask for. ``parameters`` is a JSON schema."""
+    """A function that the model may call. ``parameters`` is a JSON schema."""
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """As templates expect it."""
+        """Returns the definition in the form that templates expect."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
 
 class Conversations:
-    """Renders conversations of one model.
+    """Renders conversations for one model.
 
     Args:
-        vocabulary: Its tokenizer, and the chat template in its file. Without one, roles are plain text.
-        template: The same template, split into parts.
-        remembered: Gives the ids of a text of the assistant's, where it is known how the model wrote it.
+        vocabulary: Tokenizer and chat template of the model. Without a chat template, roles are plain text.
+        template: The same chat template, split by role.
+        remembered: Returns the token ids with which the model generated a text, or ``None`` if they are not known.
     """
 
     def __init__(
@@ -124,14 +124,20 @@ class Conversations:
         *,
         written: Sequence[ChatMessage] | None = None,
     ) -> Text:
-        """A conversation and what opens the model's answer. Raises ``InputError``.
+        """Renders and tokenizes a conversation, followed by the text that opens the model's answer.
 
-        Its parts are the tools' definitions, and ``modules`` wherever these occur in the messages. ``written`` are the
-        same messages with calls as the model wrote them, in the text: they are taken where the template takes them in
-        the form that it takes the messages in.
+        If the template refuses the conversation, equivalent forms are tried: system messages joined to one at the start
+        or moved into the first user message, and tools described in the system message.
 
-        A template that refuses the conversation gets it in a form that says the same: system messages joined to one at
-        the head, or told by the user; tools described in the system message.
+        Args:
+            messages: The conversation; at least one message.
+            tools: Functions that the model may call. Their definitions are parts of the result.
+            modules: Texts that are parts of the result wherever they occur in the messages.
+            written: The same messages, with tool calls in the text as the model wrote them. Each form is tried with
+                these messages before ``messages``.
+
+        Raises:
+            InputError: There is no message, there are too many modules, or the template refuses every form.
         """
         if not messages:
             raise InputError("messages: there is none")
@@ -153,7 +159,7 @@ class Conversations:
         for attempt, described in (form for pair in zip_longest(*forms) for form in pair if form is not None):
             try:
                 text, texts = self._render(attempt, described, within)
-            except Exception as error:  # a template is a program, and may fail in any way
+            except Exception as error:  # a template is a program and can fail in any way
                 problem = error
                 continue
             shown = {int(found) for found in _MARK.findall(text) if found.isdigit()}
@@ -165,7 +171,7 @@ class Conversations:
     def _render(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool], modules: Sequence[str]
     ) -> tuple[str, list[tuple[_Text, bool]]]:
-        """The conversation with marks in it; what they stand for, and whether each must be there."""
+        """Returns the conversation with marks, the text of each mark, and whether that mark must occur."""
         assert self._template is not None
         texts: list[tuple[_Text, bool]] = []
 
@@ -181,7 +187,7 @@ class Conversations:
             return f"{text[:begin]}{marks}{text[begin + len(bare) :]}"
 
         def guarded(value: Any) -> Any:
-            """JSON with marks in the place of what would be read as control tokens."""
+            """JSON value with marks instead of strings that contain control tokens."""
             if isinstance(value, str):
                 return mark(value, quoted=True, needed=False) if self._forges(value) else value
             if isinstance(value, Mapping):
@@ -212,7 +218,7 @@ class Conversations:
             _Described(
                 type="function",
                 function=_Described(
-                    # That the template shows tools at all is seen by their names.
+                    # Names must occur: they show whether the template renders tools at all.
                     name=mark(tool.name, named=False),
                     description=guarded(tool.description),
                     parameters=guarded(dict(tool.parameters)),
@@ -258,13 +264,13 @@ class Conversations:
         return Text(joined(parts), tuple(modules), roles=tuple(roles))
 
     def _as_thought(self, pieces: list[str], texts: list[_Text]) -> tuple[list[str], list[_Text]]:
-        """Reasoning and the answer behind it as one text, where it is known how the model wrote both."""
+        """Joins reasoning and the answer after it to one text if ``remembered`` knows their tokens."""
         for at in range(1, len(pieces) - 2, 2):
             first, second = (texts[int(piece)] if piece.isdigit() else None for piece in (pieces[at], pieces[at + 2]))
             if first is None or second is None or first.role != _REASONING or not second.said:
                 continue
             before, thought = pieces[at - 1], first.text + pieces[at + 1] + second.text
-            # Some templates open the answer with the tag, others leave that to the model.
+            # Some templates open the answer with the tag; with others, the model generates it.
             for head in (before[before.rfind(_THINK) :] if _THINK in before else "", ""):
                 if self._remembered(head + thought) is not None:
                     pieces[at - 1 : at + 3] = [before.removesuffix(head), str(len(texts)), "", str(len(texts) + 1)]
@@ -283,11 +289,11 @@ class Conversations:
 
 
 class _Described(dict[str, Any]):
-    """A tool as templates get it."""
+    """Part of a tool's definition; a class of its own, so that ``tojson`` puts marks around it."""
 
 
 def _split(text: str, modules: Sequence[str]) -> list[tuple[str, bool]]:
-    """A text in parts, each with whether it is one of the modules. Of those that overlap, the longest counts."""
+    """Splits a text at its modules; each part has a flag for modules. Earlier ``modules`` take precedence."""
     parts = [(text, False)]
     for module in modules:
         found: list[tuple[str, bool]] = []
@@ -305,7 +311,7 @@ def _split(text: str, modules: Sequence[str]) -> list[tuple[str, bool]]:
 
 @dataclass(frozen=True)
 class _Text:
-    """Value that a mark is replaced by."""
+    """Text that a mark stands for."""
 
     text: str
     role: str
@@ -313,11 +319,11 @@ class _Text:
     quoted: bool
     """Whether it is inside a JSON string."""
     module: bool
-    """Whether it may be reused at any position."""
+    """Whether it is a module, which may be reused at any position."""
 
     @property
     def said(self) -> bool:
-        """Whether the assistant said it."""
+        """Whether it is content of an assistant message."""
         return self.role == "assistant"
 
     @property
@@ -328,7 +334,7 @@ class _Text:
 def _forms(
     messages: Sequence[ChatMessage], tools: Sequence[Tool]
 ) -> list[tuple[Sequence[ChatMessage], Sequence[Tool]]]:
-    """A conversation as it is, and in other forms, the most faithful first."""
+    """Forms of a conversation, the most faithful first; the first is the conversation unchanged."""
     joint = _joined_system(messages)
     forms = [(messages, tools), (joint, tools), (_alternating(_by_user(joint)), tools)]
     if tools or any(message.calls or message.role == "tool" for message in messages):
@@ -338,7 +344,7 @@ def _forms(
 
 
 def _joined_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """System messages at the head as one, and later ones as messages of the user's."""
+    """Joins the system messages at the start to one and turns later ones into user messages."""
     head: list[str] = []
     rest: list[ChatMessage] = []
     for message in messages:
@@ -352,7 +358,7 @@ def _joined_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def _by_user(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """The system message at the head of the user's first."""
+    """Moves the system message into the first user message."""
     if messages[0].role != "system":
         return list(messages)
     text, rest = messages[0].text, list(messages[1:])
@@ -362,7 +368,7 @@ def _by_user(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def _alternating(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Messages of one role that follow one another as one."""
+    """Joins consecutive messages of one role."""
     merged: list[ChatMessage] = []
     for role, group in groupby(messages, key=lambda message: message.role):
         each = list(group)
@@ -374,7 +380,7 @@ def _alternating(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def _told(messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
-    """Tools, calls and what came of them in words, for templates that know none."""
+    """Writes tools, calls and their results as message text, for templates without tools."""
     told: list[ChatMessage] = []
     if tools:
         listed = "\n".join(json.dumps(tool.as_dict(), ensure_ascii=False) for tool in tools)

@@ -1,9 +1,9 @@
-"""Cuts: where text without markup is divided into segments, by its tokens alone.
+"""Cuts: the boundaries at which text without markup is divided into segments, chosen by its tokens only.
 
-Whether there is a cut at some place depends on the tokens nearby, so that an edit moves the cuts next to it and no
-others: text that was moved, or that stands behind an insertion, is found again by its content. Places are ranked by
-what ends there, and the highest of its neighbourhood is a cut (the local-maximum chunking of Bjørner, Blass and
-Gurevich, "Content-dependent chunking for differential compression", 2010).
+A cut depends only on the tokens near it, so an edit moves the cuts next to it and no others: segments of moved text, or
+of text after an insertion, keep their content and are found again. Boundaries are ranked by what ends there (a word, a
+line, a message); the highest rank of a neighbourhood is a cut (local-maximum chunking: Bjørner, Blass and Gurevich,
+"Content-dependent chunking for differential compression", 2010).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from cpucache.errors import InputError
 from cpucache.layout.vocabulary import Tokens
 
 LEAST, MOST = 64, 512
-"""Tokens of a segment: ``LEAST`` but between message edges and paragraphs, and ``MOST`` in any case."""
+"""Minimum and maximum length of a segment, in tokens. Message edges and paragraphs may make it shorter."""
 
-# What a token says of the places before and behind it.
+# Flags of a token's text, used to rank the boundaries before and after it.
 _END, _BLANK, _OPENS, _STOP, _SPACE, _CONTROL = 1, 2, 4, 8, 16, 32
 _UNKNOWN = 255
-# Ranks of places, the weakest first.
+# Ranks of boundaries, the weakest first.
 _WORD, _SENTENCE, _LINE, _PARAGRAPH, _EDGE, _HEADER, _CERTAIN = 0, 1, 2, 3, 4, 5, 6
 _NEARBY = 4  # tokens of a message's header, such as <|im_start|>user, before its line break
 _OPENING = re.compile(r"#{1,6}\s|#{1,6}$|```|~~~|===|---|[-*•]\s?$")
@@ -31,29 +31,29 @@ _SENTENCE_END = (".", "!", "?", "。", "！", "？")
 _Numbers = npt.NDArray[np.int64]
 _Flags = npt.NDArray[np.bool_]
 _Keys = npt.NDArray[np.uint64]
-# Odd numbers, one for each of the tokens before a place that it is ranked by.
+# Odd multipliers of the hash, one for each token before a boundary that decides between equal ranks.
 _FACTORS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5)
 
 
 class Pieces(Protocol):
-    """Part of a model that cuts depend on: the text of its tokens."""
+    """The model interface that cuts need: the text and kind of its tokens."""
 
     @property
     def n_vocab(self) -> int:
-        """Number of tokens of the vocabulary."""
+        """Size of the vocabulary, in tokens."""
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes of a token."""
+        """Text of a token, as bytes."""
 
     def ends_generation(self, token: int) -> bool:
         """Whether the token ends a message."""
 
     def is_control(self, token: int) -> bool:
-        """Whether the token stands for no text."""
+        """Whether the token is a control token, which stands for no text."""
 
 
 def check_sizes(least: int, most: int) -> None:
-    """Raise ``InputError`` for sizes that segments can't have."""
+    """Raises ``InputError`` unless ``1 <= least <= most``."""
     if not 1 <= least <= most:
         raise InputError(f"segments of {least} to {most} tokens: give two numbers of 1 or more, the smaller first")
 
@@ -61,15 +61,16 @@ def check_sizes(least: int, most: int) -> None:
 class Cuts:
     """Finds the cuts of texts in one model's tokens.
 
-    The beginning of a message behind its header is a cut, and so is a blank line or heading with a paragraph of
-    ``least`` tokens or more on one side of it. (Where two such places are closer together than a quarter of ``least``,
-    the first alone is.) Between these, segments are at least ``least`` tokens long, and end where the highest ranked
-    place is: at a blank line or heading, else behind a line, a sentence, a word.
+    A message edge is a cut, normally after the message's header. So is a blank line or heading with a paragraph of at
+    least ``least`` tokens on one side. Of two closer than a quarter of ``least``, the second is dropped unless it ranks
+    higher, and an edge is dropped if the header after it ends that near. Between these cuts, segments are at least
+    ``least`` tokens long and end at the boundary of the highest rank: a blank line or heading, else the end of a line,
+    a sentence or a word.
 
     Args:
         vocabulary: The model's tokens.
-        least: Tokens of a segment.
-        most: Tokens of a segment at most.
+        least: Minimum length of a segment, in tokens.
+        most: Maximum length of a segment, in tokens.
     """
 
     def __init__(self, vocabulary: Pieces, least: int = LEAST, most: int = MOST) -> None:
@@ -77,22 +78,22 @@ class Cuts:
         self.least = least
         self.most = most
         self._vocabulary = vocabulary
-        # By token: flags, and the line breaks that its text ends with.
+        # By token id: flags, and the number of line breaks at the end of its text.
         self._flags = np.full(vocabulary.n_vocab, _UNKNOWN, np.uint8)
         self._breaks = np.zeros(vocabulary.n_vocab, np.uint8)
 
     def __call__(self, tokens: Tokens, *, part: bool = False) -> list[int]:
-        """The end of each segment, as an index into ``tokens``, in order; the last is the end of the text.
+        """Ends of the segments, as indices into ``tokens``, in order. The last is the end of the text.
 
-        ``part``: this is a part of a longer text, such as a message of a conversation; nothing very short is cut off at
-        its ends.
+        If ``part`` is true, the text is part of a longer one, such as a message of a conversation, and no cut is chosen
+        within ``least // 4`` tokens of its ends.
         """
         count = len(tokens)
         if count < 2:
             return [count] if count else []
         places = self._kept(self._ranks(tokens), tokens, part=part)
         ends = np.flatnonzero(places) + 1
-        # Longer than most: cut from the left, so that text that goes on keeps its cuts.
+        # Longer than most: cut from the left, so that the cuts stay when text is appended.
         found: list[int] = []
         begin = 0
         for end in [*ends.tolist(), count]:
@@ -102,18 +103,18 @@ class Cuts:
         return found
 
     def ends_message(self, tokens: Tokens) -> bool:
-        """Whether some tokens end where a message does, or its header."""
+        """Whether the last few tokens include the end of a message or a control token of a header."""
         last = tokens[-_NEARBY - 2 :]
         self._learn(last)
         return bool((self._flags[last] & (_END | _CONTROL)).any())
 
     # -- ranks -------------------------------------------------------------------------------------------------------
     def _ranks(self, tokens: Tokens) -> _Numbers:
-        """The rank of each place: that with index ``i`` is behind token ``i``, before another."""
+        """Ranks ``[n_tokens - 1]`` of the boundaries; boundary ``i`` is between tokens ``i`` and ``i + 1``."""
         self._learn(tokens)
         flags, own = self._flags[tokens], self._breaks[tokens].astype(np.int64)
         blank = ((flags & _BLANK) > 0).astype(np.int64)
-        # White space may be spread over some tokens: what stands before it counts for the place behind it.
+        # White space may take several tokens: carry what ends before it to the boundary after it.
         breaks, ends = own, (flags & _END > 0).astype(np.int64)
         for _ in range(3):
             breaks, ends = own + blank * _shifted(breaks), np.maximum(ends, blank * _shifted(ends))
@@ -128,12 +129,12 @@ class Cuts:
         ranks[(breaks[before] >= 2) | ((breaks[before] >= 1) & opens)] = _PARAGRAPH
         ranks[ends[before] > 0] = _EDGE
         ranks[(breaks[before] >= 1) & (control[before] > 0)] = _HEADER
-        # White space belongs to what stands before it.
+        # White space belongs to the segment of the text before it.
         ranks[blank[behind] > 0] = _WORD
         return ranks
 
     def _learn(self, tokens: Tokens) -> None:
-        """Note what the texts of tokens say that were not seen before."""
+        """Records the flags and line breaks of tokens that are new to this object."""
         unknown = np.unique(tokens[self._flags[tokens] == _UNKNOWN])
         for token in unknown.tolist():
             text = self._vocabulary.piece(token, special=True).decode("utf-8", "replace")
@@ -145,13 +146,13 @@ class Cuts:
             flags |= _OPENS if _OPENING.match(text) else 0
             flags |= _STOP if bare.endswith(_SENTENCE_END) else 0
             flags |= _SPACE if text[:1].isspace() else 0
-            # The flags tell other threads that the token is known.
+            # Flags are written last: they tell other threads that the token is known.
             self._breaks[token] = min(tail.count("\n"), 8)
             self._flags[token] = flags
 
-    # -- the highest of their neighbourhoods -------------------------------------------------------------------------
+    # -- local maxima ------------------------------------------------------------------------------------------------
     def _kept(self, ranks: _Numbers, tokens: Tokens, *, part: bool) -> _Flags:
-        """Which places are cuts."""
+        """Mask ``[n_tokens - 1]`` of the boundaries that are cuts."""
         certain = self._certain(ranks, part=part)
         keys = (ranks.astype(np.uint64) << np.uint64(56)) | (_hashes(tokens)[:-1] >> np.uint64(8))
         keys[certain] = np.uint64(_CERTAIN << 56)
@@ -166,7 +167,7 @@ class Cuts:
         return result
 
     def _certain(self, ranks: _Numbers, *, part: bool) -> _Flags:
-        """Edges of messages, and of paragraphs with a long one on one side; of those close together, the first."""
+        """Mask of the cuts at message edges, and at paragraph boundaries with a long paragraph on one side."""
         strong = np.flatnonzero(ranks >= _PARAGRAPH)
         if not len(strong):
             return np.zeros(len(ranks), bool)
@@ -178,7 +179,7 @@ class Cuts:
         near = np.diff(anchors) < apart
         drop = np.zeros(len(anchors), bool)
         drop[1:] |= near & (rank[:-1] >= rank[1:])
-        # The header of a message goes with the message before it: what is said begins behind it.
+        # A message's header stays in the segment of the message before it; the content begins a segment.
         drop[:-1] |= near & (rank[:-1] == _EDGE) & (rank[1:] == _HEADER)
         if part:
             drop |= (anchors + 1 < apart) | (len(ranks) - anchors < apart)
@@ -188,14 +189,14 @@ class Cuts:
 
 
 def _shifted(values: _Numbers) -> _Numbers:
-    """The value of the token before each; nothing for the first."""
+    """Values shifted by one token to the right; the first is 0."""
     result = np.zeros_like(values)
     result[1:] = values[:-1]
     return result
 
 
 def _hashes(tokens: Tokens) -> _Keys:
-    """A number for each token and the three before it, all bits alike."""
+    """Well-mixed 64-bit hash of each token and the three before it."""
     ids = tokens.astype(np.uint64) + np.uint64(1)
     total = np.zeros(len(ids), np.uint64)
     for distance, factor in enumerate(_FACTORS):
@@ -207,7 +208,7 @@ def _hashes(tokens: Tokens) -> _Keys:
 
 
 def _window_maximum(values: _Keys, width: int) -> _Keys:
-    """The highest of each ``width`` values in a row, by windows twice as wide at each step."""
+    """Maximum of each ``width`` consecutive values, computed with windows that double at each step."""
     result, reach = values, 1
     while reach * 2 <= width:
         result = np.maximum(result[:-reach], result[reach:])

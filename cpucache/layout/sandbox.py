@@ -1,8 +1,8 @@
-"""The environment that chat templates run in: they are programs, written by whoever made the model.
+"""The environment that chat templates run in: they are programs, and their authors are not trusted.
 
-Jinja's own sandbox keeps a template from the rest of the process. This one also bounds how much it does. A template
-spends from a budget for each value that it looks at or makes, by its size, and for each round of a loop; so it ends
-soon, at the same point on every machine, and makes no large values on the way.
+Jinja's own sandbox separates a template from the rest of the process. This one also bounds its work. A template spends
+from a budget for each value that it reads or creates, by size, and for each round of a loop. It therefore ends soon, at
+the same point on every machine, and creates no large values.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MOST = 1 << 19
-"""Limit of one template, in characters and elements. The templates of well-known models use a few thousand."""
+"""Default budget of a template, in characters and elements. The templates of well-known models spend a few thousand."""
 LONGEST = 1 << 18
-"""Characters of a template."""
+"""Maximum length of a template, in characters."""
 _ROUND = 8
-"""Cost of each round of a loop, and of each call of a macro or block, without the text in it."""
+"""Cost of each round of a loop and each call of a macro or block, in addition to the text in it."""
 _LARGEST = 10_000
-"""A number that a filter or function takes: it may be a width."""
+"""Largest number that a filter or function accepts, as it may be a width."""
 _LOOKED_AT = (nodes.Name, nodes.Getattr, nodes.Getitem, nodes.List, nodes.Tuple, nodes.Dict, nodes.Concat)
 _FORMATS = ("do_format", "format", "format_map")
 _WIDTH = re.compile(r"\*|\d{4}")
 
 
 class Given(list[Any]):
-    """A list that the caller hands to a template. The template pays for its elements, not for looking at it."""
+    """A list that the caller passes to a template. Reading it costs 1; its elements are charged when read."""
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox with a budget for all that is rendered in it. Raises ``jinja2.TemplateError`` when that is spent."""
+    """A sandbox with a budget for what is rendered in it. Raises ``jinja2.TemplateError`` once the budget is spent."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
@@ -46,15 +46,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._spent = 0
         self._budget = MOST
         self.filters = {name: self.bounded(each) for name, each in self.filters.items()} | {"_spend": self.spend}
-        # Makes text by the page.
+        # lipsum generates long texts.
         del self.globals["lipsum"]
 
     def renew(self, budget: int) -> None:
-        """Begin to count anew, up to ``budget``."""
+        """Resets the amount spent to 0 and sets the budget."""
         self._spent, self._budget = 0, budget
 
     def spend(self, value: Any) -> Any:
-        """Pay for a value; gives it back."""
+        """Charges a value to the budget, by its size, and returns the value."""
         todo = [value]
         while todo:
             each = todo.pop()
@@ -72,7 +72,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as the base class does
-        # The sandbox wraps formats.
+        # The sandbox wraps str.format and format_map: unwrap them to charge the format string.
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         function = wraps(__obj, assigned=["__name__"], updated=[])(partial(super().call, __context, __obj))
         return __self._within(function, (owner, *args, *kwargs.values()), args, kwargs)
@@ -88,7 +88,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return self.spend(super().call_binop(context, operator, left, right))
 
     def bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that pays for what it is given, and for what it gives."""
+        """Wraps a filter so that its arguments and its result are charged to the budget."""
 
         @wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -97,11 +97,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return bounded
 
     def _within(self, function: Callable[..., Any], given: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
-        """Returns the value of a call of a function whose value can't be large."""
+        """Calls a function and charges its arguments and result. Refuses arguments that could make the result large."""
         for each in given:
             self.spend(each)
             _demand(not isinstance(each, (int, float)) or abs(each) <= _LARGEST)
-        # Texts multiply where one takes the place of each part of another. So do the widths of formats.
+        # Sizes multiply where one text replaces each part of another. Widths in formats also create long texts.
         texts = [each for each in given if isinstance(each, str)]
         _demand(math.prod(len(each) + 1 for each in texts) < MOST * 8)
         _demand(getattr(function, "__name__", "") not in _FORMATS or not any(map(_WIDTH.search, texts)))
@@ -122,7 +122,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Paying(NodeTransformer):
-    """Has a template pay for what it does."""
+    """Adds the calls that charge the budget to a template's syntax tree."""
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         super().generic_visit(node, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The layout of a schema: every segment of it, with its tokens and its position."""
+"""The layout of a schema: all of its segments, with tokens and positions."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Positions: TypeAlias = Literal["auto", "reserved", "packed"]
 POSITIONS: tuple[Positions, ...] = ("auto", "reserved", "packed")
 Edge: TypeAlias = Literal["", "end"]
 Place: TypeAlias = tuple[SchemaNode | Schema, Edge]
-"""Where a piece of text is written: a ``Text``, the start or (``"end"``) end of a ``Role``, the start of a schema."""
+"""Source of a piece of text: a ``Text``, the start or (``"end"``) the end of a ``Role``, or the start of a schema."""
 Part: TypeAlias = Segment | Placeholder | Module | Union
 
 
 @dataclass
 class Extent:
-    """A node of the schema as ``schema show`` draws it: positions [start, end), of which ``own`` are its own tokens."""
+    """A node of the schema as ``schema show`` draws it: positions [start, end), ``own`` of them for its own text."""
 
     kind: Literal["schema", "module", "union", "parameter"]
     name: str
@@ -38,13 +38,18 @@ class Extent:
 
 
 class SchemaLayout:
-    """A schema under one vocabulary and chat template.
+    """Layout of a schema for one vocabulary and chat template.
 
-    ``positions``: ``reserved`` gives each module its fixed offset in the schema, ``packed`` gives no positions, so that
-    a prompt's modules stand back to back; ``auto`` reserves while the schema fits the trained context.
+    Args:
+        schema: The schema.
+        vocabulary: Tokenizer of the model.
+        template: Chat template of the model.
+        positions: ``reserved``: each module has a fixed offset in the schema. ``packed``: no positions are reserved;
+            a prompt's modules stand back to back. ``auto``: reserved if the schema fits the trained context.
 
-    Raises ``PMLError`` when a module with its enclosing text is longer than the model can hold, or a scaffold text
-    longer than its parameter.
+    Raises:
+        PMLError: With reserved positions, the schema is longer than the trained context; packed, a module with its
+            enclosing text is. Or a scaffold text is longer than its parameter.
     """
 
     def __init__(
@@ -62,7 +67,7 @@ class SchemaLayout:
         self.outline = laid.outline
         """Parts of each scope, in reading order."""
         self.segments_at: dict[Place, list[Segment]] = laid.places
-        """The segments that hold a piece of text."""
+        """Segments that hold each piece of text. Adjacent pieces share segments."""
         self._placeholders = laid.placeholders
         self.last_role: RoleName | None = laid.last_role
         if laid.longest > limit:
@@ -70,30 +75,30 @@ class SchemaLayout:
 
     @property
     def length(self) -> int:
-        """Positions from 0 to the end of the schema's last module."""
+        """End position of the schema's outline, in tokens; if packed, of its longest module with enclosing text."""
         return self.extent.end
 
     @property
     def positions(self) -> Literal["reserved", "packed"]:
-        """The kind of positions that the modules have."""
+        """Kind of layout; ``auto`` is resolved."""
         return "packed" if self.packed else "reserved"
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """Every segment, in document order."""
+        """All segments, in document order."""
         return tuple(part for part in self._parts(self.schema) if isinstance(part, Segment))
 
     @cached_property
     def texts(self) -> frozenset[bytes]:
-        """The ``text_id`` of every segment and placeholder: the text of this schema."""
+        """``text_id`` of every segment and placeholder of the schema."""
         return self._texts(self.schema)
 
     def placeholder(self, parameter: Parameter) -> Tokens:
-        """Tokens that replace an argument of ``parameter`` while the schema is encoded."""
+        """Tokens in place of an argument of ``parameter`` while the schema is encoded."""
         return self._placeholders[parameter].tokens
 
     def may_attend_to(self, segment: Segment) -> frozenset[bytes] | None:
-        """The texts that a slice of ``segment`` may have attended to besides those of the prompt; ``None``: any."""
+        """``text_id`` of texts that a slice of ``segment`` may attend to besides the prompt's; ``None``: any text."""
         return self._limits.get(segment)
 
     @cached_property
@@ -119,7 +124,7 @@ class SchemaLayout:
         return limits
 
     def size(self, scope: Scope) -> int:
-        """Positions that a scope takes."""
+        """Length of a scope, in positions: a union counts as its longest member."""
         return sum(
             max(map(self.size, part.members))
             if isinstance(part, Union)
@@ -159,7 +164,7 @@ class SchemaLayout:
 
 
 class _Laying:
-    """One walk through the schema, in document order."""
+    """Lays out a schema in one walk, in document order."""
 
     def __init__(self, layout: SchemaLayout, *, packed: bool) -> None:
         self.vocabulary = layout.vocabulary
@@ -171,8 +176,8 @@ class _Laying:
         self.placeholders: dict[Parameter, Placeholder] = {}
         self.last_role: RoleName | None = None
         self.longest = 0
-        """The end of the text that reaches furthest: of the schema, or packed, of a module with its enclosing text."""
-        self._first = True  # nothing stands before, in any prompt
+        """Largest end position: of the schema, or if packed, of a module with its enclosing text."""
+        self._first = True  # no prompt can have text before this point
         self._cursor = 0
         self.extent = Extent("schema", layout.schema.name, 0, 0)
         self._scope(layout.schema, self.extent, "", cache=True)
@@ -221,14 +226,14 @@ class _Laying:
         extent.end = max([self._cursor, *(child.end for child in extent.children)])
 
     def _nested(self, node: Module | Union, parent: Extent, path: str) -> None:
-        """Lay the module, or the members of the union, that stand here."""
+        """Lays out a module, or the members of a union, at the current position."""
         start = self._cursor
         if isinstance(node, Union):
             extent = Extent("union", node.scaffold or "", start, start)
             parent.children.append(extent)
         else:
             extent = parent
-        # Members are alternatives: none stands before another.
+        # Members are alternatives: each starts where the union does.
         first, last_role = self._first, self.last_role
         ends = []
         for module in node.members if isinstance(node, Union) else (node,):
@@ -240,7 +245,7 @@ class _Laying:
             ends.append(child.end)
         if isinstance(node, Union):
             extent.end = max(ends)
-        # Packed, only the enclosing text stands before what follows.
+        # In a packed layout only the enclosing text counts: a prompt may omit the module.
         self._cursor = start if self.packed else max(ends)
 
     def _role(self, node: Role, edge: str) -> Tokens:
@@ -268,7 +273,7 @@ class _Laying:
 
 
 def _events(children: Iterable[SchemaNode]) -> Iterator[tuple[SchemaNode, Edge]]:
-    """The nodes of a scope in reading order; a role is there twice, where it opens and where it closes."""
+    """Nodes of a scope in reading order. A role occurs twice: at its start and at its end."""
     for child in children:
         yield child, ""
         if isinstance(child, Role):

@@ -1,4 +1,4 @@
-"""Segments: runs of a schema's text that are reused as units, and the text that a prompt brings besides."""
+"""Segments: runs of a schema's text that are reused as units, and the text that a prompt adds to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cpucache.layout.vocabulary import Tokens, empty
 from cpucache.store import text_id
 
 LONGEST = 512
-"""Tokens of a segment at most. Longer text is cut, so that interrupted work is lost in small parts only."""
+"""Maximum length of a segment, in tokens. Longer text is cut, so that an interruption loses one segment at most."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -21,11 +21,11 @@ class Segment:
 
     tokens: Tokens
     reserved: int | None
-    """Position that a reserved layout gives to its first token; ``None`` in a packed layout."""
+    """Position of the first token in a reserved layout; ``None`` in a packed layout."""
     module: str
-    """Dotted path of the module that the text belongs to, empty for the schema itself."""
+    """Dotted path of the module that the text belongs to; empty for the schema itself."""
     cache: bool = True
-    """False: evaluated in every prompt (``cache="false"``)."""
+    """Whether its slices are reused; false for ``cache="false"`` modules, which every prompt evaluates."""
 
     @cached_property
     def id(self) -> bytes:
@@ -39,7 +39,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Placeholder:
-    """Tokens that replace an argument while the schema is encoded: the parameter's scaffold, padded to its length."""
+    """Tokens in place of an argument while the schema is encoded: the parameter's scaffold, padded to its length."""
 
     tokens: Tokens
     reserved: int | None
@@ -47,23 +47,23 @@ class Placeholder:
 
 @dataclass(frozen=True, eq=False)
 class NewText:
-    """Text that a prompt brings: an argument, text between references, a turn."""
+    """Text that a prompt adds to its schema: an argument, text between references, or a turn."""
 
     tokens: Tokens
     placeholder: Tokens = field(default_factory=empty)
-    """Tokens that replace it while the schema is encoded: of an argument, its placeholder; of other text, none."""
+    """Tokens in its place while the schema is encoded; empty unless the text is an argument."""
 
 
 Piece: TypeAlias = Segment | NewText
-"""A prompt on its schema's layout is a list of pieces, in the order in which the model reads them."""
+"""Element of a bound prompt. A bound prompt is a list of pieces in reading order."""
 
 
 @dataclass(frozen=True)
 class RoleRun:
-    """A run of tokens that one message says, without what the template puts around it."""
+    """Tokens ``begin`` to ``end`` of a conversation: the content of one message, without the chat template's text."""
 
     role: str
-    """Role of the message; ``"tools"``: the run describes a tool."""
+    """Role of the message; ``"tools"`` for the definition of a tool."""
     begin: int
     end: int
 
@@ -74,15 +74,14 @@ class Text:
 
     tokens: Tokens
     parts: tuple[tuple[int, int], ...] = ()
-    """Runs of tokens that may be reused wherever they stand, each by its beginning and end: they do not overlap, and
-    come in order."""
+    """``(begin, end)`` of runs of tokens that may be reused at any position. They are in order and do not overlap."""
     edges: tuple[int, ...] = ()
-    """Places, as indices into the tokens, where one segment ends and the next begins, besides those of the parts."""
+    """Further segment boundaries, as indices into the tokens. The boundaries of parts are not listed."""
     roles: tuple[RoleRun, ...] = ()
-    """Of a conversation: who says what, in order. Reuse does not depend on it."""
+    """Runs of a conversation's messages, in order. Reuse does not depend on them."""
 
     def first(self, count: int) -> Text:
-        """The first tokens, with the parts that lie among them."""
+        """The first ``count`` tokens, with the parts, edges and roles that lie entirely within them."""
         return Text(
             self.tokens[:count],
             tuple(part for part in self.parts if part[1] <= count),
@@ -91,7 +90,7 @@ class Text:
         )
 
     def within(self, begin: int, end: int) -> bool:
-        """Whether some tokens are within one of the parts."""
+        """Whether one part contains all tokens from ``begin`` to ``end``."""
         return any(first <= begin and end <= last for first, last in self.parts)
 
     @property
@@ -99,7 +98,7 @@ class Text:
         return [*(edge for part in self.parts for edge in part), *self.edges]
 
     def ends(self, cuts: Callable[[Tokens], Sequence[int]]) -> list[int]:
-        """The ends of the segments of all tokens but the last. Cuts within a part depend on that part alone."""
+        """Ends of the segments of all tokens but the last. Cuts within a part depend only on its own tokens."""
         size = len(self.tokens) - 1
         edges = sorted({min(edge, size) for edge in self._edges} | {0, size})
         found: list[int] = []

@@ -1,8 +1,8 @@
 """The model's own chat template, split into the text before and after the content of each role.
 
-A template is a Jinja program that renders whole conversations. Modules need its pieces: so it is rendered around marks,
-and what stands between the marks is what the template adds. Any model's template works this way, whatever it is written
-like.
+A template is a Jinja program that renders whole conversations, but modules need its parts. It is therefore rendered
+with marks as messages; the text between the marks is what the template adds. This does not depend on how the template
+is written.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from jinja2.parser import Parser
 from cpucache.layout.sandbox import BoundedEnvironment
 from cpucache.pml.tree import RoleName
 
-# Letters only, so that a template which trims or escapes its messages leaves them alone.
+# Letters only, so that a template that trims or escapes messages does not change them.
 _MARKS = {"system": "SystemMarkQx", "user": "UserMarkQx", "assistant": "AssistantMarkQx", "again": "AgainMarkQx"}
 
 
-# A prompt with today's date in it would never be found in the cache tomorrow. This is the date that templates which can
-# do without today's (Llama 3) fall back on.
+# A fixed date: slices of a prompt that holds today's date could not be reused tomorrow. Llama 3's template falls back
+# on this one.
 _DATE = date(2024, 7, 26)
-# Characters of a conversation of marks: no model needs so many around its messages.
+# Maximum length of a conversation of marks, in characters. No template adds as much text to its messages.
 _LONGEST = 1 << 16
 # The first half of a control token, such as ``<|end`` or ``[IN``.
 _HALF_TOKEN = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
 class ChatTemplate:
-    """Text before and behind each role's content, and before the model's answer.
+    """Text that the chat template puts before and after each role's content, and before the model's answer.
 
-    ``source`` is the Jinja text from the GGUF; ``None``, or a template that can't be split, yields plain text:
-    roles add nothing but a line break behind their content (``plain`` is true then).
+    ``source`` is the Jinja text from the GGUF. If it is ``None`` or cannot be split, ``plain`` is true and roles are
+    plain text: each adds only a line break after its content.
 
-    Templates that merge the system text into the first user turn (Gemma, Mistral), and those that refuse it, get it at
-    the head of that turn. What a template does with its messages beyond that (leaving out earlier reasoning, moving the
-    system text to the last turn) is not followed: a module's text can't depend on what else a prompt holds.
+    The system text starts the first user turn if the template puts it there (Gemma, Mistral) or refuses system
+    messages. Other changes that a template makes to messages (omitting earlier reasoning, moving the system text to
+    the last turn) are not reproduced: the text of a module cannot depend on the rest of the prompt.
     """
 
     def __init__(self, source: str | None, *, bos: str = "", eos: str = "") -> None:
@@ -59,10 +59,10 @@ class ChatTemplate:
                 self._take_apart(_Renderer(source, bos, eos), bos)
 
     def start(self, role: RoleName, *, previous: RoleName | None, first: bool) -> str:
-        """Text before the content of ``role``. ``first``: nothing precedes it in the whole prompt.
+        """Text before the content of ``role``.
 
-        ``previous`` is the role before it. A first turn has what the template begins with, for example its default
-        system text.
+        ``previous`` is the role of the turn before. ``first`` means that the turn opens the prompt: it then gets the
+        beginning of the template as well, for example a default system text.
         """
         if first:
             return self._first[role]
@@ -75,7 +75,7 @@ class ChatTemplate:
         return self._end[role]
 
     def generation(self, previous: RoleName | None) -> str:
-        """Text that begins the model's answer after a turn of ``previous``."""
+        """Text that opens the model's answer after a turn of ``previous``."""
         return (self._end_system if previous == "system" else "") + self._generation
 
     def _take_apart(self, render: _Renderer, bos: str) -> None:
@@ -86,7 +86,7 @@ class ChatTemplate:
 
         between, behind = _around(_around(render("user", "assistant", "again"), "user")[1], "assistant")
         between_turns = _around(behind, "again")[0]
-        # Templates may end the last message of all differently: what both have in common belongs to the role.
+        # Templates may end the last message differently: the common prefix of both endings belongs to the role.
         end_assistant = _shared(_around(render("user", "assistant"), "assistant")[1], between_turns)
         start_assistant = between.removeprefix(end_user) if between.startswith(end_user) else generation
         start_user = between_turns[len(end_assistant) :]
@@ -94,7 +94,7 @@ class ChatTemplate:
         try:
             before_system, behind_system = _around(render("system", "user"), "system")
             joint = _around(behind_system, "user")[0]
-            # Only what begins the whole text is left out later on, not what begins every turn.
+            # ``bos`` is removed where it only opens the text, and kept where the template begins every turn with it.
             start_system = before_system if start_user.startswith(bos) else before_system.removeprefix(bos)
         except _Unusable:
             before_system, start_system, joint = before_user, start_user, "\n\n"
@@ -125,13 +125,13 @@ def _around(text: str, mark: str) -> tuple[str, str]:
 
 
 def _shared(one: str, other: str) -> str:
-    """Returns the common beginning of both texts, without a part of a control token at its end."""
+    """Longest common prefix of both texts, without the first half of a control token at its end."""
     size = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
     return one[:size] if size in (len(one), len(other)) else _HALF_TOKEN.sub("", one[:size])
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks what a model is trained on: nothing to rendering."""
+    """Renders the content of ``{% generation %}``, a tag that marks training targets, unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
@@ -141,11 +141,11 @@ class _Generation(Extension):
 
 
 def template_environment(bos: str, eos: str) -> BoundedEnvironment:
-    """Jinja environment that chat templates are written for, with limits on what they may do."""
+    """Jinja environment that chat templates expect, with limits on what a template may do."""
     environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
-    # As transformers has it, which templates are written for: in the order given, and with characters as they are.
+    # As in transformers, for which templates are written: keys keep their order, and characters are not escaped.
     environment.filters["tojson"] = environment.bounded(_to_json)
     environment.globals.update(
         raise_exception=_raise,
@@ -169,9 +169,9 @@ def _to_json(
 
 
 class _Renderer:
-    """Renders conversations of marks, in the environment that templates are written for.
+    """Renders conversations of marks in the environment that chat templates expect.
 
-    Raises ``_Unusable`` for whatever goes wrong in it: a template is a program, and may fail in any way.
+    Raises ``_Unusable`` for any exception of the template, which is a program and can fail in any way.
     """
 
     def __init__(self, source: str, bos: str, eos: str) -> None:

@@ -1,4 +1,4 @@
-"""Turns: messages as tokens, with what the chat template puts around each."""
+"""Turns: messages as tokens, each with the text that the chat template puts around it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from cpucache.pml.tree import RoleName
 
 
 class Turns:
-    """Tokenizes messages in the order in which they come.
+    """Tokenizes the messages of one prompt in order.
 
-    ``role`` is the role before, if any; ``begun`` tells whether any text stands before. A turn of the assistant stays
-    open: the model may go on with it, and the next turn ends it.
+    ``role`` is the role of the previous turn, if any. ``begun`` is true once the prompt holds any text. An assistant
+    turn stays open, so that the model can continue it; the next turn ends it.
     """
 
     def __init__(self, template: ChatTemplate, vocabulary: Vocabulary) -> None:
@@ -20,10 +20,10 @@ class Turns:
         self.role: RoleName | None = None
         self.begun = False
         self.open = False
-        """A turn of the assistant is waiting to be continued."""
+        """Whether the last turn is an assistant turn that has not ended."""
 
     def turn(self, role: RoleName, text: str) -> Tokens:
-        """A message, and the end of the one before if that is still open."""
+        """Tokens of a message, after the end of the previous turn if that is still open."""
         start = self._template.start(role, previous=self.role, first=not self.begun)
         if not self.begun and self._vocabulary.bos is not None:
             start = start.removeprefix(self._vocabulary.special_text("bos"))
@@ -36,13 +36,13 @@ class Turns:
         return joined(parts)
 
     def answer(self) -> Tokens:
-        """Returns the tokens that begin the model's answer, which is then the open turn of the assistant."""
+        """Tokens that open an assistant turn for the model's answer; none if one is already open."""
         header = self._special("" if self.open else self._template.generation(self.role))
         self.role, self.open = "assistant", True
         return header
 
     def close(self) -> Tokens:
-        """Tokens that end an open turn of the assistant."""
+        """Tokens that end the open assistant turn; none if no turn is open."""
         end = self._special(self._template.end("assistant") if self.open else "")
         self.open = False
         return end

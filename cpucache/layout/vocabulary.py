@@ -1,4 +1,4 @@
-"""The part of a model that layout depends on: its tokens. ``runtime.Model`` has these members."""
+"""The tokenizer interface that layout needs. ``runtime.Model`` implements it; any class with these members will do."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ class Vocabulary(Protocol):
 
     @property
     def n_ctx_train(self) -> int:
-        """The longest position that the model was trained on, plus one."""
+        """Context length that the model was trained on, in tokens."""
 
     @property
     def bos(self) -> int | None:
-        """The token that begins every text, ``None`` when the model wants none."""
+        """Id of the token that begins every text; ``None`` if the model uses none."""
 
     @property
     def filler(self) -> int:
-        """The token that stands in for an argument not yet known."""
+        """Id of the token that pads a parameter while its schema is encoded."""
 
     @property
     def chat_template(self) -> str | None:
-        """Jinja source of the model's chat template."""
+        """Jinja source of the model's chat template; ``None`` if the model has none."""
 
     def tokenize(self, text: str, *, special: bool = False) -> Tokens:
-        """Ids of a piece of text; control tokens are recognised only with ``special``."""
+        """Token ids of ``text``. Control tokens are recognised only if ``special`` is true."""
 
     def special_text(self, name: str) -> str:
-        """Text of the ``bos`` or ``eos`` token in templates."""
+        """Text of the token called ``name`` (``bos`` or ``eos``), as chat templates write it."""
 
 
 def empty() -> Tokens:
-    """No tokens."""
+    """Returns an empty token array."""
     return np.empty(0, np.int32)
 
 
 def joined(parts: list[Tokens]) -> Tokens:
-    """Token arrays one behind the other."""
+    """Concatenation of ``parts``."""
     return np.concatenate(parts).astype(np.int32, copy=False) if parts else empty()
 
 
 def common(one: Tokens, other: Tokens) -> int:
-    """Number of tokens that both begin with."""
+    """Length of the longest common prefix, in tokens."""
     count = min(len(one), len(other))
     differing = np.flatnonzero(one[:count] != other[:count])
     return int(differing[0]) if len(differing) else count

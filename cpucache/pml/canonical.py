@@ -1,4 +1,4 @@
-"""Canonical PML: the same document, laid out in one way.
+"""Canonical PML: writes a document in one standard layout.
 
 Tags are indented by how deep they are nested, attributes stand in the order of the grammar. Of white space only that is
 changed whose kind alone counts (``xml.fold_space``): at either end of a text. Comments, references and CDATA sections
@@ -41,7 +41,7 @@ _REFERENCE = re.compile(r"&#(?:x0*(?:9|a|d|20)|0*(?:9|10|13|32));", re.IGNORECAS
 
 
 def root_of(text: str) -> Root | None:
-    """Returns the kind of a document by its first tag; ``None`` for neither a schema nor a prompt."""
+    """Kind of document, by its first tag: schema or prompt; ``None`` if neither."""
     start = _BEFORE.match(text)
     found = _ROOT.match(text, start.end() if start else 0)
     return None if found is None else "schema" if found.group(1) == "schema" else "prompt"
@@ -50,7 +50,7 @@ def root_of(text: str) -> Root | None:
 def parse_pml(
     data: str | bytes, *, file: str, folder: Path | None = None, limits: Limits | None = None
 ) -> Schema | Prompt:
-    """The schema or the prompt in ``data``, whichever it is. Raises ``PMLError`` as their parsers do."""
+    """Parses the schema or prompt in ``data``. Raises ``PMLError`` as their parsers do."""
     text = data if isinstance(data, str) else data.decode(errors="replace")
     if root_of(text) == "prompt":
         return parse_prompt(data, file=file, limits=limits)
@@ -78,12 +78,12 @@ def canonical(data: str | bytes, *, file: str, folder: Path | None = None, limit
 
 
 def laid_out(text: str, root: Root) -> str:
-    """A document that is known to be valid in canonical form."""
+    """Writes a document, which must be valid, in canonical form."""
     return _Writer(root).document(text)
 
 
 def meaning(tree: Any) -> Any:
-    """Returns the meaning of a tree as plain values that compare: all but file names and line numbers."""
+    """A tree as plain values that can be compared, without files and lines."""
     if dataclasses.is_dataclass(tree):
         fields = (each.name for each in dataclasses.fields(tree) if each.name not in ("line", "file"))
         return (type(tree).__name__, *(meaning(getattr(tree, name)) for name in fields))
@@ -134,7 +134,7 @@ def _read(text: str) -> _Tag:
 # ---- and as it is written in canonical form --------------------------------------------------------------------------
 @cache
 def _orders(root: Root) -> dict[str, list[str]]:
-    """The attributes of each tag, in the order in which they are written."""
+    """Attributes of each tag, in canonical order."""
     orders: dict[str, list[str]] = {}
     seen: set[Shape] = set()
 
@@ -159,7 +159,7 @@ class _Writer:
         self._close = root == "prompt"
 
     def document(self, text: str) -> str:
-        """The whole of a document."""
+        """A whole document in canonical form."""
         return self._content(_read(text), -1, preserve=False).strip("\n") + "\n"
 
     def _tag(self, tag: _Tag, depth: int, *, preserve: bool) -> str:
@@ -187,7 +187,7 @@ class _Writer:
         return f"{name}={quote}{raw.translate(dict.fromkeys(map(ord, _SPACE), ' '))}{quote}"
 
     def _content(self, parent: _Tag, depth: int, *, preserve: bool) -> str:
-        """Writes the content of a tag that is nested ``depth`` levels deep."""
+        """What is inside a tag, of which ``depth`` is how deep it is nested."""
         if preserve:
             return "".join(self._item(item, depth + 1, preserve=True) for item in parent.inside)
         runs = list(self._runs(parent.inside))
@@ -208,7 +208,7 @@ class _Writer:
         return "".join(written)
 
     def _runs(self, items: list[_Piece | _Tag]) -> Iterator[tuple[list[_Piece | _Tag], _Tag | None]]:
-        """Yields the text before each dividing tag with that tag, then the text after the last."""
+        """Items before each tag that divides texts, with that tag; then the items after the last such tag."""
         run: list[_Piece | _Tag] = []
         for item in items:
             if isinstance(item, _Tag) and item.name not in self._silent:
@@ -267,7 +267,7 @@ class _Writer:
         return written
 
     def _space(self, space: str, depth: int, *, first: bool = False) -> str:
-        """White space of the same kind: a line break with what follows at its depth, a blank, or nothing."""
+        """White space of the same kind: a line break and the indent of ``depth``, a space, or nothing."""
         return self._break(space, depth, first=first) if "\n" in space else " " if space else ""
 
     def _before_text(self, space: str, *, first: bool = False) -> str:
@@ -281,7 +281,7 @@ class _Writer:
 
 
 def _is_blank(run: list[_Piece | _Tag]) -> bool:
-    """Whether a run holds no text, as the parser counts it."""
+    """Whether a run holds no text for the parser."""
     for item in run:
         if isinstance(item, _Piece) and item.kind != "comment":
             raw = item.raw[len("<![CDATA[") : -len("]]>")] if item.kind == "cdata" else _REFERENCE.sub(" ", item.raw)
@@ -291,7 +291,7 @@ def _is_blank(run: list[_Piece | _Tag]) -> bool:
 
 
 def _is_nothing(run: list[_Piece | _Tag]) -> bool:
-    """Whether there is not even a comment in a run."""
+    """Whether a run holds neither text nor tags nor comments."""
     return _is_blank(run) and not any(isinstance(item, _Tag) or item.kind == "comment" for item in run)
 
 
@@ -300,7 +300,7 @@ def _edge(
 ) -> tuple[list[tuple[str, _Piece | _Tag | None]], list[_Piece | _Tag]]:
     """The white space before a text, up to each comment in it and up to the text (``None``), and what is left.
 
-    ``backward``: the items are in reverse order, and what is looked for is behind the text.
+    ``backward``: the items are in reverse order, and the white space is after the text.
     """
     found: list[tuple[str, _Piece | _Tag | None]] = []
     space = ""

@@ -1,4 +1,4 @@
-"""Documents that other tools accept: ``<`` and ``&`` in text that XML would have written otherwise."""
+"""Repairs documents that are not well-formed XML: escapes ``<`` and ``&`` in text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpucache.pml.tree import ROLES
 _NAME = r"[A-Za-z_:\u0080-\U0010ffff][\w:.-]*"
 _VALUE = r"(?:\"[^\"]{0,10000}\"|'[^']{0,10000}')"
 _PIECE = re.compile(
-    # What is never closed ends with the document, so that each character is looked at once.
+    # A comment or CDATA section that is not closed extends to the end, so that each character is matched once.
     rf"""(?P<kept><!--.*?(?:-->|\Z) | <!\[CDATA\[.*?(?:\]\]>|\Z) | <!DOCTYPE[^<>]*>? | <\?{_NAME}[^<]*\?>)
     | </(?P<end>{_NAME})\s*>
     | <(?P<start>{_NAME})(?:\s+{_NAME}\s*=\s*{_VALUE})*\s*(?P<empty>/?)>
@@ -24,12 +24,12 @@ _PIECE = re.compile(
 )
 _REFERENCE = r"(?:amp|lt|gt|quot|apos|\#[0-9]+|\#x[0-9A-Fa-f]+);"
 _BARE = re.compile(rf"&(?!{_REFERENCE})(?:([A-Za-z][A-Za-z0-9]*);)?")
-_LIKE = 0.7  # how much a tag is like one of PML's to be one that is misspelt
+_LIKE = 0.7  # minimum similarity of a misspelt tag to a PML tag
 
 
 @dataclass
 class _Tag:
-    """A tag that is open. ``place``: of its piece."""
+    """An open tag. ``place`` is the index of its piece."""
 
     name: str
     place: int
@@ -37,11 +37,11 @@ class _Tag:
 
 
 def mend(text: str) -> str:
-    """A document with ``<`` and ``&`` written as XML has them, where they can only be meant as characters.
+    """Escapes each ``<`` and ``&`` of a document that can only be meant as a character.
 
-    Those are: a ``<`` that begins no tag; a tag that PML does not know and that is never closed, or closes what was
-    never opened, such as ``<stdio.h>``; and any tag inside a turn of a prompt. Entities of HTML become characters. All
-    else stays as it is: what is wrong with it, the parser tells.
+    These are: a ``<`` that begins no tag; a tag unknown to PML without its counterpart (never closed or never opened),
+    such as ``<stdio.h>``; and any tag inside a turn of a prompt. HTML entities become character references. All else
+    is unchanged; the parser reports other mistakes.
     """
     pieces = list(_PIECE.finditer(text))
     stray = _stray(pieces)
@@ -62,13 +62,13 @@ def _mended(piece: re.Match[str], stray: bool) -> str:
 
 
 def _character(bare: re.Match[str]) -> str:
-    """A ``&`` as it is to be written, with the entity that it may begin."""
+    """Escaped form of a ``&``, or of the HTML entity that it begins."""
     known = html.entities.html5.get(f"{bare[1]};") if bare[1] else None
     return "".join(f"&#{ord(char)};" for char in known) if known else f"&amp;{bare.group()[1:]}"
 
 
 def _stray(pieces: list[re.Match[str]]) -> set[int]:
-    """The pieces that begin with a ``<`` that is a character."""
+    """Indices of the pieces whose ``<`` is meant as a character."""
     stray: set[int] = set()
     open_: list[_Tag] = []
     turn = ""
@@ -94,12 +94,12 @@ def _stray(pieces: list[re.Match[str]]) -> set[int]:
 
 @lru_cache(256)
 def _is_pml(name: str) -> bool:
-    """Whether a tag of a schema is one of PML, or one that is misspelt."""
+    """Whether a tag of a schema is a PML tag or a misspelt one."""
     return bool(difflib.get_close_matches(name.casefold(), PML_TAGS, n=1, cutoff=_LIKE))
 
 
 def _close(open_: list[_Tag], name: str, place: int, stray: set[int]) -> None:
-    """Close a tag, and find what was not closed inside it."""
+    """Closes a tag, and adds tags inside it that were not closed to ``stray``."""
     for at in range(len(open_) - 1, -1, -1):
         if open_[at].name == name:
             stray.update(tag.place for tag in open_[at + 1 :] if not tag.is_pml)

@@ -1,4 +1,4 @@
-"""Form of names, and their text in error messages."""
+"""Rules for names, and the form of names in error messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import islice
 #: Every tag of PML. A module's name is itself a tag in prompts, so none of these can name a module.
 PML_TAGS = ("schema", "module", "union", "parameter", "prompt", "scaffold", "system", "user", "assistant")
 
-# The letters that XML 1.0 allows at the start of a name, ASCII aside: whatever passes here can be written as a tag.
+# Non-ASCII letters that XML 1.0 allows at the start of a name, so that every accepted name can be a tag.
 _LETTERS = (
     "\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02ff\u0370-\u037d\u037f-\u1fff\u2c00-\u2fef"
     "\u3001-\ud7ff\uf900-\ufdcf\ufdf0-\ufffd\U00010000-\U000effff"
@@ -18,33 +18,33 @@ _LETTERS = (
 _ANY = re.compile(f"[A-Za-z0-9_.{_LETTERS}\u0300-\u036f-]+")
 _START = re.compile(f"[A-Za-z_{_LETTERS}]")
 
-_SHOWN = 60  # characters of a name or value that a message repeats
-_LISTED = 8  # valid names that a message lists
-LONGEST = 100  # characters of a name
-# Valid names among which the nearest is sought, and pairs of characters compared for it: to compare with all of a
-# million names takes a minute.
+_SHOWN = 60  # maximum length of a name or value in a message, in characters
+_LISTED = 8  # maximum number of valid names in a message
+LONGEST = 100  # maximum length of a name, in characters
+# Limits of the search for the nearest name: valid names, and pairs of characters compared. Comparing a million names
+# takes a minute.
 _COMPARED = 2_000
 _PAIRS = 1_000_000
 
 
 def clip(text: str) -> str:
-    """``text`` short enough, and safe enough, for one line of an error message."""
+    """``text`` shortened to one line of an error message, without unprintable characters."""
     line = "".join(char if char.isprintable() else " " for char in text[: _SHOWN + 1])
     return line if len(text) <= _SHOWN else line[:_SHOWN] + "..."
 
 
 def quote(name: str) -> str:
-    """``name`` as messages show names and values."""
+    """``name`` in the form of names and values in error messages."""
     return f"'{clip(name)}'"
 
 
 def tag(name: str) -> str:
-    """``name`` as messages show tags."""
+    """``name`` in the form of tags in error messages."""
     return f"<{clip(name)}>"
 
 
 def hint(wrong: str, valid: Iterable[str], show: Callable[[str], str] = quote) -> str:
-    """Returns the end of a message that rejects ``wrong``: the nearest ``valid`` names, and all if they are few."""
+    """Hint for a message that rejects ``wrong``: the nearest of the ``valid`` names, and all of them if few."""
     names = list(islice(valid, _COMPARED + 1))
     if not names:
         return " (none is defined here)"
@@ -60,7 +60,7 @@ def hint(wrong: str, valid: Iterable[str], show: Callable[[str], str] = quote) -
 
 
 def flaw(name: str, *, as_tag: bool = False, as_attribute: bool = False) -> str | None:
-    """Why ``name`` can't be used, or None. ``as_tag``/``as_attribute``: prompts will write it as one."""
+    """Reason why ``name`` is not valid, or ``None``. ``as_tag``/``as_attribute``: prompts write it as such."""
     if not _ANY.fullmatch(name):
         return "a name is made of letters, digits, '_', '-' and '.'"
     if len(name) > LONGEST:

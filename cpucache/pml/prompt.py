@@ -1,6 +1,6 @@
-"""Prompts: XML in, the tree of module references, arguments, text and turns as written out.
+"""Prompts: parses XML into a tree of module references, arguments, text and turns as written.
 
-Nothing is known of a schema here: ``resolve`` checks a prompt against one.
+This module does not use a schema: ``resolve`` checks a prompt against its schema.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _HEAD = re.compile(r"\ufeff?\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*<prompt[\s/>]",
 
 
 def is_prompt(text: str) -> bool:
-    """Whether text is a PML prompt: its first tag is ``<prompt>``, behind nothing but a declaration and comments."""
+    """Whether ``text`` is a PML prompt: ``<prompt>`` is its first tag, after a declaration and comments at most."""
     return _HEAD.match(text) is not None
 
 
 def load_prompt(path: Path, limits: Limits | None = None) -> Prompt:
-    """Parse the prompt in the file ``path``. Raises like ``parse_prompt``."""
+    """Parses the prompt in the file ``path``. Raises like ``parse_prompt``."""
     limits = limits or Limits()
     with stage("parse"):
         return parse_prompt(read_file(path, limits), file=str(path), limits=limits)
 
 
 def parse_prompt(data: str | bytes, *, file: str = "<prompt>", limits: Limits | None = None) -> Prompt:
-    """Parse a prompt; ``file`` is what error messages call it.
+    """Parses a prompt. ``file`` is its name in error messages.
 
-    Raises ``PMLError`` for what no schema makes valid and what exceeds ``limits``; its ``others`` are the further
-    mistakes. Only what is not well-formed XML ends the search for more.
+    Raises ``PMLError`` for mistakes under any schema and for documents that exceed ``limits``. Its ``others`` are the
+    further mistakes; only XML that is not well-formed ends the search for them.
     """
     with stage("parse"):
         return _parsed(data, file, limits or Limits())
@@ -59,7 +59,7 @@ def _parsed(data: str | bytes, file: str, limits: Limits) -> Prompt:
             turn = node
         elif turn is not None:
             if isinstance(node, Text) and is_blank(node.text):
-                continue  # kept by xml:space="preserve", but there is nothing here that it could belong to
+                continue  # kept by xml:space="preserve", but it belongs to no text here
             what = "text" if isinstance(node, Text) else tag(node.name)
             root.report(f"{what} after <{turn.role}> (line {turn.line}): turns come last in a prompt", node.line)
         children.append(node)

@@ -1,4 +1,4 @@
-"""A prompt checked against its schema and flattened into the order in which the model reads it."""
+"""Checks a prompt against its schema and flattens it into reading order."""
 
 from __future__ import annotations
 
@@ -33,20 +33,19 @@ from cpucache.pml.tree import (
 )
 
 _Flat: TypeAlias = Text | Parameter | Module | Union | RoleStart | RoleEnd
-_SHOWN = 4  # schemas that a message lists
+_SHOWN = 4  # maximum number of schemas in a message
 
 
 def resolve(prompt: Prompt, schema: Schema) -> Included:
-    """Check ``prompt`` against ``schema``; the result has the schema as its scope and everything in reading order.
+    """Checks ``prompt`` against ``schema``; the result has the schema as its scope and all items in reading order.
 
-    What a scope brings itself (text, parameters, the borders of roles) keeps the schema's order, and modules stand
-    where the schema has them. Modules with nothing between them in the schema come in the prompt's order. New text
-    stands right before the reference that follows it in the prompt, or at the end of its scope if none does; turns
-    come last of all.
+    Text, parameters and role edges of a scope keep the schema's order, as do modules that these separate. Modules with
+    none of these between them take the prompt's order. New text is directly before the reference that follows it in
+    the prompt, or at the end of its scope if none follows. Turns are last.
 
-    Raises ``PMLError`` for anything in the prompt that the schema does not have, or that it has elsewhere, twice, as an
-    alternative to something else, or in another order; its ``others`` are the further mistakes. Whether arguments fit
-    is for a layer that knows tokens.
+    Raises ``PMLError`` for anything that the schema does not define at that point, that occurs twice or out of order,
+    or that excludes another union member; its ``others`` are the further mistakes. The length of arguments is not
+    checked: that needs tokens.
     """
     schema_for(prompt, (schema,))
     resolver = _Resolver(prompt, schema)
@@ -56,7 +55,7 @@ def resolve(prompt: Prompt, schema: Schema) -> Included:
 
 
 def schema_for(prompt: Prompt, schemas: Sequence[Schema]) -> Schema:
-    """The schema among ``schemas`` that ``prompt`` is written for. Raises ``PMLError``."""
+    """Returns the schema that ``prompt`` names. Raises ``PMLError`` if it is not among ``schemas``."""
     for schema in schemas:
         if schema.name == prompt.schema:
             return schema
@@ -71,7 +70,7 @@ def schema_for(prompt: Prompt, schemas: Sequence[Schema]) -> Schema:
 
 @dataclass(frozen=True)
 class _Place:
-    """Place of a module in its scope. ``run``: number of the run of modules between the scope's own parts."""
+    """Location of a module in its scope. ``run``: index among the runs of nodes between the scope's own parts."""
 
     module: Module
     union: Union | None
@@ -83,10 +82,10 @@ class _Resolver:
         self.problems = Problems(prompt.file)
         self._schema = schema
         self._everywhere: dict[str, list[tuple[tuple[str, ...], Module]]] | None = None
-        """Every module of the schema by its name, once a mistake asks for it."""
+        """All modules of the schema by name; filled in for the first error message that needs them."""
 
     def included(self, scope: Scope, written: Prompt | Reference) -> Included:
-        """``scope`` as ``written`` includes it."""
+        """Returns ``scope`` with the items that ``written`` includes."""
         arguments = self._arguments(scope, written)
         runs = [
             list(run) for _, run in groupby(_flat(scope.children), key=lambda node: isinstance(node, Module | Union))
@@ -138,7 +137,7 @@ class _Resolver:
         }
 
     def _why_unknown(self, name: str, scope: Scope) -> str:
-        """Returns the message for a reference that names no module directly below ``scope``."""
+        """Error message for a reference that names no module directly under ``scope``."""
         here = "directly under the schema" if isinstance(scope, Schema) else f"under {tag(scope.name)}"
         if self._everywhere is None:
             self._everywhere = {}
@@ -154,7 +153,7 @@ class _Resolver:
 
 
 class _Selection:
-    """The modules that a prompt has taken from one scope, and what that rules out for the references to come."""
+    """Modules that a prompt has selected from one scope; they restrict the references after them."""
 
     def __init__(self, runs: Iterable[Iterable[_Flat]]) -> None:
         self._places: dict[str, _Place] = {}
@@ -172,7 +171,7 @@ class _Selection:
         return self._places.get(reference.name)
 
     def take(self, reference: Reference, place: _Place) -> str | None:
-        """Add a module to the selection, or say why it can't be added."""
+        """Adds a module to the selection, or returns the reason why it cannot be added."""
         shown = tag(reference.name)
         if first := self._taken.get(reference.name):
             return f"{shown} is included twice: it stands on line {first.line} already"
@@ -195,7 +194,7 @@ class _Selection:
 
 
 def _flat(nodes: Iterable[SchemaNode]) -> Iterator[_Flat]:
-    """The nodes in order, role tags replaced by their two borders."""
+    """Nodes in order, with each role tag replaced by its start and its end."""
     for node in nodes:
         if isinstance(node, Role):
             yield RoleStart(node)
@@ -206,7 +205,7 @@ def _flat(nodes: Iterable[SchemaNode]) -> Iterator[_Flat]:
 
 
 def _walk(scope: Scope, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Module]]:
-    """Every module below ``scope``, with the names of the modules around it."""
+    """All modules below ``scope``, each with the names of its enclosing modules."""
     for module in modules_of(scope).values():
         yield path, module
         yield from _walk(module, (*path, module.name))

@@ -11,7 +11,7 @@ from cpucache.pml.xml import Element
 
 
 def read_scaffolds(root: Element, schema: Schema) -> tuple[Scaffold, ...]:
-    """The scaffold sets among the children of ``root``, in order; those that can't be used are reported."""
+    """Scaffold sets among the children of ``root``, in order. Invalid ones are reported as mistakes."""
     elements = [child for child in root.children if not isinstance(child, Text) and child.tag == "scaffold"]
     if not elements:
         return ()

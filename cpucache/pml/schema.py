@@ -1,4 +1,4 @@
-"""Schemas: XML in, a validated tree of modules, unions, parameters, roles and text out."""
+"""Schemas: parses XML into a validated tree of modules, unions, parameters, roles and text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BESIDE = 2_000  # files of a folder among which the one that was meant is sough
 
 
 def load_schema(path: Path, limits: Limits | None = None) -> Schema:
-    """Parse the schema in the file ``path``, whose folder holds the ``src`` files. Raises like ``parse_schema``."""
+    """Parses the schema in the file ``path``, whose folder holds the ``src`` files. Raises like ``parse_schema``."""
     limits = limits or Limits()
     return parse_schema(read_file(path, limits), file=str(path), folder=path.parent, limits=limits)
 
@@ -27,9 +27,9 @@ def load_schema(path: Path, limits: Limits | None = None) -> Schema:
 def parse_schema(
     data: str | bytes, *, file: str = "<schema>", folder: Path | None = None, limits: Limits | None = None
 ) -> Schema:
-    """Parse and check a schema.
+    """Parses and checks a schema.
 
-    ``file`` is what error messages call it; ``folder`` is where ``src`` files must lie (None: ``src`` can't be used).
+    ``file`` is its name in error messages; ``folder`` is where ``src`` files must lie (None: ``src`` can't be used).
     Raises ``PMLError`` for anything that breaks the rules of PML or exceeds ``limits``; its ``others`` are the further
     mistakes. Only what is not well-formed XML ends the search for more.
     """
@@ -70,12 +70,12 @@ class _Parser:
         self._folder = folder
         self._limits = limits
         self._bytes = 0
-        """Bytes of the ``src`` files so far."""
+        """Total size of the ``src`` files read so far, in bytes."""
         self.sources: dict[Path, None] = {}
-        """The ``src`` files so far."""
+        """Paths of the ``src`` files read so far."""
 
     def content(self, parent: Element, shape: Shape, names: _Names, role: Element | None) -> tuple[SchemaNode, ...]:
-        """The nodes inside ``parent``, whose own scope (or, for a role tag, the scope around it) is ``names``."""
+        """Returns the nodes inside ``parent``. ``names`` is its scope; for a role tag, the enclosing scope."""
         nodes: list[SchemaNode | None] = []
         for child in parent.children:
             if not isinstance(child, Text):
@@ -107,7 +107,7 @@ class _Parser:
         return None  # a scaffold, which is read when all modules are known
 
     def _misplaced(self, element: Element, parent: Element, around: Shape, names: _Names, role: Element | None) -> None:
-        """Report an element that can't stand where it does, and what is wrong inside it."""
+        """Reports an element that is not allowed here, and mistakes inside it."""
         if not around.part.text:
             element.report(f"unexpected {tag(element.tag)} inside {tag(parent.tag)}, which holds modules only")
         elif element.tag in ROLES and role is not None:
@@ -188,7 +188,7 @@ class _Parser:
 def _name(
     element: Element, taken: dict[str, int], *, as_tag: bool = False, as_attribute: bool = False, reserved: str = ""
 ) -> str:
-    """The name that an element gives itself, reported where it can't be used."""
+    """Name of an element; reported as a mistake if it is not valid."""
     name = element.attributes.get("name")
     if name is None:  # which has been reported with the other attributes
         return ""
@@ -218,7 +218,7 @@ def _parameter(element: Element, shape: Shape, names: _Names) -> Parameter:
 
 
 def _is_empty(element: Element) -> bool:
-    """Whether there is nothing in a schema or role but roles and scaffolds."""
+    """Whether a schema or role contains only roles and scaffolds."""
     inside = [child for child in element.children if isinstance(child, Text) or child.tag != "scaffold"]
     return all(not isinstance(child, Text) and child.tag in ROLES and _is_empty(child) for child in inside)
 

@@ -1,4 +1,4 @@
-"""Structure of a document, read from its RELAX NG grammar.
+"""Structure of PML documents, read from their RELAX NG grammars.
 
 ``grammar/schema.rng`` and ``grammar/prompt.rng`` are what editors validate with. The parsers take from the same files
 which tags and attributes they expect, so that they can name what would be right where something is wrong.
@@ -24,7 +24,7 @@ _NAMESPACE = "{http://relaxng.org/ns/structure/1.0}"
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute that a tag may have. ``values``: those that it may have, where they can be listed."""
+    """An attribute that a tag may have. ``values``: its allowed values, if they can be listed."""
 
     required: bool
     values: tuple[str, ...] = ()
@@ -32,13 +32,13 @@ class Attribute:
 
 @dataclass(eq=False)
 class Part:
-    """Run of the content of a tag: text and tags in any order."""
+    """Part of a tag's content: text and tags in any order."""
 
     text: bool = False
     shapes: list[Shape] = field(default_factory=list)
 
     def find(self, tag: str) -> Shape | None:
-        """The shape of ``tag`` in this part, or ``None`` where it can't stand there."""
+        """Shape of ``tag`` in this part; ``None`` if it is not allowed here."""
         return self._named.get(tag) or next((shape for shape in self._others if shape.fits(tag)), None)
 
     # Read once the grammar is complete.
@@ -53,59 +53,59 @@ class Part:
 
 @dataclass(eq=False)
 class Shape:
-    """A tag in one of the places where it may stand."""
+    """A tag in one of the contexts that allow it."""
 
     tags: tuple[str, ...] = ()
-    """The names that it may have; none: any but those ``refused``."""
+    """Allowed names; empty: all names except ``refused``."""
     refused: frozenset[str] = frozenset()
     attributes: dict[str, Attribute] = field(default_factory=dict)
-    """In the order in which they are written."""
+    """Allowed attributes, in canonical order."""
     takes_any: bool = False
-    """Whether it may have any other attribute."""
+    """Whether other attributes are allowed."""
     alone: frozenset[str] = frozenset()
     """Attributes of a tag without content."""
     parts: list[Part] = field(default_factory=list)
-    """Content that is allowed, in consecutive parts."""
+    """Parts of the content, in order."""
 
     def fits(self, tag: str) -> bool:
-        """Whether a tag of this name may stand here."""
+        """Whether this shape allows the name ``tag``."""
         return tag in self.tags if self.tags else tag not in self.refused
 
     @cached_property
     def known(self) -> tuple[str, ...]:
-        """The names of its attributes, but for ``xml:space``."""
+        """Names of the attributes, except ``xml:space``."""
         return tuple(name for name in self.attributes if name != SPACE)
 
     @cached_property
     def required(self) -> tuple[str, ...]:
-        """Those that it must have."""
+        """Names of the required attributes."""
         return tuple(name for name in self.known if self.attributes[name].required)
 
     @cached_property
     def listed(self) -> dict[str, tuple[str, ...]]:
-        """The values of those whose values can be listed."""
+        """Allowed values by attribute, where they can be listed."""
         return {name: attribute.values for name, attribute in self.attributes.items() if attribute.values}
 
     @property
     def part(self) -> Part:
-        """Content that is allowed, if it is one part."""
+        """The only part of the content; for shapes with one part."""
         (part,) = self.parts
         return part
 
     @property
     def inside(self) -> tuple[str, ...]:
-        """The names of the tags that may stand inside, where they can be listed."""
+        """Names of the tags allowed inside, where they can be listed."""
         return tuple(tag for part in self.parts for shape in part.shapes for tag in shape.tags)
 
 
 @cache
 def structure(root: Root) -> Shape:
-    """The outermost tag of a kind of document."""
+    """Shape of the root tag of a kind of document."""
     return _Grammar(GRAMMARS / f"{root}.rng").start()
 
 
 class _Grammar:
-    """Reads the few patterns that the grammars are made of."""
+    """Reads the RELAX NG patterns that the grammars use."""
 
     def __init__(self, path: Path) -> None:
         root = etree.parse(str(path), etree.XMLParser(remove_comments=True, remove_blank_text=True)).getroot()
@@ -117,7 +117,7 @@ class _Grammar:
         return self._shape(str(self._start.get("name")))
 
     def _shape(self, name: str) -> Shape:
-        """The shape of the element that ``name`` is defined as."""
+        """Shape of the element that ``name`` defines."""
         if name not in self._shapes:
             (element,) = self._defined[name]
             # Known before it is complete: elements may stand inside elements like themselves.
@@ -134,7 +134,7 @@ class _Grammar:
         return self._shapes[name]
 
     def _unfolded(self, patterns: list[etree._Element]) -> Iterator[etree._Element]:
-        """The patterns, with the definitions of attributes in the place of references to them."""
+        """Patterns, with references to attributes replaced by their definitions."""
         for pattern in patterns:
             if _kind(pattern) == "ref" and not self._is_element(pattern):
                 yield from self._unfolded(self._defined[str(pattern.get("name"))])

@@ -1,4 +1,4 @@
-"""Text that is not well-formed XML: what libxml2 says of it, in the words of PML, with its place."""
+"""Errors of text that is not well-formed XML: translates libxml2's messages into PML's terms, with line and column."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BACK = 500  # characters between the place where libxml2 gives up and what is w
 
 @dataclass(frozen=True)
 class _Saying:
-    """Message for an error of libxml2. ``mark``: the character in the text that the error is about.
+    """How something that libxml2 says is said here. ``mark``: the character in the text that it is about.
 
     ``stray``: it comes of a character that ``mend`` writes as XML has it.
     """
@@ -86,8 +86,8 @@ _SAYINGS = (
 
 
 def explain(parser: etree.XMLParser, error: etree.XMLSyntaxError, text: str, file: str) -> tuple[str, int, int | None]:
-    """Returns the message for a syntax error in the ``text`` of a ``file``, with its line and column."""
-    # Later entries only follow from the first. The log of the error itself holds those of earlier documents, too.
+    """Message, line and column of the first mistake in the ``text`` of ``file``."""
+    # Later entries are consequences of the first. The exception's own log also holds entries of earlier documents.
     first = parser.error_log[0] if len(parser.error_log) else None
     message, line, column = (first.message, first.line, first.column) if first else (error.msg, error.lineno, 0)
     for saying in _SAYINGS:
@@ -103,7 +103,7 @@ def explain(parser: etree.XMLParser, error: etree.XMLSyntaxError, text: str, fil
 
 
 def _named(file: str) -> str:
-    """A file as a shell takes it, if it is one."""
+    """Name of the file, quoted for a shell; ``FILE`` if it is not a file."""
     return "FILE" if file.startswith("<") or clip(file) != file else shlex.quote(file)
 
 

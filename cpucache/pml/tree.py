@@ -50,8 +50,8 @@ class Role:
 class Module:
     """A named, reusable part of a prompt. ``cache=False``: evaluated in every prompt.
 
-    ``isolate``: No text of other modules may show through in the states of this module's text: they attend to the text
-    of enclosing modules and the schema's own text alone.
+    ``isolate``: slices of this module attend only to its own text, that of enclosing modules and the schema's own text,
+    so that no other module influences them.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Module:
 class Union:
     """Modules that start at the same position, of which a prompt takes at most one.
 
-    ``scaffold`` names the member whose text stands in for the union while what follows it is encoded. ``isolate``: what
-    it means on a module holds for every member.
+    ``scaffold`` names the member whose text replaces the union while text after it is encoded. ``isolate`` applies to
+    every member.
     """
 
     members: tuple[Module, ...]
@@ -80,9 +80,9 @@ SchemaNode: TypeAlias = Text | Parameter | Role | Module | Union
 
 @dataclass(frozen=True, eq=False)
 class Scaffold:
-    """Modules that are encoded together besides their own states, for prompts that include all of them.
+    """Modules that are also encoded together, in addition to their own slices, for prompts that include all of them.
 
-    In the order of the schema. Whatever module stands around one of them is one of them, too.
+    They are in the schema's order and include the enclosing modules of each.
     """
 
     modules: tuple[Module, ...]
@@ -91,9 +91,9 @@ class Scaffold:
 
 @dataclass(frozen=True, eq=False)
 class Schema:
-    """The root: a module that is always included. ``file`` is what error messages call it.
+    """The root: a module that is always included. ``file`` is its name in error messages.
 
-    ``anchor``: what modules see of the text around them when they are encoded.
+    ``anchor``: text that modules attend to when they are encoded: that of their ancestors, or none.
     """
 
     name: str
@@ -103,14 +103,14 @@ class Schema:
     scaffolds: tuple[Scaffold, ...] = ()
     anchor: Anchor = "ancestors"
     sources: tuple[Path, ...] = ()
-    """The ``src`` files that were read."""
+    """Paths of the ``src`` files that were read."""
 
 
 Scope: TypeAlias = Schema | Module
 
 
 def parts(scope: Scope | Role) -> Iterator[SchemaNode]:
-    """The nodes of a scope in order, looking through role tags (which are yielded before their own children)."""
+    """Nodes of a scope in order, including those inside role tags, each after its role tag."""
     for child in scope.children:
         yield child
         if isinstance(child, Role):
@@ -118,7 +118,7 @@ def parts(scope: Scope | Role) -> Iterator[SchemaNode]:
 
 
 def modules_of(scope: Scope) -> dict[str, Module]:
-    """The modules that a prompt may name directly under ``scope``, in order; union members included."""
+    """Modules that a prompt may name directly under ``scope``, in order, including union members."""
     found: dict[str, Module] = {}
     for node in parts(scope):
         if isinstance(node, Module):
@@ -129,7 +129,7 @@ def modules_of(scope: Scope) -> dict[str, Module]:
 
 
 def parameters_of(scope: Scope) -> dict[str, Parameter]:
-    """The parameters of ``scope`` itself, in order."""
+    """Parameters directly under ``scope``, in order."""
     return {node.name: node for node in parts(scope) if isinstance(node, Parameter)}
 
 
@@ -167,7 +167,7 @@ class Prompt:
 # ---- a prompt resolved against its schema ---------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Argument:
-    """The value that a prompt gives to a parameter."""
+    """Value of a parameter in a prompt."""
 
     parameter: Parameter
     value: str
@@ -190,7 +190,7 @@ class RoleEnd:
 
 @dataclass(frozen=True, eq=False)
 class NewText:
-    """Text that the prompt itself brings, outside any turn."""
+    """Text written in the prompt itself, outside any turn."""
 
     text: str
     line: int
@@ -198,10 +198,9 @@ class NewText:
 
 @dataclass(frozen=True, eq=False)
 class Included:
-    """A scope that a prompt includes, its items flattened in the order in which the model reads them.
+    """A scope that a prompt includes, its items flattened into reading order.
 
-    ``Text`` items are the schema's own nodes (the same objects), so that the layers above can find what they made of
-    them.
+    ``Text`` items are the schema's own nodes (the same objects), so that layers above can map them to segments.
     """
 
     scope: Scope

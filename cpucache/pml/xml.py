@@ -1,4 +1,4 @@
-"""Reading XML safely: hostile bytes in, a small tree of elements and folded text out, or one ``PMLError``.
+"""Reads untrusted XML safely into a small tree of elements and folded text, or raises one ``PMLError``.
 
 PML takes a subset of XML: UTF-8, elements, attributes, text, CDATA and comments. There are no document types, entities,
 namespaces or processing instructions, so nothing in a file can make the reader open, fetch or expand anything.
@@ -48,11 +48,11 @@ class Element:
     problems: Problems
 
     def report(self, message: str, line: int | None = None) -> None:
-        """Report a mistake in this element, or in something on ``line`` inside it."""
+        """Reports a mistake in this element, or on ``line`` inside it."""
         self.problems.report(message, self.line if line is None else line)
 
     def check_attributes(self, shape: Shape) -> bool:
-        """Report the attributes that this tag can't have, their values, and what is missing: false if any is."""
+        """Reports unknown attributes, unknown values and missing attributes; false if an attribute is missing."""
         known = shape.known
         for name in self.attributes:
             if name not in known and not shape.takes_any:
@@ -79,7 +79,7 @@ def is_blank(text: str) -> bool:
 
 
 def has_content(element: Element) -> bool:
-    """Whether there is anything in ``element`` but white space."""
+    """Whether ``element`` has content other than white space."""
     return any(not (isinstance(child, Text) and is_blank(child.text)) for child in element.children)
 
 
@@ -104,7 +104,7 @@ def _folded(run: str) -> str:
 
 
 def read_file(path: Path, limits: Limits) -> bytes:
-    """The bytes of a schema or prompt. Raises ``PMLError`` if it can't be read, or is larger than ``limits`` allow."""
+    """Reads a schema or prompt as bytes. Raises ``PMLError`` if it cannot be read or exceeds ``limits``."""
     try:
         return read_regular(path, limits.document)
     except TooLarge as error:
@@ -180,7 +180,7 @@ def _text_of(data: str | bytes, problems: Problems) -> str:
 
 
 def _check_prolog(text: str, problems: Problems, root: str) -> int:
-    """Reject what may not stand before the root tag before libxml2 reads it. Returns the line of the root tag."""
+    """Rejects content that is not allowed before the root tag, before libxml2 reads it. Returns the root tag's line."""
     declaration = _DECLARATION.match(text)
     before = _BEFORE_ROOT.match(text, declaration.end() if declaration else 0)
     start = before.end() if before else 0
@@ -202,17 +202,17 @@ def _instruction(target: str) -> str:
 
 
 def _end_line(node: etree._Element) -> int | None:
-    """The line where a start tag, or a processing instruction, ends."""
+    """Line on which a start tag or processing instruction ends."""
     return cast("int | None", node.sourceline)
 
 
 def _local(name: str) -> str:
-    """A name as lxml gives it, without its namespace."""
+    """Name from lxml, without its namespace."""
     return name.rpartition("}")[2]
 
 
 class _Reader:
-    """Turns lxml's nodes into elements, keeping count of the line it has come to.
+    """Turns lxml's nodes into elements and counts lines.
 
     libxml2 notes where a start tag *ends* and nothing about text, so lines are counted in the text and comments between
     tags, and set right by every start tag.
@@ -277,7 +277,7 @@ class _Reader:
 
 
 class _TextRun:
-    """The pieces of text between two tags: one text, however many comments interrupt it."""
+    """Collects the text between two tags into one text, across comments."""
 
     def __init__(self) -> None:
         self._pieces: list[str] = []

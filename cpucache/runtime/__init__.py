@@ -1,4 +1,4 @@
-"""The only room that touches llama.cpp: a model, one context of KV cells, sampling, and what the machine offers."""
+"""The only package that calls llama.cpp: model, llama.cpp context, sampling, and detection of the hardware."""
 
 from cpucache.runtime.context import Batch, Context, KVType, Run, Stopped
 from cpucache.runtime.hardware import Hardware, hardware

@@ -1,4 +1,4 @@
-"""One llama.cpp context: KV cells shared by up to ``SEQUENCES`` sequences, and the calls that move state in and out."""
+"""One llama.cpp context: KV cells shared by several sequences, and the calls that evaluate, save and load them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ KVType: TypeAlias = Literal["f16", "q8_0", "f32"]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Logits: TypeAlias = npt.NDArray[np.float32]
 Wanted: TypeAlias = Literal["none", "last", "all"]
-"""The tokens of a run whose logits are kept."""
+"""Tokens of a run whose logits are kept."""
 
-# Sequences of one context. Each costs a row of logits (a vocabulary of floats); more than this many short modules in
-# one batch gain nothing.
+# Default number of sequences. Each costs a row of logits (``n_vocab`` floats); more short modules in one batch are no
+# faster.
 SEQUENCES = 32
-_NO_CELLS, _ABORTED = 1, 2  # what llama_decode answers (llama.h)
+_NO_CELLS, _ABORTED = 1, 2  # return values of llama_decode (llama.h)
 BATCH = 512
-"""Tokens of a batch at most: llama.cpp's own micro-batch, so that larger batches gain nothing."""
-# llama.cpp asks its abort callback at every node of the graph, and each question goes through Python. That is lost in a
-# long prefill and would cost several per cent of a single token, which ends within a fraction of a second anyway.
+"""Maximum size of a batch, in tokens: llama.cpp's own micro-batch, so larger batches are no faster."""
+# Minimum size of a batch that can be stopped, in tokens. llama.cpp calls its abort callback, which is Python, at every
+# node of the graph: negligible in a long prefill, several per cent of the time of a single token.
 _LONG = 32
 _WHOLE = 0
-"""Flags of a state that has all of a sequence (llama.h)."""
-_POINT_HEAD = 8  # bytes before a recurrent state: what a state is and of which sequence
+"""Flags for the whole state of a sequence (``llama_state_seq_get_data_ext``, llama.h)."""
+_POINT_HEAD = 8  # bytes before a recurrent state: its kind and its sequence
 _GGML_TYPES = {"f32": api.GGML_TYPE_F32, "f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 _FLASH = {
     "auto": api.LLAMA_FLASH_ATTN_TYPE_AUTO,
@@ -54,17 +54,17 @@ class Run:
     tokens: Tokens
 
     def split(self, count: int) -> tuple[Run, Run]:
-        """The first ``count`` tokens, and the rest."""
+        """Returns the first ``count`` tokens and the rest as runs."""
         head, tail = self.tokens[:count], self.tokens[count:]
         return Run(self.sequence, self.start, head), Run(self.sequence, self.start + count, tail)
 
 
 class Stopped(Exception):
-    """An evaluation was stopped half-way. The context holds none of its tokens."""
+    """An evaluation was stopped. The llama.cpp context holds none of its tokens."""
 
 
 class Batch:
-    """Tokens of different sequences that are evaluated together, ``BATCH`` of them at most."""
+    """Tokens of one or more sequences that are evaluated together, at most ``BATCH``."""
 
     def __init__(self) -> None:
         self._runs: list[Run] = []
@@ -73,7 +73,7 @@ class Batch:
         """Number of tokens."""
 
     def add(self, run: Run, logits: Wanted = "none") -> None:
-        """Put a run behind the others."""
+        """Appends a run."""
         wanted = np.full(len(run.tokens), logits == "all", np.int8)
         if logits == "last":
             wanted[-1] = 1
@@ -82,7 +82,7 @@ class Batch:
         self.size += len(run.tokens)
 
     def arrays(self) -> tuple[Tokens, Tokens, Tokens, npt.NDArray[np.int8]]:
-        """The tokens, their positions, their sequences, and whether their logits are kept."""
+        """Returns tokens, positions, sequences and flags for kept logits, each ``[size]``."""
         runs = self._runs
         return (
             np.concatenate([run.tokens for run in runs]).astype(np.int32, copy=False),
@@ -93,13 +93,21 @@ class Batch:
 
 
 class Context:
-    """KV cells and the means to evaluate tokens into them, move them, save them and load them.
+    """A llama.cpp context: KV cells, with operations to evaluate, move, save and load them. Not thread-safe.
 
-    ``n_ctx`` counts cells, whatever their positions: positions may be larger. ``kv_type`` is the type of the keys,
-    and of the values where that can be: with ``"q8_0"`` these stay f16 unless flash attention is ``"on"``. ``flash``:
-    ``None`` picks what is fastest for cached prompts: off on a CPU, llama.cpp's own choice on a GPU.
+    Args:
+        model: The model. It must outlive the context.
+        n_ctx: Number of cells. Positions may be larger.
+        n_threads: Threads that evaluate; ``None``: see ``default_threads``.
+        kv_type: Type of the keys, and of the values where possible: with ``"q8_0"``, values stay f16 unless ``flash``
+            is ``"on"``.
+        flash: Flash attention: ``"auto"``, ``"on"`` or ``"off"``. ``None`` picks the fastest for cached prompts: off on
+            a CPU, llama.cpp's choice on a GPU.
+        sequences: Number of sequences.
 
-    Not thread-safe. Raises ``ContextFull`` when there are no free cells, ``CpucacheError`` when llama.cpp fails.
+    Raises:
+        InputError: An argument is out of range or does not fit the model.
+        CpucacheError: llama.cpp fails. All methods raise it too, and ``ContextFull`` if there are too few free cells.
     """
 
     def __init__(
@@ -115,8 +123,8 @@ class Context:
         if n_ctx < 1:
             raise InputError(f"n_ctx={n_ctx}: a context needs at least one cell")
         if kv_type == "q8_0" and model.head_size % 64:
-            # llama.cpp turns quantized keys with a Hadamard matrix, and crashes when it has none of the size and is to
-            # shift them (ggml-org/llama.cpp pull request 25636).
+            # llama.cpp rotates quantized keys with a Hadamard matrix. It crashes on a shift if it has none of this size
+            # (ggml-org/llama.cpp pull request 25636).
             raise InputError(f"{model.path.name}: heads of size {model.head_size} can't have q8_0 keys; use f16")
         self.model = model
         self.flash = flash or ("auto" if model.gpu_layers else "off")
@@ -124,18 +132,18 @@ class Context:
             if value not in known:
                 raise InputError(f"{name}={value!r}: must be one of {', '.join(known)}")
         self.kv_type = kv_type
-        # Without flash attention values are stored transposed, which can't be quantized.
+        # Without flash attention, values are stored transposed and cannot be quantized.
         self.value_type: KVType = "f16" if kv_type == "q8_0" and self.flash != "on" else kv_type
         self.n_threads = n_threads or default_threads()
         params = api.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = min(BATCH, n_ctx)
-        # One sequence more, to measure others by.
+        # One more sequence for ``whole``, which measures the size of cells with it.
         params.n_seq_max = sequences + (model.window > 0)
         self._spare = sequences
         self._cell_sizes: tuple[int, int] | None = None
-        # Logits of at most this many tokens at a time: llama.cpp would else set aside a vocabulary of floats for each
-        # of 512 (300 MB with 150,000 words).
+        # Limits the logits of a batch: llama.cpp would otherwise allocate ``n_vocab`` floats for each of 512 tokens
+        # (300 MB with a vocabulary of 150,000).
         params.n_outputs_max = max(SEQUENCES, params.n_seq_max)
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = True
@@ -151,14 +159,14 @@ class Context:
                 f"llama.cpp can't make a context of {n_ctx} tokens: {llama.last_errors() or 'out of memory?'}; "
                 "try a smaller --ctx"
             )
-        # What was asked for: llama.cpp rounds it up, and the spare cells are nobody's.
+        # The number requested: llama.cpp rounds it up, and the additional cells are not used.
         self.n_ctx = n_ctx
         self.n_batch = min(BATCH, int(api.llama_n_batch(self._ctx)))
-        """Tokens of a batch at most. llama.cpp aborts the process when it is given more."""
+        """Maximum size of a batch, in tokens. llama.cpp aborts the process if a batch is larger."""
         shifts = bool(self._memory and api.llama_memory_can_shift(self._memory))
         self.memory = Memory.of(model, shifts=shifts)
-        """Operations that its cells support."""
-        # What stands for the recurrent state in a saved state that has none: no sequence has any yet.
+        """Operations that the cells allow."""
+        # Bytes of an empty recurrent state, to complete saved cells with: no sequence has a recurrent state yet.
         self._no_point = self.save_point(0)[_POINT_HEAD:] if self.memory.points else np.empty(0, np.uint8)
         self._stop: Callable[[], bool] | None = None
         self._asked = api.ggml_abort_callback(lambda _data: self._stop is not None and self._stop())
@@ -166,7 +174,7 @@ class Context:
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
-        """Free the cells."""
+        """Frees the context and its cells."""
         if self._pointer:
             api.llama_free(self._pointer)
             self._pointer = None
@@ -183,20 +191,20 @@ class Context:
 
     @property
     def state_format(self) -> str:
-        """Name of the form of saved states, which depends on settings besides the model: part of every slice key."""
+        """Format of saved states: what their bytes depend on besides model and tokens. Part of every slice key."""
         turned = "" if os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0") == "0" else "/unturned"
         version = f"{api.LLAMA_STATE_SEQ_VERSION}/{llama.version()}"
         return f"llama-seq-{version}/k-{self.kv_type}/v-{self.value_type}/flash-{self.flash}{turned}"
 
     # -- evaluating --------------------------------------------------------------------------------------------------
     def evaluate(self, batch: Batch, stop: Callable[[], bool] | None = None) -> None:
-        """Evaluate a batch. The logits that it keeps can be read until the next.
+        """Evaluates a batch. Its kept logits can be read until the next batch.
 
-        A run must start right behind its sequence's last position, or anywhere in an empty sequence. ``stop`` is asked
-        now and then, from this thread, whether to stop a batch of 32 tokens or more: then ``Stopped`` is raised. A
-        batch that could not be taken back is evaluated to its end.
+        A run must start directly after the last position of its sequence, or anywhere if the sequence is empty.
+        ``stop`` is called repeatedly, in this thread, for batches of 32 tokens or more; if it returns true, ``Stopped``
+        is raised. With a recurrent state, which cannot be truncated, it is not called.
         """
-        # A recurrent state would be left half-way through a batch that is stopped.
+        # A stopped batch would leave a recurrent state that includes some of its tokens.
         if stop is None or batch.size < _LONG or not self.memory.cuts:
             self._decode(*batch.arrays())
             return
@@ -211,10 +219,10 @@ class Context:
     def decode(
         self, runs: Sequence[Run], *, logits: Wanted = "none", progress: Callable[[int], None] | None = None
     ) -> Logits | None:
-        """Evaluate runs of any length, one behind the other, in as many batches as that takes.
+        """Evaluates runs of any length in order, in as many batches as needed.
 
-        ``logits="last"`` keeps those of the last token of all; ``"all"`` returns a row for every token. ``progress`` is
-        told how many tokens each batch had.
+        ``logits="last"`` keeps the logits of the very last token; ``"all"`` returns logits ``[n_tokens, n_vocab]``.
+        ``progress`` is called with the number of tokens of each batch.
         """
         rows: list[Logits] = []
         left = list(runs)
@@ -235,7 +243,7 @@ class Context:
     def _decode(self, tokens: Tokens, positions: Tokens, sequences: Tokens, wanted: npt.NDArray[np.int8]) -> None:
         count = len(tokens)
         ones = np.ones(count, np.int32)
-        # llama_batch.seq_id is an array of pointers, one to each token's list of sequences: here, lists of one.
+        # llama_batch.seq_id is an array of pointers to each token's list of sequences: here, lists of one.
         lists = (sequences.ctypes.data + 4 * np.arange(count, dtype=np.uintp)).astype(np.uintp)
         i32 = ctypes.POINTER(ctypes.c_int32)
         batch = api.llama_batch(
@@ -257,47 +265,47 @@ class Context:
             raise CpucacheError(f"llama.cpp failed to evaluate {count} tokens (status {status}): {llama.last_errors()}")
 
     def logits(self, index: int = -1) -> Logits:
-        """The logits of a token of the last batch that kept them (-1: of the last that did), one float for a word."""
+        """Logits ``[n_vocab]`` of token ``index`` of the last batch, if kept; -1: of its last token that kept them."""
         pointer = api.llama_get_logits_ith(self._ctx, index)
         row: Logits = np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
         return row
 
     def sample(self, sampler: Sampler, index: int = -1) -> int:
-        """The next token after one of the last batch, given by its ``index`` as for ``logits``."""
+        """Samples the token after token ``index`` of the last batch; ``index`` as in ``logits``."""
         if sampler.constrained:
             return sampler.choose(self.logits(index))
         return int(api.llama_sampler_sample(sampler.handle, self._ctx, index))
 
     # -- cells -------------------------------------------------------------------------------------------------------
     def clear(self) -> None:
-        """Forget every cell of every sequence."""
+        """Removes all cells of all sequences."""
         api.llama_memory_clear(self._memory, False)
 
     def remove(self, sequence: int, begin: int = -1, end: int = -1) -> bool:
-        """Take the positions [begin, end) out of a sequence (-1: open end). False: this memory can't do a part."""
+        """Removes positions [begin, end) of a sequence (-1: open end). False if this memory cannot remove a part."""
         return bool(api.llama_memory_seq_rm(self._memory, sequence, begin, end))
 
     def share(self, source: int, target: int, begin: int = -1, end: int = -1) -> None:
-        """Make the cells of ``source`` at positions [begin, end) belong to ``target`` as well. Copies no data."""
+        """Adds the cells of ``source`` at positions [begin, end) to ``target`` as well. Copies no data."""
         api.llama_memory_seq_cp(self._memory, source, target, begin, end)
 
     def shift(self, sequence: int, delta: int, begin: int = -1) -> None:
-        """Move the cells of a sequence, from position ``begin`` on (-1: all), by ``delta`` positions.
+        """Moves the cells of a sequence, from position ``begin`` on (-1: all), by ``delta`` positions.
 
-        Only noted by llama.cpp: keys are rotated by the next ``decode``, over all cells of the context at once. Saving
-        before that would save new positions with old keys.
+        llama.cpp only records the move (``llama_memory_seq_add``). The next ``evaluate`` rotates the keys, over all
+        cells of the context at once. A state saved before that has new positions with old keys.
         """
         api.llama_memory_seq_add(self._memory, sequence, begin, -1, delta)
 
     def last_position(self, sequence: int) -> int:
-        """The highest position of a sequence, -1 when it is empty."""
+        """Highest position of a sequence; -1 if it is empty."""
         return int(api.llama_memory_seq_pos_max(self._memory, sequence))
 
     def whole(self, sequence: int, end: int, cells: int) -> bool:
-        """Whether layers with a window have all of a sequence that its next token, at ``end``, may look back on.
+        """Whether sliding-window layers still hold all cells that the next token of a sequence, at ``end``, attends to.
 
-        llama.cpp keeps no account of which cells it has overwritten. How large a state of them would be tells: that of
-        ``cells``, the tokens that stand within the window.
+        llama.cpp does not record which cells it has overwritten. The size of a saved window state shows it: it must be
+        that of ``cells``, the number of tokens within the window.
         """
         if not self.memory.window:
             return True
@@ -318,11 +326,11 @@ class Context:
 
     # -- state -------------------------------------------------------------------------------------------------------
     def save(self, sequence: int) -> Bytes:
-        """The cells of a sequence (``llama_state_seq_get_data``), without its recurrent state, if it has one."""
+        """Returns the saved cells of a sequence (``llama_state_seq_get_data_ext``), without a recurrent state."""
         state = self._save(sequence, _WHOLE)
         if not self.memory.points:
             return state
-        # The recurrent state comes last (llama_memory_hybrid::state_write).
+        # The recurrent state is last (llama_memory_hybrid::state_write).
         point = self.save_point(sequence)[_POINT_HEAD:]
         if not np.array_equal(state[len(state) - len(point) :], point):
             raise CpucacheError(f"{self.model.path.name}: llama.cpp lays out states of this model in an unknown way")
@@ -330,18 +338,18 @@ class Context:
         return cells
 
     def load(self, sequence: int, state: Bytes) -> bool:
-        """Replace a sequence by saved cells, read straight from their memory. False when llama.cpp refuses them.
+        """Replaces a sequence by saved cells. Returns false if llama.cpp refuses them.
 
-        It has no recurrent state then. Raises ``ContextFull`` when the cells do not suffice.
+        The sequence then has no recurrent state. Raises ``ContextFull`` if there are too few free cells.
         """
         return self._load(sequence, np.concatenate([state, self._no_point]) if len(self._no_point) else state, _WHOLE)
 
     def save_point(self, sequence: int) -> Bytes:
-        """The recurrent state of a sequence: that of all its tokens together."""
+        """Returns the recurrent state of a sequence: one state for all of its tokens."""
         return self._save(sequence, api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
 
     def load_point(self, sequence: int, state: Bytes) -> bool:
-        """Give a sequence a recurrent state; its cells stay. False when llama.cpp refuses it."""
+        """Replaces the recurrent state of a sequence; its cells stay. Returns false if llama.cpp refuses it."""
         return self._load(sequence, state, api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
 
     def _save(self, sequence: int, flags: int) -> Bytes:
@@ -359,7 +367,7 @@ class Context:
         llama.last_errors(clear=True)
         data = state.ctypes.data_as(_U8)
         taken = int(api.llama_state_seq_set_data_ext(self._ctx, data, len(state), sequence, flags))
-        if taken == 0 and "cells in kv cache" in llama.last_errors():  # too few of them free, or altogether
+        if taken == 0 and "cells in kv cache" in llama.last_errors():  # too few free, or too few in total
             raise ContextFull(f"the context of {self.n_ctx} tokens is full; raise it with --ctx (n_ctx=…)")
         return 0 < taken == len(state)
 

@@ -1,4 +1,4 @@
-"""Grammars for answers."""
+"""GBNF grammars for answers: JSON, JSON schemas and tool calls."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
 from cpucache.errors import InputError
 
 ANY_JSON: str = JSON_GBNF
-"""The grammar of a JSON object."""
-_MOST = 256  # repetitions, each of which is a nested group of the grammar
+"""Grammar of a JSON object."""
+_MOST = 256  # maximum number of repetitions: each is a nested group of the grammar
 _REPEATED = re.compile(r"\{\s*(\d+)?\s*(?:,\s*(\d+)?\s*)?\}")
 
 
 def grammar_of(schema: Mapping[str, Any]) -> str:
-    """The GBNF grammar of the JSON that a schema describes. Raises ``InputError`` for what is no such schema."""
+    """GBNF grammar of the JSON that a JSON schema describes. Raises ``InputError`` if the schema is not valid."""
     try:
         schema = _bounded(schema)
         return str(json_schema_to_gbnf(json.dumps(schema)))
     except InputError:
         raise
-    except Exception as error:  # the converter asserts, and looks up keys, in whatever it is given
+    except Exception as error:  # the converter fails with assertions and KeyErrors on invalid schemas
         raise InputError(f"the JSON schema can't be turned into a grammar: {error!r}") from error
 
 
 def _bounded(value: Any) -> Any:
-    """A schema without upper bounds that are too large for a grammar: an answer is bounded anyway."""
+    """A schema without upper bounds that are too large for a grammar; the answer's length is limited in any case."""
     if isinstance(value, Mapping):
         kept = {}
         for name, each in value.items():
@@ -49,29 +49,30 @@ def _bounded(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class CallForm:
-    """Form in which a model writes calls of functions: JSON objects, and the text around them."""
+    """Form in which a model writes function calls: JSON objects and the texts around them."""
 
     head: str = ""
     begin: str = ""
-    """Before each call."""
+    """Text before each call."""
     end: str = ""
-    """Behind each call."""
+    """Text after each call."""
     between: str | None = None
-    """Between two calls; ``None``: there is one."""
+    """Text between two calls; ``None``: the form allows only one call."""
     tail: str = ""
     arguments: str = "arguments"
-    """Name of the field that holds the arguments, beside ``name``."""
+    """Key of the arguments in the JSON object; the other key is ``name``."""
 
 
 def calls_grammar(functions: Mapping[str, Mapping[str, Any]], form: CallForm, *, several: bool) -> str:
-    """The GBNF grammar of an answer that calls one of some functions; ``several``: one or more times.
+    """GBNF grammar of an answer that consists of function calls.
 
     Args:
-        functions: The JSON schema of each one's arguments, by its name.
-        form: How calls are written.
-        several: Whether there may be more than one call, where the form allows it.
+        functions: JSON schema of each function's arguments, by the function's name.
+        form: Form in which calls are written.
+        several: Whether more than one call is allowed, if the form has a text between calls.
 
-    Raises ``InputError`` for what is no such schema.
+    Raises:
+        InputError: A JSON schema is not valid.
     """
     shared: dict[str, Any] = {}
     calls = []
@@ -91,9 +92,9 @@ def _literal(text: str) -> str:
 
 
 def _without_refs(value: Any, root: Any, prefix: str, shared: dict[str, Any], named: dict[str, str]) -> Any:
-    """A schema whose references point into ``shared``, so that those of several schemas do not mix.
+    """A schema whose references point into ``shared``, so that references of several schemas do not collide.
 
-    Raises ``InputError`` for a reference that leads nowhere.
+    Raises ``InputError`` for a reference without a target.
     """
     if isinstance(value, list):
         return [_without_refs(each, root, prefix, shared, named) for each in value]

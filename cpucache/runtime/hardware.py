@@ -1,4 +1,4 @@
-"""Hardware of this machine, and the settings that a model runs with, with reasons."""
+"""Hardware of this machine, and the defaults for threads and GPU layers that follow from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cpucache.runtime.llama import api
 
 @dataclass(frozen=True)
 class Hardware:
-    """Facts about the machine. Memory in bytes, as psutil counts it."""
+    """Properties of the machine. Memory is in bytes, as psutil counts it."""
 
     cpu: str
     physical_cores: int
@@ -30,7 +30,7 @@ class Hardware:
 
 
 def hardware() -> Hardware:
-    """Look at the machine now (memory changes; the rest does not)."""
+    """Returns the machine's properties. Only the available memory changes between calls."""
     memory = psutil.virtual_memory()
     return Hardware(
         cpu=_cpu_name(),
@@ -46,25 +46,25 @@ def hardware() -> Hardware:
 
 
 def usable_cores() -> int:
-    """Logical cores that this process may run on (a container or ``taskset`` may allow fewer than there are)."""
+    """Number of logical cores that this process may run on; a container or ``taskset`` may allow fewer than exist."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def default_threads() -> int:
-    """Physical cores: a second thread on a core shares its arithmetic units and only slows matrix products down."""
+    """Number of usable physical cores: a second thread on a core shares its arithmetic units and slows it down."""
     return max(1, min(psutil.cpu_count(logical=False) or usable_cores(), usable_cores()))
 
 
 def gpu_offload() -> bool:
-    """Whether this build of llama.cpp finds a device that layers can be offloaded to."""
+    """Whether llama.cpp supports offloading layers (``llama_supports_gpu_offload``)."""
     llama.start()
     return bool(api.llama_supports_gpu_offload())
 
 
 def gpu_layers(setting: int | str) -> int:
-    """``auto`` or a number, as llama.cpp takes it: -1 for all layers, 0 for none (llama.h, ``n_gpu_layers``)."""
+    """``n_gpu_layers`` (llama.h) for ``"auto"`` or a number: -1 for all layers, 0 for none or without offloading."""
     if setting == "auto":
         return -1 if gpu_offload() else 0
     return int(setting) if gpu_offload() else 0
@@ -72,7 +72,7 @@ def gpu_layers(setting: int | str) -> int:
 
 @cache
 def _features() -> tuple[str, ...]:
-    """The instruction sets that llama.cpp was built with and uses, from its own system line (``AVX512 = 1 | …``)."""
+    """Instruction sets that llama.cpp uses, from ``llama_print_system_info`` (``AVX512 = 1 | …``)."""
     llama.start()
     text = api.llama_print_system_info().decode("utf-8", "replace")
     pairs = (item.rpartition(":")[2].partition("=") for item in text.split("|"))
@@ -91,7 +91,7 @@ def _cpu_name() -> str:
 
 
 def on_mains() -> bool:
-    """Whether the machine runs on mains power, as far as it can tell: without a battery, it does."""
+    """Whether the machine runs on mains power; true if no battery is found."""
     sensors = getattr(psutil, "sensors_battery", None)  # not on every platform
     battery = sensors() if sensors else None
     return battery is None or bool(battery.power_plugged)

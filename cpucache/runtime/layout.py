@@ -1,4 +1,4 @@
-"""Where saved states have what: keys and values of each layer, as llama.cpp lays them out."""
+"""Layout of saved states: offsets of each layer's keys and values, as llama.cpp writes them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from cpucache.runtime.context import Bytes
 F32, F16 = 0, 1  # GGML_TYPE_F32, GGML_TYPE_F16 (ggml.h)
 FLOATS: dict[int, np.dtype[np.floating]] = {F32: np.dtype("<f4"), F16: np.dtype("<f2")}
 CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
-# Models with positions in several dimensions (M-RoPE) note two more of them, and the token (llama_kv_cell_ext).
+# Models with positions in several dimensions (M-RoPE) write two more of them, and the token (llama_kv_cell_ext).
 _WIDE_CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("more", "<i4", 3), ("sequence", "<i4")])
 HEAD = 16
-"""Bytes before the cells: what a state is and of which sequence, the number of streams, the number of cells."""
+"""Bytes before the cells: kind of the state, its sequence, number of streams, number of cells."""
 _MOST_LAYERS = 1 << 16
 
 
 class UnknownLayout(Exception):
-    """Why a state can't be read."""
+    """A state has an unexpected layout; the message says why."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Where a state has the keys or values of a layer: ``shape`` floats of ``type`` from byte ``start`` on."""
+    """Location of one layer's keys or values in a state: ``shape`` floats of ggml ``type`` from byte ``start``."""
 
     start: int
     type: int
@@ -33,18 +33,19 @@ class Block:
 
     @property
     def end(self) -> int:
-        """The byte behind the last float."""
+        """Offset of the byte after the last float."""
         return self.start + self.shape[0] * self.shape[1] * FLOATS[self.type].itemsize
 
     def of(self, state: Bytes) -> npt.NDArray[np.floating]:
-        """The floats, as a view."""
+        """The floats of this block, as a view of ``state``."""
         return state[self.start : self.end].view(FLOATS[self.type]).reshape(self.shape)
 
 
 class Layout:
-    """Where a state has what, as ``llama_kv_cache::state_write`` lays it out. Raises ``UnknownLayout``.
+    """Offsets of keys and values in a state, as ``llama_kv_cache::state_write`` writes it. Raises ``UnknownLayout``.
 
-    Models with sliding windows have two caches, one behind the other: ``count`` and ``transposed`` are of the first.
+    The state of a sliding-window model holds two caches in a row: ``count`` (number of cells) and ``transposed`` belong
+    to the first.
     """
 
     def __init__(self, state: Bytes) -> None:
@@ -53,14 +54,14 @@ class Layout:
         self.keys: list[Block] = []
         self.values: list[Block] = []
         self.plain = True
-        """Whether cells have one position each."""
+        """Whether each cell has one position (no M-RoPE)."""
         self._take(8)
         self.count, self.transposed = self._cache()
         while self._at < len(state):
             self._cache()
 
     def _cache(self) -> tuple[int, int]:
-        """Read one cache; gives its number of cells, and whether its values are transposed."""
+        """Reads one cache; returns its number of cells and whether its values are transposed (0 or 1)."""
         streams, self._cells = self._numbers(2)
         if streams != 1 or not self._cells:
             raise UnknownLayout(f"a state of {streams} streams and {self._cells} cells")
@@ -89,14 +90,14 @@ class Layout:
         return [int(number) for number in self._take(4 * count).view("<u4")]
 
     def _by_cell(self) -> Block:
-        """A row of floats for each cell."""
+        """Block with a row of floats for each cell: ``[n_cells, width]``."""
         type_, row, high = self._numbers(3)
         if high or type_ not in FLOATS or row % FLOATS[type_].itemsize:
             raise UnknownLayout(f"rows of {row} bytes of type {type_}")
         return self._block(type_, (self._cells, row // FLOATS[type_].itemsize))
 
     def _by_value(self) -> Block:
-        """A row of cells for each float."""
+        """Block with transposed values: ``[width, n_cells]``."""
         type_, size, width = self._numbers(3)
         if type_ not in FLOATS or size != FLOATS[type_].itemsize:
             raise UnknownLayout(f"values of {size} bytes of type {type_}")

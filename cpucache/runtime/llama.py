@@ -1,4 +1,4 @@
-"""llama.cpp's shared library: started once, with its log kept for error messages instead of printed."""
+"""llama.cpp's shared library. It is started once; its error log is kept for error messages and not printed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import llama_cpp.llama_cpp as api
 __all__ = ["api", "last_errors", "start", "version"]
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR (ggml.h)
-_CONTINUE = 5  # GGML_LOG_LEVEL_CONT: goes on with the line before
+_CONTINUE = 5  # GGML_LOG_LEVEL_CONT: continues the previous line
 _errors: deque[str] = deque(maxlen=20)
 _level = 0
 _started = False
@@ -28,7 +28,7 @@ def _collect_log(level: int, text: bytes, _data: Any) -> None:
 
 
 def start() -> None:
-    """Start the backends. Safe to call again."""
+    """Starts the backends. Further calls do nothing."""
     global _started  # noqa: PLW0603
     if not _started:
         api.llama_log_set(_collect_log, ctypes.c_void_p(0))
@@ -37,7 +37,7 @@ def start() -> None:
 
 
 def last_errors(*, clear: bool = False) -> str:
-    """Returns the errors that llama.cpp has logged since the last clearing, as one line; empty if there are none."""
+    """Errors that llama.cpp logged since the last call with ``clear``, as one line: the last 20 at most."""
     text = "; ".join(line for line in _errors if line)
     if clear:
         _errors.clear()
@@ -45,5 +45,5 @@ def last_errors(*, clear: bool = False) -> str:
 
 
 def version() -> str:
-    """The version of the binding, which fixes that of llama.cpp."""
+    """Version of llama-cpp-python, which determines the version of llama.cpp."""
     return str(llama_cpp.__version__)

@@ -1,4 +1,4 @@
-"""A GGUF model: its vocabulary, its facts, and the weights that contexts are made from."""
+"""A GGUF model: vocabulary, metadata, and the weights that llama.cpp contexts use."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Tokens = npt.NDArray[np.int32]
 
 _VOCAB_SPM = 1  # LLAMA_VOCAB_TYPE_SPM (llama.h)
 _ROPE_NONE = -1  # LLAMA_ROPE_TYPE_NONE
-# Architectures that bias attention by distance (ALiBi) without saying so in their metadata.
+# Architectures that bias attention by distance (ALiBi) although their metadata does not say so.
 _ALIBI = frozenset({"bloom", "refact"})
 
 
 class Model:
     """Weights and vocabulary of one GGUF file.
 
-    ``gpu_layers`` is ``"auto"`` (all, where this build of llama.cpp can offload) or a number. ``vocab_only`` loads no
-    weights: enough to lay out schemas, in milliseconds.
+    ``gpu_layers_`` is ``"auto"`` (all layers, if this build of llama.cpp can offload) or a number. ``vocab_only`` loads
+    no weights: it takes milliseconds and suffices to lay out schemas.
 
-    Raises ``ModelError`` when llama.cpp refuses the file.
+    Raises ``ModelError`` if llama.cpp refuses the file.
     """
 
     def __init__(self, path: Path | str, *, gpu_layers_: int | str = "auto", vocab_only: bool = False) -> None:
@@ -50,7 +50,7 @@ class Model:
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
-        """Free the weights. Contexts of the model must be closed before."""
+        """Frees the weights. Contexts of the model must be closed first."""
         if self._model:
             api.llama_model_free(self._model)
             self._model = None
@@ -77,7 +77,7 @@ class Model:
 
     # -- facts -------------------------------------------------------------------------------------------------------
     def meta(self, key: str) -> str | None:
-        """A scalar of the GGUF's metadata as text, ``None`` when it has no such key."""
+        """Scalar of the GGUF's metadata as text; ``None`` if the key is missing."""
         name = key.encode()
         size = api.llama_model_meta_val_str(self.handle, name, ctypes.create_string_buffer(1), 1)
         if size < 0:
@@ -92,13 +92,13 @@ class Model:
 
     @cached_property
     def name(self) -> str:
-        """The name in the file, else the file's own."""
+        """Name in the metadata, else the file's name without suffix."""
         return self.meta("general.name") or self.path.stem
 
     @cached_property
     def n_ctx_train(self) -> int:
-        """The longest context that the model was trained on, in tokens."""
-        # From the metadata: llama.cpp's own number is 0 when only the vocabulary is loaded.
+        """Context length that the model was trained on, in tokens."""
+        # From the metadata: llama_model_n_ctx_train returns 0 if only the vocabulary is loaded.
         return int(self.meta(f"{self.architecture}.context_length") or api.llama_model_n_ctx_train(self.handle))
 
     @cached_property
@@ -111,19 +111,19 @@ class Model:
 
     @cached_property
     def head_size(self) -> int:
-        """Floats in one attention head's key."""
+        """Size of one attention head's key, in floats."""
         named = self.meta(f"{self.architecture}.attention.key_length")
         heads = max(1, int(api.llama_model_n_head(self.handle)))
         return int(named) if named else int(api.llama_model_n_embd(self.handle)) // heads
 
     @cached_property
     def window(self) -> int:
-        """Tokens that sliding-window layers look back on; 0 when every layer attends to everything."""
+        """Sliding window of the layers that have one, in tokens; 0 if every layer attends to all tokens."""
         return int(api.llama_model_n_swa(self.handle))
 
     @cached_property
     def recurrent(self) -> bool:
-        """Recurrent or hybrid: the state has no positions, so nothing can be spliced into it."""
+        """Whether the model is recurrent or hybrid: slices cannot be spliced at other positions."""
         return bool(api.llama_model_is_recurrent(self.handle) or api.llama_model_is_hybrid(self.handle))
 
     @cached_property
@@ -133,7 +133,7 @@ class Model:
 
     @cached_property
     def relative(self) -> bool:
-        """Whether attention depends on the distance between tokens alone (RoPE, ALiBi), so that states may be moved."""
+        """Whether attention depends only on the distance between tokens (RoPE, ALiBi), so that states can be moved."""
         if self.rotary:
             return True
         alibi = float(self.meta(f"{self.architecture}.attention.max_alibi_bias") or 0)
@@ -141,23 +141,23 @@ class Model:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The Jinja source of the chat template in the file."""
+        """Jinja source of the chat template in the file; ``None`` if it has none."""
         text = api.llama_model_chat_template(self.handle, None)
         return text.decode("utf-8", "replace") if text else None
 
     # -- vocabulary --------------------------------------------------------------------------------------------------
     def tokenize(self, text: str, *, special: bool = False) -> Tokens:
-        """Token ids of ``text`` as it stands *inside* a longer text: nothing is put before or after it.
+        """Token ids of ``text`` as part of a longer text: no tokens are added before or after it.
 
-        ``special=True`` reads control tokens such as ``<|im_start|>`` (for template text); without it they are plain
-        characters, so that a document can't forge a turn.
+        With ``special=True`` (for template text), control tokens such as ``<|im_start|>`` are recognised. Otherwise
+        they are plain characters, so that a document cannot forge a turn.
         """
         if not text:
             return np.empty(0, np.int32)
         if not self._prefixes_space:
             return self._tokenize(text, special)
-        # A SentencePiece vocabulary puts a space before the first word of whatever it is given. Behind a line break it
-        # does not, and a line break never merges with what follows.
+        # A SentencePiece vocabulary adds a space before the first word of a text, but not after a line break,
+        # and a line break never merges with the text after it.
         prefix = self._tokenize("\n", False)
         return self._tokenize("\n" + text, special)[len(prefix) :]
 
@@ -179,7 +179,7 @@ class Model:
         return (self.meta("tokenizer.ggml.add_space_prefix") or "true") == "true"
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes of a token: often part of a character only. Control tokens are empty unless ``special``."""
+        """Bytes of a token, which may be only part of a character. Control tokens are empty unless ``special``."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -189,31 +189,31 @@ class Model:
             size = -count
 
     def text(self, tokens: Tokens | list[int], *, special: bool = False) -> str:
-        """The text of tokens; bytes that are not UTF-8 become U+FFFD."""
+        """Text of ``tokens``. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.piece(int(token), special=special) for token in tokens).decode("utf-8", "replace")
 
     @cached_property
     def bos(self) -> int | None:
-        """The token that begins every text, when the model wants one."""
+        """Id of the token that begins every text; ``None`` if the model uses none."""
         token = int(api.llama_vocab_bos(self.vocab))
         return token if token >= 0 and api.llama_vocab_get_add_bos(self.vocab) else None
 
     def special_text(self, name: str) -> str:
-        """The text of the ``bos`` or ``eos`` token, as templates write it."""
+        """Text of the token called ``name`` (``bos`` or ``eos``), as chat templates write it."""
         token = int({"bos": api.llama_vocab_bos, "eos": api.llama_vocab_eos}[name](self.vocab))
         return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
 
     def ends_generation(self, token: int) -> bool:
-        """Whether the model says by this token that it has finished (``llama_vocab_is_eog``)."""
+        """Whether the token ends the model's answer (``llama_vocab_is_eog``)."""
         return bool(api.llama_vocab_is_eog(self.vocab, token))
 
     def is_control(self, token: int) -> bool:
-        """Whether a token stands for no text, but for something about it (``llama_vocab_is_control``)."""
+        """Whether a token is a control token, which stands for no text (``llama_vocab_is_control``)."""
         return bool(api.llama_vocab_is_control(self.vocab, token))
 
     @cached_property
     def filler(self) -> int:
-        """Token that replaces an argument not yet known: the unknown token, else padding, else end of text."""
+        """Id of the token that pads a parameter while its schema is encoded: unknown, padding or end of text."""
         unknown = self.meta("tokenizer.ggml.unknown_token_id")
         candidates = (
             int(unknown) if unknown else -1,

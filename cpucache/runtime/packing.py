@@ -1,7 +1,7 @@
-"""Packing saved states: keys and values as 8 or 4 bits, in groups of 32 with a scale each, as ggml's q8_0 and q4_0.
+"""Packing of saved states: keys and values in 8 or 4 bits, in groups of 32 with one scale, as ggml's q8_0 and q4_0.
 
-A packed state is half or a quarter as large as one of f16, and near to it, not equal. Whatever a state holds besides
-keys and values is kept as it is; a state that is not laid out as expected is not packed.
+A packed state is about half or a quarter as large as an f16 state, and approximates it. All data besides keys and
+values is kept unchanged; a state with an unexpected layout is not packed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from cpucache.runtime.context import Bytes
 from cpucache.runtime.layout import Block, Layout, UnknownLayout
 
 AtRest: TypeAlias = Literal["f16", "q8_0", "q4_0"]
-"""Kinds of states on disk: unchanged, or packed."""
+"""Format of states on disk: unchanged (``f16``) or packed."""
 AT_REST: tuple[AtRest, ...] = get_args(AtRest)
 
-_GROUP = 32  # floats with a scale in common
+_GROUP = 32  # floats that share a scale
 _MAGIC = 0x6B703031
 _HEAD = np.dtype([("magic", "<u4"), ("bits", "<u4"), ("size", "<u8"), ("blocks", "<u4"), ("spare", "<u4")])
 _TABLE = np.dtype([("start", "<u8"), ("type", "<u4"), ("spare", "<u4"), ("rows", "<u8"), ("columns", "<u8")])
 _STEP = 1 << 14
-"""Groups that are packed at a time: what is between fits a core's cache."""
+"""Groups packed at a time, so that intermediate arrays fit into a core's cache."""
 _Floats = npt.NDArray[np.float32]
 
 
@@ -34,7 +34,7 @@ class Packing:
 
     Args:
         kind: ``"q8_0"`` or ``"q4_0"``.
-        threads: That unpack.
+        threads: Number of threads that unpack.
     """
 
     def __init__(self, kind: AtRest, threads: int = 1) -> None:
@@ -42,10 +42,10 @@ class Packing:
             raise InputError(f"at_rest={kind!r}: must be one of {', '.join(AT_REST)}")
         self.kind = kind
         self._bits = 8 if kind == "q8_0" else 4
-        self._pool = ThreadPoolExecutor(threads)  # its threads end with it
+        self._pool = ThreadPoolExecutor(threads)  # its threads end when it is collected
 
     def pack(self, state: Bytes) -> Bytes:
-        """A state, packed; the state itself where it is not laid out as expected."""
+        """Returns ``state`` packed, or unchanged if its layout is unexpected."""
         try:
             layout = Layout(state)
         except UnknownLayout:
@@ -62,7 +62,7 @@ class Packing:
         return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
 
     def unpack(self, packed: Bytes) -> Bytes:
-        """The state that was packed, whatever its kind; one that never was as it is. Raises ``ValueError``."""
+        """Restores a state packed as either kind; returns others unchanged. Raises ``ValueError`` on a wrong size."""
         if len(packed) < _HEAD.itemsize or packed[:4].view("<u4")[0] != _MAGIC:
             return packed
         head = packed[: _HEAD.itemsize].view(_HEAD)[0]
@@ -101,7 +101,7 @@ class Packing:
                 numbers = np.rint(values * _inverse(scales[part])[:, None]).clip(-127, 127)
                 codes[part] = numbers.astype(np.int8).view(np.uint8)
                 continue
-            # The float furthest from 0 has the code that is furthest from it, as in ggml.
+            # The float with the largest magnitude gets code 0, which stands for -8, as in ggml.
             extreme = values[np.arange(len(values)), np.abs(values).argmax(axis=1)]
             scales[part] = extreme / -8
             halves = np.rint(values * _inverse(scales[part])[:, None] + 8).clip(0, 15).astype(np.uint8)
@@ -115,7 +115,7 @@ def _inverse(scales: npt.NDArray[np.float16]) -> _Floats:
 
 
 def _groups(floats: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """Floats in groups; the last is filled up with zeros."""
+    """Floats as ``[n_groups, 32]``; the last group is padded with zeros."""
     flat = floats.reshape(-1)
     if len(flat) % _GROUP:
         flat = np.concatenate([flat, np.zeros(-len(flat) % _GROUP, flat.dtype)])
@@ -128,7 +128,7 @@ def _packed_size(block: Block, bits: int) -> int:
 
 
 def _unpacked(packed: Bytes, floats: npt.NDArray[np.floating], bits: int) -> None:
-    """Write what was packed into an array of floats."""
+    """Unpacks into ``floats``."""
     groups = -(-floats.size // _GROUP)
     scales = packed[: 2 * groups].view("<f2").astype(np.float32)
     codes = packed[2 * groups :].reshape(groups, -1)

@@ -1,8 +1,8 @@
-"""Moving saved states: their keys are rotated in memory, before llama.cpp reads them.
+"""Moves saved states to other positions: rotates their keys in memory, before llama.cpp reads them.
 
-``Context.shift`` rotates every cell of the context, however few have moved. A rotation here costs what is moved and
-nothing else. By which angles is learnt from llama.cpp, which knows the variant of RoPE of every architecture: random
-keys are shifted in a small context of the same model, and the angles read off.
+``Context.shift`` rotates all cells of the llama.cpp context, however few have moved. The cost of a rotation here
+depends only on the size of the state. The angles are learnt from llama.cpp, which knows each model's variant of RoPE:
+random keys are shifted in a small llama.cpp context of the same model, and the angles are computed from the result.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from cpucache.runtime.layout import CELL, F32, HEAD, Layout, UnknownLayout
 
 log = logging.getLogger(__name__)
 
-_CELLS = 4  # that each shift is tried on
-_ROOM = 256  # cells of the least context that llama.cpp makes, which must be full
+_CELLS = 4  # random cells for each shift
+_ROOM = 256  # cells of the smallest context that llama.cpp creates; ``_shifted`` fills it
 _POWERS = [1 << power for power in range(13)]
 _CHECKS = [-1, -1777, 3001]
-# Shifts that are tried: angles come from the powers of two, the rest must agree with them.
+# Shifts evaluated by llama.cpp: the angles are computed from the powers of two and checked with the rest.
 _DELTAS = [*_POWERS, *_CHECKS]
-# What a key of size 1 may be off. llama.cpp multiplies angles up as 32-bit floats: 3e-4 at a distance of 4,096. An f16
-# is rounded by up to 5e-4.
+# Maximum error of a key of size 1. llama.cpp computes angles as 32-bit floats: 3e-4 at a distance of 4,096. Rounding to
+# f16 adds up to 5e-4.
 _TOLERANCE = 1e-3
-# Floats rotated at a time, few enough for a core's cache.
+# Floats rotated at a time, so that they fit into a core's cache.
 _CHUNK = 1 << 16
 
 Floats = npt.NDArray[np.float32]
@@ -40,10 +40,11 @@ Angles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class _Turn:
-    """Rotation of the keys of a layer.
+    """Rotation of one layer's keys.
 
-    A row of keys consists of parts of ``period`` floats; of each, ``size`` floats from ``begin`` on turn, in pairs of
-    either neighbours or the two halves of a head. ``angles``: of each pair of a head, for one position.
+    A row of keys consists of parts of ``period`` floats. In each part, ``size`` floats from ``begin`` on are rotated,
+    in pairs: adjacent floats, or with ``halves``, floats of the two halves of a head. ``angles`` holds the angle of
+    each pair of a head for a shift by one position.
     """
 
     period: int
@@ -53,11 +54,11 @@ class _Turn:
     angles: Angles
 
     def moving(self, rows: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        """The rotated part of some rows, as a view: rows, parts, floats."""
+        """View of the rotated floats of ``rows``: ``[n_rows, n_parts, size]``."""
         return rows.reshape(len(rows), -1, self.period)[:, :, self.begin : self.begin + self.size]
 
     def turn(self, floats: Floats, delta: int) -> None:
-        """Turn, in place, what ``moving`` gave."""
+        """Rotates contiguous floats of ``moving`` in place, by ``delta`` positions."""
         angles = self.angles * delta
         if not self.halves:
             floats.view(np.complex64).reshape(-1, len(angles))[:] *= np.exp(1j * angles).astype(np.complex64)
@@ -70,15 +71,15 @@ class _Turn:
 
 
 class Rotation:
-    """Moves saved states of one context."""
+    """Moves saved states of one llama.cpp context."""
 
     def __init__(self, turns: Sequence[_Turn | None], threads: int) -> None:
         self._turns = turns
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads)  # its threads end with it
+        self._pool = ThreadPoolExecutor(threads)  # its threads end when it is collected
 
     def moved(self, state: Bytes, delta: int) -> Bytes | None:
-        """A state with all its cells ``delta`` positions further on; ``None`` when it is not laid out as expected."""
+        """Copy of ``state`` with all cells moved by ``delta`` positions; ``None`` if its layout is unexpected."""
         try:
             layout = Layout(state)
         except UnknownLayout as why:
@@ -94,7 +95,7 @@ class Rotation:
         def move(layers: range) -> None:
             for layer in layers:
                 keys, values = layout.keys[layer], layout.values[layer]
-                # With what stands before them: their types and sizes.
+                # Includes the 12 bytes before each block: its type and size.
                 for block in (keys, values):
                     out[block.start - 12 : block.start] = state[block.start - 12 : block.start]
                 out[values.start : values.end] = state[values.start : values.end]
@@ -122,12 +123,12 @@ def _rotate(source: npt.NDArray[np.floating], target: npt.NDArray[np.floating], 
 
 
 def learn(context: Context, state: Bytes) -> Rotation | None:
-    """The rotation of keys in states such as ``state`` of a context.
+    """Learns the rotation of keys in states of ``context``; ``state`` is an example.
 
-    ``None`` when it can't be had: states of a kind that is not known here, or keys that turn in an unknown way.
+    Returns ``None`` if states have an unknown layout or keys rotate in an unknown way.
     """
     model = context.model
-    # Where the context is longer than what the model was first trained on, some models turn keys in another way.
+    # Beyond the context length of their original training, some models rotate keys in another way.
     trained = int(model.meta(f"{model.architecture}.rope.scaling.original_context_length") or model.n_ctx_train)
     try:
         if not context.memory.moves or context.memory.window or model.gpu_layers or context.n_ctx > trained:
@@ -151,13 +152,13 @@ def _learn(context: Context, state: Bytes, like: Layout) -> Iterator[_Turn | Non
 
 
 def _shifted(context: Context, like: Layout, head: Bytes) -> tuple[list[Floats], list[Floats]]:
-    """Random keys of each layer before and after shifts by ``_DELTAS``, as done by llama.cpp: shifts, cells, floats."""
+    """Random keys of each layer before and after llama.cpp's shifts by ``_DELTAS``: ``[n_shifts, n_cells, width]``."""
     random = np.random.default_rng(0)
     before = [random.standard_normal((len(_DELTAS), _CELLS, keys.shape[1]), np.float32) for keys in like.keys]
-    # With flash attention values lie like keys, which saves time.
+    # With flash attention, values have the same layout as keys, which saves time.
     small = Context(context.model, n_ctx=_ROOM, n_threads=context.n_threads, kv_type="f32", flash="on")
     try:
-        # llama.cpp shifts before it evaluates, and evaluates nothing when there is no room for it.
+        # llama.cpp rotates keys before it evaluates, and evaluates nothing if no cell is free: so fill all cells.
         spare = small.n_ctx - len(_DELTAS) * _CELLS
         crafted = [[keys[sequence] for keys in before] for sequence in range(len(_DELTAS))]
         crafted.append([np.zeros((spare, keys.shape[1]), np.float32) for keys in like.keys])
@@ -180,7 +181,7 @@ def _shifted(context: Context, like: Layout, head: Bytes) -> tuple[list[Floats],
 
 
 def _craft(head: Bytes, like: Layout, keys: Sequence[Floats]) -> Bytes:
-    """A state with these keys, and values of 0, as f32; of the shape of another."""
+    """Builds an f32 state with ``keys`` and values of 0, with the widths of ``like``."""
     count = len(keys[0])
     cells = np.zeros(count, CELL)
     cells["position"] = np.arange(count) - min(_DELTAS)
@@ -193,12 +194,12 @@ def _craft(head: Bytes, like: Layout, keys: Sequence[Floats]) -> Bytes:
 
 
 def _fit(before: Floats, after: Floats, guess: _Turn | None) -> _Turn | None:
-    """Returns the rotation of the keys of a layer; ``None`` if there is none. ``guess``: that of another layer."""
+    """Rotation of a layer's keys; ``None`` if they do not rotate. ``guess``: rotation of another layer, tried first."""
     turning = np.flatnonzero((before != after).any(axis=(0, 1)))
     if not len(turning):
         return None
     width = before.shape[-1]
-    # Runs of floats that turn, each of one size and at one distance from the next.
+    # The rotated floats must form runs of equal size and equal distance.
     ends = [index for index, (one, other) in enumerate(pairwise(turning)) if other != one + 1]
     starts = turning[[0, *(end + 1 for end in ends)]]
     sizes = np.diff([0, *(end + 1 for end in ends), len(turning)])
@@ -207,8 +208,8 @@ def _fit(before: Floats, after: Floats, guess: _Turn | None) -> _Turn | None:
     regular = (sizes == size).all() and (starts == begin + period * np.arange(len(starts))).all()
     if not regular or width % period or begin + size > period or size % 2:
         raise UnknownLayout("floats that turn here and there")
-    # Heads of a size that goes into what turns; those of another layer first. Where neighbours turn together, one head
-    # stands for all.
+    # Candidate head sizes divide ``size``; that of another layer is tried first. With pairs of adjacent floats, one
+    # size covers all heads.
     shapes = [(True, size // parts) for parts in range(1, size // 2 + 1) if size % (2 * parts) == 0] + [(False, size)]
     if guess is not None:
         shapes.insert(0, (guess.halves, 2 * len(guess.angles)))
@@ -220,21 +221,21 @@ def _fit(before: Floats, after: Floats, guess: _Turn | None) -> _Turn | None:
 
 
 def _angles(halves: bool, head: int, before: Floats, after: Floats) -> Angles | None:
-    """The angle by which each pair of a head turns for one position; ``None`` if pairs of this shape don't."""
+    """Angle of each pair of a head for one position, in radians; ``None`` if pairs of this shape do not fit."""
     pairs = [_pairs(floats, halves, head) for floats in (before, after)]
     turned = (pairs[1] * pairs[0].conj()).sum(axis=1) / (np.abs(pairs[0]) ** 2).sum(axis=1)
     angles: Angles = np.angle(turned[0])
     for power, measured in zip(_POWERS, turned, strict=False):
-        # Full turns are known from smaller shifts, fractions of one better from larger shifts.
+        # Smaller shifts determine the number of full turns; larger shifts determine the fraction more precisely.
         angles = angles + np.angle(measured * np.exp(-1j * angles * power)) / power
-    # Under YaRN llama.cpp also scales keys by a constant, whenever it shifts them. They have been scaled already.
+    # With YaRN, llama.cpp scales keys by a constant again at every shift. That scale is measured here and left out.
     scale = np.abs(turned).mean()
     expected = scale * pairs[0] * np.exp(1j * angles * np.array(_DELTAS)[:, None])[:, None]
     return angles if (np.abs(pairs[1] - expected) <= _TOLERANCE * np.maximum(1, np.abs(expected))).all() else None
 
 
 def _pairs(floats: Floats, halves: bool, head: int) -> npt.NDArray[np.complex128]:
-    """Pairs as complex numbers: shifts, cells and heads, pairs of a head."""
+    """Pairs as complex numbers: ``[n_shifts, n_cells * n_heads, head // 2]``."""
     shape = (2, head // 2) if halves else (head // 2, 2)
     parts = floats.reshape(len(floats), -1, *shape).astype(np.float64)
     one, other = np.moveaxis(parts, 2 if halves else 3, 0)

@@ -1,4 +1,4 @@
-"""Choosing the next token, with llama.cpp's own chain of samplers."""
+"""Sampling of the next token, with llama.cpp's chain of samplers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cpucache.runtime.llama import api
 from cpucache.runtime.model import Model, Tokens
 
 _CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])  # llama_token_data (llama.h)
-_GRAMMAR, _RULES, _NESTED = 1 << 16, 1000, 500  # what a grammar may have
-_RECENT = 64  # tokens that the repetition penalty looks back on, llama.cpp's own default
+_GRAMMAR, _RULES, _NESTED = 1 << 16, 1000, 500  # limits of a grammar: characters, rules, nested groups
+_RECENT = 64  # tokens that the repetition penalty considers; llama.cpp's default
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings by which the next token is chosen. ``temperature=0`` takes the likeliest; ``seed=None`` draws a seed.
+    """Parameters of sampling. ``temperature=0`` takes the most likely token; ``seed=None`` draws a random seed.
 
     ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch the respective filter off. ``stop`` strings
     end the answer and are not part of it. Raises ``InputError`` for values out of range.
@@ -39,7 +39,7 @@ class Sampling:
     grammar: str = ""
     """A GBNF grammar that the answer follows."""
     logprobs: int | None = None
-    """Of each token, the log probability, and those of so many of the likeliest; ``None``: of none."""
+    """Number of most likely tokens reported with each token's log probability; ``None``: report none."""
 
     def __post_init__(self) -> None:
         for name, fine, range_ in (
@@ -63,12 +63,12 @@ class Sampling:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts to stop at."""
+        """The ``stop`` strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 def _check_grammar(grammar: str) -> None:
-    """Refuse what would take llama.cpp's parser, which recurses, past its stack (ggml-org/llama.cpp issue 26600)."""
+    """Refuses grammars that may overflow the stack of llama.cpp's recursive parser (ggml-org/llama.cpp issue 26600)."""
     depth = deepest = 0
     for character in grammar:
         depth += (character == "(") - (character == ")")
@@ -80,7 +80,7 @@ def _check_grammar(grammar: str) -> None:
 
 
 class Sampler:
-    """A chain of llama.cpp samplers in the order of its own command line: penalties, filters, temperature."""
+    """A chain of llama.cpp samplers: grammar, repetition penalty, filters, temperature."""
 
     def __init__(self, sampling: Sampling, model: Model) -> None:
         self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
@@ -91,7 +91,7 @@ class Sampler:
                 raise InputError(f"grammar: llama.cpp can't read it: {llama.last_errors() or 'no reason given'}")
             self._add(grammar)
         self.constrained = bool(sampling.grammar)
-        """Whether there may be no token that fits."""
+        """Whether a grammar constrains the answer, so that no token may fit."""
         self._penalties: api.llama_sampler_p | None = None
         if sampling.repeat_penalty != 1:
             self._penalties = api.llama_sampler_init_penalties(
@@ -112,15 +112,15 @@ class Sampler:
         self._add(api.llama_sampler_init_dist(seed))
 
     def accept(self, tokens: Tokens) -> None:
-        """Take tokens of the prompt into account, for the repetition penalty."""
+        """Adds tokens of the prompt to those that the repetition penalty considers."""
         if self._penalties is not None:
             for token in tokens[-_RECENT:]:
                 api.llama_sampler_accept(self._penalties, int(token))
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token after these logits, as ``llama_sampler_sample`` does it. Raises ``InputError`` if none fits.
+        """Samples a token from ``logits``, as ``llama_sampler_sample`` does. Raises ``InputError`` if none fits.
 
-        llama.cpp ends the process when a grammar is told of a token that it does not allow.
+        The check is needed because llama.cpp aborts the process if a grammar accepts a token that it does not allow.
         """
         candidates = np.empty(len(logits), _CANDIDATE)
         candidates["id"], candidates["logit"], candidates["p"] = np.arange(len(logits)), logits, 0
@@ -146,7 +146,7 @@ class Sampler:
         return self._chain
 
     def close(self) -> None:
-        """Free the chain."""
+        """Frees the chain."""
         if self._chain:
             api.llama_sampler_free(self._chain)
             self._chain = None
