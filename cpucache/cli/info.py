@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
+from pathlib import Path
 from typing import Any
 
 import click
@@ -75,7 +77,16 @@ def _facts() -> dict[str, Any]:
         "memory_available": machine.memory_available,
         "gpu_offload": machine.gpu_offload,
         "store": str(home),
-        "store_bytes": sum(file.stat().st_size for file in home.rglob("*") if file.is_file()) if home.exists() else 0,
+        "store_bytes": _size(home),
         "store_free": shutil.disk_usage(there).free,
         "models": str(models_dir()),
     }
+
+
+def _size(folder: Path) -> int:
+    """Returns the bytes of all files below a folder. Other processes may delete some meanwhile."""
+    size = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size if file.is_file() else 0
+    return size

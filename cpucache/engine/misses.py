@@ -34,16 +34,15 @@ Cause: TypeAlias = Literal[
     "not-encoded",
 ]
 Read: TypeAlias = Callable[[Tokens], str]
-"""Gives the text of tokens, control tokens included."""
+"""Returns the text of tokens, control tokens included."""
 _Mask: TypeAlias = npt.NDArray[np.bool_]
 
 RUN = 16
-"""Tokens in a row that two prompts have in common at least, where these count as the same text. Fewer evaluated tokens
-are no loss worth a word."""
+"""Minimum number of consecutive tokens that count as shared text. A miss of fewer tokens is not reported."""
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_SHARE = 0.25  # of a text that must be known elsewhere, for the text to count as changed and not as another
-_LINES, _PART = 3, 48  # lines, or tokens in a row, that may differ where "a line" has changed
-_NEAR = 192  # tokens before the first tool that say that there are tools
+_SHARE = 0.25  # of a prompt that another must share, for the prompt to count as changed
+_LINES, _PART = 3, 48  # most lines, or words in a row, of a difference that counts as "a line"
+_NEAR = 192  # tokens before the first tool that a template may spend to announce tools
 _SPACE = re.compile(r"\s+")
 _THOUGHT = re.compile(r"<think>.*?(</think>\s*|$)", re.DOTALL)
 _TOOL_LIST = re.compile(r"<tools>\s*(.*?)\s*</tools>", re.DOTALL)
@@ -53,7 +52,7 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A prompt that was asked for."""
+    """A prompt that was evaluated or spliced earlier, or is explained now."""
 
     tokens: Tokens
     """The prompt, and what was evaluated of its answer."""
@@ -61,9 +60,9 @@ class Asked:
     """Tokens of the prompt."""
     roles: tuple[RoleRun, ...] = ()
     ends: tuple[int, ...] = ()
-    """Where slices end that were saved of it, each behind all tokens before it."""
+    """Ends of the slices that were saved of it, each with all tokens before it as context."""
     evaluated: tuple[tuple[int, int], ...] = ()
-    """The tokens of the prompt that were evaluated, each run by its beginning and end."""
+    """Runs of tokens of the prompt that were evaluated, each by its beginning and end."""
     use_cache: bool = True
 
     @property
@@ -73,13 +72,13 @@ class Asked:
 
     @property
     def runs(self) -> tuple[RoleRun, ...]:
-        """The roles, the answer's among them."""
+        """The roles of prompt and answer."""
         if len(self.tokens) == self.size:
             return self.roles
         return (*self.roles, RoleRun("assistant", self.size, len(self.tokens)))
 
     def fresh(self) -> _Mask:
-        """Of each token of the prompt, whether it was evaluated."""
+        """Returns a mask of the prompt's tokens: whether each was evaluated."""
         mask = np.zeros(self.size, np.bool_)
         for begin, end in self.evaluated:
             mask[begin:end] = True
@@ -88,18 +87,18 @@ class Asked:
 
 @dataclass(frozen=True)
 class Miss:
-    """Why tokens were evaluated."""
+    """The cause of a miss."""
 
     cause: Cause
     position: int
-    """Tokens that the prompt and the nearest known one begin with."""
+    """Length of the common beginning with the nearest known prompt, in tokens."""
     evaluated: int
-    """Tokens that were evaluated because of it."""
+    """Tokens that were evaluated for this cause."""
     nearest: Asked | None = None
 
 
 class Turn(NamedTuple):
-    """What stands at a place of a prompt: whose turn it is, and its tokens with what the template puts around them."""
+    """The turn of one role in a prompt, with the text that the template puts around it."""
 
     role: str
     begin: int
@@ -107,12 +106,12 @@ class Turn(NamedTuple):
 
 
 def explain(asked: Asked, known: Sequence[Asked], read: Read, *, points: bool = False) -> Miss | None:
-    """Why tokens of a prompt were evaluated that need not have been; ``None`` where there are hardly any.
+    """Returns why tokens of a prompt were evaluated that a known prompt had as well; ``None`` if there are hardly any.
 
     Args:
         asked: The prompt.
-        known: Prompts whose state was there before, the oldest first.
-        read: Gives the text of tokens.
+        known: Earlier prompts, the oldest first.
+        read: Returns the text of tokens.
         points: Whether the model resumes only where a recurrent state was saved (``Memory.points``).
     """
     fresh = asked.fresh()
@@ -133,7 +132,7 @@ def explain(asked: Asked, known: Sequence[Asked], read: Read, *, points: bool = 
         return Miss("another-text", at, total, other)
     shared[:at] = True
     if differs and _answers(asked, other, at):
-        # An answer written otherwise has no tokens in common, and is the same all the same.
+        # The answer differs in its tokens, and counts as the same text.
         shared[at : turn(asked.roles, at, asked.size).end] = True
     lost = int((fresh & shared).sum())
     if lost <= RUN:
@@ -143,14 +142,14 @@ def explain(asked: Asked, known: Sequence[Asked], read: Read, *, points: bool = 
     if gone > RUN and 2 * gone >= lost:
         return Miss("resume-points" if points else "evicted", at, lost, other)
     if not differs:
-        return None  # the end of a segment that was not complete then
+        return None  # the end of a segment that was incomplete in the known prompt
     return Miss(difference(other, asked, at, read), at, lost, other)
 
 
 def nearest(prompt: Tokens, known: Sequence[Asked]) -> tuple[Asked, int, _Mask] | None:
-    """The known prompt that has most of the tokens, at its beginning or elsewhere; of equals, the last.
+    """Returns the known prompt that shares most tokens, at its beginning or elsewhere; of equals, the last.
 
-    Gives it, how many tokens both begin with, and of each token of ``prompt`` whether it is in a run that both have.
+    The tuple holds that prompt, the length of the common beginning, and a mask of the shared tokens of ``prompt``.
     """
     best: tuple[tuple[int, int], Asked, int, _Mask] | None = None
     mine = _hashes(prompt)
@@ -165,7 +164,7 @@ def nearest(prompt: Tokens, known: Sequence[Asked]) -> tuple[Asked, int, _Mask] 
 
 
 def _hashes(tokens: Tokens) -> npt.NDArray[np.uint64]:
-    """A number for each ``RUN`` tokens in a row."""
+    """Returns a hash of each ``RUN`` consecutive tokens."""
     count = len(tokens) - RUN + 1
     found = np.zeros(max(0, count), np.uint64)
     for offset in range(RUN if count > 0 else 0):
@@ -174,7 +173,7 @@ def _hashes(tokens: Tokens) -> npt.NDArray[np.uint64]:
 
 
 def _covered(size: int, begins: _Mask) -> _Mask:
-    """Of each of ``size`` places, whether one of the ``RUN`` long runs that begin where told covers it."""
+    """Returns a mask of ``size`` places: whether a run of ``RUN`` tokens that begins in ``begins`` covers each."""
     steps = np.zeros(size + 1, np.int64)
     steps[: len(begins)] += begins
     steps[RUN : RUN + len(begins)] -= begins
@@ -183,9 +182,9 @@ def _covered(size: int, begins: _Mask) -> _Mask:
 
 
 def turn(runs: Sequence[RoleRun], at: int, size: int) -> Turn:
-    """The turn that has the token at a place of a prompt of ``size`` tokens.
+    """Returns the turn that holds the token at a place of a prompt of ``size`` tokens.
 
-    What a template puts between two messages belongs to the second; the calls of an assistant's, which are no run of
+    Text that a template puts between two messages belongs to the second; calls of the assistant, which are no run of
     their own, to the assistant.
     """
     others = [run for run in runs if run.role != "assistant"]
@@ -204,11 +203,11 @@ def turn(runs: Sequence[RoleRun], at: int, size: int) -> Turn:
 
 
 def _turns(known: Asked, asked: Asked, at: int) -> tuple[Turn, Turn]:
-    """The turns at a place of two prompts that are the same up to there."""
+    """Returns the turns at a place of two prompts that are equal before it."""
     one, other = (turn(each.runs, at, len(each.tokens)) for each in (known, asked))
 
     def of(prompt: Asked, mine: Turn, others: Turn) -> Turn:
-        """A message that ends there, where the other goes on."""
+        """Returns the message that ends at the place if the other prompt continues it."""
         ended = (run for run in prompt.runs if (run.role, run.begin, run.end) == (others.role, others.begin, at))
         return next((Turn(*_fields(run)) for run in ended), mine)
 
@@ -220,7 +219,7 @@ def _fields(run: RoleRun) -> tuple[str, int, int]:
 
 
 def _in_first_message(asked: Asked, known: Asked, at: int) -> bool:
-    """Whether a place is before the end of the first message of either prompt, or of all where nobody speaks."""
+    """Whether a place is before the end of the first message of either prompt; without roles, of the prompt."""
     ends = [runs[0].end if (runs := each.roles) else each.size for each in (asked, known)]
     return at <= max(ends)
 
@@ -231,7 +230,7 @@ def _answers(asked: Asked, known: Asked, at: int) -> bool:
 
 
 def difference(known: Asked, asked: Asked, at: int, read: Read) -> Cause:
-    """What the difference is between two prompts, whose first ``at`` tokens are the same."""
+    """Returns the cause of the difference between two prompts whose first ``at`` tokens are equal."""
     tools = _difference_of_tools(known, asked, at, read)
     if tools is not None:
         return tools
@@ -251,7 +250,7 @@ def difference(known: Asked, asked: Asked, at: int, read: Read) -> Cause:
 
 
 def difference_of_answers(known: str, sent: str) -> Cause:
-    """What the difference is between an answer as it was given and as it was sent back."""
+    """Returns the cause of the difference between an answer as generated and as sent back."""
     if same_answer(known, sent):
         return "answer-rewritten"
     if "<think>" in known and same_answer(_THOUGHT.sub("", known), _THOUGHT.sub("", sent)):
@@ -260,13 +259,13 @@ def difference_of_answers(known: str, sent: str) -> Cause:
 
 
 def same_answer(one: str, other: str) -> bool:
-    """Whether two texts say the same but for white space and the way in which JSON is written, as far as both go."""
+    """Whether one text begins with the other, apart from white space and the form of JSON."""
     first, second = _canonical(one), _canonical(other)
     return first.startswith(second) or second.startswith(first)
 
 
 def _canonical(text: str) -> str:
-    """The text without white space, and with the JSON in it written in one way."""
+    """Returns the text without white space, with its JSON in one form."""
     parts, at = [], 0
     while (begin := text.find("{", at)) >= 0:
         parts.append(text[at:begin])
@@ -280,7 +279,7 @@ def _canonical(text: str) -> str:
 
 
 def _plain(value: object) -> object:
-    """A call with its arguments as an object, where these are JSON in a text."""
+    """Returns a call with its arguments as an object, if they are JSON in a string."""
     if isinstance(value, dict) and isinstance(value.get("arguments"), str):
         try:
             return {**value, "arguments": json.loads(value["arguments"])}
@@ -290,7 +289,7 @@ def _plain(value: object) -> object:
 
 
 def one_line(known: str, sent: str) -> bool:
-    """Whether two texts are the same but for a few lines, or one short part."""
+    """Whether two texts differ only in a few lines, or in one short part."""
     before, after = known.splitlines(), sent.splitlines()
     fewer, more = Counter(before) - Counter(after), Counter(after) - Counter(before)
     if max(fewer.total(), more.total()) <= min(_LINES, max(len(before), len(after)) // 2):
@@ -309,7 +308,7 @@ def _shared(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _without_digits(text: str) -> str:
-    """The text with all digits alike: what is left of a clock says nothing of the time."""
+    """Returns the text with all digits replaced by 0, so that a clock always reads the same."""
     return re.sub(r"\d", "0", text)
 
 
@@ -321,7 +320,7 @@ def _difference_of_tools(known: Asked, asked: Asked, at: int, read: Read) -> Cau
 
 
 class Tools(NamedTuple):
-    """The tools that a prompt describes, and where."""
+    """The tools that a prompt describes, and their place."""
 
     texts: list[str]
     begin: int
@@ -329,7 +328,7 @@ class Tools(NamedTuple):
 
 
 def tools_of(asked: Asked, read: Read) -> Tools:
-    """The tools of a prompt: those that its template was given, or a list in words."""
+    """Returns the tools of a prompt: those that its template was given, or a list in its text."""
     runs = [run for run in asked.roles if run.role == "tools"]
     if runs:
         texts = [read(asked.tokens[run.begin : run.end]) for run in runs]
@@ -338,12 +337,12 @@ def tools_of(asked: Asked, read: Read) -> Tools:
         tokens = asked.tokens[run.begin : run.end]
         found = _TOOL_LIST.search(read(tokens))
         if found:
-            # Places are known in characters only: what stands behind the list is the system text.
+            # Places are known in characters only; the system text follows the list.
             share = found.end() / max(1, len(found.string))
             return Tools(found[1].splitlines(), run.begin, run.begin + round(share * len(tokens)))
     return Tools([], 0, 0)
 
 
 def _is_at(tools: Tools, others: Tools, at: int) -> bool:
-    """Whether a place is where tools are described, or, where the other prompt has none, begin to be."""
+    """Whether a place is in the description of tools, or, if the other prompt has none, shortly before it."""
     return bool(tools.texts) and tools.begin - (0 if others.texts else _NEAR) <= at <= tools.end

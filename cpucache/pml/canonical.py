@@ -187,7 +187,7 @@ class _Writer:
         return f"{name}={quote}{raw.translate(dict.fromkeys(map(ord, _SPACE), ' '))}{quote}"
 
     def _content(self, parent: _Tag, depth: int, *, preserve: bool) -> str:
-        """What is inside a tag, of which ``depth`` is how deep it is nested."""
+        """Writes the content of a tag that is nested ``depth`` levels deep."""
         if preserve:
             return "".join(self._item(item, depth + 1, preserve=True) for item in parent.inside)
         runs = list(self._runs(parent.inside))

@@ -18,7 +18,7 @@ _BACK = 500  # characters between the place where libxml2 gives up and what is w
 
 @dataclass(frozen=True)
 class _Saying:
-    """How something that libxml2 says is said here. ``mark``: the character in the text that it is about.
+    """Message for an error of libxml2. ``mark``: the character in the text that the error is about.
 
     ``stray``: it comes of a character that ``mend`` writes as XML has it.
     """
