@@ -46,7 +46,7 @@ def compare(engine: Engine, asked: dict[str, Any], settings: dict[str, Any], *, 
         engine: Answers.
         asked: The prompt, as ``read_asked`` gives it.
         settings: Keywords of ``Engine.generate`` besides.
-        quiet: Show no progress.
+        silent: Show no progress.
     """
     engine.warm_up()
     with token_bar("without the cache", shown=not silent) as progress:

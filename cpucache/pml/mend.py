@@ -36,6 +36,43 @@ class _Tag:
     is_pml: bool
 
 
+class _Open:
+    """Open tags from the outermost to the innermost. Every operation takes constant time for each tag, on average."""
+
+    def __init__(self) -> None:
+        self.tags: list[_Tag] = []
+        self._named: dict[str, list[int]] = {}  # indices of the tags of each name
+        self._pml: list[int] = []  # indices of the PML tags
+
+    @property
+    def root(self) -> str:
+        """Name of the outermost tag; empty if no tag is open."""
+        return self.tags[0].name if self.tags else ""
+
+    def add(self, tag: _Tag) -> None:
+        """Opens a tag inside all others."""
+        self._named.setdefault(tag.name, []).append(len(self.tags))
+        if tag.is_pml:
+            self._pml.append(len(self.tags))
+        self.tags.append(tag)
+
+    def close(self, name: str) -> list[_Tag] | None:
+        """Closes the innermost tag of a name, and returns the tags inside it; ``None`` if there is no such tag.
+
+        A tag unknown to PML closes none outside the innermost PML tag.
+        """
+        named = self._named.get(name)
+        at = named[-1] if named else -1
+        if at < 0 or (self._pml and self._pml[-1] > at and not _is_pml(name)):
+            return None
+        inside = self.tags[at + 1 :]
+        while len(self.tags) > at:
+            self._named[self.tags.pop().name].pop()
+        while self._pml and self._pml[-1] >= at:
+            self._pml.pop()
+        return inside
+
+
 def mend(text: str) -> str:
     """Escapes each ``<`` and ``&`` of a document that can only be meant as a character.
 
@@ -70,25 +107,29 @@ def _character(bare: re.Match[str]) -> str:
 def _stray(pieces: list[re.Match[str]]) -> set[int]:
     """Indices of the pieces whose ``<`` is meant as a character."""
     stray: set[int] = set()
-    open_: list[_Tag] = []
+    open_ = _Open()
     turn = ""
     for index, piece in enumerate(pieces):
         start, end = piece["start"], piece["end"]
-        is_prompt = bool(open_) and open_[0].name == "prompt"
+        is_prompt = open_.root == "prompt"
         if turn:
             if end == turn:
                 turn = ""
             elif piece.group().startswith("<") and not piece["kept"]:
                 stray.add(index)
-        elif start and is_prompt and len(open_) == 1 and start in ROLES:
+        elif start and is_prompt and len(open_.tags) == 1 and start in ROLES:
             turn = "" if piece["empty"] else start
         elif start and not piece["empty"]:
-            open_.append(_Tag(start, index, is_prompt or _is_pml(start)))
+            open_.add(_Tag(start, index, is_prompt or _is_pml(start)))
         elif end:
-            _close(open_, end, index, stray)
+            inside = open_.close(end)
+            if inside is not None:
+                stray.update(tag.place for tag in inside if not tag.is_pml)
+            elif not _is_pml(end) and open_.root not in ("", "prompt"):
+                stray.add(index)
         elif piece.group() == "<":
             stray.add(index)
-    stray.update(tag.place for tag in open_ if not tag.is_pml)
+    stray.update(tag.place for tag in open_.tags if not tag.is_pml)
     return stray
 
 
@@ -96,16 +137,3 @@ def _stray(pieces: list[re.Match[str]]) -> set[int]:
 def _is_pml(name: str) -> bool:
     """Whether a tag of a schema is a PML tag or a misspelt one."""
     return bool(difflib.get_close_matches(name.casefold(), PML_TAGS, n=1, cutoff=_LIKE))
-
-
-def _close(open_: list[_Tag], name: str, place: int, stray: set[int]) -> None:
-    """Closes a tag, and adds tags inside it that were not closed to ``stray``."""
-    for at in range(len(open_) - 1, -1, -1):
-        if open_[at].name == name:
-            stray.update(tag.place for tag in open_[at + 1 :] if not tag.is_pml)
-            del open_[at:]
-            return
-        if open_[at].is_pml and not _is_pml(name):
-            break
-    if not _is_pml(name) and open_ and open_[0].name != "prompt":
-        stray.add(place)

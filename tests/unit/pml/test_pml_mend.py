@@ -116,3 +116,11 @@ def test_entities_of_html_become_characters() -> None:
 def test_comments_and_cdata_stay() -> None:
     inside = "<!-- a < b & c --><![CDATA[ a < b & c ]]>"
     assert mend(f'<schema name="s">{inside}&</schema>') == f'<schema name="s">{inside}&amp;</schema>'
+
+
+def test_many_tags_that_are_never_closed_take_no_longer_than_they_are() -> None:
+    """A search through all open tags at each end tag would take an hour here."""
+    for opened, closed in (("<a>", "</user>"), ("<module>", "</b>"), ("<user>", "</system>")):
+        for root in ("schema", "prompt"):
+            text = f"<{root} name='s'>{opened * 60_000}{closed * 60_000}"
+            assert mend(mend(text)) == mend(text)
