@@ -334,11 +334,20 @@ def test_a_static_method_has_no_object() -> None:
             thing.inner()
 
         @prompt
+        @staticmethod
+        def take_too(thing):
+            thing.inner()
+
+        @prompt
         def outer(self):
             self.take("a thing")
 
-    for function in (Holder.take, Holder().outer):
-        with pytest.raises(PMLError, match=r"`thing\.inner\(\)` is no call of a prompt function"):
+        @prompt
+        def outer_too(self):
+            self.take_too("a thing")
+
+    for function in (Holder.take, Holder.take_too, Holder().outer, Holder().outer_too):
+        with pytest.raises(PMLError, match=r"`thing\.inner\(\)`"):
             function.schema()
 
 
