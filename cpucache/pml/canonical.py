@@ -1,8 +1,7 @@
 """Canonical PML: writes a document in one standard layout.
 
-Tags are indented by how deep they are nested, attributes stand in the order of the grammar. Of white space only that is
-changed whose kind alone counts (``xml.fold_space``): at either end of a text. Comments, references and CDATA sections
-stay as they are written.
+Tags are indented by their depth, attributes are in the order of the grammar. White space changes only at the ends of
+texts, where only its kind matters (``xml.fold_space``). Comments, references and CDATA sections stay as written.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class _Parser:
 
     The shape of an element is what the grammar says of such a tag in its place.
 
-    A mistake is reported and passed over: what becomes of the tree is not seen by anyone then.
+    A mistake is reported and skipped. The tree is discarded then.
     """
 
     def __init__(self, folder: Path | None, limits: Limits) -> None:

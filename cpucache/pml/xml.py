@@ -21,8 +21,8 @@ from cpucache.pml.problems import Problems
 from cpucache.pml.structure import Shape
 from cpucache.pml.tree import Text
 
-# Tags that say something about the whole and stand for nothing where they are: like comments, they do not split text,
-# which comes behind them if they stand in the middle of it.
+# Tags that describe the whole document and have no place of their own: like comments, they do not split text. Text
+# around them follows them.
 SILENT = frozenset({"scaffold"})
 
 _LINES_KEPT = 65_535  # from this line on, libxml2 only guesses the line of a tag from the nodes around it
