@@ -190,7 +190,7 @@ def _kept(answers: int, file: Path | None) -> str:
 
 @contextmanager
 def _bar() -> Iterator[OnAnswer]:
-    """A bar on standard error that counts questions, with the time left; nothing where nobody looks."""
+    """Shows a bar on standard error that counts questions, with the time left; only at a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns, console=err, transient=True, disable=not err.is_terminal, speed_estimate_period=_PATIENCE

@@ -1,4 +1,4 @@
-"""Answers to somebody who sits at a terminal: shown as they come, and ended by Ctrl-C in good order."""
+"""Answers at a terminal: shown piece by piece, and ended by Ctrl-C, which keeps the text so far."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from cpucache.engine import Stream
 
 
 def note(line: str) -> None:
-    """Say something that belongs to no answer."""
+    """Prints a line on standard error that is no part of an answer."""
     err.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
 
 
 def begun(stream: Stream | None) -> bool:
-    """Whether an answer has got as far as its first token."""
+    """Whether an answer has its first token."""
     return stream is not None and bool(stream.metrics.ttft_ms)
 
 
 def answered(ask: Callable[..., Stream], show: Answer, **settings: Any) -> Stream | None:
-    """The answer that ``ask`` gives, shown as it comes; None where Ctrl-C came before there was a stream."""
+    """Shows the answer of ``ask`` piece by piece. Returns its stream; ``None`` if Ctrl-C came before there was one."""
     stream = None
     with unechoed(), _interruptible() as name:
         try:
@@ -47,7 +47,7 @@ def answered(ask: Callable[..., Stream], show: Answer, **settings: Any) -> Strea
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[Stream], None]]:
-    """Ctrl-C ends the answer that is named meanwhile, in good order: what has come is kept."""
+    """Makes Ctrl-C stop an answer during a block; its text so far is kept. Yields a function that sets the answer."""
     answers: list[Stream] = []
 
     def stop(_number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""``cpucache ask``: modules picked from a list, and questions on them."""
+"""``cpucache ask``: questions about modules that are picked from a list."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ COMMANDS = {
 def ask(prompt: str | None, schema: str, model: str, max_tokens: int, plain: bool, **options: Any) -> None:
     """Pick modules of a schema from a list, and ask question after question on them, at a terminal.
 
-    The list has the modules of the schema (-s): the arrow keys move, the space bar picks. Of a union one member is
-    picked at most; the parameters of what is picked are fields to type into. Beside each module stand its tokens, and
-    whether its state is cached or has to be evaluated. Enter goes on to the questions.
+    The list has the modules of the schema (-s): the arrow keys move, the space bar picks. Of a union, one member at
+    most can be picked; the parameters of picked modules are fields to type into. Beside each module are its tokens, and
+    whether its state is cached or has to be evaluated. Enter opens the questions.
 
     Each question is asked on the same modules, and knows nothing of those before it (for a conversation, see `cpucache
     chat --prompt`). What is typed is evaluated while it is typed, word by word: on Enter only the last word is left,
@@ -71,7 +71,7 @@ def ask(prompt: str | None, schema: str, model: str, max_tokens: int, plain: boo
 
 
 class _Ask:
-    """Somebody who picks modules and asks questions."""
+    """The dialogue: picking modules, then asking questions."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class _Ask:
         self._ahead = TypingAhead(self._prepare)
 
     def run(self) -> None:
-        """Until there is nothing more to ask."""
+        """Runs the dialogue until the user leaves."""
         draft = self._selection.draft
         while self._pick() and self._questions(draft):
             draft = ""
@@ -103,7 +103,7 @@ class _Ask:
         return self._engine.plan(self._selection.prompt(""), **self._exactness)
 
     def _questions(self, draft: str) -> bool:
-        """Questions on what has been picked; whether other modules are to be picked."""
+        """Answers questions about the picked modules. Returns whether the user wants to pick others."""
         names = ", ".join(self._selection.names) or "no module"
         note(f"{names}; {price(self._planned())}; /help shows what there is")
         reader = Terminal(default_sessions())

@@ -1,4 +1,4 @@
-"""Seeing inside: ``-v`` and ``--debug`` of every command. What is logged goes to standard error."""
+"""The options ``-v`` and ``--debug`` of every command. Logs go to standard error."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _logger = logging.getLogger("cpucache")
 
 
 def show_logs(level: int) -> None:
-    """Show what is logged from a level on. The finest level that was asked for holds."""
+    """Shows logs from a level on. Of several calls, the most detailed level holds."""
     if not following() or level < _logger.level:
         _logger.setLevel(level)
 
 
 def following() -> bool:
-    """Whether somebody asked to see inside."""
+    """Whether logs are shown."""
     return _logger.level in (logging.DEBUG, logging.INFO)
 
 
 def debugging() -> bool:
-    """Whether everything is to be seen, tracebacks included."""
+    """Whether all logs are shown, and tracebacks of errors."""
     return _logger.level == logging.DEBUG
 
 
@@ -50,7 +50,7 @@ def _options() -> list[click.Option]:
 
 
 def with_log_options(command: click.Command) -> click.Command:
-    """A command that has ``-v`` and ``--debug``, as far as it has no such options of its own; so do those below it."""
+    """Adds ``-v`` and ``--debug`` to a command and its subcommands, except options that a command has already."""
     taken = {name for each in command.params for name in each.opts}
     command.params += [option for option in _options() if taken.isdisjoint(option.opts)]
     for each in command.commands.values() if isinstance(command, click.Group) else ():

@@ -1,4 +1,4 @@
-"""``cpucache models``: the commands that fetch, list, find and remove weights."""
+"""``cpucache models``: fetches, lists, finds and removes weights."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Row: TypeAlias = dict[str, Any]
 def models() -> None:
     """Fetch, list, find and remove model weights.
 
-    A model is called by its name in the catalogue (see `cpucache models list`), by the path of any GGUF file, or by
-    hf:org/repo/file.gguf for a file of the Hugging Face hub. Weights lie in $CPUCACHE_MODELS; unless it is set, in
+    A model is given by its name in the catalogue (see `cpucache models list`), by the path of any GGUF file, or as
+    hf:org/repo/file.gguf for a file of the Hugging Face hub. Weights are kept in $CPUCACHE_MODELS; unless it is set, in
     gguf_models/ of a source checkout, or in the platform's user data folder. Only `pull` uses the network.
     """
 
@@ -110,7 +110,7 @@ def pull_model(name: str, force: bool) -> None:
 
 
 def fetch(name: str, *, force: bool = False) -> Path:
-    """Fetch weights under bars on standard error; gives their file. Ctrl-C keeps what has been fetched."""
+    """Fetches weights with bars on standard error, and returns their file. Ctrl-C keeps the part that was fetched."""
     console = Console(stderr=True)
 
     def say(line: str) -> None:
@@ -125,7 +125,7 @@ def fetch(name: str, *, force: bool = False) -> Path:
 
 
 def offer_to_fetch(name: str) -> None:
-    """Ask on a terminal whether to fetch a model of the catalogue that is not there; does nothing elsewhere."""
+    """Asks at a terminal whether to fetch a missing model of the catalogue; does nothing elsewhere."""
     known = known_models().get(name)
     if known is None or (models_dir() / known.filename).exists() or not (sys.stdin.isatty() and err.is_terminal):
         return
@@ -135,7 +135,7 @@ def offer_to_fetch(name: str) -> None:
 
 @contextmanager
 def _bars(console: Console) -> Iterator[OnProgress]:
-    """Bars on ``console`` that follow the progress of a pull, one for each of its two stages."""
+    """Shows the progress of a pull as bars on ``console``, one for each of its two stages."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Bars(TextColumn("{task.description}"), *columns, console=console) as bars:
         tasks = {}

@@ -52,8 +52,8 @@ def run(
     """Answer PROMPT, a file (- for standard input): PML written against a schema (-s), or anything else.
 
     Without a schema it is a message to the model, as plain text, or, in a file that ends in .json, a list of messages
-    with role and content. Such a prompt is cached in segments: the next that begins in the same way is evaluated from
-    where they part, with --reuse anywhere only where they differ.
+    with role and content. Such a prompt is cached in segments: of the next prompt, only the text after the common
+    beginning is evaluated; with --reuse anywhere, only the text that differs.
 
     Modules of a schema whose state is not in the store yet are evaluated and saved on the way, so the second run is the
     fast one; `cpucache encode` does that ahead of time. The answer is streamed to standard output, a line of figures to
@@ -111,7 +111,7 @@ def run(
 
 
 def _split(profile: Profile, metrics: Metrics) -> dict[str, dict[str, float]]:
-    """Milliseconds by stage, to the first token and to the end."""
+    """Returns milliseconds by stage, to the first token and to the end."""
     return {"first_token": profile.split(metrics.ttft_ms), "whole": profile.split(metrics.total_ms, first=False)}
 
 
@@ -132,7 +132,7 @@ def _telling_what_is_kept(engine: Engine, stream: Stream) -> Iterator[None]:
 
 
 def split_sampling(options: dict[str, Any]) -> Sampling:
-    """Take the options of ``sampling_options`` but ``max_tokens`` out of all options."""
+    """Removes the options of ``sampling_options``, except ``max_tokens``, from ``options``; returns the sampling."""
     return Sampling(**{name: options.pop(name) for name in _SAMPLING})
 
 

@@ -1,4 +1,4 @@
-"""``cpucache schema fmt``: canonical PML, and documents that other tools accept mended."""
+"""``cpucache schema fmt``: writes canonical PML, and repairs documents that other tools accept."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ class _Formatting:
         """Whether a document was not written that would be another."""
 
     def tell(self, error: PMLError) -> None:
-        """Print every mistake of a document."""
+        """Prints every mistake of a document."""
         self.wrong = True
         for mistake in (error, *error.others):
             err.print(f"cpucache: {mistake}", markup=False, soft_wrap=True)
 
     def file(self, name: str) -> None:
-        """Format or mend one file. Raises ``PMLError``."""
+        """Formats or repairs one file. Raises ``PMLError``."""
         if name == "-":
             data, shown, folder = sys.stdin.buffer.read(), "<stdin>", Path.cwd()
         else:

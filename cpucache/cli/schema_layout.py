@@ -1,4 +1,4 @@
-"""Schemas under a model, for the commands that show how they are laid out and what there is of them."""
+"""Schemas laid out for a model, and their slices in the store, for the commands that show them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from cpucache.store import Fingerprints, Row, Store, default_home
 
 
 class Looked:
-    """A model of which only the vocabulary is loaded, and what the store has of it."""
+    """A model of which only the vocabulary is loaded, and its slices in the store."""
 
     def __init__(self, name: str, positions: Positions) -> None:
         self.model = Model(resolve_model(name), vocab_only=True)
         self._positions = positions
 
     def lay(self, schema: Schema) -> SchemaLayout:
-        """The layout of a schema. Raises ``PMLError``."""
+        """Returns the layout of a schema. Raises ``PMLError``."""
         model = self.model
         template = ChatTemplate(model.chat_template, bos=model.special_text("bos"), eos=model.special_text("eos"))
         return SchemaLayout(schema, model, template, self._positions)
 
     @cached_property
     def stored(self) -> tuple[list[Row], float | None]:
-        """The slices of the model that are in the store, and at how many tokens a second they were evaluated.
+        """Returns the slices of the model in the store, and the tokens per second at which they were evaluated.
 
-        A store that there is not yet is not made.
+        A store that does not exist is not created.
         """
         home = default_home()
         if (home / "index.sqlite").is_file():
@@ -41,9 +41,9 @@ class Looked:
 
     @cached_property
     def bytes_of_a_token(self) -> int:
-        """Of its keys and values as f16, where the file tells it of all layers alike, else 0.
+        """Bytes of a token's keys and values as f16; 0 if the layers of the model differ.
 
-        Nothing but its metadata is read.
+        Only the metadata of the file is read.
         """
         model = self.model
 

@@ -1,4 +1,4 @@
-"""``cpucache sessions``: the conversations that there are."""
+"""``cpucache sessions``: lists, checks, deletes and exports conversations."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from cpucache.sessions.export import as_json, as_markdown, iso
 def sessions() -> None:
     """List, check, delete and export conversations (see `cpucache chat`).
 
-    They lie in $CPUCACHE_SESSIONS, else in the platform's user data folder. What the model made of them is in the
-    store, with all other slices, and can be made again.
+    They are kept in $CPUCACHE_SESSIONS, else in the platform's user data folder. Their KV state is in the store, with
+    all other slices, and can be evaluated again.
     """
 
 

@@ -1,4 +1,4 @@
-"""Prompts that are no PML: a text or messages in a file."""
+"""Prompts without PML: a text, or messages, in a file."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from cpucache.pml.tree import Schema
 def read_asked(
     prompt: str, schema_file: str | None, exactness: dict[str, Any], *, raw: bool = False
 ) -> tuple[dict[str, Any], Schema | None]:
-    """A prompt as ``Engine.plan`` takes it, and its schema, if it has one.
+    """Returns a prompt as ``Engine.plan`` takes it, and its schema, if there is one.
 
     Args:
         prompt: File of the prompt; ``-`` for standard input.
         schema_file: File of its schema.
-        exactness: How near to full prefill it is wanted, as ``split_fidelity`` gives it.
-        raw: A text without a schema is continued, not answered as a message.
+        exactness: Fidelity and reuse, as returned by ``split_fidelity``.
+        raw: Whether a text without a schema is continued instead of answered as a message.
 
     Raises ``UsageError``, ``InputError`` and ``PMLError``.
     """
@@ -40,7 +40,7 @@ def read_asked(
 
 
 def read_text(name: str, *, raw: bool) -> dict[str, Any]:
-    """A prompt that is no PML, as ``Engine.stream`` takes it. Raises ``InputError``."""
+    """Returns a prompt without PML as ``Engine.stream`` takes it. Raises ``InputError``."""
     try:
         text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
     except OSError as error:

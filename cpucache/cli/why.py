@@ -1,4 +1,4 @@
-"""``cpucache why``: why a request was not answered from more of what the server knew."""
+"""``cpucache why``: explains why tokens of a request were evaluated again."""
 
 from __future__ import annotations
 
