@@ -172,18 +172,10 @@ class Session:
     ) -> Reply:
         """Answers a message, and returns when the answer is complete. Calls from several threads run one by one.
 
-        Args:
-            text: Message of the user (default: the message that is ``unanswered``).
-            max_tokens: Maximum length of the answer, in tokens.
-            sampling: Choice of tokens, such as ``Sampling(temperature=0.7, seed=1)`` (default: greedy).
-            progress: Called as ``progress(done, total)``, in tokens evaluated before the first token of the answer.
+        Arguments and errors are those of ``stream``.
 
         Returns:
             The text of the answer, and its metrics.
-
-        Raises:
-            InputError: There is no message to answer, or the session has been closed.
-            ContextFull: The message does not fit, even after all turns that may leave the context have left.
         """
         with self._lock:
             return self.stream(text, max_tokens=max_tokens, sampling=sampling, progress=progress).reply()
@@ -231,7 +223,7 @@ class Session:
             history, turns, pending, _ = self._before(len(self.entries))
             new, *others = (_message(copy.copy(turns), pending, each) for each in (text, *continued(text)))
             self._make_room(history, len(new), max_tokens)
-            plan, _ = self._planned(history.spans, new)
+            plan = self._plan(history.spans, new)
             ahead = plan.first(history.n_tokens + certain(new, others))
             self._ahead = self._host.prepare(lambda: ahead, self._label, n_tokens=plan.n_tokens, save=False, once=True)
             return self._ahead
@@ -316,9 +308,12 @@ class Session:
         self._make_room(history, len(new), max_tokens)
         number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
         with stage("plan"):
-            plan, spans = self._planned(history.spans, new, f"turn {number}")
+            plan = self._plan(history.spans, new, f"turn {number}")
         # The last token is always evaluated, since its logits start the answer; its state is saved with the answer.
-        message, pending = (spans, new[-1:]) if text is not None else ([], new)
+        message: Sequence[Span] = []
+        pending = new
+        if text is not None:
+            message, pending = self._message_spans(plan, history.spans, new, f"turn {number}"), new[-1:]
         turn = Turn(text, keep, history, turns, message, pending, number, len(history))
         answer = Answer(
             self._kv_cache,
@@ -334,16 +329,20 @@ class Session:
         stream = Stream(self._host, answer, plan.n_tokens, progress)
         stream.metrics.left_out_tokens = before - history.n_tokens
         self._last = stream.request
+        if self._closed:  # by another thread, meanwhile
+            self._last.cancel()
         return stream
 
-    def _planned(self, before: Sequence[Span], new: Tokens, module: str = "") -> tuple[Plan, list[Span]]:
-        """The plan of ``new`` tokens after the spans ``before``, and spans of slices for all of them but the last."""
+    def _plan(self, before: Sequence[Span], new: Tokens, module: str = "") -> Plan:
+        """The plan of ``new`` tokens after the spans ``before``."""
+        return self._plan_text(before, new) if self._plan_text else self._host.slices.plan(before, new, module)
+
+    def _message_spans(self, plan: Plan, before: Sequence[Span], new: Tokens, module: str) -> list[Span]:
+        """Spans of slices for all ``new`` tokens of a plan but the last."""
         slices = self._host.slices
-        if self._plan_text is None:
-            message = [slice_.span for slice_ in slices.cut(before, new[:-1], module)]
-            return slices.plan(before, new, module), message
-        plan = self._plan_text(before, new)
-        return plan, slices.chained(plan.first(plan.n_tokens - 1), module)[len(before) :]
+        if self._plan_text:
+            return slices.chained(plan.first(plan.n_tokens - 1), module)[len(before) :]
+        return [slice_.span for slice_ in slices.cut(before, new[:-1], module)]
 
     def _before(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
         """The result of ``_replayed`` for ``keep`` entries, which callers may change. Raises ``InputError``."""

@@ -7,18 +7,18 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 
 import numpy as np
 
-from cpucache.errors import CpucacheError, ModelError
+from cpucache.errors import ModelError
 from cpucache.layout import Tokens
+from cpucache.reuse.attempts import Attempts, Gone
 from cpucache.reuse.encoder import Encoder, tokens_to_evaluate
 from cpucache.reuse.progress import OnProgress, Step, counting
 from cpucache.reuse.reports import Encoded, NewSlice
 from cpucache.reuse.slices import Plan, Slice, Slices
 from cpucache.reuse.slot import Points, Slot
-from cpucache.reuse.splicer import Refused, Splicer
+from cpucache.reuse.splicer import Splicer
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context
 from cpucache.runtime.context import Bytes
@@ -27,59 +27,6 @@ from cpucache.store import SliceInfo, Store
 _log = logging.getLogger("cpucache.reuse")
 _FEW = 128
 """Most tokens to evaluate when missing slices share a batch with the tokens after them."""
-_FUTILE = 20  # consecutive attempts without progress before giving up
-
-
-class Gone(Exception):
-    """A slice has disappeared from the store: it was found damaged, or another process evicted it."""
-
-
-class Attempts:
-    """Iterator of attempts at an operation that needs slices, until one succeeds. Each attempt is a context manager.
-
-    A slice that llama.cpp refuses (``Refused``) is discarded and encoded again, once. A slice that disappears before
-    it was read (``Gone``) starts a new attempt. ``states`` is kept between attempts, so that each
-    one gets further than the one before.
-
-    Raises:
-        CpucacheError: A slice was refused twice, or several attempts in a row got no further.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self.states: dict[Slice, Bytes] = {}
-        """States of slices that were read or encoded, kept in memory between attempts."""
-        self._store = store
-        self._done = False
-        self._refused: set[Slice] = set()
-        self._had, self._futile = -1, 0
-
-    def __iter__(self) -> Iterator[Attempts]:
-        while not self._done:
-            yield self
-
-    def __enter__(self) -> None:
-        self._done = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if isinstance(error, Gone):
-            self._futile = self._futile + 1 if len(self.states) == self._had else 0
-            self._had = len(self.states)
-            if self._futile == _FUTILE:
-                raise CpucacheError("slices are evicted faster than they are made; give the store more room") from None
-            _log.info("a slice is gone that was there; looking again")
-        elif isinstance(error, Refused):
-            if error.slice in self._refused:
-                raise CpucacheError(f"{error}, not even when made anew; check the store's disk") from error
-            _log.info("%s; it is made again", error)
-            self._refused.add(error.slice)
-            self.states.pop(error.slice, None)
-            self._store.discard(error.slice.key)
-        else:
-            return False
-        self._done = False
-        return True
 
 
 class KVCache:

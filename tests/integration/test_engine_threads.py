@@ -9,7 +9,7 @@ from threading import Event
 
 import pytest
 
-from cpucache import Engine
+from cpucache import CpucacheError, Engine
 
 TinyModel = Callable[..., Path]
 
@@ -80,5 +80,8 @@ def test_a_session_that_is_closed_elsewhere_ends_its_answer(engine: Engine) -> N
 def test_a_session_may_be_closed_in_another_thread_than_it_was_opened_in(engine: Engine) -> None:
     with ThreadPoolExecutor(1) as pool:
         session = pool.submit(engine.session, "s").result()
+    with pytest.raises(CpucacheError, match="open in another window"):
+        engine.session("s")
     session.close()
-    engine.session("s").close()
+    with engine.session("s") as again:
+        assert again.entries == []

@@ -587,5 +587,9 @@ def test_an_annotation_is_looked_up_where_the_function_is() -> None:
 
 
 def test_role_tags_do_nothing_when_they_are_run() -> None:
-    with system(), user(), assistant():
-        pass
+    said = []
+    with system() as first, user() as second, assistant() as third:
+        said.append("text")
+    assert (first, second, third, said) == (None, None, None, ["text"])
+    with pytest.raises(ZeroDivisionError), user():
+        said.append(str(1 / 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from contextlib import suppress
@@ -13,7 +14,7 @@ import pytest
 from cpucache.cli.main import cli
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.canonical import parse_pml
-from cpucache.pml.tree import Schema
+from cpucache.pml.tree import Prompt, Schema
 from tests.support.pages import DOCS, PAGES, Snippet, snippets
 
 SHELL = [snippet for page in PAGES for snippet in snippets(page, "sh")]
@@ -56,7 +57,7 @@ def test_the_check_finds_mistakes(words: list[str]) -> None:
 def test_pml_parses(snippet: Snippet, tmp_path: Path) -> None:
     for other in snippets(snippet.page):
         (tmp_path / Path(other.title or "none").name).write_text(other.text)
-    parse_pml(snippet.text, file=str(snippet), folder=tmp_path)
+    assert isinstance(parse_pml(snippet.text, file=str(snippet), folder=tmp_path), Schema | Prompt)
 
 
 def test_the_prompt_of_the_language_page_fits_its_schema() -> None:
@@ -78,7 +79,9 @@ def test_settings_parse(snippet: Snippet) -> None:
 
 @pytest.mark.parametrize("snippet", [each for page in PAGES for each in snippets(page, "python")], ids=str)
 def test_python_compiles(snippet: Snippet) -> None:
-    compile(snippet.text, str(snippet), "exec")
+    tree = ast.parse(snippet.text, str(snippet))
+    compile(tree, str(snippet), "exec")
+    assert tree.body, "a snippet that runs nothing"
 
 
 def test_every_language_is_looked_at() -> None:
