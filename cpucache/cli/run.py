@@ -147,7 +147,9 @@ def _figures(metrics: Metrics, *, saved: bool) -> str:
         f"{metrics.cached_tokens:,} of {metrics.prompt_tokens:,} prompt tokens from cache{kinds(metrics)}",
     ]
     if metrics.encoded_tokens:
-        made = f"{metrics.encoded_tokens:,} tokens encoded in {seconds(metrics.encode_ms)}"
+        # Slices right before the question are evaluated in one batch with it, which takes no time of its own.
+        spent = f" in {seconds(metrics.encode_ms)}" if metrics.encode_ms else ""
+        made = f"{metrics.encoded_tokens:,} tokens encoded{spent}"
         parts.append(f"{made}, saved for next time" if saved else made)
     if metrics.completion_tokens > 1:
         parts.append(f"{1000 / metrics.tpot_ms:.1f} tok/s")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.command import invoke
+from tests.support.command import cpucache, invoke
 from tests.support.sessions import message
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -80,3 +81,9 @@ def test_how_near_it_comes_is_measured(model: Path, texts: tuple[str, str]) -> N
     changes = {each["change"]: each["kl_answer"] for each in near["advice"]}
     assert set(changes) == {"--recompute 0.1", "--recompute 0.2", "--reuse exact"}
     assert changes["--reuse exact"] < 1e-5 < near["cached"]["kl_answer"]
+
+
+def test_slices_of_a_short_text_take_no_time_of_their_own(model: Path, folder: Path) -> None:
+    (folder / "short.txt").write_text("hi")
+    told = cpucache("run", "short.txt", "-m", model, "-n", "2", "--threads", "1").err
+    assert re.search(r"\d+ tokens encoded, saved for next time", told), told
