@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, cast
@@ -78,8 +78,9 @@ def messages_of(body: CountRequest) -> list[ChatMessage]:
     names: dict[str, str] = {}
     for number, each in enumerate(body.messages):
         where, role = f"messages.{number}", each.get("role")
-        if role not in ("user", "assistant"):
-            raise InputError(f"{where}.role: user or assistant, not {role!r}")
+        # Claude Code sends reminders as messages of the system between the others.
+        if role not in ("user", "assistant", "system"):
+            raise InputError(f"{where}.role: one of user, assistant and system, not {role!r}")
         texts: list[str] = []
         thoughts: list[str] = []
         calls: list[ToolCall] = []
@@ -236,7 +237,8 @@ class Anthropic:
         sampling = await asyncio.to_thread(tenant.sampling, body.sampling(), forced)
         names = [tool.name for tool in tools]
         if body.stream:
-            return await streamed(request, self._events(request, prompt, sampling, body.max_tokens, names))
+            pieces = self._events(request, prompt, sampling, body.max_tokens, names)
+            return await streamed(request, pieces, _event("ping"))
         return await while_connected(request, self._whole(request, prompt, sampling, body.max_tokens, names))
 
     async def _whole(
@@ -261,7 +263,7 @@ class Anthropic:
 
     async def _events(
         self, request: Request, prompt: Asked, sampling: Sampling, most: int, names: Sequence[str]
-    ) -> AsyncIterator[str | dict[str, str]]:
+    ) -> AsyncGenerator[str | dict[str, str]]:
         """Yields the response headers, then the events of the answer."""
         service = self._service
         tenant = service.tenant(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -20,7 +20,7 @@ from cpucache.layout.conversation import ToolCall
 from cpucache.server.answers import Said
 from cpucache.server.asked import Asked
 from cpucache.server.choice import openai_choice
-from cpucache.server.events import event, streamed
+from cpucache.server.events import COMMENT, event, streamed
 from cpucache.server.openai_requests import CHOICES, ChatRequest, CompletionRequest, messages_of, modules_of, tools_of
 from cpucache.server.service import Reader, Service, new_id, while_connected
 
@@ -98,7 +98,7 @@ class OpenAI:
                 raise InputError("n: a stream has one answer")
             shown = body.stream_options is not None and body.stream_options.include_usage
             pieces = self._chat_events(request, prompt, sampling, most, names, head, body.cache_prompt, shown)
-            return await streamed(request, pieces)
+            return await streamed(request, pieces, COMMENT)
 
         async def whole(number: int) -> tuple[Reader, dict[str, Any]]:
             chosen = varied(sampling, number)
@@ -134,7 +134,7 @@ class OpenAI:
         head: dict[str, Any],
         use_cache: bool,
         shown: bool,
-    ) -> AsyncIterator[str | dict[str, str]]:
+    ) -> AsyncGenerator[str | dict[str, str]]:
         """Yields the response headers, then the chunks of the answer; with ``shown``, also its usage."""
         service = self._service
         tenant = service.tenant(request)
@@ -195,7 +195,7 @@ class OpenAI:
         if body.stream:
             if len(prompts) * count > 1:
                 raise InputError("prompt, n: a stream has one answer")
-            return await streamed(request, self._text_events(request, prompts[0], sampling, body, head))
+            return await streamed(request, self._text_events(request, prompts[0], sampling, body, head), COMMENT)
 
         async def whole(number: int) -> tuple[Reader, dict[str, Any]]:
             text_asked, chosen = prompts[number // count], varied(sampling, number % count)
@@ -219,7 +219,7 @@ class OpenAI:
 
     async def _text_events(
         self, request: Request, prompt: Text, sampling: Sampling, body: CompletionRequest, head: dict[str, Any]
-    ) -> AsyncIterator[str | dict[str, str]]:
+    ) -> AsyncGenerator[str | dict[str, str]]:
         """Yields the response headers, then the chunks of the answer."""
         service = self._service
         shown = body.stream_options is not None and body.stream_options.include_usage

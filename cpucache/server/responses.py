@@ -177,6 +177,7 @@ class Responses:
         sampling = await asyncio.to_thread(tenant.sampling, sampling, forced)
         events = self._events(request, prompt, body, sampling, [tool.name for tool in tools])
         if body.stream:
+            # Codex ends a stream without an event for five minutes, and waits longer for one to begin.
             return await streamed(request, _written(events))
         return await while_connected(request, self._whole(events))
 

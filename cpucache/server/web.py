@@ -51,6 +51,7 @@ def add_page(app: FastAPI) -> None:
 
 
 def _add(app: FastAPI, path: str, content: bytes, kind: str) -> None:
-    @app.get(path, include_in_schema=False)
+    # Claude Code asks with HEAD whether a server is there.
+    @app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
     async def file() -> Response:
         return Response(content, headers={**_HEADERS, "Content-Type": kind})

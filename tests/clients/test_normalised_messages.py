@@ -70,3 +70,17 @@ def test_marks_change_nothing(served: Served) -> None:
     second = claude_code(served, [*asked, *first.said, user("And what is old?")])
     assert second.evaluated < AROUND
     assert why(served, second) is None
+
+
+def test_reminders_of_the_system_between_messages(served: Served) -> None:
+    """Claude Code tells the model of agents and skills in messages of the role ``system``, after the user's first."""
+    reminder = {"role": "system", "content": f"Available agents:\n{CODING}"}
+    asked = [user("What is new?"), reminder]
+    adaptive: dict[str, Any] = {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}
+    adaptive["context_management"] = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    first = claude_code(served, asked, **adaptive)
+    second = claude_code(served, [*asked, *first.said, user("And what is old?")], **adaptive)
+    assert second.evaluated < AROUND
+    assert why(served, second) is None
+    # The reminder is read, where it stands.
+    assert claude_code(served, asked[:1], **adaptive).size < first.size - 100

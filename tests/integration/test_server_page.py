@@ -48,6 +48,8 @@ def test_every_file_is_served_without_a_key_and_nothing_else(served: Served) -> 
         assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
         assert policy["require-trusted-types-for"] == "'script'"
         assert httpx.post(served.url + path).status_code == 405
+        head = httpx.head(served.url + path)
+        assert (head.status_code, head.content) == (200, b"")
         assert httpx.get(served.url + path, headers={"Host": "evil.example"}).status_code == 400
     for path in ("/page/", "/page", "/page/index.html", "/page/..%2fweb.py", "/page/%2e%2e/web.py", "/page/page.py"):
         assert served.http.get(path).status_code == 404
