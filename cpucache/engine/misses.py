@@ -47,7 +47,7 @@ _SPACE = re.compile(r"\s+")
 _THOUGHT = re.compile(r"<think>.*?(</think>\s*|$)", re.DOTALL)
 _TOOL_LIST = re.compile(r"<tools>\s*(.*?)\s*</tools>", re.DOTALL)
 _REMINDER = "<system-reminder>"
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(strict=False)  # models write line breaks into strings without escaping them
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,7 +282,7 @@ def _plain(value: object) -> object:
     """Returns a call with its arguments as an object, if they are JSON in a string."""
     if isinstance(value, dict) and isinstance(value.get("arguments"), str):
         try:
-            return {**value, "arguments": json.loads(value["arguments"])}
+            return {**value, "arguments": _DECODER.decode(value["arguments"])}
         except (ValueError, RecursionError):
             return value
     return value

@@ -14,6 +14,8 @@ from cpucache.errors import InputError
 
 ANY_JSON: str = JSON_GBNF
 """Grammar of a JSON object."""
+_ANY, _PRINTED = r'[^"\\]', r'[^"\\\x7F\x00-\x1F]'
+"""Characters of a string as the converter of llama-cpp-python has them, and without those that JSON wants escaped."""
 _MOST = 256  # maximum number of repetitions: each is a nested group of the grammar
 _REPEATED = re.compile(r"\{\s*(\d+)?\s*(?:,\s*(\d+)?\s*)?\}")
 
@@ -22,7 +24,7 @@ def grammar_of(schema: Mapping[str, Any]) -> str:
     """GBNF grammar of the JSON that a JSON schema describes. Raises ``InputError`` if the schema is not valid."""
     try:
         schema = _bounded(schema)
-        return str(json_schema_to_gbnf(json.dumps(schema)))
+        return str(json_schema_to_gbnf(json.dumps(schema))).replace(_ANY, _PRINTED)
     except InputError:
         raise
     except Exception as error:  # the converter fails with assertions and KeyErrors on invalid schemas

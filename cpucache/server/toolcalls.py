@@ -21,7 +21,8 @@ def _refused(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refused)
+# Models write line breaks into strings without escaping them.
+_DECODER = json.JSONDecoder(parse_constant=_refused, strict=False)
 
 
 def _length(source: str) -> int:
@@ -107,7 +108,7 @@ class ToolParser:
         arguments = value.get("arguments", value.get("parameters")) or {}
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = _DECODER.decode(arguments)
             except (ValueError, RecursionError):
                 return None
         return ToolCall(value["name"], arguments, f"call_{token_hex(12)}") if isinstance(arguments, dict) else None

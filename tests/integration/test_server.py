@@ -145,6 +145,22 @@ def test_an_answer_follows_a_json_schema(served: Served) -> None:
         assert isinstance(value["age"], int) and isinstance(value["ok"], bool)
 
 
+def test_strings_of_a_json_schema_are_json(served: Served) -> None:
+    """This model is as likely to write a control character as any other, which JSON allows only escaped."""
+    schema = {"type": "object", "properties": {"text": {"type": "string", "minLength": 40, "maxLength": 60}}}
+    schema["required"] = ["text"]
+    for seed in range(3):
+        answer = served.openai.chat.completions.create(
+            messages=ASKED,
+            model="any",
+            seed=seed,
+            temperature=2.0,
+            max_tokens=400,
+            response_format={"type": "json_schema", "json_schema": {"name": "p", "schema": schema}},
+        )
+        assert set(json.loads(answer.choices[0].message.content or "")) == {"text"}
+
+
 def test_a_tool_is_called_and_its_result_read(served: Served) -> None:
     settings = {**GREEDY, "max_tokens": 200, "tools": [{"type": "function", "function": WEATHER}]}
     forced = {"extra_body": {"grammar": SAYS_CALL}}

@@ -28,6 +28,7 @@ HARD = {
         "a": "</tool_call> <tool_call>"
     },
     '{"name": "weather", "arguments": null}': {},
+    '<tool_call>{"name": "weather", "arguments": {"a": "one\n\ttwo"}}</tool_call>': {"a": "one\n\ttwo"},
 }
 TEXTS = [
     "It rains.",
