@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from secrets import token_hex
@@ -21,8 +22,13 @@ def _refused(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
 
 
+def _finite(number: str) -> float:
+    """A number as a float. One that is too large becomes the largest float, since JSON has no infinity."""
+    return max(-sys.float_info.max, min(float(number), sys.float_info.max))
+
+
 # Models write line breaks into strings without escaping them.
-_DECODER = json.JSONDecoder(parse_constant=_refused, strict=False)
+_DECODER = json.JSONDecoder(parse_constant=_refused, parse_float=_finite, strict=False)
 
 
 def _length(source: str) -> int:

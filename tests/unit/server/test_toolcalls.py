@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from hypothesis import given
@@ -28,6 +29,9 @@ HARD = {
         "a": "</tool_call> <tool_call>"
     },
     '{"name": "weather", "arguments": null}': {},
+    '{"name": "weather", "arguments": {"a": [1e999, -1e999, 0.5]}}': {
+        "a": [sys.float_info.max, -sys.float_info.max, 0.5]
+    },
     '<tool_call>{"name": "weather", "arguments": {"a": "one\n\ttwo"}}</tool_call>': {"a": "one\n\ttwo"},
 }
 TEXTS = [
@@ -73,6 +77,8 @@ def test_arguments_may_hold_anything(text: str) -> None:
     said, parser = parsed(text, [5, 9])
     (found,) = parser.calls
     assert (said, found.arguments) == ("", HARD[text])
+    # Clients read arguments as JSON.
+    json.dumps(found.arguments, allow_nan=False)
 
 
 @pytest.mark.parametrize(
