@@ -17,11 +17,12 @@ from cpucache.engine.ahead import Preparation
 from cpucache.engine.answer import Answer
 from cpucache.engine.encoding import encode, likely_slices, refine_recent, schema_slices
 from cpucache.engine.host import Host
+from cpucache.engine.leaving import WhenFull
 from cpucache.engine.opening import Refine, Settings, open_host
 from cpucache.engine.planner import AnyPrompt, PMLPrompt, Question, parsed_prompt
 from cpucache.engine.reply import Reply
 from cpucache.engine.saving import Saving
-from cpucache.engine.session import Session, WhenFull
+from cpucache.engine.session import Session
 from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
 from cpucache.layout import Positions, SchemaLayout

@@ -242,7 +242,8 @@ class Planner:
         layout = self.layout(parsed.schema)
         bound = bind(layout, resolve(parsed, layout.schema), file=parsed.file, opens=True)
         plan = self._planning(bound, wanted, self._reuse_of(reuse), ends=False)()
-        return FirstPrompt(plan, bound.turns, bound.asks, parsed.schema)
+        spans = self._kv_cache.slices.chained(plan, "first_prompt")
+        return FirstPrompt(spans, bound.turns, bound.asks, parsed.schema)
 
     def continuing(self, fidelity: Level | Fidelity | None = None, reuse: Reuse | None = None) -> PlanText | None:
         """A function that plans the messages of a conversation; ``None`` if messages take exact slices only.
