@@ -32,7 +32,8 @@ from cpucache.cli.console import check_prompt, err, out, seconds
 from cpucache.cli.options import check_text_fidelity, engine_options, fidelity_options, sampling_options, split_fidelity
 from cpucache.cli.run import split_sampling
 from cpucache.engine import Engine, Sampling, TypingAhead
-from cpucache.engine.session import WHEN_FULL, Session
+from cpucache.engine.leaving import WHEN_FULL
+from cpucache.engine.session import Session
 from cpucache.engine.stream import Stream
 from cpucache.errors import InputError
 from cpucache.models import known_models

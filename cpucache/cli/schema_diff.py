@@ -13,7 +13,7 @@ from rich.text import Text
 from cpucache.cli.console import listing, out, read_schema, seconds
 from cpucache.cli.options import model_option, positions_option
 from cpucache.cli.schema_layout import Looked
-from cpucache.engine.engine import DEFAULT_CTX
+from cpucache.engine.opening import DEFAULT_CTX
 from cpucache.errors import InputError
 from cpucache.layout import Positions
 from cpucache.reuse.inventory import Edit, compare

@@ -10,12 +10,13 @@ from time import perf_counter
 from typing import Any
 
 from cpucache.engine.answer import Answer
+from cpucache.engine.encoding import encode
 from cpucache.engine.fidelity import WATCHED, Distance, Truth, distance, truth
 from cpucache.engine.host import Host
 from cpucache.engine.planner import Question
 from cpucache.engine.stream import Stream
 from cpucache.errors import ContextFull
-from cpucache.reuse import Encoded, Fidelity
+from cpucache.reuse import Fidelity
 from cpucache.runtime import Sampling
 
 SHARES = (0.1, 0.2)
@@ -152,7 +153,7 @@ def examine(
     ttft_ms = reply.metrics.ttft_ms
     true = host.do(lambda slot, _: truth(host.kv_cache, slot, plan, watched, stream.tokens, reply.text, ttft_ms))
     say(1, "as it is")
-    _encode(host, question)
+    encode(host, question.plan().wanted, question.label)
     now = _try(host, question, true, "", max_tokens)
     trials = []
     for done, (change, other) in enumerate(changes, 2):
@@ -167,15 +168,9 @@ def examine(
     return report
 
 
-def _encode(host: Host, question: Question) -> Encoded:
-    """Encodes the slices that a prompt needs and the store lacks."""
-    wanted = question.plan().wanted
-    return host.do(lambda slot, _: host.kv_cache.encode(slot, wanted, question.label))
-
-
 def _try(host: Host, question: Question, true: Truth, change: str, max_tokens: int) -> Trial:
     """Measures the TTFT of a prompt with empty slots, and its distance from ``true``."""
-    made = _encode(host, question)
+    made = encode(host, question.plan().wanted, question.label)
     try:
         times: list[float] = []
         text = ""

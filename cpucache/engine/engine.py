@@ -3,73 +3,40 @@
 from __future__ import annotations
 
 import copy
-import re
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypeAlias
-
-import psutil
+from typing import TYPE_CHECKING
 
 from cpucache.engine.advice import FidelityReport, OnTrial, examine
 from cpucache.engine.ahead import Preparation
 from cpucache.engine.answer import Answer
-from cpucache.engine.core import Core
+from cpucache.engine.encoding import encode, likely_slices, refine_recent, schema_slices
 from cpucache.engine.host import Host
-from cpucache.engine.planner import AnyPrompt, Planner, PMLPrompt, Question, parsed_prompt
+from cpucache.engine.leaving import WhenFull
+from cpucache.engine.opening import Refine, Settings, open_host
+from cpucache.engine.planner import AnyPrompt, PMLPrompt, Question, parsed_prompt
 from cpucache.engine.reply import Reply
-from cpucache.engine.request import Priority, Request
 from cpucache.engine.saving import Saving
-from cpucache.engine.session import Session, WhenFull
+from cpucache.engine.session import Session
 from cpucache.engine.size import parse_size
 from cpucache.engine.stream import Stream
-from cpucache.errors import InputError
-from cpucache.layout import ChatTemplate, Positions, SchemaLayout
-from cpucache.layout.cuts import LEAST, MOST, Cuts, check_sizes
-from cpucache.layout.schema import POSITIONS
-from cpucache.models import default_model, resolve_model
+from cpucache.layout import Positions, SchemaLayout
+from cpucache.layout.cuts import LEAST, MOST
 from cpucache.pml.tree import Schema
-from cpucache.reuse import (
-    REUSES,
-    Encoded,
-    Fidelity,
-    KVCache,
-    Level,
-    OnProgress,
-    Plan,
-    Reuse,
-    Slice,
-    Slices,
-    asked,
-    reading,
-    refine,
-    scaffolded,
-)
-from cpucache.reuse.refine import exact_slices
-from cpucache.reuse.slot import Slot
-from cpucache.reuse.splicer import SLOTS
-from cpucache.reuse.work import Task
-from cpucache.runtime import Context, KVType, Model, Sampling
-from cpucache.runtime.hardware import on_mains
-from cpucache.runtime.packing import AT_REST, AtRest, Packing
+from cpucache.reuse import Encoded, Fidelity, Level, OnProgress, Plan, Reuse, Slice
+from cpucache.runtime import KVType, Sampling
+from cpucache.runtime.packing import AtRest
 from cpucache.sessions import Transcripts, default_sessions
 from cpucache.stages import stage
-from cpucache.store import Fingerprints, Store, default_home
+from cpucache.store import Store
 
 if TYPE_CHECKING:
     from cpucache.authoring import AnyPromptFunction
-
-Refine: TypeAlias = Literal["off", "idle"]
-REFINES: tuple[Refine, ...] = ("off", "idle")
-DEFAULT_CTX = 8192
-"""Default size of the llama.cpp context in cells; the trained context of the model, if that is shorter."""
 
 
 class Engine:
@@ -134,57 +101,33 @@ class Engine:
         sessions: str | Path | None = None,
         parallel: int = 1,
     ) -> None:
-        usual = None if fidelity is None else Fidelity.of(fidelity)
-        ram, disk = (None if size is None else parse_size(size) for size in (ram_budget, disk_budget))
-        _check(
-            positions=(positions, POSITIONS),
-            refine=(refine, REFINES),
-            reuse=(reuse, REUSES),
-            at_rest=(at_rest, AT_REST),
+        settings = Settings(
+            model=model,
+            n_ctx=n_ctx,
+            store=store,
+            ram_budget=None if ram_budget is None else parse_size(ram_budget),
+            disk_budget=None if disk_budget is None else parse_size(disk_budget),
+            paranoid=paranoid,
+            threads=threads,
+            gpu_layers=gpu_layers,
+            kv_type=kv_type,
+            at_rest=at_rest,
+            flash=flash,
+            positions=positions,
+            segment_tokens=segment_tokens,
+            fidelity=Fidelity.of(fidelity),
+            reuse=reuse,
+            refine=refine,
+            parallel=parallel,
         )
-        check_sizes(*segment_tokens)
-        for setting, value in (("threads", threads), ("n_ctx", n_ctx)):
-            if value is not None and value < 1:
-                raise InputError(f"{setting}={value}: must be 1 or more")
-        if not 1 <= parallel <= SLOTS:
-            raise InputError(f"parallel={parallel}: must be from 1 to {SLOTS}")
-        path = resolve_model(str(model or default_model()))
-        home = Path(store) if store else default_home()
-        # A later step that fails must close what the earlier ones opened.
-        with ExitStack() as opened:
-            self.model = loaded = Model(path, gpu_layers_=gpu_layers)
-            opened.callback(loaded.close)
-            cells = n_ctx or min(loaded.n_ctx_train, DEFAULT_CTX)
-            self.context = Context(loaded, n_ctx=cells, n_threads=threads, kv_type=kv_type, flash=flash)
-            opened.callback(self.context.close)
-            # Measured only now: the weights and the llama.cpp context already take their memory.
-            free = psutil.virtual_memory().available
-            ram = free // 4 if ram is None else ram
-            packing = None if at_rest == "f16" else Packing(at_rest, self.context.n_threads)
-            kept = Store(home, ram_budget=ram, disk_budget=disk, paranoid=paranoid, packing=packing)
-            opened.callback(lambda: self.store.close() if hasattr(self, "kv_cache") else kept.close())
-            self.fingerprint = Fingerprints(home / "index.sqlite").of(path)
-            form = self.context.state_format + ("" if packing is None else f"/at-rest-{packing.kind}")
-            self.slices = Slices(self.fingerprint, form, Cuts(loaded, *segment_tokens))
-            self.kv_cache = KVCache(self.context, kept, self.slices, parallel)
-            self._spaces = {_space(self.slices): self.kv_cache}
-            template = ChatTemplate(
-                loaded.chat_template, bos=loaded.special_text("bos"), eos=loaded.special_text("eos")
-            )
-            # Reserved positions leave gaps, which need slices that can be moved: not every model's state can.
-            positions = positions if self.context.memory.moves else "packed"
-            self._planner_of = partial(Planner, template=template, positions=positions, fidelity=usual, reuse=reuse)
-            self.planner = self._planner_of(self.kv_cache)
-            idle = partial(_refining_when_idle, self._spaces) if refine == "idle" else None
-            self.host = Host(loaded, template, self.kv_cache, self.planner, Core(self.context, parallel, idle))
-            # An engine that is collected without ``close`` must not leave its thread running.
-            opened.callback(weakref.finalize(self, self.host.core.close))
-            self._opened = opened.pop_all()
+        host, self._opened = open_host(settings)
+        self._share(host)
+        self.model, self.context = host.model, host.context
+        self.fingerprint = host.slices.fingerprint
         self._opening = threading.Lock()
         self._folder = Path(sessions) if sessions else None
         self._transcripts: Transcripts | None = None
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._origin: Engine | None = None  # kept alive: its finalizer closes the core
 
     @property
     def store(self) -> Store:
@@ -206,21 +149,18 @@ class Engine:
         Raises:
             InputError: The name has other characters, or is too long.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", namespace):
-            raise InputError(f"namespace={namespace!r:.80}: letters, digits, - and _, 64 at most")
         other = copy.copy(self)
-        slices = self.slices.within(namespace, isolate=isolate)
-        with self._opening:
-            other.kv_cache = self._spaces.setdefault(_space(slices), self.kv_cache.within(slices))
-        other.slices = other.kv_cache.slices
-        other.planner = self._planner_of(other.kv_cache)
-        other.host = replace(self.host, kv_cache=other.kv_cache, planner=other.planner)
+        other._share(self.host.within(namespace, isolate=isolate))
         other._folder = (self._folder or default_sessions()) / "namespaces" / namespace
         other._transcripts = None
-        other._origin = self
         with self._opening:
             self._opened.callback(other._close_transcripts)
         return other
+
+    def _share(self, host: Host) -> None:
+        """Sets what differs between the engines of different namespaces."""
+        self.host = host
+        self.kv_cache, self.slices, self.planner = host.kv_cache, host.slices, host.planner
 
     # -- lifetime ----------------------------------------------------------------------------------------------------
     def close(self) -> None:
@@ -262,11 +202,11 @@ class Engine:
         One evaluation of the schema, in reading order, builds all slices. Slices in the store are not encoded again.
         ``progress(done, total)`` is called with numbers of tokens. Raises ``InputError`` for a schema not added before.
         """
-        return self._encode(self.reading(schema), schema, progress)
+        return encode(self.host, self.reading(schema), schema, progress)
 
     def reading(self, schema: str) -> list[Slice]:
         """The slices that ``encode`` builds for a schema, in the store or not. Raises ``InputError``."""
-        return reading(self.planner.layout(schema), self.slices, self._room)
+        return schema_slices(self.host, schema)
 
     def encode_likely(
         self, schema: str, prompts: Sequence[AnyPrompt] = (), progress: OnProgress | None = None
@@ -276,29 +216,7 @@ class Engine:
         ``prompts`` are PML prompts, in the forms that ``plan`` takes; any other prompt has no effect.
         ``progress(done, total)`` is called with numbers of tokens. Raises what ``prepare`` raises.
         """
-        layout = self.planner.layout(schema)
-        wanted: dict[Slice, None] = {}
-        for scaffold in layout.schema.scaffolds:
-            wanted.update(dict.fromkeys(scaffolded(layout, self.slices, scaffold.modules, self._room)))
-        for prompt in prompts:
-            question = self.planner.question(prompt)
-            question.check_fits(self.context.n_ctx, self.model.n_ctx_train)
-            if question.bound is not None:
-                wanted.update(dict.fromkeys(exact_slices(asked(question.bound), self.slices)))
-        return self._encode(wanted, schema, progress)
-
-    def _encode(self, slices: Iterable[Slice], label: str, progress: OnProgress | None) -> Encoded:
-        wanted, report = list(slices), Encoded()
-
-        def task(slot: Slot, told: OnProgress) -> Task[Encoded]:
-            return self.kv_cache.encode(slot, wanted, label, told, report=report)
-
-        return self.host.do(task, Priority.ENCODE, progress)
-
-    @property
-    def _room(self) -> int:
-        """Cells for a slice and its context: all but one, which the token that applies a shift needs."""
-        return self.context.n_ctx - 1
+        return encode(self.host, likely_slices(self.host, schema, prompts), schema, progress)
 
     def refine(self, schema: str | None = None, progress: OnProgress | None = None) -> Encoded:
         """Encodes the missing exact slices of recent prompts, those of the most frequent prompts first.
@@ -307,13 +225,7 @@ class Engine:
         interruption are kept. ``schema`` limits refining to prompts on the schema of this name.
         ``progress(done, total)`` is called with numbers of tokens.
         """
-        report = Encoded()
-
-        def task(slot: Slot, told: OnProgress) -> Task[None]:
-            return refine(self.kv_cache, slot, schema, report, told)
-
-        self.host.do(task, Priority.REFINE, progress)
-        return report
+        return refine_recent(self.host, schema, progress)
 
     # -- prompts -----------------------------------------------------------------------------------------------------
     def plan(
@@ -377,7 +289,7 @@ class Engine:
             InputError: The prompt is not valid (``PMLError`` for PML), or its schema has not been added.
         """
         question = self.planner.question(prompt, fidelity=fidelity, reuse=reuse)
-        return self._encode(question.plan().wanted, question.label, progress)
+        return encode(self.host, question.plan().wanted, question.label, progress)
 
     def prepare(
         self,
@@ -641,36 +553,12 @@ class Engine:
 
         The llama.cpp context is emptied. ``close`` closes the store that is in use at that time.
         """
-        before = self.kv_cache.store
-        for space in self._spaces.values():
-            space.store = store
+        before = self.store
+        for kv_cache in self.host.namespaces:
+            kv_cache.store = store
         self.forget()
         return before
 
     def forget(self) -> None:
         """Empties the llama.cpp context, as after a restart. The store keeps its slices."""
         self.host.forget()
-
-
-def _space(slices: Slices) -> tuple[str, str]:
-    """What tells the KV caches of one engine apart: which slices they share, and which they find by content."""
-    return slices.state_format, slices.scope
-
-
-def _refining_when_idle(spaces: Mapping[tuple[str, str], KVCache]) -> Request[None] | None:
-    """A request that refines the prompts of all namespaces; ``None`` on battery power."""
-    if not on_mains():
-        return None
-
-    def task(_: Request[None]) -> Task[None]:
-        for kv_cache in list(spaces.values()):
-            with kv_cache.slot() as slot:
-                yield from refine(kv_cache, slot, None, Encoded())
-
-    return Request(task, priority=Priority.REFINE, once=True)
-
-
-def _check(**settings: tuple[str, Sequence[str]]) -> None:
-    for name, (value, known) in settings.items():
-        if value not in known:
-            raise InputError(f"{name}={value!r}: must be one of {', '.join(known)}")

@@ -9,19 +9,28 @@ import numpy as np
 
 from cpucache.layout import Tokens, Turns
 from cpucache.layout.vocabulary import joined
-from cpucache.reuse import Plan, Slice, Span
+from cpucache.reuse import Slice, Span
+from cpucache.sessions import Entry
 
 
 class FirstPrompt(NamedTuple):
     """A PML prompt that starts a conversation."""
 
-    plan: Plan
+    spans: Sequence[Span]
+    """Its spans. Each has a slice."""
     turns: Turns
     """State of the chat template after the prompt."""
     asks: bool
     """Whether the prompt ends with a message of the user, which needs an answer."""
     text: str
     """Text of its entry in the transcript: the name of its schema."""
+
+    @property
+    def entry(self) -> Entry:
+        """The transcript entry of the prompt."""
+        state = {"role": self.turns.role, "open": self.turns.open, "asks": self.asks}
+        size = sum(len(span.tokens) for span in self.spans)
+        return Entry("prompt", self.text, {"spans": dump_spans(self.spans), **state}, metrics={"tokens": size})
 
 
 def dump_spans(spans: Sequence[Span]) -> list[dict[str, Any]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cpucache.engine.ahead import Preparation
 from cpucache.engine.core import Core
+from cpucache.engine.namespaces import Namespaces
 from cpucache.engine.planner import Planner
 from cpucache.engine.reply import Prepared
 from cpucache.engine.request import Priority, Request
@@ -31,6 +32,9 @@ class Host:
     kv_cache: KVCache
     planner: Planner
     core: Core
+    namespaces: Namespaces
+    origin: Host | None = None
+    """The host that this one is a namespace of. It is kept alive: its end closes the core."""
 
     @property
     def context(self) -> Context:
@@ -46,6 +50,11 @@ class Host:
     def store(self) -> Store:
         """The store that holds the slices, in memory and on disk."""
         return self.kv_cache.store
+
+    def within(self, namespace: str, *, isolate: bool = False) -> Host:
+        """Returns the host of a namespace, which has no schemas yet, see ``Engine.within``. Raises ``InputError``."""
+        kv_cache = self.namespaces.within(self.kv_cache, namespace, isolate=isolate)
+        return replace(self, kv_cache=kv_cache, planner=self.planner.within(kv_cache), origin=self)
 
     def do(
         self,

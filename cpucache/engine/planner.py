@@ -116,6 +116,10 @@ class Planner:
         self._n_ctx = kv_cache.context.n_ctx
         self.schemas: dict[str, SchemaLayout] = {}
 
+    def within(self, kv_cache: KVCache) -> Planner:
+        """Returns a planner for the KV cache of a namespace, with the same defaults and no schemas."""
+        return Planner(kv_cache, self._template, self._positions, fidelity=self._fidelity, reuse=self._reuse)
+
     def add_schema(self, schema: str | Path | Schema | AnyPromptFunction) -> SchemaLayout:
         """Reads and lays out a schema, which prompts then refer to by its name. Raises ``PMLError``."""
         if not isinstance(schema, str | Path | Schema):
@@ -238,7 +242,8 @@ class Planner:
         layout = self.layout(parsed.schema)
         bound = bind(layout, resolve(parsed, layout.schema), file=parsed.file, opens=True)
         plan = self._planning(bound, wanted, self._reuse_of(reuse), ends=False)()
-        return FirstPrompt(plan, bound.turns, bound.asks, parsed.schema)
+        spans = self._kv_cache.slices.chained(plan, "first_prompt")
+        return FirstPrompt(spans, bound.turns, bound.asks, parsed.schema)
 
     def continuing(self, fidelity: Level | Fidelity | None = None, reuse: Reuse | None = None) -> PlanText | None:
         """A function that plans the messages of a conversation; ``None`` if messages take exact slices only.

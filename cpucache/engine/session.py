@@ -7,38 +7,35 @@ and types. The next turn, in this process or a later one, evaluates only new tok
 from __future__ import annotations
 
 import copy
-import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from cpucache.engine.ahead import Preparation
 from cpucache.engine.answer import Answer
-from cpucache.engine.first_prompt import FirstPrompt, dump_spans, load_spans, tokens_of
+from cpucache.engine.first_prompt import FirstPrompt
 from cpucache.engine.host import Host
+from cpucache.engine.leaving import WHEN_FULL, WhenFull, make_room
+from cpucache.engine.replay import Replay, State, same_start
 from cpucache.engine.reply import Reply
 from cpucache.engine.request import Request
 from cpucache.engine.stream import Stream
 from cpucache.engine.turn import Turn
 from cpucache.engine.writing import certain, continued
-from cpucache.errors import ContextFull, InputError
+from cpucache.errors import InputError
 from cpucache.layout import Tokens, Turns
 from cpucache.layout.vocabulary import empty, joined
-from cpucache.reuse import History, OnProgress, Plan, PlanText, Slice, Span
+from cpucache.reuse import OnProgress, Plan, PlanText, Slice, Span
 from cpucache.runtime import Sampling
 from cpucache.sessions import Entry, Transcripts
 from cpucache.stages import stage
 
-WhenFull: TypeAlias = Literal["oldest", "half", "refuse"]
-WHEN_FULL: tuple[WhenFull, ...] = ("oldest", "half", "refuse")
 MAX_TOKENS = 512
-_log = logging.getLogger("cpucache.engine")
 
 
 class Session:
@@ -88,20 +85,19 @@ class Session:
         self._lock = threading.RLock()
         self._closed = False
         self._held: list[str] = []
-        self._first_prompt: list[Span] = (
-            [] if first_prompt is None else host.slices.chained(first_prompt.plan, "first_prompt")
-        )
         self._last: Request[None] | None = None
         self._ahead: Preparation | None = None
         self._transcript = transcripts.open(name, fingerprint=host.slices.fingerprint, model=host.model.path.stem)
         try:
+            self._replay = Replay(host, None if self.entries else first_prompt)
             first = self._first_entry(system, first_prompt)
-            if not self._transcript.entries and first is not None:
+            if first is not None and not self.entries:
                 self._transcript.put(0, [first])
-            elif first is not None:
-                self._check_same(first)
-                self._first_prompt = []
-            self._go_back(len(self.entries))
+            elif first is not None and not same_start(self.entries[0], first):
+                what = "system text" if first.role == "system" else "prompt"
+                raise InputError(f"session '{name}' has begun already, with another {what}; choose another name")
+            self._state = self._replay.state(self.entries)
+            self._hold(self._state.history.slices)
         except BaseException:
             self._transcript.close()
             raise
@@ -141,7 +137,7 @@ class Session:
     @property
     def n_tokens(self) -> int:
         """Number of saved tokens that the next turn attends to."""
-        return self._history.n_tokens
+        return self._state.history.n_tokens
 
     @property
     def keys(self) -> list[str]:
@@ -151,7 +147,7 @@ class Session:
     @property
     def left_out(self) -> int:
         """Number of messages that have left the context to make room for later ones."""
-        return self._history.left_out
+        return self._state.history.left_out
 
     @property
     def unanswered(self) -> bool:
@@ -159,7 +155,7 @@ class Session:
 
         ``send`` and ``stream`` without a text answer it.
         """
-        return bool(self.entries) and (self.entries[-1].role == "user" or self._asks)
+        return bool(self.entries) and (self.entries[-1].role == "user" or self._state.asks)
 
     # -- turns -------------------------------------------------------------------------------------------------------
     def send(
@@ -220,9 +216,10 @@ class Session:
         """
         with self._lock:
             self._finish_last()
-            history, turns, pending, _ = self._before(len(self.entries))
-            new, *others = (_message(copy.copy(turns), pending, each) for each in (text, *continued(text)))
-            self._make_room(history, len(new), max_tokens)
+            state = self._before(len(self.entries))
+            history = state.history
+            new, *others = (_message(copy.copy(state.turns), state.pending, each) for each in (text, *continued(text)))
+            make_room(self._host, self.name, self.when_full, history, self.entries, len(new), max_tokens)
             plan = self._plan(history.spans, new)
             ahead = plan.first(history.n_tokens + certain(new, others))
             self._ahead = self._host.prepare(lambda: ahead, self._label, n_tokens=plan.n_tokens, save=False, once=True)
@@ -293,19 +290,26 @@ class Session:
         return self._host.store.prefetch(self._held)
 
     # -- internals ---------------------------------------------------------------------------------------------------
+    def _first_entry(self, system: str | None, first_prompt: FirstPrompt | None) -> Entry | None:
+        """The entry that a new conversation begins with: its prompt or its system text, if it has one."""
+        if first_prompt is not None:
+            return first_prompt.entry
+        return None if system is None else self._replay.system_entry(system)
+
     def _turn(
         self, text: str | None, keep: int, max_tokens: int, sampling: Sampling | None, progress: OnProgress | None
     ) -> Stream:
         """Answers ``text`` after the first ``keep`` entries; without ``text``, the message that is last among them."""
         started = perf_counter()
-        history, turns, pending, asks = self._before(keep)
-        if text is None and not asks:
+        state = self._before(keep)
+        history, turns = state.history, state.turns
+        if text is None and not state.asks:
             raise InputError("there is no message to answer")
         if self._ahead is not None:
             self._ahead.cancel()
-        new = _message(turns, pending, text)
+        new = _message(turns, state.pending, text)
         before = history.n_tokens
-        self._make_room(history, len(new), max_tokens)
+        make_room(self._host, self.name, self.when_full, history, self.entries, len(new), max_tokens)
         number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
         with stage("plan"):
             plan = self._plan(history.spans, new, f"turn {number}")
@@ -344,13 +348,11 @@ class Session:
             return slices.chained(plan.first(plan.n_tokens - 1), module)[len(before) :]
         return [slice_.span for slice_ in slices.cut(before, new[:-1], module)]
 
-    def _before(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
-        """The result of ``_replayed`` for ``keep`` entries, which callers may change. Raises ``InputError``."""
+    def _before(self, keep: int) -> State:
+        """The state after the first ``keep`` entries, which callers may change. Raises ``InputError``."""
         if self._closed:
             raise InputError(f"session '{self.name}' has been closed")
-        if keep < len(self.entries):
-            return self._replayed(keep)
-        return self._history.copy(), copy.copy(self._turns), self._pending, self._asks
+        return self._replay.state(self.entries[:keep]) if keep < len(self.entries) else self._state.copy()
 
     def _finish_last(self) -> None:
         """Waits until the previous answer has ended; cancels it when it has not started."""
@@ -358,51 +360,6 @@ class Session:
             if not self._last.begun:
                 self._last.cancel()
             self._last.wait()
-
-    def _make_room(self, history: History, new: int, max_tokens: int) -> None:
-        """Drops the oldest turns until the new one fits with room for its answer, or raises ``ContextFull``.
-
-        Args:
-            history: History before the turn, which is changed.
-            new: Number of tokens of the new message.
-            max_tokens: Maximum length of the answer; the room for it is at most a quarter of the context.
-        """
-        n_ctx, known = self._host.context.n_ctx, self._host.model.n_ctx_train
-        room = min(max_tokens, min(n_ctx, known) // 4)
-
-        def fits(room: int) -> bool:
-            # Cells and trained positions are two limits: gaps of left-out modules take positions, but no cells.
-            return history.n_tokens + new + room <= n_ctx and history.end + new + room <= known
-
-        # A model whose state can't be moved evaluates the rest again, so drop half of the turns at once, rarely.
-        oldest = self.when_full == "oldest" and self._host.context.memory.moves
-        roles = [entry.role for entry in self.entries[: len(history)]]
-        while not fits(room):
-            # A question leaves together with its answer, so an end is where no answer follows.
-            ends = [
-                index - history.fixed
-                for index in range(history.fixed + history.left_out + 1, len(history) + 1)
-                if roles[index : index + 1] != ["assistant"]
-            ]
-            if self.when_full == "refuse" or not ends:
-                break
-            leaving = ends[0] if oldest else ends[(len(ends) - 1) // 2]
-            _log.info("session %s: its first %d messages leave the context", self.name, leaving)
-            history.leave_out(leaving)
-        if fits(room if self.when_full == "refuse" else 1):
-            return
-        where = f"a context of {n_ctx}" if n_ctx <= known else f"the {known} positions that the model knows"
-        more = "raise --ctx (n_ctx=…)" if n_ctx < known else ""
-        if self.when_full == "refuse":
-            advice = ", or ".join(filter(None, [more, "let old turns leave (when_full='oldest')"]))
-            raise ContextFull(
-                f"session '{self.name}': {history.n_tokens} tokens of conversation and {new} new ones leave no room "
-                f"for an answer in {where}; {advice}"
-            )
-        raise ContextFull(
-            f"session '{self.name}': a message of {new} tokens does not fit {where}, not even when every turn before "
-            f"it leaves; {' or '.join(filter(None, [more, 'shorten it']))}"
-        )
 
     def _begin(self, turn: Turn) -> None:
         """Adds the message to the history and the transcript, on the first call only."""
@@ -412,7 +369,7 @@ class Session:
         history.add(turn.message)
         self._transcript.put(turn.keep, [turn.entry(turn.text)])
         turn.keep += 1
-        self._history, self._turns, self._pending, self._asks = history.copy(), turn.turns, turn.pending, True
+        self._state = State(history.copy(), turn.turns, turn.pending, asks=True)
 
     def _prefilled(self, turn: Turn, answer: Answer) -> None:
         """Saves new slices of the message; estimates the prefill time saved by moving slices after turns have left."""
@@ -435,7 +392,7 @@ class Session:
         metrics = asdict(answer.metrics) | {"tokens": len(tokens) + len(pending)}
         self._transcript.put(turn.keep, [Entry("assistant", answer.text, pieces, history.left_out, metrics)])
         answer.capture(made, self._label)
-        self._history, self._turns, self._pending, self._asks = history, turn.turns, pending, False
+        self._state = State(history, turn.turns, pending, asks=False)
         self._hold(history.slices)
 
     def _answered(self, answer: Answer) -> tuple[Tokens, Tokens]:
@@ -461,93 +418,6 @@ class Session:
         self._host.store.hold(keys)
         self._host.store.let_go(self._held)
         self._held = keys
-
-    # -- replay of the transcript ------------------------------------------------------------------------------------
-    def _go_back(self, keep: int) -> None:
-        """Sets the state of the session to that after its first ``keep`` entries."""
-        self._history, self._turns, self._pending, self._asks = self._replayed(keep)
-        self._hold(self._history.slices)
-
-    def _replayed(self, keep: int) -> tuple[History, Turns, Tokens, bool]:
-        """The state of the conversation after its first ``keep`` entries.
-
-        Returns the history, the turns, the tokens still to be evaluated, and whether an answer is due.
-        """
-        host = self._host
-        history = History(host.slices, movable=host.context.memory.moves)
-        turns = Turns(host.template, host.model)
-        # An empty conversation begins with the BOS token.
-        pending = empty() if host.model.bos is None else np.array([host.model.bos], np.int32)
-        asks = False
-        for index, entry in enumerate(self.entries[:keep]):
-            pieces = entry.pieces
-            if index == 0 and entry.role in ("system", "prompt"):
-                history.fixed = 1
-            history.leave_out(entry.left_out)
-            turns.begun, asks = True, entry.role == "user"
-            if entry.role == "prompt":
-                self._first_prompt = self._first_prompt or self._reopened(pieces)
-                history.add(self._first_prompt)
-                turns.role, turns.open, asks = pieces["role"], pieces["open"], pieces["asks"]
-                pending = empty()
-                continue
-            number = sum(other.role == "user" for other in self.entries[: index + 1])
-            self._replay(history, pieces, f"turn {number}")
-            pending = np.array(pieces["pending"], np.int32)
-            turns.role = "system" if entry.role == "system" else "assistant"
-            turns.open = entry.role != "system"
-        return history, turns, pending, asks
-
-    def _replay(self, history: History, pieces: Any, module: str) -> None:
-        """Adds an entry of the transcript to a history; as exact slices of its tokens when a saved slice is gone."""
-        if "parts" in pieces:
-            history.add_tokens([np.array(part, np.int32) for part in pieces["parts"]], module)
-        elif spans := self._saved(pieces):
-            history.add_saved(spans)
-        else:
-            history.add(block.span for block in self._host.slices.cut(history.spans, tokens_of(pieces), module))
-
-    def _saved(self, pieces: Any) -> list[Span] | None:
-        """The spans of an entry from the transcript; ``None`` when the store lacks one of their slices."""
-        spans = load_spans(pieces["spans"])
-        loaded = self._kv_cache.loaded([span.slice for span in spans if span.slice])
-        return spans if all(slice_.key in self._host.store for slice_ in loaded) else None
-
-    def _reopened(self, pieces: Any) -> list[Span]:
-        """The spans of the first prompt from the transcript; exact slices of its tokens when a saved slice is gone."""
-        host = self._host
-        if "segments" not in pieces and (spans := self._saved(pieces)):
-            return spans
-        return [block.span for block in host.slices.cut((), tokens_of(pieces), "first_prompt")]
-
-    def _first_entry(self, system: str | None, first_prompt: FirstPrompt | None) -> Entry | None:
-        """The entry that a new conversation begins with: its prompt or its system text, if it has one."""
-        host = self._host
-        bos = [] if host.model.bos is None else [host.model.bos]
-        if first_prompt is not None:
-            pieces = {
-                "spans": dump_spans(self._first_prompt),
-                "role": first_prompt.turns.role,
-                "open": first_prompt.turns.open,
-                "asks": first_prompt.asks,
-            }
-            return Entry("prompt", first_prompt.text, pieces, metrics={"tokens": first_prompt.plan.n_tokens})
-        if system is not None:
-            tokens = np.array([*bos, *Turns(host.template, host.model).turn("system", system).tolist()], np.int32)
-            parts = [slice_.tokens.tolist() for slice_ in host.slices.cut((), tokens)]
-            return Entry("system", system, {"parts": parts, "pending": []}, metrics={"tokens": len(tokens)})
-        return None
-
-    def _check_same(self, first: Entry) -> None:
-        """Raises ``InputError`` unless the conversation began with this entry."""
-        begun = self.entries[0]
-        same = begun.role == first.role and (
-            # Compares tokens, not slices: the store may have gained or lost slices since the conversation began.
-            np.array_equal(tokens_of(begun.pieces), tokens_of(first.pieces))
-        )
-        if not same:
-            what = "system text" if first.role == "system" else "prompt"
-            raise InputError(f"session '{self.name}' has begun already, with another {what}; choose another name")
 
 
 def _message(turns: Turns, pending: Tokens, text: str | None) -> Tokens:

@@ -4,12 +4,13 @@ from cpucache.reuse.fidelity import DEFAULT, LEVELS, REUSES, Fidelity, Level, Re
 from cpucache.reuse.history import History
 from cpucache.reuse.kv_cache import KVCache
 from cpucache.reuse.lookup import Lookup
+from cpucache.reuse.plan import Plan, Slice, Span
 from cpucache.reuse.progress import OnProgress
 from cpucache.reuse.reading import reading, scaffolded
 from cpucache.reuse.refine import asked, refine, text_parts
 from cpucache.reuse.repair import Repair
 from cpucache.reuse.reports import Encoded, Metrics
-from cpucache.reuse.slices import Plan, Slice, Slices, Span
+from cpucache.reuse.slices import Slices
 from cpucache.reuse.text import PlanText, plan_text
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from cpucache.errors import CpucacheError
-from cpucache.reuse.slices import Slice
+from cpucache.reuse.plan import Slice
 from cpucache.reuse.splicer import Refused
 from cpucache.runtime.context import Bytes
 from cpucache.store import Store

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
-from cpucache.reuse.slices import Slice, Slices, Span, Trail
+from cpucache.reuse.plan import Slice, Span
+from cpucache.reuse.slices import Slices, Trail
 
 
 class Chain:

@@ -11,9 +11,10 @@ import numpy as np
 
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
+from cpucache.reuse.plan import Plan, Slice, Span
 from cpucache.reuse.progress import Step
 from cpucache.reuse.reports import NewSlice
-from cpucache.reuse.slices import Plan, Slice, Slices, Span
+from cpucache.reuse.slices import Slices
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.splicer import Splicer, State
 from cpucache.reuse.work import Task, Work

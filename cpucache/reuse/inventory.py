@@ -8,8 +8,9 @@ from typing import Literal, TypeAlias
 
 from cpucache.layout import SchemaLayout, Segment
 from cpucache.reuse.encoder import tokens_to_evaluate
+from cpucache.reuse.plan import Slice
 from cpucache.reuse.reading import reading, scaffolded
-from cpucache.reuse.slices import Slice, Slices
+from cpucache.reuse.slices import Slices
 from cpucache.store import Row, content_key
 
 Verdict: TypeAlias = Literal["kept", "usable", "stale", "new"]

@@ -14,9 +14,10 @@ from cpucache.errors import ModelError
 from cpucache.layout import Tokens
 from cpucache.reuse.attempts import Attempts, Gone
 from cpucache.reuse.encoder import Encoder, tokens_to_evaluate
+from cpucache.reuse.plan import Plan, Slice
 from cpucache.reuse.progress import OnProgress, Step, counting
 from cpucache.reuse.reports import Encoded, NewSlice
-from cpucache.reuse.slices import Plan, Slice, Slices
+from cpucache.reuse.slices import Slices
 from cpucache.reuse.slot import Points, Slot
 from cpucache.reuse.splicer import Splicer
 from cpucache.reuse.work import Task, Work

@@ -11,8 +11,8 @@ from cpucache.layout import Bound, NewText, Piece, Segment
 from cpucache.reuse.chain import Chain
 from cpucache.reuse.fidelity import Fidelity, Reuse
 from cpucache.reuse.kv_cache import KVCache
+from cpucache.reuse.plan import Plan, Relation, Slice, Span
 from cpucache.reuse.repair import Repair
-from cpucache.reuse.slices import Plan, Relation, Slice, Span
 from cpucache.stages import stage
 from cpucache.store import SliceInfo, Store, text_id
 

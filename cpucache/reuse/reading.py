@@ -11,7 +11,8 @@ from collections.abc import Collection
 from cpucache.layout import Placeholder, SchemaLayout, Segment
 from cpucache.pml.tree import Module, Scope, Union
 from cpucache.reuse.chain import Chain
-from cpucache.reuse.slices import Slice, Slices
+from cpucache.reuse.plan import Slice
+from cpucache.reuse.slices import Slices
 
 
 def reading(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from cpucache.layout import Bound, Segment
 from cpucache.reuse.chain import Chain
 from cpucache.reuse.kv_cache import KVCache
+from cpucache.reuse.plan import Plan, Slice
 from cpucache.reuse.progress import OnProgress
 from cpucache.reuse.reports import Encoded
-from cpucache.reuse.slices import Plan, Slice, Slices
+from cpucache.reuse.slices import Slices
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
 from cpucache.store import Part

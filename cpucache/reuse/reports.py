@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
-from cpucache.reuse.slices import Plan, Relation, Slice
+from cpucache.reuse.plan import Plan, Relation, Slice
 from cpucache.runtime.context import Bytes
 
 Finish: TypeAlias = Literal["stop", "length", "interrupted"]

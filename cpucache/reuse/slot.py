@@ -10,7 +10,8 @@ import numpy as np
 
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import common, joined
-from cpucache.reuse.slices import Plan, Slice, Span, Trail
+from cpucache.reuse.plan import Plan, Slice, Span
+from cpucache.reuse.slices import Trail
 
 
 class Points(NamedTuple):

@@ -12,9 +12,9 @@ from typing import TypeAlias
 import numpy as np
 
 from cpucache.layout import Tokens
+from cpucache.reuse.plan import Plan, Slice, Span
 from cpucache.reuse.progress import Step
 from cpucache.reuse.reports import Metrics
-from cpucache.reuse.slices import Plan, Slice, Span
 from cpucache.reuse.slot import Points, Slot
 from cpucache.reuse.work import Task, Work
 from cpucache.runtime import Context, Run

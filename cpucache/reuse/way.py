@@ -13,9 +13,9 @@ import numpy as np
 from cpucache.layout import Tokens
 from cpucache.reuse.encoder import tokens_to_evaluate
 from cpucache.reuse.kv_cache import KVCache
+from cpucache.reuse.plan import Plan, Slice
 from cpucache.reuse.progress import OnProgress, counting
 from cpucache.reuse.reports import Encoded, Metrics
-from cpucache.reuse.slices import Plan, Slice
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.work import Task
 from cpucache.runtime.context import Logits

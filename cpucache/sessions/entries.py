@@ -22,8 +22,8 @@ class Entry:
     Attributes:
         role: ``system``, ``user``, ``assistant``, or ``prompt`` for the PML prompt that a conversation began with.
         text: Text of the message.
-        pieces: JSON value with the message's tokens, written and read by ``engine.session``.
-        left_out: Number of entries that had been left out of the llama.cpp context by then, see ``engine.session``.
+        pieces: JSON value with the message's tokens, read by ``engine.replay``.
+        left_out: Number of entries that had been left out of the llama.cpp context by then, see ``engine.leaving``.
         metrics: JSON object, for example with the number of ``tokens``.
     """
 
@@ -80,7 +80,7 @@ def read_entry(row: sqlite3.Row, index: int) -> Entry:
 
 
 def _are_pieces(role: str, pieces: Any) -> bool:
-    """Whether ``pieces`` have the form that ``engine.session`` writes for an entry of this role."""
+    """Whether ``pieces`` have the form that ``engine.replay`` reads for an entry of this role."""
     if not isinstance(pieces, dict):
         return False
     if role == "prompt":

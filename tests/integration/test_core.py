@@ -226,6 +226,25 @@ def test_a_stream_left_half_read_makes_nobody_wait(parallel: Engine) -> None:
     until(lambda: not core.busy)
 
 
+@pytest.mark.parametrize("namespace", [None, "a"])
+def test_a_forgotten_engine_ends_once_no_stream_needs_it(namespace: str | None, tiny: Tiny, tmp_path: Path) -> None:
+    def ask() -> Stream:
+        running = Engine(tiny("llama"), store=tmp_path, n_ctx=512, threads=1)
+        return (running.within(namespace) if namespace else running).stream(text="the sea", max_tokens=20)
+
+    stream = ask()
+    gc.collect()
+    assert stream.reply().metrics.completion_tokens == 20
+    store, context, core = stream._host.store, stream._host.context, stream._host.core
+    assert core._thread.is_alive()
+    del stream
+    gc.collect()
+    until(lambda: not core._thread.is_alive())
+    store.close()
+    context.close()
+    context.model.close()
+
+
 def test_with_one_slot_a_stream_left_half_read_ends_by_itself(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path) as running:
         left = running.stream(text="the sea", max_tokens=50)

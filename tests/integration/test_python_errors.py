@@ -68,6 +68,6 @@ def test_max_tokens_is_a_number(engine: Engine, max_tokens: Any) -> None:
 def test_settings_are_checked_before_anything_is_loaded(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cpucache.engine.engine.Model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("cpucache.engine.opening.Model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(InputError):
         Engine("smollm2-135m-instruct", store=tmp_path, **settings)

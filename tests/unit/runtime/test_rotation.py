@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from cpucache.reuse.slices import Plan, Slice, Span
+from cpucache.reuse.plan import Plan, Slice, Span
 from cpucache.reuse.splicer import Splicer
 from cpucache.runtime import Context, Model, Run
 from cpucache.runtime.context import Bytes
