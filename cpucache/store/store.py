@@ -341,7 +341,7 @@ class Store:
         return account
 
     def missed(self, count: int) -> None:
-        """Counts ``count`` requested slices that the store lacked."""
+        """Counts ``count`` requested slices that the store lacked, and that are evaluated here."""
         with self._lock:
             self._misses += count
 

@@ -1,4 +1,4 @@
-"""What encoding is said to have cost: the seconds of each slice."""
+"""What encoding is said to have cost: the seconds of each slice and of a report, and the misses of a store."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 
 from cpucache.reuse import Span
 from cpucache.runtime import Batch
-from cpucache.store import Store
-from tests.support.workbench import PLENTY, SLICES, Desk, opened, some_tokens
+from cpucache.store import SliceInfo, Store
+from cpucache.store.claims import Claims
+from tests.support.workbench import PLENTY, SLICES, Desk, chain, cut, opened, slice_of, some_tokens
 
 TinyModel = Callable[..., Path]
 
@@ -64,3 +65,28 @@ def test_a_slice_costs_what_its_own_tokens_do(timed: Timed) -> None:
     timed.kv_cache.encode([more])
     assert timed.tokens == 450
     assert recorded(timed, more.key) > 3 * timed.seconds
+
+
+def test_an_attempt_that_fails_costs_time_and_no_second_miss(timed: Timed) -> None:
+    kv_cache = timed.kv_cache
+    context, *behind = chain(cut(some_tokens(200), 40, 120))
+    first = slice_of(some_tokens(300, seed=1))
+    # A state that llama.cpp refuses: known only once it is loaded, after another slice has been made.
+    nonsense = SliceInfo("", "", "", "", 0, 0, "", "", 0.0)
+    kv_cache.store.put(context.key, np.zeros(100, np.uint8), context.tokens, nonsense)
+    report = kv_cache.encode([first, *behind])
+    assert report.new == {first, context, *behind}
+    assert kv_cache.store.account().misses == 4
+    assert report.seconds >= timed.seconds > 0
+
+
+def test_waiting_for_another_process_is_no_encoding(timed: Timed, tmp_path: Path) -> None:
+    kv_cache = timed.kv_cache
+    kv_cache.store.patience = 0.5
+    (slice_,) = chain([some_tokens(40)])
+    somebody = Claims(tmp_path / "claims")
+    assert somebody.take(slice_.key)
+    report = kv_cache.encode([slice_])
+    somebody.release([slice_.key])
+    assert 0 <= report.seconds - timed.seconds < 0.5
+    assert kv_cache.store.account().misses == 1
