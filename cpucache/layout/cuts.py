@@ -62,10 +62,12 @@ class Cuts:
     """Finds the cuts of texts in one model's tokens.
 
     A message edge is a cut, normally after the message's header. So is a blank line or heading with a paragraph of at
-    least ``least`` tokens on one side. Of two closer than a quarter of ``least``, the second is dropped unless it ranks
-    higher, and an edge is dropped if the header after it ends that near. Between these cuts, segments are at least
-    ``least`` tokens long and end at the boundary of the highest rank: a blank line or heading, else the end of a line,
-    a sentence or a word.
+    least ``least`` tokens on one side. Of two in a row that are closer than a quarter of ``least``, the second is
+    dropped unless it ranks higher, and an edge is dropped if the header after it ends that near. So a segment is
+    shorter only where a message ends: it is a short message, or the end of one after a blank line. Joined with the text
+    beside it, such a segment would keep that text from being found in other prompts. Between these cuts, segments are
+    at least ``least`` tokens long and end at the boundary of the highest rank: a blank line or heading, else the end of
+    a line, a sentence or a word.
 
     Args:
         vocabulary: The model's tokens.

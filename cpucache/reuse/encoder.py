@@ -13,7 +13,7 @@ from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
 from cpucache.reuse.plan import Plan, Slice, Span
 from cpucache.reuse.progress import Step
-from cpucache.reuse.reports import NewSlice
+from cpucache.reuse.reports import Metrics, NewSlice
 from cpucache.reuse.slices import Slices
 from cpucache.reuse.slot import Slot
 from cpucache.reuse.splicer import Splicer, State
@@ -124,12 +124,12 @@ class Encoder:
         points = self._points(run.slices)
         try:
             for batch in self._steps(run.slices, points):
-                started = time.perf_counter()
                 tokens = _Run(batch).tokens
-                # The slot may hold the first of these tokens already.
+                # The slot may hold the first of these tokens already, or lack tokens of the context.
                 plan = Plan((*(batch[0].context or ()), Span(batch[0].start, tokens)))
-                yield from self._splicer.build(slot, plan, state, progress)
-                seconds = (time.perf_counter() - started) / len(tokens)
+                metrics = Metrics()
+                evaluated = yield from self._splicer.build(slot, plan, state, progress, metrics)
+                seconds = metrics.prefill_ms / 1000 / evaluated
                 lost: list[Slice] = []
                 for slice_ in batch:
                     captured = self._splicer.capture(slot, slice_)

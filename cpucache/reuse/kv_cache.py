@@ -203,8 +203,7 @@ class KVCache:
         if not missing:
             return
         self._check_can_be_made(missing)
-        self.store.missed(len(missing))
-        started = waiting = time.monotonic()
+        waiting = time.monotonic()
         # Contexts of later slices are kept in memory too: a small store may evict any of them for the slices encoded
         # now.
         first = missing[:1] if self.slices.memory.points else missing
@@ -229,9 +228,14 @@ class KVCache:
             if mine or told != len(todo):
                 self._tell(mine, todo)
                 told = len(todo)
+            # A slice of an attempt before may be encoded again.
+            self.store.missed(len(set(mine) - report.missed))
+            report.missed.update(mine)
+            started = time.monotonic()
             try:
                 yield from self._encoder.encode(slot, mine, lambda slice_: self.state(states, slice_), made, progress)
             finally:
+                report.seconds += time.monotonic() - started
                 self.store.release(map(self._claim, mine))
             if not mine:
                 yield Work([])
@@ -239,7 +243,6 @@ class KVCache:
             left = [slice_ for slice_ in todo if slice_ not in done and slice_.key not in self.store]
             waiting = waiting if len(left) == len(todo) else time.monotonic()
             todo = left
-        report.seconds += time.monotonic() - started
 
     def _tell(self, mine: Sequence[Slice], todo: Sequence[Slice]) -> None:
         """Logs which slices are encoded now, or how many are waited for."""

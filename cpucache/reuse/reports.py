@@ -22,13 +22,15 @@ class NewSlice:
 
 @dataclass
 class Encoded:
-    """Numbers of slices, tokens and bytes that were encoded, and the seconds that it took."""
+    """Numbers of slices, tokens and bytes that were encoded, and the seconds that it took, failed attempts included."""
 
     slices: int = 0
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
     new: set[Slice] = field(default_factory=set, repr=False)
+    missed: set[Slice] = field(default_factory=set, repr=False)
+    """The slices that encoding was begun for, because the store lacked them."""
     wanted: list[Slice] = field(default_factory=list, repr=False)
     """The slices that were requested, whether encoded now or already in the store."""
 

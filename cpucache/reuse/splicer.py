@@ -180,9 +180,14 @@ class Splicer:
             raise
         return evaluated
 
-    def build(self, slot: Slot, plan: Plan, state: State, progress: Step | None = None) -> Task[int]:
-        """Runs ``splice`` and ``prefill``; returns the number of tokens evaluated."""
-        return (yield from self.prefill(self.splice(slot, plan, state), progress))
+    def build(
+        self, slot: Slot, plan: Plan, state: State, progress: Step | None = None, metrics: Metrics | None = None
+    ) -> Task[int]:
+        """Runs ``splice`` and ``prefill``; returns the number of tokens evaluated.
+
+        ``metrics`` receives the milliseconds taken, in ``splice_ms`` and ``prefill_ms``.
+        """
+        return (yield from self.prefill(self.splice(slot, plan, state, metrics), progress))
 
     def _keep_evaluated(self, slot: Slot, plan: Plan) -> None:
         """Sets a slot's spans to the part of ``plan`` in its sequence, and empties all sequences other than slots."""

@@ -39,8 +39,7 @@ class Work:
         self.index = begin
         room = self.n_tokens if self.logits == "all" else min(room, self.n_tokens)
         while batch.size - begin < room:
-            part, rest = self.runs[0].split(room - (batch.size - begin))
-            self.runs[:1] = [rest] if len(rest.tokens) else []
+            part, self.runs[:1] = self.runs[0].split(room - (batch.size - begin))
             batch.add(part, "none" if self.logits == "last" and self.runs else self.logits)
         if self.logits == "last":
             self.index = batch.size - 1

@@ -47,16 +47,24 @@ _FLASH = {
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens to evaluate at consecutive positions of a sequence, the first at ``start``."""
+    """Tokens to evaluate at consecutive positions of a sequence, the first at ``start``.
+
+    Raises ``ValueError`` without tokens: no batch would ever complete such a run.
+    """
 
     sequence: int
     start: int
     tokens: Tokens
 
-    def split(self, count: int) -> tuple[Run, Run]:
-        """Returns the first ``count`` tokens and the rest as runs."""
+    def __post_init__(self) -> None:
+        if not len(self.tokens):
+            raise ValueError("a run has at least one token")
+
+    def split(self, count: int) -> tuple[Run, list[Run]]:
+        """Returns the first ``count`` tokens as a run, and the rest as a list of one run, or of none."""
         head, tail = self.tokens[:count], self.tokens[count:]
-        return Run(self.sequence, self.start, head), Run(self.sequence, self.start + count, tail)
+        rest = [Run(self.sequence, self.start + count, tail)] if len(tail) else []
+        return Run(self.sequence, self.start, head), rest
 
 
 class Stopped(Exception):
@@ -230,8 +238,7 @@ class Context:
             batch = Batch()
             room = min(SEQUENCES, self.n_batch) if logits == "all" else self.n_batch
             while left and batch.size < room:
-                part, rest = left[0].split(room - batch.size)
-                left[:1] = [rest] if len(rest.tokens) else []
+                part, left[:1] = left[0].split(room - batch.size)
                 batch.add(part, "none" if logits == "last" and left else logits)
             self.evaluate(batch)
             if progress:

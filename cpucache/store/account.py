@@ -18,7 +18,7 @@ class Account:
     bytes: int = 0
     budget: int = 0
     hits: int = 0
-    """Requested slices that the store had; ``misses``: that it lacked."""
+    """Requested slices that the store had; ``misses``: that it lacked, and that were evaluated."""
     misses: int = 0
     evicted: int = 0
     """Slices that were deleted from disk to make room for others."""

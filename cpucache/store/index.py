@@ -70,7 +70,7 @@ _REMEMBERED = 20_000  # rows of `absent`, about 100 bytes each
 
 @dataclass(frozen=True)
 class Row:
-    """A slice in the index. Times are seconds since the epoch; ``bytes`` is the size of its state."""
+    """A slice in the index. Times are seconds since the epoch; ``bytes`` is the size of its file."""
 
     key: str
     info: SliceInfo
@@ -171,7 +171,7 @@ class Index:
         the age of the store at that moment. The slice with the lowest value is evicted, and the age rises to its value.
         A stream of documents that are used once therefore evicts itself and not slices in regular use. The number of
         uses of an evicted slice is remembered and counts when the slice returns. Pinned slices are never evicted. The
-        file of an evicted slice is deleted before its room is reserved, so the states never exceed the budget.
+        file of an evicted slice is deleted before its room is reserved, so the files never exceed the budget.
 
         Nothing is evicted for a budget below the largest that any process was given, or below the default that a
         process without a given budget used last. A slice that is in the index keeps its room and is unfinished until
@@ -180,8 +180,8 @@ class Index:
         Args:
             key: Key of the slice.
             info: Description of the slice.
-            size: Bytes of its state in the file.
-            budget: Bytes that all states in the folder may take.
+            size: Bytes of its file.
+            budget: Bytes that all slice files in the folder may take.
             keep: Keys that must not be evicted.
             delete: Deletes the file of a key.
             given: Whether the user chose the budget; else it is the default.
@@ -312,7 +312,7 @@ class Index:
             database.execute("UPDATE slices SET whole = 1 WHERE key = ?", (key,))
 
     def add_all(self, files: Iterable[tuple[str, SliceInfo, int]]) -> None:
-        """Adds existing files, given as key, description and bytes of the state, to the index."""
+        """Adds existing files, given as key, description and size in bytes, to the index."""
         with self._change() as database:
             for key, info, size in files:
                 self._insert(key, info, size, whole=True)
@@ -353,7 +353,7 @@ class Index:
     def totals(self) -> dict[str, float]:
         """Totals by name.
 
-        ``bytes`` of all states; ``age``, ``budget`` and ``default`` (see ``reserve``); and, since the folder was
+        ``bytes`` of all slice files; ``age``, ``budget`` and ``default`` (see ``reserve``); and, since the folder was
         created, ``hits``, ``misses``, ``evicted`` and ``seconds_saved``.
         """
         with self._lock:

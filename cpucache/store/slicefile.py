@@ -35,6 +35,8 @@ _FORMAT = "cpucache-slice-2"
 _HEADER_LIMIT = 1 << 20
 _SUFFIX = ".safetensors"
 _CHUNK = 4 << 20
+_NO_HASH = "0" * 16
+"""Stands for a hash that is not known yet, which is as long."""
 Ids: TypeAlias = npt.NDArray[np.int32]
 Identity: TypeAlias = tuple[int, int, int]
 """Identity of a file's content: inode, modification time in nanoseconds, size in bytes."""
@@ -104,6 +106,12 @@ def open_regular(path: Path) -> io.BufferedReader:
     return os.fdopen(handle, "rb")
 
 
+def file_size(key: str, info: SliceInfo, state: int) -> int:
+    """Size in bytes of a slice's file, before it is written. ``state``: bytes of its state in the file."""
+    ids = info.tokens * np.dtype(np.int32).itemsize
+    return len(_header({**_facts(key, info), "xxh3": _NO_HASH}, ids, state)) + ids + state
+
+
 class SliceFiles:
     """Slice files below ``folder``. All methods raise ``OSError`` when the file system fails."""
 
@@ -151,7 +159,7 @@ class SliceFiles:
         """
         path = self.prepared(key)
         ids = np.ascontiguousarray(tokens, "<i4").view(np.uint8)
-        facts = {"format": _FORMAT, "key": key, **{name: str(value) for name, value in asdict(info).items()}}
+        facts = _facts(key, info)
         digest = _digest(facts, ids, *_chunks(state, pause))
         header = _header({**facts, "xxh3": digest}, len(ids), len(state))
         handle, name = tempfile.mkstemp(prefix=f".{key}.", dir=path.parent)
@@ -187,9 +195,9 @@ class SliceFiles:
         return opened.state, opened.identity
 
     def info(self, key: str) -> tuple[SliceInfo, int] | None:
-        """Description of a slice from its file, hash unchecked, and the bytes of its state. Raises ``Damaged``."""
+        """Description of a slice from its file, hash unchecked, and the bytes of the file. Raises ``Damaged``."""
         opened = self._open(key)
-        return (opened.info, opened.state.nbytes) if opened else None
+        return (opened.info, opened.identity[2]) if opened else None
 
     def check(self, key: str) -> bool:
         """Compares a file with its hash, and its key with everything that the key is computed from.
@@ -275,6 +283,11 @@ def _info(metadata: dict[str, str]) -> SliceInfo:
     """Converts metadata, which has strings only, to the types of the fields."""
     kinds: dict[str, Any] = {"int": int, "float": float, "str": str}
     return SliceInfo(**{field.name: kinds[str(field.type)](metadata[field.name]) for field in fields(SliceInfo)})
+
+
+def _facts(key: str, info: SliceInfo) -> dict[str, str]:
+    """Metadata of a slice file, without the hash."""
+    return {"format": _FORMAT, "key": key, **{name: str(value) for name, value in asdict(info).items()}}
 
 
 def _digest(facts: dict[str, str], *parts: Bytes) -> str:

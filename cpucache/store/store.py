@@ -24,7 +24,7 @@ from cpucache.store.claims import Claims
 from cpucache.store.index import Index, Kept
 from cpucache.store.ram import RAM, Bytes
 from cpucache.store.recent import Recent
-from cpucache.store.slicefile import Damaged, Identity, Ids, SliceFiles, SliceInfo
+from cpucache.store.slicefile import Damaged, Identity, Ids, SliceFiles, SliceInfo, file_size
 from cpucache.store.startup import default_budget, open_index
 from cpucache.store.writer import Writer
 
@@ -69,7 +69,7 @@ class Store:
     Args:
         home: Folder of the store; ``None`` keeps slices in RAM only.
         ram_budget: Bytes of states in RAM.
-        disk_budget: Bytes of states in the folder; ``None`` for ``default_budget``.
+        disk_budget: Bytes of slice files in the folder; ``None`` for ``default_budget``.
         paranoid: Checks a file's hash each time the file is mapped, not only the first time.
         patience: Seconds to wait for a slice that another process evaluates before evaluating it here too.
         packing: Packs the states on disk.
@@ -282,7 +282,7 @@ class Store:
         self._recent.know(key, info)
 
     def size(self, key: str) -> int:
-        """Bytes of a slice's state as it is held: in RAM, else (perhaps packed) in its file; 0 where there is none."""
+        """Bytes of a slice as it is held: of its state in RAM, else of its file; 0 where there is none."""
         state = self.ram.get(key)
         if state is None and (waiting := self._writer.get(key)):
             state = waiting[0]
@@ -341,7 +341,7 @@ class Store:
         return account
 
     def missed(self, count: int) -> None:
-        """Counts ``count`` requested slices that the store lacked."""
+        """Counts ``count`` requested slices that the store lacked, and that are evaluated here."""
         with self._lock:
             self._misses += count
 
@@ -420,7 +420,7 @@ class Store:
             return
         packed = state if self._packing is None else self._packing.pack(state)
         put = partial(self.files.put, key, packed, tokens, info, self._writer.give_way)
-        self._enter(key, info, packed.nbytes, put)
+        self._enter(key, info, file_size(key, info, packed.nbytes), put)
 
     def _enter(self, key: str, info: SliceInfo, size: int, bring: Callable[[], object]) -> bool:
         """Enters a slice into the index; ``bring`` writes or moves its file. False: there is no room."""

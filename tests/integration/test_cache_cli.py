@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cpucache.cli.main import cli
 from cpucache.errors import CpucacheError
 from cpucache.store import Fingerprints, Kept, SliceInfo, Store, slice_key
-from cpucache.store.slicefile import SliceFiles
+from cpucache.store.slicefile import SliceFiles, file_size
 from tests.support.command import PROMPT, SCHEMA, cpucache, invoke
 
 DAY = 86400.0
@@ -118,7 +118,7 @@ def test_ls_json_has_everything(shop: Shop) -> None:
         "model": "small",
         "tokens": 2,
         "start": 0,
-        "bytes": 2000,
+        "bytes": shop.files.path(shop.keys["small/shop/a"]).stat().st_size,
         "hits": 2,
         "pinned": False,
         "seconds": 2.0,
@@ -159,10 +159,10 @@ def test_ls_prints_a_table(shop: Shop) -> None:
     assert (done.status, done.err) == (0, "")
     lines = [line.split() for line in done.out.splitlines() if line.strip()]
     assert lines[0] == ["schema", "module", "model", "tokens", "size", "hits", "used"]
-    assert lines[2] == ["docs", "(pinned)", "x", "small", "5", "5.0", "kB", "0", "3", "d", "ago"]
-    assert lines[5] == ["shop", "a", "small", "2", "2.0", "kB", "1,234", "just", "now"]
+    assert lines[2] == ["docs", "(pinned)", "x", "small", "5", "5.5", "kB", "0", "3", "d", "ago"]
+    assert lines[5] == ["shop", "a", "small", "2", "2.5", "kB", "1,234", "just", "now"]
     assert lines[6][:3] == ["shop", "(schema)", "small"]
-    assert lines[7] == ["5", "slices,", "15.0", "kB"]
+    assert lines[7] == ["5", "slices,", "17.6", "kB"]
 
 
 def test_an_empty_store_is_no_error() -> None:
@@ -309,13 +309,13 @@ def test_rm_deletes_what_is_named(which: tuple[str, ...], left: set[str], shop: 
 def test_pinned_slices_stay_until_they_are_unpinned(shop: Shop) -> None:
     assert cache("pin", "shop", "-m", "small").strip() == "3 slices pinned"
     assert {row["module"] for row in listed("-m", "small") if row["pinned"]} == {"", "a", "b"}
-    cache("gc", "--disk", "15000")
-    with shop.store(disk_budget=15_000) as store:
+    cache("gc", "--disk", "17500")
+    with shop.store(disk_budget=17_500) as store:
         shop.put(store, "small/big/x", 8)
     assert shop.there == {"small/shop/", "small/shop/a", "small/shop/b"}
     assert cache("pin", "shop", "--off").strip() == "3 slices unpinned"
-    with shop.store(disk_budget=15_000) as store:
-        shop.put(store, "small/big/y", 14)
+    with shop.store(disk_budget=17_500) as store:
+        shop.put(store, "small/big/y", 15)
     assert shop.there == set()
 
 
@@ -375,14 +375,16 @@ def test_export_says_what_is_missing(store_home: Path, tmp_path: Path) -> None:
         store.put(key, np.zeros(1 << 20, np.uint8), tokens, info)
         return key
 
-    with Store(store_home, ram_budget=0, disk_budget=3 << 20) as store:
+    # Their names are equally long, and so are their files.
+    size = file_size("0" * 32, SliceInfo("fp", "m", "s", "m0", 2, 0, "f", "c", 1.0), 1 << 20)
+    with Store(store_home, ram_budget=0, disk_budget=3 * size) as store:
         keys = [put(store, "s", number) for number in range(7)]
         kept = store.kept(keys)
-        assert kept == Kept(3, 3 << 20, 4, 7 << 20)
+        assert kept == Kept(3, 3 * size, 4, 7 * size)
     done = cpucache("cache", "export", "s", "-o", tmp_path / "s.pack")
     assert (done.status, done.out.split(": ")[1][:8]) == (0, "3 slices")
     assert "4 slices of s are not in it: they were evicted, or found no room" in done.err
-    assert "encode that again with --disk 7MiB" in done.err
+    assert "encode that again with --disk 8MiB" in done.err
     with Store(store_home, ram_budget=0, disk_budget=kept.budget) as store:
         for number in range(7):
             put(store, "s", number)

@@ -360,6 +360,18 @@ def test_a_pack_does_not_evict_itself(packed: Packed) -> None:
         assert set(store.files) == {row.key for row in store.index.rows()} == {packed.own, *packed.keys[:2]}
 
 
+def test_a_pack_fits_a_store_whose_budget_is_the_size_of_its_slices(packed: Packed) -> None:
+    """What a store counts, a pack counts, too."""
+    with Store(packed.folder / "from", ram_budget=0) as store:
+        kept = store.kept(packed.keys)
+    small = Store(packed.folder / "small", ram_budget=0, disk_budget=kept.bytes - 1)
+    with small, pytest.raises(InputError, match="the store's budget is"):
+        import_pack(small, packed.path)
+    with Store(packed.folder / "enough", ram_budget=0, disk_budget=kept.bytes) as store:
+        assert import_pack(store, packed.path)[1] == 3
+        assert store.kept(packed.keys).bytes == kept.bytes
+
+
 def test_a_pack_larger_than_the_budget_is_refused_before_anything_is_written(packed: Packed) -> None:
     with Store(packed.home, ram_budget=0, disk_budget=11_000) as store:
         assert store.files is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -86,9 +87,11 @@ def test_every_token_is_in_one_segment(text: Tokens, least: int, more: int) -> N
     gaps = np.diff([0, *ends])
     assert (ends[-1] if ends else 0) == len(text)
     assert all(1 <= gap <= least + more for gap in gaps)
-    # Nothing is smaller than a quarter of the least, but what stands at either end, or is left of a long run.
-    unlimited = np.diff([0, *Cuts(Pieces(), least, 1 << 20)(text)])
-    assert all(gap >= max(1, least // 4) for gap in unlimited[1:-1])
+    # Nothing is smaller than a quarter of the least, but what stands at either end, ends a message, or is left of a
+    # long run.
+    cuts = Cuts(Pieces(), least, 1 << 20)
+    inner = pairwise(cuts(text)[:-1])
+    assert all(end - begin >= max(1, least // 4) or cuts.ends_message(text[begin:end]) for begin, end in inner)
 
 
 @settings(deadline=None, max_examples=300)
@@ -144,6 +147,11 @@ def test_messages_begin_and_end_at_cuts() -> None:
     # A header goes with what stands before it, so that what is said is a segment of its own.
     header = np.array([START, 3, PIECES.index("\n")], np.int32)
     assert cuts(np.concatenate([header, one, end, header, other, end, header, one])) == [3, 14, 26, 32]
+    # A message of a few words is a segment of its own, and so is the end of one that ends with a blank line.
+    short = np.array([3], np.int32)
+    assert cuts(np.concatenate([header, one, end, header, short, end, header, other])) == [3, 14, 20, 27]
+    blank = ids("\n\n")
+    assert cuts(np.concatenate([header, *[other] * 3, blank, end, header, other])) == [3, 25, 30, 37]
     question = ids("\n\n")
     document = ids(prose(20, seed=2))
     asked = np.concatenate([header, document, question, one[:4], end, header, other])

@@ -65,6 +65,18 @@ def test_a_run_goes_on_where_the_sequence_ends(context: Context) -> None:
     assert np.abs(whole[1:] - whole[:-1]).max() > 100 * CLOSE
 
 
+def test_a_run_has_tokens() -> None:
+    """None that has no token can be made, nor comes of splitting one: no batch would complete it."""
+    with pytest.raises(ValueError, match="at least one token"):
+        Run(0, 0, some_tokens(0))
+    run = Run(2, 7, some_tokens(5))
+    head, (tail,) = run.split(3)
+    assert [(part.sequence, part.start, len(part.tokens)) for part in (head, tail)] == [(2, 7, 3), (2, 10, 2)]
+    for count in (5, 6):
+        whole, rest = run.split(count)
+        assert (whole.start, len(whole.tokens), rest) == (7, 5, [])
+
+
 def test_progress_tells_every_batch(model: Model) -> None:
     context = Context(model, n_ctx=1300, n_threads=1)
     try:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from cpucache.store import Fingerprints, Kept, SliceInfo, Store, content_key, default_home, slice_key
 from cpucache.store.ram import RAM, Bytes
-from cpucache.store.slicefile import Damaged, SliceFiles
+from cpucache.store.slicefile import Damaged, SliceFiles, file_size
 from cpucache.store.upkeep import collect, verify
 from tests.support.changes import changes, tries
 from tests.support.held import no_collector, open_files
@@ -156,7 +156,7 @@ def test_no_changed_byte_gives_a_changed_state(tmp_path: Path) -> None:
                 continue
             assert same(found, state(64))
             assert at < head - len(TOKENS.tobytes()), "changed ids or a changed state were accepted"
-            assert files.info(KEY) == (INFO, 64), "another description was accepted"  # all else is spelling
+            assert files.info(KEY) == (INFO, len(good)), "another description was accepted"  # all else is spelling
 
 
 @tries(400)
@@ -173,7 +173,7 @@ def test_a_file_gives_what_was_written_or_nothing(
     path.write_bytes(content)
     with contextlib.suppress(Damaged):
         assert same(read(files), state())
-        assert files.info(KEY) == (INFO, 1000)
+        assert files.info(KEY) == (INFO, len(content))
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -306,8 +306,41 @@ def test_a_folder_that_can_t_be_written_is_reported_once(tmp_path: Path, caplog:
     assert str(tmp_path / "file") in caplog.text
 
 
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_slice_is_as_large_as_its_file(packs: bool, tmp_path: Path) -> None:
+    """For the budget, too: header and tokens are on the disk as well as the state."""
+
+    class Halving:
+        def pack(self, state: Bytes) -> Bytes:
+            return state[: len(state) // 2]
+
+        def unpack(self, packed: Bytes) -> Bytes:
+            return np.tile(packed, 2)
+
+    described = [
+        INFO,
+        replace(INFO, module="b" * 300, seconds=1 / 3),
+        replace(INFO, schema="\u00e9", tokens=900, start=10**6, content="ab" * 16, attends_to="cd" * 800),
+        replace(INFO, tokens=0),
+    ]
+    keys = [f"{number:032x}" for number in range(len(described))]
+    with Store(tmp_path, ram_budget=0, packing=Halving() if packs else None) as store:
+        for number, (key, info) in enumerate(zip(keys, described, strict=True)):
+            store.put(key, state(1000 * number + 1000), np.zeros(info.tokens, np.int32), info)
+        store.flush()
+        assert store.files is not None and store.index is not None
+        sizes = {key: store.files.path(key).stat().st_size for key in keys}
+        assert {row.key: row.bytes for row in store.index.rows()} == sizes
+        assert store.kept(keys).bytes == store.index.totals()["bytes"] == sum(sizes.values())
+        assert [store.size(key) for key in keys] == list(sizes.values())
+    (tmp_path / "index.sqlite").unlink()
+    with Store(tmp_path, ram_budget=0) as store:
+        assert store.kept(keys).bytes == sum(sizes.values())
+
+
 def test_a_budget_given_to_one_process_evicts_nothing_that_others_keep(tmp_path: Path) -> None:
     keys = [f"{number:032x}" for number in range(8)]
+    size = file_size(KEY, INFO, 1000)
 
     def put(store: Store, number: int) -> None:
         store.put(keys[number], state(1000, number), TOKENS, INFO)
@@ -315,16 +348,16 @@ def test_a_budget_given_to_one_process_evicts_nothing_that_others_keep(tmp_path:
     with Store(tmp_path, ram_budget=0) as store:
         for number in range(5):
             put(store, number)
-        assert store.kept(keys) == Kept(5, 5000, 3, 5000)
-    with Store(tmp_path, ram_budget=0, disk_budget=3000) as store:
+        assert store.kept(keys) == Kept(5, 5 * size, 3, 5 * size)
+    with Store(tmp_path, ram_budget=0, disk_budget=3 * size) as store:
         put(store, 5)
-        assert store.kept([keys[5]]) == Kept(0, 0, 1, 6000)
+        assert store.kept([keys[5]]) == Kept(0, 0, 1, 6 * size)
         assert store.kept(keys[:5]).missing == 0
         assert store.writable
-    with Store(tmp_path, ram_budget=0, disk_budget=6000) as store:
+    with Store(tmp_path, ram_budget=0, disk_budget=6 * size) as store:
         put(store, 5)
         put(store, 6)
-        assert store.kept(keys) == Kept(6, 6000, 2, 7000)
+        assert store.kept(keys) == Kept(6, 6 * size, 2, 7 * size)
     with Store(None, ram_budget=1 << 20) as store:
         put(store, 0)
         assert store.kept(keys[:2]) == Kept(0, 0, 2, 0)
