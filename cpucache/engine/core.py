@@ -117,7 +117,7 @@ class Core:
             self._scheduler.add(request)
 
     def _make_way(self) -> None:
-        """Ends cancelled requests, and interrupts a prefill when a request of higher priority waits."""
+        """Ends cancelled requests, and interrupts a prefill that must make way for another request."""
         for queue in self._scheduler.waiting.values():
             for request in [each for each in queue if each.cancelled]:
                 queue.remove(request)
@@ -127,13 +127,13 @@ class Core:
             self._close(job)
             self._end(job.request)
         elif job := self._scheduler.overtaken():
-            _log.info("%s makes way for a request of higher priority", job.request.label)
+            _log.info("%s makes way for another request", job.request.label)
             self._close(job)
             if job.request.once:
                 job.request.cancelled = True
                 self._end(job.request)
             else:
-                self._scheduler.add(job.request, first=True)
+                self._scheduler.add(job.request, first=not job.waits)
 
     def _end(self, request: Request[Any]) -> None:
         """Ends a request whose task was not completed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,8 @@ _FIRST = 16  # tokens of a chunk before the rate of the prefill is known
 _SMALLEST = 4  # tokens of a chunk, however slow the prefill is
 AHEAD = 64
 """Tokens of a batch of a preparation. A request that interrupts it loses no more work than that."""
+WAITS = 0.5
+"""Seconds after its start at which a prefill that only waits for another process makes way for other requests."""
 _WEIGHT = 0.2  # of the newest measurement in an average
 
 
@@ -28,11 +31,17 @@ class Job:
 
     def __init__(self, request: Request[Any]) -> None:
         self.request = request
+        self.started = time.monotonic()
         self._task = request.task(request)
         self.work = Work([])
         """Tokens to evaluate before the task is resumed."""
         self.ended = False
         self.result: Any = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the task only waits for another process: it has no tokens to evaluate."""
+        return not self.work.runs
 
     def start(self) -> None:
         """Runs the task up to its first work. Raises errors of the task."""
@@ -117,10 +126,17 @@ class Scheduler:
             queue.append(request)
 
     def overtaken(self) -> Job | None:
-        """The prefill, if a request of higher priority waits and must interrupt it."""
+        """The prefill, if it must make way for a request in the queue.
+
+        It must for one of higher priority, and, if it only waits for another process, for one of its own priority.
+        """
         job = self.prefill
-        higher = job and any(self.waiting[each] for each in Priority if each < job.request.priority)
-        return job if higher else None
+        if job is None:
+            return None
+        higher = any(self.waiting[each] for each in Priority if each < job.request.priority)
+        beside = self.waiting[job.request.priority]
+        idles = job.waits and time.monotonic() - job.started >= WAITS
+        return job if higher or (idles and beside and self._fits(beside[0])) else None
 
     def next(self) -> Request[Any] | None:
         """Removes the request that may start now from its queue, and returns it; ``None`` if none may start."""

@@ -53,6 +53,9 @@ class KVCache:
         self._encoder = Encoder(self.splicer, slices)
         self.prefill_rate: float | None = None
         """Tokens evaluated per second, as last measured over 32 tokens or more (the first time, over 8 or more)."""
+        self._waits: dict[str, float] = {}
+        """Keys of slices that tasks wait for another process to encode, and since when. The times outlive the tasks: a
+        task that makes way for others starts over, and waits on."""
 
     def within(self, slices: Slices) -> KVCache:
         """Returns a KV cache that shares this one's context and store, for the slices of a namespace."""
@@ -203,7 +206,6 @@ class KVCache:
         if not missing:
             return
         self._check_can_be_made(missing)
-        waiting = time.monotonic()
         # Contexts of later slices are kept in memory too: a small store may evict any of them for the slices encoded
         # now.
         first = missing[:1] if self.slices.memory.points else missing
@@ -222,7 +224,7 @@ class KVCache:
             mine = self._claimed(todo)
             if not mine and not wait:
                 break
-            if not mine and time.monotonic() - waiting > self.store.patience:
+            if not mine and self._waited(todo) > self.store.patience:
                 _log.info("slices that another process has not made in %.0f s: %d", self.store.patience, len(todo))
                 mine = todo
             if mine or told != len(todo):
@@ -241,7 +243,8 @@ class KVCache:
                 yield Work([])
             done = set(mine)
             left = [slice_ for slice_ in todo if slice_ not in done and slice_.key not in self.store]
-            waiting = waiting if len(left) == len(todo) else time.monotonic()
+            if len(left) < len(todo):
+                self._progressed(todo)
             todo = left
 
     def _tell(self, mine: Sequence[Slice], todo: Sequence[Slice]) -> None:
@@ -251,6 +254,16 @@ class KVCache:
         elif _log.isEnabledFor(logging.INFO):
             modules = ", ".join(dict.fromkeys(slice_.module or "(text)" for slice_ in mine))
             _log.info("makes missing slices: %d, of %d tokens: %s", len(mine), tokens_to_evaluate(mine), modules)
+
+    def _waited(self, slices: Iterable[Slice]) -> float:
+        """Seconds that all of these slices have been waited for, without progress."""
+        now = time.monotonic()
+        return now - max(self._waits.setdefault(slice_.key, now) for slice_ in slices)
+
+    def _progressed(self, slices: Iterable[Slice]) -> None:
+        """Lets the time of waiting for slices begin anew, since one of them has been encoded."""
+        for slice_ in slices:
+            self._waits.pop(slice_.key, None)
 
     def _claimed(self, slices: Sequence[Slice]) -> list[Slice]:
         """Claims the slices to encode here now: no other process has claimed them, or a slice of their contexts."""

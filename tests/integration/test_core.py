@@ -19,7 +19,7 @@ from cpucache import Engine, InputError
 from cpucache.engine import Stream
 from cpucache.engine.answer import Answer
 from cpucache.engine.request import Priority, Request
-from cpucache.engine.scheduler import Job, Scheduler
+from cpucache.engine.scheduler import WAITS, Job, Scheduler
 from cpucache.errors import ContextFull, CpucacheError
 from cpucache.pml import parse_schema
 from cpucache.reuse import Plan
@@ -437,6 +437,38 @@ def test_of_each_priority_the_first_comes_first() -> None:
     for request in requests:
         scheduler.add(request)
     assert [scheduler.next() for _ in range(6)] == [*(requests[index] for index in (1, 3, 2, 0, 4)), None]
+
+
+def test_one_that_only_waits_makes_way_for_those_that_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def task(*works: Work) -> Task[None]:
+        yield from works
+
+    def of(priority: Priority, cells: int = 10) -> Request[None]:
+        return Request(lambda _: task(Work([])), priority=priority, cells=cells)
+
+    scheduler = Scheduler(4, 100, 512)
+    answering = Job(of(Priority.ANSWER, 50))
+    scheduler.answers = [answering]
+    waiting = scheduler.prefill = Job(of(Priority.ENCODE))
+    waiting.start()
+    assert waiting.waits
+    scheduler.add(of(Priority.ENCODE))
+    # Not at once: two that wait would only take turns.
+    assert scheduler.overtaken() is None
+    monkeypatch.setattr(waiting, "started", waiting.started - WAITS)
+    assert scheduler.overtaken() is waiting
+    scheduler.waiting[Priority.ENCODE].clear()
+    for request in (of(Priority.PREPARE), of(Priority.ENCODE, 60)):
+        scheduler.add(request)
+        assert scheduler.overtaken() is None
+    scheduler.add(of(Priority.ANSWER, 60))
+    assert scheduler.overtaken() is waiting
+    scheduler.waiting[Priority.ANSWER].clear()
+    scheduler.answers = []
+    assert scheduler.overtaken() is waiting
+    # And not while it has something to do.
+    waiting.work = Work([Run(0, 0, np.zeros(5, np.int32))])
+    assert scheduler.overtaken() is None
 
 
 def test_a_chunk_takes_as_long_as_two_steps_for_each_prompt_that_waits() -> None:

@@ -1,4 +1,4 @@
-"""Two KV caches over one folder: what both need is made once, and each of them answers right."""
+"""Two KV caches or engines over one folder: what both need is made once, and each of them answers right."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from cpucache import Engine
+from cpucache.pml import parse_schema
 from cpucache.store import Store
 from cpucache.store.claims import Claims
+from tests.support.command import PROMPT, SCHEMA
+from tests.support.serving import until
+from tests.support.sessions import engine
 from tests.support.workbench import (
     PLENTY,
     SLICES,
@@ -121,6 +130,79 @@ def test_a_claim_that_is_given_back_is_taken_over(tiny: TinyModel, tmp_path: Pat
         # And it is free again.
         assert somebody.take(key)
         somebody.release([key])
+
+
+# ---- whoever waits lets others go first ------------------------------------------------------------------------------
+@contextmanager
+def halted(model: Path, folder: Path) -> Iterator[threading.Event]:
+    """An engine that has begun to encode the schema, and goes on once the event is set."""
+    go_on, begun = threading.Event(), threading.Event()
+    with engine(model, folder) as running, ThreadPoolExecutor(1) as pool:
+        evaluate = running.context.evaluate
+
+        def waiting(*arguments: Any) -> None:
+            begun.set()
+            assert go_on.wait(120)
+            evaluate(*arguments)
+
+        running.context.evaluate = waiting  # type: ignore[method-assign, assignment]
+        running.add_schema(parse_schema(SCHEMA))
+        encoding = pool.submit(running.encode, "shop")
+        assert begun.wait(60)
+        try:
+            yield go_on
+        finally:
+            go_on.set()
+            encoding.result(60)
+
+
+def waits(running: Engine) -> bool:
+    """Whether what an engine is at waits for another process."""
+    job = running.host.core._scheduler.prefill
+    return job is not None and job.waits
+
+
+def answers(model: Path, folder: Path, *texts: str) -> list[str]:
+    """What an engine that nobody disturbs answers to the prompt, and to texts."""
+    with engine(model, folder) as running:
+        running.add_schema(parse_schema(SCHEMA))
+        alone = [running.generate(PROMPT, max_tokens=8).text]
+        return alone + [running.generate(text=text, max_tokens=8).text for text in texts]
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_who_waits_for_another_process_lets_others_go_first(parallel: int, tiny: TinyModel, tmp_path: Path) -> None:
+    model, text = tiny("llama"), "rain on the roof " * 20
+    alone = answers(model, tmp_path / "alone", text)
+    with halted(model, tmp_path) as go_on, engine(model, tmp_path, parallel=parallel) as running:
+        running.add_schema(parse_schema(SCHEMA))
+        asked = running.stream(PROMPT, max_tokens=8)
+        asked.begin()
+        until(lambda: waits(running))
+        others = [running.generate(text=text, max_tokens=8).text for _ in range(3)]
+        assert not asked.request.ended
+        assert others == alone[1:] * 3
+        until(lambda: waits(running))
+        go_on.set()
+        reply = asked.reply()
+        assert reply.text == alone[0]
+        # What the schema ends with is evaluated together with the question.
+        assert reply.metrics.encoded_tokens <= 2
+
+
+def test_those_that_take_turns_in_waiting_are_patient_no_longer(tiny: TinyModel, tmp_path: Path) -> None:
+    """The time that one has waited counts on after it has let another go first."""
+    model = tiny("llama")
+    alone = answers(model, tmp_path / "alone")
+    with halted(model, tmp_path), engine(model, tmp_path) as running, ThreadPoolExecutor(3) as pool:
+        running.store.patience = 3.0
+        running.add_schema(parse_schema(SCHEMA))
+        started = time.monotonic()
+        replies = list(pool.map(lambda _: running.generate(PROMPT, max_tokens=8), range(3)))
+        assert [reply.text for reply in replies] == alone * 3
+        assert time.monotonic() - started >= 3.0
+        # One of them has made the slices.
+        assert sorted(reply.metrics.encoded_tokens > 2 for reply in replies) == [False, False, True]
 
 
 def test_claims(tmp_path: Path) -> None:
