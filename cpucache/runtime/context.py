@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -36,7 +37,10 @@ BATCH = 512
 _LONG = 32
 _WHOLE = 0
 """Flags for the whole state of a sequence (``llama_state_seq_get_data_ext``, llama.h)."""
-_POINT_HEAD = 8  # bytes before a recurrent state: its kind and its sequence
+_STATE_HEAD = 8  # bytes before all else in a state: its kind and its sequence
+_PART = api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+"""Flags for the cells of window layers, if there are any, and the recurrent state, if there is one."""
+_BEYOND = 2**31 - 1  # a position after those of all cells
 _GGML_TYPES = {"f32": api.GGML_TYPE_F32, "f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 _FLASH = {
     "auto": api.LLAMA_FLASH_ATTN_TYPE_AUTO,
@@ -174,8 +178,16 @@ class Context:
         shifts = bool(self._memory and api.llama_memory_can_shift(self._memory))
         self.memory = Memory.of(model, shifts=shifts)
         """Operations that the cells allow."""
-        # Bytes of an empty recurrent state, to complete saved cells with: no sequence has a recurrent state yet.
-        self._no_point = self.save_point(0)[_POINT_HEAD:] if self.memory.points else np.empty(0, np.uint8)
+        self._point_begin = _STATE_HEAD
+        # Bytes of an empty recurrent state, to complete saved cells with.
+        self._no_point = np.empty(0, np.uint8)
+        if self.memory.points:
+            # No sequence holds anything yet.
+            whole, part = self._save(0, _WHOLE), self._save(0, _PART)
+            # Before the recurrent state come the cells of window layers. None of them take as many bytes as none of
+            # the other layers (llama_kv_cache::state_write).
+            self._point_begin += len(whole) - len(part) if self.memory.window else 0
+            self._no_point = part[self._point_begin :]
         self._stop: Callable[[], bool] | None = None
         self._asked = api.ggml_abort_callback(lambda _data: self._stop is not None and self._stop())
         self._never = api.ggml_abort_callback()
@@ -305,7 +317,7 @@ class Context:
         api.llama_memory_seq_add(self._memory, sequence, begin, -1, delta)
 
     def last_position(self, sequence: int) -> int:
-        """Highest position of a sequence; -1 if it is empty."""
+        """Highest position of a sequence; -1 if it is empty, or has cells but not the recurrent state that it needs."""
         return int(api.llama_memory_seq_pos_max(self._memory, sequence))
 
     def whole(self, sequence: int, end: int, cells: int) -> bool:
@@ -316,20 +328,32 @@ class Context:
         """
         if not self.memory.window:
             return True
-        if self.last_position(sequence) != end - 1:
+        last = self.last_position(sequence)
+        # Slices are loaded without a recurrent state, and so have no last position.
+        if last != end - 1 and not (self.memory.points and last == -1):
             return False
+        recurrent = self._part_size(sequence, _BEYOND) if self.memory.points else 0
         if self._cell_sizes is None:
-            last, sizes = self.last_position(sequence), []
-            for begin in (last, last - 1):
-                self.share(sequence, self._spare, begin)
-                sizes.append(self._size(self._spare, api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY))
-            self.remove(self._spare)
-            one, two = sizes
+            one, two = (self._part_size(sequence, begin) - recurrent for begin in (end - 1, end - 2))
             if one == two:
-                return cells == 1 == last + 1
+                return cells == 1 == end
             self._cell_sizes = one, two - one
         first, each = self._cell_sizes
-        return self._size(sequence, api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == first + (cells - 1) * each
+        return self._size(sequence, _PART) - recurrent == first + (cells - 1) * each
+
+    def _part_size(self, sequence: int, begin: int) -> int:
+        """Bytes of the cells that window layers hold from position ``begin`` on, and of the recurrent state."""
+        with self._tail(sequence, begin) as tail:
+            return self._size(tail, _PART)
+
+    @contextmanager
+    def _tail(self, sequence: int, begin: int) -> Iterator[int]:
+        """Shares the cells of a sequence from position ``begin`` on, and its recurrent state, with a sequence."""
+        self.share(sequence, self._spare, begin)
+        try:
+            yield self._spare
+        finally:
+            self.remove(self._spare)
 
     # -- state -------------------------------------------------------------------------------------------------------
     def save(self, sequence: int) -> Bytes:
@@ -337,8 +361,8 @@ class Context:
         state = self._save(sequence, _WHOLE)
         if not self.memory.points:
             return state
-        # The recurrent state is last (llama_memory_hybrid::state_write).
-        point = self.save_point(sequence)[_POINT_HEAD:]
+        # The recurrent state is last (llama_memory_hybrid::state_write, llama_memory_hybrid_iswa::state_write).
+        point = self.save_point(sequence)[self._point_begin :]
         if not np.array_equal(state[len(state) - len(point) :], point):
             raise CpucacheError(f"{self.model.path.name}: llama.cpp lays out states of this model in an unknown way")
         cells: Bytes = state[: len(state) - len(point)].copy()
@@ -353,11 +377,15 @@ class Context:
 
     def save_point(self, sequence: int) -> Bytes:
         """Returns the recurrent state of a sequence: one state for all of its tokens."""
-        return self._save(sequence, api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+        if not self.memory.window:
+            return self._save(sequence, _PART)
+        with self._tail(sequence, _BEYOND) as point:
+            return self._save(point, _PART)
 
     def load_point(self, sequence: int, state: Bytes) -> bool:
         """Replaces the recurrent state of a sequence; its cells stay. Returns false if llama.cpp refuses it."""
-        return self._load(sequence, state, api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+        # No cells in a state leave those of the sequence (llama_kv_cache::state_read).
+        return self._load(sequence, state, _PART)
 
     def _save(self, sequence: int, flags: int) -> Bytes:
         size = self._size(sequence, flags)

@@ -10,8 +10,8 @@ import pytest
 
 from cpucache.runtime import Context, Run
 from tests.support.sessions import engine, message, plain_spoken, said, truth
-from tests.support.tiny import HYBRID_ARCHS, RECURRENT_ARCHS
-from tests.support.workbench import opened, some_tokens
+from tests.support.tiny import HYBRID_ARCHS, RECURRENT_ARCHS, WINDOW_ARCHS
+from tests.support.workbench import distance, opened, some_tokens, tolerance
 
 Tiny = Callable[..., Path]
 SYSTEM = {"role": "system", "content": message(50, 30)}
@@ -44,12 +44,17 @@ def test_cells_in_parts_and_one_state_are_all_there_is(arch: str, tiny: Tiny) ->
         assert context.last_position(0) == -1
         assert context.load_point(0, point)
         assert context.last_position(0) == 89
-        assert np.array_equal(last_row(context, 90, tokens[90:]), expected)
+        found = last_row(context, 90, tokens[90:])
+        if arch in WINDOW_ARCHS:
+            # Fewer cells are there than before, so the same numbers are added in another order.
+            assert distance(found, expected) < tolerance(arch, "f32")
+        else:
+            assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("arch", HYBRID_ARCHS)
 def test_cells_are_saved_without_the_recurrent_state(arch: str, tiny: Tiny) -> None:
-    with opened(tiny(arch)) as context:
+    with opened(tiny(arch, window=1000)) as context:
         context.decode([Run(0, 0, some_tokens(100))])
         half = len(context.save(0))
         context.decode([Run(0, 100, some_tokens(100))])
@@ -62,7 +67,7 @@ def test_cells_are_saved_without_the_recurrent_state(arch: str, tiny: Tiny) -> N
 @pytest.mark.parametrize("arch", RECURRENT_ARCHS)
 def test_the_disk_grows_with_the_text_and_no_faster(arch: str, tiny: Tiny, tmp_path: Path) -> None:
     """A conversation of 20 turns, sent whole each time: the cells once, and a state for each message."""
-    model = plain_spoken(tiny(arch))
+    model = plain_spoken(tiny(arch, window=4096))
     messages = [SYSTEM]
     sizes, tokens = [], []
     with engine(model, tmp_path, n_ctx=4096) as running:

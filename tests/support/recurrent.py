@@ -80,6 +80,12 @@ def _add_lfm2(writer: gguf.GGUFWriter, weights: Weights, shape: Shape) -> None:
         feed_forward(weights, block, shape, gate=True)
 
 
+def _add_lfm2_window(writer: gguf.GGUFWriter, weights: Weights, shape: Shape) -> None:
+    """The same with a sliding window in all layers of attention."""
+    writer.add_sliding_window(shape.window)
+    _add_lfm2(writer, weights, shape)
+
+
 def _add_mamba2(writer: gguf.GGUFWriter, weights: Weights, shape: Shape) -> None:
     _add_ssm2_sizes(writer, "mamba2", shape)
     for i in range(shape.n_layer):
@@ -260,6 +266,7 @@ RECURRENT: dict[str, Callable[[gguf.GGUFWriter, Weights, Shape], None]] = {
     "rwkv6": _add_rwkv6,
     "rwkv7": _add_rwkv7,
     "lfm2": _add_lfm2,
+    "lfm2-window": _add_lfm2_window,
     "jamba": _add_jamba,
     "falcon-h1": _add_falcon_h1,
     "granitehybrid": _add_granite_hybrid,

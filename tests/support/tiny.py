@@ -32,6 +32,7 @@ Arch = Literal[
     "rwkv6",
     "rwkv7",
     "lfm2",
+    "lfm2-window",
     "jamba",
     "falcon-h1",
     "granitehybrid",
@@ -41,12 +42,12 @@ Arch = Literal[
 Tokenizer = Literal["bpe", "spm"]
 
 ARCHS: tuple[Arch, ...] = get_args(Arch)
-HYBRID_ARCHS: tuple[Arch, ...] = ("lfm2", "jamba", "falcon-h1", "granitehybrid", "qwen35", "qwen3next")
+HYBRID_ARCHS: tuple[Arch, ...] = ("lfm2", "lfm2-window", "jamba", "falcon-h1", "granitehybrid", "qwen35", "qwen3next")
 """Attention in some layers, a recurrent state in the others (or in the same)."""
 RECURRENT_ARCHS: tuple[Arch, ...] = ("mamba", "mamba2", "rwkv6", "rwkv7", *HYBRID_ARCHS)
 ATTENTION_ARCHS: tuple[Arch, ...] = tuple(arch for arch in ARCHS if arch not in RECURRENT_ARCHS)
-WINDOW_ARCHS: tuple[Arch, ...] = ("gemma3", "gemma4", "gpt-oss")
-"""Windows and full attention in turn."""
+WINDOW_ARCHS: tuple[Arch, ...] = ("gemma3", "gemma4", "gpt-oss", "lfm2-window")
+"""Windows in some layers, full attention or a recurrent state in the others."""
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
 UNK, BOS, EOS, PAD, IM_START, IM_END = range(len(SPECIAL_TOKENS))
@@ -89,13 +90,14 @@ def write_tiny(
 
     ``n_ctx`` is the trained context in tokens. ``n_layer`` defaults to 3, and to 4 where layers alternate: of
     gemma3, gemma4 and gpt-oss between a sliding window of ``window`` tokens and full attention, of hybrids between a
-    recurrent state and attention. ``n_kv_head`` defaults to 2 (grouped queries)
-    where the architecture has them, else to ``n_head``. ``head_dim`` is a multiple of 64 by default because llama.cpp
-    crashes when it shifts quantized keys of any other size under RoPE. ``add_space_prefix`` goes with
-    ``tokenizer="spm"`` only. ``chat_template=None`` leaves the template out. ``rope_scaling`` stretches
-    positions by 4. ``rope_factors`` divides angles by some numbers.
+    recurrent state and attention. ``lfm2-window`` is LFM2 with such a window in its layers of attention. ``n_kv_head``
+    defaults to 2 (grouped queries) where the architecture has them, else to ``n_head``. ``head_dim`` is a multiple of
+    64 by default because llama.cpp crashes when it shifts quantized keys of any other size under RoPE.
+    ``add_space_prefix`` goes with ``tokenizer="spm"`` only. ``chat_template=None`` leaves the template out.
+    ``rope_scaling`` stretches positions by 4. ``rope_factors`` divides angles by some numbers.
     """
     add_arch = {**ATTENTION, **RECURRENT}[arch]
+    architecture = arch.removesuffix("-window")
     shape = Shape(
         n_layer=n_layer if n_layer is not None else (4 if arch in (*WINDOW_ARCHS, *HYBRID_ARCHS) else 3),
         n_head=n_head,
@@ -104,7 +106,7 @@ def write_tiny(
         n_ff=n_ff,
         window=window,
     )
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, architecture)
     try:
         writer.add_name(f"tiny-{arch}-{seed}")
         writer.add_context_length(n_ctx)
@@ -117,7 +119,7 @@ def write_tiny(
             writer.add_feed_forward_length(n_ff)
             writer.add_head_count(n_head)
             kv_heads = [shape.n_kv_head * (i % 2) for i in range(shape.n_layer)]
-            in_turn = arch in ("lfm2", "jamba", "granitehybrid")  # others say otherwise which layers attend
+            in_turn = architecture in ("lfm2", "jamba", "granitehybrid")  # others say otherwise which layers attend
             writer.add_head_count_kv(kv_heads if in_turn else shape.n_kv_head)
             if arch != "gemma4":
                 writer.add_key_length(head_dim)
@@ -150,7 +152,7 @@ def write_tiny(
         add_arch(writer, weights, shape)
         if rope_factors:
             weights.put("rope_freqs.weight", np.linspace(1.0, 8.0, head_dim // 2))
-        last_norm = "token_embd_norm" if arch == "lfm2" else "output_norm"
+        last_norm = "token_embd_norm" if architecture == "lfm2" else "output_norm"
         weights.norm(last_norm, shape.n_embd, bias=arch in ("falcon", "mpt", "rwkv6", "rwkv7"))
         weights.matrix("output", n_vocab, shape.n_embd, gain=LOGIT_GAIN)
 
