@@ -164,7 +164,9 @@ def test_results_of_other_settings_are_refused(bench: Callable[..., Bench], tmp_
     run.run("--limit", "1", variants="full")
     before = run.file.read_bytes()
 
-    with pytest.raises(InputError, match=r"results.jsonl: its answers are from other settings \(seed 0, now 7\); give"):
+    with pytest.raises(
+        InputError, match=r"results.jsonl: its answers were measured with other settings \(seed 0, now 7\); name"
+    ):
         run.run("--limit", "1", "--seed", "7")
     assert run.file.read_bytes() == before
     for other in (b"a file of mine", b"a file\nof mine\n", b'{"settings": "x"}\n'):
@@ -273,16 +275,16 @@ def test_shuffled_and_dropped_are_other_settings(bench: Callable[..., Bench]) ->
     ("more", "message"),
     [
         (("--of", "5"), "--of goes with --pick or --unions"),
-        (("--unions", "2"), "--unions N needs --of M passages"),
+        (("--unions", "2"), "--unions N needs --of M, where M is at least N"),
         (("--unions", "2", "--of", "5", "--drop", "0.5"), "--unions goes with --of and --shuffle alone"),
         (("--pick", "2", "--of", "5", "--unions", "2"), "--pick goes with --of alone"),
-        (("--pick", "2"), "--pick K needs --of M passages"),
-        (("--pick", "6", "--of", "5"), "--pick K needs --of M passages"),
-        (("--pick", "2", "--of", "50"), "--of 50 needs as many questions, there are 20"),
+        (("--pick", "2"), "--pick K needs --of M, where M is at least K"),
+        (("--pick", "6", "--of", "5"), "--pick K needs --of M, where M is at least K"),
+        (("--pick", "2", "--of", "50"), "--of 50 needs at least 50 questions; the file has 20"),
         (("--pick", "2", "--of", "5", "--shuffle"), "--pick goes with --of alone"),
         (("--pick", "2", "--of", "5", "--drop", "0.5"), "--pick goes with --of alone"),
         (("--pick", "2", "--of", "5", "--passages", "3"), "--pick goes with --of alone"),
-        (("--variants", "fast,full"), "the first variant is 'full'"),
+        (("--variants", "fast,full"), "the first variant must be 'full'"),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(
