@@ -70,7 +70,7 @@ def from_files(
         text, wrong = _read(path, limits)
         size += len(text.encode())
         if not wrong and size > limits.sources:
-            wrong = f"with it, all files together exceed {limits.sources:,} bytes"
+            wrong = f"brings all files to more than {limits.sources:,} bytes"
         src = _src(path, base)
         if not wrong and src is None:
             wrong = "is outside the schema's folder"

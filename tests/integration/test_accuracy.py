@@ -274,16 +274,16 @@ def test_shuffled_and_dropped_are_other_settings(bench: Callable[..., Bench]) ->
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--of", "5"), "--of goes with --pick or --unions"),
+        (("--of", "5"), "--of needs --pick or --unions"),
         (("--unions", "2"), "--unions N needs --of M, where M is at least N"),
-        (("--unions", "2", "--of", "5", "--drop", "0.5"), "--unions goes with --of and --shuffle alone"),
-        (("--pick", "2", "--of", "5", "--unions", "2"), "--pick goes with --of alone"),
+        (("--unions", "2", "--of", "5", "--drop", "0.5"), "--unions can be combined with --of and --shuffle only"),
+        (("--pick", "2", "--of", "5", "--unions", "2"), "--pick can be combined with --of only"),
         (("--pick", "2"), "--pick K needs --of M, where M is at least K"),
         (("--pick", "6", "--of", "5"), "--pick K needs --of M, where M is at least K"),
         (("--pick", "2", "--of", "50"), "--of 50 needs at least 50 questions; the file has 20"),
-        (("--pick", "2", "--of", "5", "--shuffle"), "--pick goes with --of alone"),
-        (("--pick", "2", "--of", "5", "--drop", "0.5"), "--pick goes with --of alone"),
-        (("--pick", "2", "--of", "5", "--passages", "3"), "--pick goes with --of alone"),
+        (("--pick", "2", "--of", "5", "--shuffle"), "--pick can be combined with --of only"),
+        (("--pick", "2", "--of", "5", "--drop", "0.5"), "--pick can be combined with --of only"),
+        (("--pick", "2", "--of", "5", "--passages", "3"), "--pick can be combined with --of only"),
         (("--variants", "fast,full"), "the first variant must be 'full'"),
     ],
 )
@@ -313,7 +313,7 @@ def test_the_table_fits_the_terminal(bench: Callable[..., Bench], columns: int) 
     assert "recompute:0.2" in shown or columns == 40, "a long name is folded"
     assert ("95%" in "".join(table)) == (columns == 140)
     assert (" EM " in "".join(table), "floor" in "".join(table)) == (columns >= 60, columns >= 80)
-    assert last == "Points of 100; differences are paired, their 95% intervals in --json. Times are medians."
+    assert last == "Scores: 100 is the best. Differences are paired; --json has their 95% intervals. Times are medians."
 
 
 def test_the_table_and_the_drawing_have_every_variant(bench: Callable[..., Bench], tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_ctrl_c_keeps_what_is_done(bench: Callable[..., Bench]) -> None:
 
     assert command.returncode == 130
     done = run.lines
-    assert f"stopped; {len(done) - 1} answers are in {run.file}: the same command goes on from there" in told
+    assert f"stopped; {len(done) - 1} answers are saved in {run.file}: the same command continues after them" in told
     assert 3 < len(done) < 1 + len(VARIANTS) * 300
     again = cpucache(*arguments, "--limit", str(len(done)))
     assert again.status == 0, again.err
