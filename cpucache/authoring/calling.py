@@ -65,5 +65,7 @@ class _Calling:
     def _filled(self, field: Field) -> str:
         text = str(field.expression.value(self._names))
         if char := impossible(text):
-            raise InputError(f"the argument '{field.parameter.name}' holds {char}, a character that PML can't hold")
+            raise InputError(
+                f"the argument '{field.parameter.name}' contains {char}, which PML can't contain: remove it"
+            )
         return text

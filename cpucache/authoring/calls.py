@@ -67,7 +67,7 @@ def callee_of(node: ast.expr, caller: Callee, constants: Constants) -> Callee | 
         if owner is not None and (found := inspect.getattr_static(owner, node.attr, None)) is not None:
             definition = definition_of(found)
             if isinstance(definition, Definition):
-                # ``staticmethod`` may stand on either side of the decorator.
+                # ``staticmethod`` may be on either side of the decorator.
                 if definition.is_static or isinstance(found, staticmethod):
                     return Callee(definition.function, definition.name)
                 return Callee(definition.function, definition.name, owner, node.value)

@@ -95,7 +95,7 @@ class _Compiler:
         """Compiles the whole function."""
         tree = self._source.tree
         if isinstance(tree, ast.AsyncFunctionDef):
-            self._refuse("a prompt is no coroutine: write it with def", tree.lineno)
+            self._refuse("a prompt function can't be a coroutine: write it with def", tree.lineno)
         for argument in (tree.args.vararg, tree.args.kwarg):
             if argument is not None:
                 self._refuse(f"`*{argument.arg}`: give each argument a name of its own", argument.lineno)
@@ -153,7 +153,7 @@ class _Compiler:
         """Parts of an expression statement: a string, or a call of another prompt function."""
         if (isinstance(node, ast.Constant) and isinstance(node.value, str)) or isinstance(node, ast.JoinedStr):
             if has_nul(node):
-                self._refuse("U+0000 is not a character that PML can hold", node.lineno)
+                self._refuse("PML can't contain U+0000: remove it", node.lineno)
                 return []
             pieces = pieces_of(node, triple_quoted=self._source.is_triple_quoted(node))
             parts = (
@@ -173,15 +173,15 @@ class _Compiler:
             return [text] if text is not None and text.text else []
         shown = ast.unparse(node)
         if isinstance(node, ast.Call):
-            what = f"`{shown}` is no call of a prompt function: decorate that with @cpucache.prompt, or write"
+            what = f"`{shown}` does not call a prompt function: decorate the function with @cpucache.prompt, or write"
         else:
-            what = f"`{shown}` is no text: write"
-        self._refuse(f'{what} f"{{...}}" for a value to be a part of the text', node.lineno)
+            what = f"`{shown}` is not a text: write"
+        self._refuse(f'{what} f"{{...}}" to insert its value into the text', node.lineno)
         return []
 
     def _literal(self, text: str, at: int) -> Text | None:
         if char := impossible(text):
-            self._refuse(f"{char} is not a character that PML can hold", at)
+            self._refuse(f"PML can't contain {char}: remove it", at)
             return None
         return Text(text, at)
 
@@ -253,7 +253,9 @@ class _Compiler:
 
     def _for(self, loop: ast.For, names: Names) -> tuple[list[Part], Ends]:
         if loop.orelse:
-            self._refuse("`else` of a loop: write what follows behind the loop", loop.orelse[0].lineno)
+            self._refuse(
+                "`else` of a loop can't be compiled: write its statements after the loop", loop.orelse[0].lineno
+            )
         try:
             items = self._constants.items(loop.iter)
         except Exception as error:
@@ -261,7 +263,7 @@ class _Compiler:
             return [], "never"
         if items is None:
             self._refuse(
-                f"`for` goes through `{ast.unparse(loop.iter)}`, of which nothing is known before a call: loop over a "
+                f"the items of `{ast.unparse(loop.iter)}`, or their order, are not known before a call: loop over a "
                 "list or tuple of constants, or put the lines into one argument, as in f\"{'; '.join(items)}\"",
                 loop.lineno,
             )
@@ -296,7 +298,9 @@ class _Compiler:
         if isinstance(target, ast.Tuple | ast.List) and is_many and len(target.elts) == len(item):
             inner = [self._bound(each, part) for each, part in zip(target.elts, item, strict=True)]
             return {name: value for each in inner if each for name, value in each.items()}
-        self._refuse(f"`{ast.unparse(target)}` does not fit the item {item!r}: one name for each part", target.lineno)
+        self._refuse(
+            f"`{ast.unparse(target)}` does not fit the item {item!r}: write one name for each part", target.lineno
+        )
         return None
 
     # ---- roles, calls and values -------------------------------------------------------------------------------------
@@ -308,12 +312,15 @@ class _Compiler:
             found = self._constants.object(call)
             if not isinstance(found, RoleTag) or item.optional_vars is not None:
                 shown = ast.unparse(item)
-                self._refuse(f"`with {shown}`: only with system():, with user(): and with assistant():", node.lineno)
+                self._refuse(
+                    f"`with {shown}` can't be compiled: use with system():, with user(): or with assistant():",
+                    node.lineno,
+                )
                 return [], "never"
             roles.append(found.role)
         if self._role or len(roles) > 1:
             around = self._role or roles[0]
-            self._refuse(f"`with {roles[-1]}()` stands inside `{around}`: roles can't be nested", statement.lineno)
+            self._refuse(f"`with {roles[-1]}()` is inside `{around}`: roles can't be nested", statement.lineno)
             return [], "never"
         self._role = roles[0]
         parts, ends = self._block(statement.body, names)
@@ -329,7 +336,7 @@ class _Compiler:
     def _call(self, node: ast.Call, callee: Callee, names: Names) -> list[Part]:
         function = callee.function
         if any(function.python is each.python for each in self._stack):
-            self._refuse(f"`{function.name}` calls itself: a prompt has no end then", node.lineno)
+            self._refuse(f"`{function.name}` calls itself: its prompt would never end", node.lineno)
             return []
         given = self._arguments(node, callee)
         if given is None:
@@ -368,7 +375,7 @@ class _Compiler:
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
         target, value = targets[0], statement.value
         if len(targets) > 1 or not isinstance(target, ast.Name):
-            self._refuse("a value is kept under one name, as in `names = ', '.join(people)`", statement.lineno)
+            self._refuse("assign a value to one name, as in `names = ', '.join(people)`", statement.lineno)
             return []
         if isinstance(statement, ast.AnnAssign):
             self._fields.annotate(target.id, ast.unparse(statement.annotation), statement.lineno)
@@ -377,7 +384,8 @@ class _Compiler:
         if isinstance(value, ast.Call) and self._callee_of(value):
             shown = ast.unparse(value)
             self._refuse(
-                f"`{shown}` is a prompt function: call it in a line of its own, where its text stands", value.lineno
+                f"`{shown}` calls a prompt function: write the call as a statement, where its text belongs",
+                value.lineno,
             )
             return []
         self._fields.check(value, statement.lineno)

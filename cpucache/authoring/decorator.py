@@ -113,7 +113,7 @@ class PromptFunction(Definition, Generic[P]):
         if ready is None or changed(ready.code.used):
             code = compiled(Callee(self.function, self.name, owner))
             if not has_text(code.parts):
-                reason = f"there is no text in '{self.name}': write strings that stand by themselves"
+                reason = f"there is no text in '{self.name}': write strings as statements"
                 raise PMLError(reason, file=self.function.file, line=self.function.line)
             ready = self._ready[owner] = _Ready(self.name, self.function, code)
         return ready

@@ -48,9 +48,7 @@ class Fields:
         """Reports every assignment, ``await`` and ``yield`` in an expression."""
         for each in ast.walk(node) if node is not None else ():
             if isinstance(each, _REFUSED):
-                wrong = (
-                    "only what gives a value can stand here, no assignment, await or yield: move it out of the prompt"
-                )
+                wrong = "a field can't contain an assignment, await or yield: move it out of the prompt"
                 self._problems.report(f"`{ast.unparse(each)}`: {wrong}", line)
 
     def part(self, field: ast.FormattedValue, names: Names, line: int) -> Field | Text | None:
@@ -64,7 +62,7 @@ class Fields:
             return None
         if value is not UNKNOWN:
             if char := impossible(value):
-                self._problems.report(f"{char} is not a character that PML can hold", line)
+                self._problems.report(f"PML can't contain {char}: remove it", line)
                 return None
             return Text(value, line)
         shown = ast.unparse(field.value)

@@ -62,7 +62,7 @@ def from_files(
     limits = Limits()
     paths = list(_found(folder, patterns, exclude))
     if not paths:
-        raise InputError(f"{folder}: no file matches {' or '.join(patterns)} there, but for what git ignores")
+        raise InputError(f"{folder}: no file matches {' or '.join(patterns)}, or git ignores all that match")
     total, size = 0, 0
     for at, path in enumerate(paths):
         progress(at, len(paths))
@@ -70,13 +70,13 @@ def from_files(
         text, wrong = _read(path, limits)
         size += len(text.encode())
         if not wrong and size > limits.sources:
-            wrong = f"makes more than {limits.sources:,} bytes of all files"
+            wrong = f"brings all files to more than {limits.sources:,} bytes"
         src = _src(path, base)
         if not wrong and src is None:
-            wrong = "lies outside the schema's folder"
+            wrong = "is outside the schema's folder"
         tokens = count(text) if count is not None and not wrong else None
         if tokens is not None and budget is not None and total + tokens > budget:
-            wrong = f"{tokens:,} tokens, of which the budget has {budget - total:,} left"
+            wrong = f"has {tokens:,} tokens; {budget - total:,} of the budget are left"
         if wrong or src is None:
             gathered.left[shown] = wrong
             continue
@@ -105,7 +105,7 @@ def _read(path: Path, limits: Limits) -> tuple[str, str]:
     except OSError as error:
         return "", f"can't be read: {error.strerror}"
     if char := impossible(text.replace("\r", "")):
-        return "", f"is no text: it holds {char}"
+        return "", f"is not a text: it contains {char}"
     return text, "" if text.strip() else "is empty"
 
 
@@ -114,7 +114,7 @@ def _found(folder: Path, patterns: Iterable[str], exclude: Path | None) -> Itera
     try:
         matched = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"{' '.join(patterns)}: no pattern: {error}") from error
+        raise InputError(f"{' '.join(patterns)}: not a valid pattern: {error}") from error
     ignored = _Ignored(folder)
     excluded = exclude.resolve() if exclude is not None else None
     for path in sorted(matched, key=lambda path: path.relative_to(folder).parts):

@@ -29,7 +29,7 @@ class MaxTokens:
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, int) or not 1 <= self.tokens <= 999_999_999:
-            raise ValueError(f"MaxTokens({self.tokens!r}): a number of tokens from 1 to 999999999")
+            raise ValueError(f"MaxTokens({self.tokens!r}): must be a number of tokens from 1 to 999999999")
 
 
 class Function:

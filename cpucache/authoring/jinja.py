@@ -92,7 +92,7 @@ class _Turning:
         """Module of a file that a template includes, or the reason why there is none."""
         path = (self._folder / name).resolve()
         if not path.is_relative_to(self._folder):
-            return "lies outside the template's folder"
+            return "is outside the template's folder"
         if str(path) in stack or str(path) == str((self._folder / file).resolve()):
             return "includes itself"
         try:
@@ -142,12 +142,12 @@ class _Template:
         if type(node) in turn:
             return turn[type(node)](node, names)
         said_of: dict[type[nodes.Node], str] = {
-            nodes.Extends: "{% extends %}: turn the template that is extended, or put both into one",
+            nodes.Extends: "{% extends %}: convert the template that is extended, or put both into one",
             nodes.Macro: "{% macro %}: write its text where it is called",
-            nodes.Import: "{% import %}: write what is imported where it is used",
-            nodes.FromImport: "{% from %}: write what is imported where it is used",
+            nodes.Import: "{% import %}: write the imported text where it is used",
+            nodes.FromImport: "{% from %}: write the imported text where it is used",
             nodes.CallBlock: "{% call %}: write the text of the macro here",
-            nodes.FilterBlock: "{% filter %}: its text is left out, for no filter is applied to text of a schema",
+            nodes.FilterBlock: "{% filter %}: its text is left out, because no filter is applied to text of a schema",
             nodes.AssignBlock: "{% set %} with a block: write its text where it is used",
         }
         self._leave(node, f"left out: {said_of.get(type(node), type(node).__name__)}")
@@ -169,11 +169,11 @@ class _Template:
 
     def _text(self, text: str, node: nodes.Node) -> list[SchemaNode]:
         if char := impossible(text):
-            self._leave(node, f"left out: a text with {char}, which PML can't hold")
+            self._leave(node, f"left out: a text with {char}, which PML can't contain")
             return []
         if found := _CONTROL.search(text):
             line = text.count("\n", 0, found.start())
-            what = "is plain text in a schema: put what it begins into <system>, <user> or <assistant> instead"
+            what = "is plain text in a schema: put the text after it into <system>, <user> or <assistant> instead"
             self._turning.left.append(Left(self._file, node.lineno + line, f"{found.group()} {what}"))
         return [Text(text, node.lineno)] if text else []
 
@@ -193,15 +193,15 @@ class _Template:
             and isinstance(inner.node, nodes.Name)
             and inner.node.name == "raise_exception"
         ):
-            self._leave(node, "left out: raise_exception(): what a prompt may hold is checked before it is written")
+            self._leave(node, "left out: raise_exception(): check the arguments of a prompt before it is written")
             return None
         shown = said(inner)
         name = names.parameter(slug(shown, otherwise="argument", tag=False))
         if applied:
             filters = ", ".join(f"|{each}" for each in reversed(applied))
-            self._leave(node, f"{filters} is not applied to the argument '{name}': give it as it is to be read")
+            self._leave(node, f"{filters} is not applied to the argument '{name}': pass the filtered text")
         elif not isinstance(inner, nodes.Name | nodes.Getattr | nodes.Getitem):
-            self._leave(node, f"the expression is the parameter '{name}': give what it gives as the argument")
+            self._leave(node, f"the expression becomes the parameter '{name}': pass its value as the argument")
         return Parameter(name, self._turning.length, scaffold, node.lineno)
 
     # ---- modules -----------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class _Template:
                 self._leave(node, what)
                 return []
             name = names.parameter(slug(shown, otherwise="loop", tag=False))
-            self._leave(node, f"the loop is the parameter '{name}': give all that it writes as the argument")
+            self._leave(node, f"the loop becomes the parameter '{name}': pass all text that it writes as the argument")
             return [Parameter(name, self._turning.length, None, node.lineno)]
         found: list[SchemaNode] = []
         items = list(items)
@@ -250,7 +250,7 @@ class _Template:
             with self._known.inside():
                 bound = self._known.bind(node.target, item)
                 if bound is None:
-                    self._leave(node, f"left out: the loop, whose names do not fit its item {item!r}")
+                    self._leave(node, f"left out: a loop whose names do not fit its item {item!r}")
                     return []
                 self._known.loop(at, len(items))
                 inside = self.body(node.body, Names())
@@ -288,7 +288,7 @@ class _Template:
     def _assign(self, node: nodes.Assign, _: Names | None = None) -> list[SchemaNode]:
         known, value = self._known.value(node.node)
         if not (known and isinstance(node.target, nodes.Name) and self._known.bind(node.target, value)):
-            self._leave(node, f"{{% set %}}: '{said(node.target) or '...'}' is an argument wherever it is written")
+            self._leave(node, f"{{% set %}}: '{said(node.target) or '...'}' becomes an argument wherever it is used")
             self._known.forget(node.target)
         return []
 

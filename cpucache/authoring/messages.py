@@ -91,7 +91,7 @@ def from_messages(requests: Sequence[Recorded], count: Callable[[str], int], *, 
             found.modules.append(Repeated(name, role, min(everywhere[unit] for unit in run), count(text)))
         found.nodes.append(Role(role, tuple(modules), 0))
     if not found.modules:
-        raise InputError(f"no text of {_SHORTEST} characters or more stands in {least} of the {len(requests)} requests")
+        raise InputError(f"no text of {_SHORTEST} characters or more occurs in {least} of the {len(requests)} requests")
     return found
 
 

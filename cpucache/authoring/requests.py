@@ -67,7 +67,9 @@ def recorded(path: Path) -> list[Recorded]:
         for request in _requests(value):
             found.append(Recorded(where, tuple(_messages(request, where))))
     if not found:
-        raise InputError(f"{path}: no request in it: an object with messages, as OpenAI's or Anthropic's API takes it")
+        raise InputError(
+            f"{path}: it contains no request: an object with messages, as in OpenAI's or Anthropic's API, is expected"
+        )
     return found
 
 

@@ -66,7 +66,7 @@ def written(function: FunctionType, lines: list[str] | None = None) -> Written:
     code = function.__code__
     file, start = code.co_filename, 1
     if code.co_name == "<lambda>":
-        raise PMLError("a prompt is a function with a name: write it with def", file=file, line=code.co_firstlineno)
+        raise PMLError("a prompt function needs a name: write it with def", file=file, line=code.co_firstlineno)
     if lines is None:
         try:
             lines, start = inspect.getsourcelines(code)
@@ -84,9 +84,13 @@ def written(function: FunctionType, lines: list[str] | None = None) -> Written:
     try:
         tree = ast.parse(before[:-1] + "if 1:\n" + text if inner else before + text)
     except SyntaxError as error:
-        changed = f"the source of '{code.co_name}' is not what was run: load it again"
+        changed = f"the source of '{code.co_name}' has changed since the function was loaded: load it again"
         raise PMLError(changed, file=file, line=code.co_firstlineno) from error
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == code.co_name:
             return Written(file, node, {start + at: line for at, line in enumerate(lines)})
-    raise PMLError(f"the source of '{code.co_name}' is not what was run: load it again", file=file, line=start)
+    raise PMLError(
+        f"the source of '{code.co_name}' has changed since the function was loaded: load it again",
+        file=file,
+        line=start,
+    )

@@ -11,28 +11,28 @@ from cpucache.authoring.writing import slug
 Ends: TypeAlias = Literal["never", "maybe", "always"]
 """Whether a block ends its function with ``return``."""
 _INSTEAD = {
-    ast.While: "`while` can't be told without running it: loop over a constant collection with `for`",
-    ast.AsyncFor: "`async for` needs a running program: loop over a constant collection with `for`",
-    ast.AsyncWith: "`async with` needs a running program: leave it out",
-    ast.Try: "`try` can't be told without running it: compute the value before the call, and pass it as an argument",
-    ast.Break: "`break` can't be told without running the loop: put an `if` around what is left out",
-    ast.Continue: "`continue` can't be told without running the loop: put an `if` around what is left out",
+    ast.While: "the text of a `while` loop is not known before a call: loop over a constant collection with `for`",
+    ast.AsyncFor: "the items of `async for` are not known before a call: loop over a constant collection with `for`",
+    ast.AsyncWith: "`async with` can't be compiled: leave it out",
+    ast.Try: "the text of `try` is not known before a call: compute the value earlier, and pass it as an argument",
+    ast.Break: "`break` can't be compiled: put an `if` around the text that is left out",
+    ast.Continue: "`continue` can't be compiled: put an `if` around the text that is left out",
     ast.FunctionDef: "a function inside a prompt: define it outside, with @cpucache.prompt, and call it here",
     ast.AsyncFunctionDef: "a function inside a prompt: define it outside, with @cpucache.prompt, and call it here",
     ast.ClassDef: "a class inside a prompt: define it outside",
-    ast.Import: "an import inside a prompt: import outside",
-    ast.ImportFrom: "an import inside a prompt: import outside",
-    ast.Raise: "`raise` is no text: check arguments before the call",
-    ast.Assert: "`assert` is no text: check arguments before the call",
-    ast.Global: "a prompt changes nothing outside: pass values as arguments",
-    ast.Nonlocal: "a prompt changes nothing outside: pass values as arguments",
-    ast.Delete: "`del` is no text: leave it out",
+    ast.Import: "an import inside a prompt: import outside the function",
+    ast.ImportFrom: "an import inside a prompt: import outside the function",
+    ast.Raise: "`raise` can't be compiled: check arguments before the call",
+    ast.Assert: "`assert` can't be compiled: check arguments before the call",
+    ast.Global: "a prompt can't change variables outside: pass values as arguments",
+    ast.Nonlocal: "a prompt can't change variables outside: pass values as arguments",
+    ast.Delete: "`del` can't be compiled: leave it out",
 }
 
 
 def instead(statement: ast.stmt) -> str:
     """Returns why a prompt function can't hold a statement, and what to write instead."""
-    usual = "this statement can't be told without running it: write strings, and pass values as arguments"
+    usual = "this statement can't be compiled: write strings, and pass values as arguments"
     return _INSTEAD.get(type(statement), usual)
 
 

@@ -78,9 +78,9 @@ def read_examples(path: Path, *, passages: int | None = None, seed: int = 0) -> 
     """
     examples = [_example(line, number, path) for number, line in enumerate(_lines(path), 1) if line.strip()]
     if not examples:
-        raise InputError(f"{path}: there are no examples in it")
+        raise InputError(f"{path}: the file has no examples")
     if passages is not None and not any(example.alone for example in examples):
-        raise InputError(f"{path}: its questions come with their passages; leave --passages out")
+        raise InputError(f"{path}: the file has several passages for each question; leave out --passages")
     gold = list(dict.fromkeys(example.passages[0] for example in examples if example.alone))
     count = OTHERS if passages is None else passages
     examples = [_joined(example, gold, count, seed, path) if example.alone else example for example in examples]
@@ -127,7 +127,7 @@ def selected(
     if pick is None:
         return [_dropped(example, drop, random.Random(f"{seed}:{example.line}"), shuffle) for example in examples]
     if of is None or not 0 < pick <= of:
-        raise InputError("--pick K needs --of M passages, at least as many")
+        raise InputError("--pick K needs --of M, where M is at least K")
     found = []
     for number, example in _shared(examples, of, "--pick"):
         draw = random.Random(f"{seed}:{example.line}")
@@ -140,7 +140,7 @@ def selected(
 
 def _in_unions(examples: Sequence[Example], seed: int, of: int | None, unions: int, shuffle: bool) -> list[Example]:
     if of is None or not 0 < unions <= of:
-        raise InputError("--unions N needs --of M passages, at least as many")
+        raise InputError("--unions N needs --of M, where M is at least N")
     found = []
     for number, example in _shared([replace(example, unions=unions) for example in examples], of, "--unions"):
         draw = random.Random(f"{seed}:{example.line}")
@@ -154,11 +154,11 @@ def _in_unions(examples: Sequence[Example], seed: int, of: int | None, unions: i
 def _shared(examples: Sequence[Example], of: int, option: str) -> Iterator[tuple[int, Example]]:
     """Yields questions with the passages of the schema that ``of`` of them share, and the number of the gold one."""
     if len(examples) < of:
-        raise InputError(f"--of {of} needs as many questions, there are {len(examples)}")
+        raise InputError(f"--of {of} needs at least {of} questions; the file has {len(examples)}")
     for begin in range(0, len(examples) - of + 1, of):
         group = examples[begin : begin + of]
         if not all(example.alone for example in group):
-            raise InputError(f"{option} is for files whose questions have one passage with the answer each")
+            raise InputError(f"{option} needs a file that has one passage, the one with the answer, for each question")
         # The passage with the answer is the one in the file.
         passages = tuple(example.passages[example.gold] for example in group)
         for number, example in enumerate(group):
@@ -191,7 +191,7 @@ def _lines(path: Path) -> list[str]:
         return data.decode().split("\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8; is it a JSON Lines file?") from None
+        raise InputError(f"{path}:{line}: not UTF-8; a JSON Lines file is expected") from None
 
 
 def _example(line: str, number: int, path: Path) -> Example:
@@ -204,7 +204,7 @@ def _example(line: str, number: int, path: Path) -> Example:
         raise InputError(f"{where}: an object is expected on each line, not {type(record).__name__}")
     answers = _texts(record, "answers", where)
     if not answers:
-        raise InputError(f"{where}: 'answers' is empty, so nothing could be right")
+        raise InputError(f"{where}: 'answers' is empty; at least one is needed")
     if "context" in record:
         classes = "choices" if record.get("choices") else "all_classes"
         choices = _texts(record, classes, where) if record.get(classes) else ()
@@ -213,7 +213,7 @@ def _example(line: str, number: int, path: Path) -> Example:
     if "ctxs" in record:
         ctxs = record["ctxs"]
         if not (isinstance(ctxs, list) and ctxs and all(isinstance(each, dict) for each in ctxs)):
-            raise InputError(f"{where}: 'ctxs' is a list of objects with 'title' and 'text'")
+            raise InputError(f"{where}: 'ctxs' must be a list of objects with 'title' and 'text'")
         return Example(number, question, tuple(_passage(each, where) for each in ctxs), answers)
     if "text" in record:
         return Example(number, question, (_passage(record, where),), answers, alone=True)

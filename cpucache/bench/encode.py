@@ -25,7 +25,7 @@ class EncodeReport:
     schema: str
     slices: int = 0
     tokens: int = 0
-    """Tokens encoded, those of preceding contexts included."""
+    """Tokens of all slices."""
     bytes: int = 0
     """State of all slices."""
     encode: Series = field(default_factory=Series)

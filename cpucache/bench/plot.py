@@ -27,9 +27,7 @@ def new_figure(path: Path) -> Any:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     known = figure.canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
-        raise InputError(
-            f"{path}: can't draw a file of that name; its suffix must be one of {', '.join(sorted(known))}"
-        )
+        raise InputError(f"{path}: can't draw into this file; its suffix must be one of {', '.join(sorted(known))}")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
     return figure

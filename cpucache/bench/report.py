@@ -155,7 +155,7 @@ def table(result: Any, *, short: bool = False) -> list[str]:
         for name, make in _TABLES.items():
             if name in result:
                 return make(result, short=short)
-    raise InputError("no result of `cpucache bench ttft|encode|sessions|server|accuracy --json`")
+    raise InputError("not a result of `cpucache bench ttft|encode|sessions|server|accuracy --json`")
 
 
 _TABLES = {"variants": accuracy, "servers": servers, "schemas": encode, "turns": sessions, "floor": ttft}

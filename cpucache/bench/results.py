@@ -114,7 +114,7 @@ class Results:
             raise InputError(f"{path}: can't be read: {error.strerror}") from None
         whole = data.rfind(b"\n") + 1
         if not data[whole:].startswith(_BEGINNING[: len(data) - whole]):
-            raise InputError(f"{path}: not a file of results; give another one to --results")
+            raise InputError(f"{path}: not a file of results; name another file with --results")
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 record = json.loads(line)
@@ -123,9 +123,9 @@ class Results:
                     other = record["of"]
                 answer = None if number == 1 else Answer(**record)
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise InputError(f"{path}:{number}: not a line of results; give another file to --results") from None
+                raise InputError(f"{path}:{number}: not a line of results; name another file with --results") from None
             if known != self._hash:
-                raise InputError(f"{path}: {_difference(other, settings)}; give another file to --results")
+                raise InputError(f"{path}: {_difference(other, settings)}; name another file with --results")
             if answer:
                 self._answers[answer.example, answer.variant] = answer
         return whole
@@ -135,4 +135,6 @@ def _difference(other: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Text of an error about results with other settings, which names the differences."""
     names = [name for name in settings if other.get(name) != settings[name]]
     details = ", ".join(f"{name} {other.get(name)}, now {settings[name]}" for name in names)
-    return f"its answers are from other settings ({details})" if names else "its lines are from different settings"
+    return (
+        f"its answers were measured with other settings ({details})" if names else "its lines have different settings"
+    )

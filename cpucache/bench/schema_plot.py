@@ -54,7 +54,7 @@ def plot_schema(bars: Sequence[Bar], title: str, path: Path) -> None:
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.margins(x=0.06)
     axes.set_xlim(left=0)
-    axes.set_xlabel("positions; the numbers are tokens; filled: cached, hatched: left empty of a union")
+    axes.set_xlabel("positions; numbers are tokens; filled: cached; hatched: unused positions of a union")
     axes.set_title(title.replace("$", r"\$"), fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

@@ -175,7 +175,7 @@ def measure_sessions(
                     series.values.append(_last_turn(engine, session, plan, turns, message, answer, seed, saving=saving))
                     engine.store.flush()
             tokens = session.n_tokens
-    say("conversations that no longer fit")
+    say("conversations that exceed the context")
     with open_engine(n_ctx=max(256, tokens * 2 // 3)) as engine:
         engine.warm_up()
         with engine.session(_NAME) as session:

@@ -99,13 +99,13 @@ def measure_store(engine: Engine, *, tokens: int, repeat: int, say: Callable[[st
             report.load.values.append(_timed(lambda: _load(engine, [store.get(key) for key in keys])))
             report.write.values.append(_timed(_write, folder / f"plain-{turn}", states))
             report.save.values.append(_timed(_save, folder / f"saved-{turn}", states))
-        say(f"looking up among {_ROWS:,}")
+        say(f"looking up among {_ROWS:,} slices")
         _fill(store)
         for key in keys * (_LOOKUPS // len(keys)):
             report.lookup.values.append(_timed(store.get, key))
         for number in range(_LOOKUPS):
             report.variants.values.append(_timed(store.variants, [_content(number * (_ROWS // _LOOKUPS))]))
-        say(f"answering, {repeat} times, without and with writes going on")
+        say(f"answering, {repeat} times, without and with writes at the same time")
         prompt = filler_prompt(engine, range(_MODULES), 12)
         for _ in range(repeat):
             report.idle.values.append(_ttft(engine, prompt))

@@ -191,7 +191,7 @@ def parse_variants(text: str) -> list[Variant]:
     """
     variants = [_variant(name.strip()) for name in text.split(",")]
     if variants[0].name != FULL:
-        raise InputError(f"the first variant is '{FULL}', which the others are compared with")
+        raise InputError(f"the first variant must be '{FULL}': the others are compared with it")
     names = [variant.name for variant in variants]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"variant '{min(twice)}' is given twice")
@@ -209,4 +209,4 @@ def _variant(name: str) -> Variant:
     try:
         return replace(plain, name=name, fidelity=Fidelity(float(share.partition(":")[2])))
     except ValueError:
-        raise InputError(f"variant '{name}': write a share up to 1 behind the colon, as in recompute:0.15") from None
+        raise InputError(f"variant '{name}': write a share from 0 to 1 after the colon, as in recompute:0.15") from None

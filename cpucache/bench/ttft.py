@@ -153,7 +153,7 @@ def measure(
             if turn < full_repeat:
                 _full(engine, plan, report, say)
         plan = engine.plan(prompt)
-        say(f"RAM, floor and disk in turn, {repeat} times")
+        say(f"from RAM, floor and from disk, in turn, {repeat} times")
         engine.store.flush()
         engine.generate(prompt, max_tokens=1)
         for _ in range(repeat):

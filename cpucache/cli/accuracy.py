@@ -1,4 +1,4 @@
-"""``cpucache bench accuracy``: answers from cached slices against those of full prefill."""
+"""``cpucache bench accuracy``: compares answers from slices with those of full prefill."""
 
 from __future__ import annotations
 
@@ -28,33 +28,38 @@ _PATIENCE = 3600.0
 """Seconds that the estimate of the time left looks back: questions may take minutes each."""
 
 
-@click.command(short_help="Answers from cached slices against those of full prefill.")
+@click.command(short_help="Compare answers from slices with those of full prefill.")
 @engine_options
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
-    help="Questions: JSON Lines, gzipped or not, of LongBench, MuSiQue, or with one gold passage each.",
+    help="Questions: JSON Lines, also gzipped, of LongBench or MuSiQue, or with one gold passage each.",
 )
-@click.option("--task", type=click.Choice(list(TASKS)), required=True, help="What is asked, and how it is scored.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Questions to ask.  [default: all]")
+@click.option("--task", type=click.Choice(list(TASKS)), required=True, help="Decides the instruction and the scores.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Number of questions.  [default: all]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws the questions.")
 @click.option(
     "--passages",
     type=click.IntRange(1),
     metavar="N",
-    help="Passages for each question of a file with one gold passage each; the others are drawn from other questions.  "
+    help="Number of passages for each question, if the file has one gold passage each; others are drawn from it.  "
     f"[default: {OTHERS}]",
 )
 @click.option(
-    "--pick", type=click.IntRange(1), metavar="K", help="Passages that a prompt names, in an order of its own."
+    "--pick", type=click.IntRange(1), metavar="K", help="Number of passages that a prompt names, in random order."
 )
-@click.option("--of", type=click.IntRange(1), metavar="M", help="Passages of a schema, which M questions share.")
 @click.option(
-    "--drop", type=click.FloatRange(0, 1), default=0.0, help="Leave out other passages with this probability."
+    "--of", type=click.IntRange(1), metavar="M", help="Number of passages of a schema, which M questions share."
 )
-@click.option("--shuffle", is_flag=True, help="Name a question's own passages in another order.")
+@click.option(
+    "--drop",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Probability with which passages without the answer are left out.",
+)
+@click.option("--shuffle", is_flag=True, help="Name the passages of a question in random order.")
 @click.option(
     "--unions",
     type=click.IntRange(1),
@@ -62,28 +67,28 @@ _PATIENCE = 3600.0
     help="Make the M passages members of N unions; a prompt names one of each.",
 )
 @click.option(
-    "--argument", is_flag=True, help="Give the schema's text a parameter, and each question another argument."
+    "--argument", is_flag=True, help="Add a parameter to the schema's text, with another argument in each question."
 )
 @click.option(
     "--plain",
     is_flag=True,
-    help="Ask in messages without markup: one of all passages is evaluated ahead, and slices of it are taken anywhere.",
+    help="Ask in messages without markup. A message of all passages is evaluated ahead; its slices are used anywhere.",
 )
 @click.option(
     "--variants",
     default=ALL_VARIANTS,
     metavar="NAMES",
-    help="Ways of answering, with commas between, full first: standalone, fast, balanced, high, refined, isolate, "
-    f"recompute:R, or one of them with +recompute:R.  [default: {ALL_VARIANTS}]",
+    help="Variants, separated by commas, full first. Others: standalone, fast, balanced, high, refined, isolate, "
+    f"recompute:R, and one with +recompute:R.  [default: {ALL_VARIANTS}]",
 )
 @click.option(
     "--results",
     "results_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Keep every answer here (JSON Lines), and go on from there when run again.",
+    help="Save every answer in this file (JSON Lines). The next run continues after the saved answers.",
 )
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw quality against time.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Plot quality against time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def accuracy(
     model: str,
@@ -105,12 +110,12 @@ def accuracy(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answers from cached slices against those of full prefill, on the same questions.
+    """Compare answers from slices with those of full prefill, on the same questions.
 
     Each passage becomes a module of a schema, which is encoded ahead. A prompt names all of its question's passages in
-    the schema's order, which is exact, or (--pick, --drop, --shuffle) a selection in an order of its own. KL is the
+    the schema's order, which is exact, or (--pick, --drop, --shuffle) a selection in another order. KL is the
     divergence from full prefill along its answer. Times are those of the first such prompt, from RAM; floor: the state
-    lies in the context already. Scores are LongBench's. Questions that do not fit the context are passed over.
+    is already in the llama.cpp context. Scores are LongBench's. Questions that do not fit the context are skipped.
 
     \b
     cpucache bench accuracy --data nq.jsonl.gz --task qa --pick 5 --of 12 --limit 48 --results nq-5-of-12.jsonl
@@ -118,19 +123,21 @@ def accuracy(
     cpucache bench accuracy --data musique.jsonl.gz --task qa --shuffle --limit 20 --results musique.jsonl
     """
     chosen, asked = parse_variants(variants), TASKS[task]
-    # What would fail at the very end fails now.
+    # An error that would come at the end comes now.
     if plot:
         new_figure(plot)
     if task == "summary":
         rouge_scorer()
     if pick is None and unions is None and of is not None:
-        raise click.UsageError("--of goes with --pick or --unions")
+        raise click.UsageError("--of needs --pick or --unions")
     if pick is not None and (drop or shuffle or unions is not None or passages is not None):
-        raise click.UsageError("--pick goes with --of alone: what it picks has an order of its own already")
+        raise click.UsageError("--pick can be combined with --of only: it draws an order itself")
     if plain and (unions is not None or argument):
-        raise click.UsageError("--plain has no markup, and so neither --unions nor --argument")
+        raise click.UsageError("--plain excludes --unions and --argument: its messages have no markup")
     if unions is not None and (drop or passages is not None):
-        raise click.UsageError("--unions goes with --of and --shuffle alone: one member of each is named")
+        raise click.UsageError(
+            "--unions can be combined with --of and --shuffle only: a prompt names one member of each union"
+        )
     examples = selected(
         read_examples(data, passages=passages, seed=seed),
         seed=seed,
@@ -170,7 +177,7 @@ def accuracy(
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
         return
-    passed_over = f"; {report.too_long} did not fit and were passed over" if report.too_long else ""
+    passed_over = f"; {report.too_long} did not fit and were skipped" if report.too_long else ""
     out.print(
         escape(f"{report.model}: {task} on {report.data}, {report.outcomes[0].n} questions{passed_over}"),
         soft_wrap=True,
@@ -178,14 +185,15 @@ def accuracy(
     out.print(_table(report))
     if any(outcome.gains for outcome in report.outcomes):
         out.print(
-            "Points of 100; differences are paired, their 95% intervals in --json. Times are medians.", soft_wrap=True
+            "Scores: 100 is the best. Differences are paired; --json has their 95% intervals. Times are medians.",
+            soft_wrap=True,
         )
 
 
 def _kept(answers: int, file: Path | None) -> str:
     if file is None:
-        return "stopped; with --results FILE, answers are kept and a second run goes on from there"
-    return escape(f"stopped; {answers:,} answers are in {file}: the same command goes on from there")
+        return "stopped; with --results FILE, answers are saved and the next run continues after them"
+    return escape(f"stopped; {answers:,} answers are saved in {file}: the same command continues after them")
 
 
 @contextmanager

@@ -26,27 +26,29 @@ from cpucache.sessions import default_sessions
 COMMANDS = {
     "help": ("", "show this"),
     "modules": ("", "pick modules again"),
-    "quit": ("", "leave (Ctrl-D does it too)"),
+    "quit": ("", "quit (as does Ctrl-D)"),
 }
 
 
-@click.command(short_help="Pick modules of a schema from a list, and ask questions on them.")
+@click.command(short_help="Pick modules of a schema from a list, and ask questions about them.")
 @click.argument("prompt", metavar="[PROMPT]", required=False)
-@click.option("-s", "--schema", metavar="FILE", required=True, help="The schema whose modules there are to pick from.")
+@click.option("-s", "--schema", metavar="FILE", required=True, help="The schema of the modules.")
 @engine_options
 @sampling_options
 @fidelity_options
-@click.option("--plain", is_flag=True, help="Show answers as they come, not as Markdown.  [default: unless a terminal]")
+@click.option(
+    "--plain", is_flag=True, help="Show answers as plain text, not as Markdown.  [default: unless a terminal]"
+)
 def ask(prompt: str | None, schema: str, model: str, max_tokens: int, plain: bool, **options: Any) -> None:
-    """Pick modules of a schema from a list, and ask question after question on them, at a terminal.
+    """Pick modules of a schema from a list, and ask questions about them, at a terminal.
 
     The list has the modules of the schema (-s): the arrow keys move, the space bar picks. Of a union, one member at
     most can be picked; the parameters of picked modules are fields to type into. Beside each module are its tokens, and
     whether its state is cached or has to be evaluated. Enter opens the questions.
 
-    Each question is asked on the same modules, and knows nothing of those before it (for a conversation, see `cpucache
-    chat --prompt`). What is typed is evaluated while it is typed, word by word: on Enter only the last word is left,
-    and the answer begins at once. /modules leads back to the list, /help shows what else there is.
+    Each question is asked about the same modules, without the questions before it (for a conversation, see `cpucache
+    chat --prompt`). A question is evaluated while it is typed, word by word: on Enter only the last word remains, and
+    the answer begins at once. /modules returns to the list, /help lists the commands.
 
     With PROMPT, a PML file, the list begins with the modules and arguments of that prompt, and its message is the first
     question. Without a terminal use `cpucache run PROMPT -s SCHEMA`.
@@ -56,7 +58,7 @@ def ask(prompt: str | None, schema: str, model: str, max_tokens: int, plain: boo
     cpucache ask schemas/trip/kyoto-first-visit.xml -s schemas/trip/schema.xml
     """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise InputError("ask is for a terminal; elsewhere use `cpucache run PROMPT -s SCHEMA`, which takes a PML file")
+        raise InputError("ask needs a terminal; without one, use `cpucache run PROMPT -s SCHEMA` with a PML file")
     settings = {"sampling": split_sampling(options), "max_tokens": max_tokens}
     exactness = split_fidelity(options)
     tree = load_schema(Path(schema))
@@ -105,11 +107,11 @@ class _Ask:
     def _questions(self, draft: str) -> bool:
         """Answers questions about the picked modules. Returns whether the user wants to pick others."""
         names = ", ".join(self._selection.names) or "no module"
-        note(f"{names}; {price(self._planned())}; /help shows what there is")
+        note(f"{names}; {price(self._planned())}; /help lists the commands")
         reader = Terminal(default_sessions())
         number = 1
         while True:
-            # The modules are read in, and made where they are missing, before the first word.
+            # Before the first word: loads the slices of the modules, and encodes missing ones.
             self._ahead.typed("")
             typed = reader.read(f"{number}> ", draft, self._typed)
             self._ahead.stop()

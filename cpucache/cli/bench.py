@@ -33,28 +33,32 @@ from cpucache.errors import InputError
 
 @click.group()
 def bench() -> None:
-    """Measure on this machine. What counts are the ratios: absolute times vary with the machine and its load."""
+    """Measure on this machine. Compare the ratios: absolute times depend on the machine and its load."""
 
 
 bench.add_command(accuracy)
 bench.add_command(server)
 
 
-@bench.command(short_help="Time to first token, with and without the cache.")
+@bench.command(short_help="Measure time to first token, with and without the cache.")
 @engine_options
 @click.option("--tokens", type=click.IntRange(16), default=4000, show_default=True, help="Tokens in modules.")
-@click.option("--modules", type=click.IntRange(1), default=5, show_default=True, help="Modules that they are in.")
+@click.option(
+    "--modules", type=click.IntRange(1), default=5, show_default=True, help="Number of modules that hold them."
+)
 @click.option("--question", type=click.IntRange(1), default=12, show_default=True, help="Fresh tokens.")
-@click.option("--repeat", type=click.IntRange(1), default=7, show_default=True, help="Runs of what is quick.")
+@click.option(
+    "--repeat", type=click.IntRange(1), default=7, show_default=True, help="Repetitions of quick measurements."
+)
 @click.option(
     "--full-repeat",
     type=click.IntRange(0),
     default=1,
     show_default=True,
-    help="Runs of encoding and full prefill; 0: none.",
+    help="Repetitions of encoding and full prefill; 0: skip both.",
 )
-@click.option("--memory", is_flag=True, help="Also compare peak memory, in processes of their own.")
-@click.option("--profile", "profiling", is_flag=True, help="Also tell where the time goes, stage by stage.")
+@click.option("--memory", is_flag=True, help="Also compare peak memory, in separate processes.")
+@click.option("--profile", "profiling", is_flag=True, help="Also print the time of each stage.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def ttft(
     model: str,
@@ -68,9 +72,9 @@ def ttft(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Time to first token: full prefill, from RAM, from disk, and the floor.
+    """Measure time to first token: full prefill, from RAM, from disk, and the floor.
 
-    The floor is the time when the same state lies in the context already and only the question is evaluated: nothing
+    The floor is the time when the same state is in the llama.cpp context and only the question is evaluated: nothing
     that loads state can be faster. The first rows ask for all modules in the schema's order, where every slice is
     exact. The rows "other order" ask for them in an order never asked before, with --fidelity fast and balanced, the
     last after refining. Medians of runs made in turn in one process, on the same tokens.
@@ -108,7 +112,7 @@ def ttft(
     out.print(_table(report))
     if report.profile is not None:
         err.print(profile_table(report.profile_medians))
-    out.print(f"evaluated before other orders could be answered: {seconds(report.encode_ms)}", soft_wrap=True)
+    out.print(f"encoding, before other orders can be answered: {seconds(report.encode_ms)}", soft_wrap=True)
     if report.full:
         ratios = report.ratios
         out.print(
@@ -121,23 +125,27 @@ def ttft(
     if memory:
         numbers = {name: decimal(value) for name, value in result["memory"].items()}
         out.print(
-            f"peak memory: {numbers['cached']}; llama.cpp alone {numbers['alone']}, slices {numbers['slices']}, "
+            f"peak memory: {numbers['cached']}; llama.cpp {numbers['alone']}, slices {numbers['slices']}, "
             f"cpucache {numbers['overhead']}",
             soft_wrap=True,
         )
 
 
-@bench.command("encode", short_help="Encoding of a schema, against one evaluation of its text.")
+@bench.command("encode", short_help="Compare encoding of a schema with one evaluation of its text.")
 @click.argument("schemas", metavar="[SCHEMA]...", nargs=-1)
 @engine_options
-@click.option("--tokens", type=click.IntRange(16), default=2000, show_default=True, help="Tokens without a SCHEMA.")
-@click.option("--modules", type=click.IntRange(1), default=5, show_default=True, help="Modules without a SCHEMA.")
+@click.option(
+    "--tokens", type=click.IntRange(16), default=2000, show_default=True, help="Number of tokens, without SCHEMA."
+)
+@click.option(
+    "--modules", type=click.IntRange(1), default=5, show_default=True, help="Number of modules, without SCHEMA."
+)
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of each.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def encode_speed(
     schemas: tuple[str, ...], model: str, tokens: int, modules: int, repeat: int, as_json: bool, **options: Any
 ) -> None:
-    """Encoding of schemas into an empty store, against one evaluation of the same text.
+    """Compare encoding of a schema into an empty store with one evaluation of the same text.
 
     SCHEMA is a PML file; without one, a schema of random words is measured. "again" is the time to find that every
     slice is in the store already. The store of the user is neither read nor written.
@@ -165,10 +173,10 @@ def encode_speed(
     out.print(Markdown("\n".join(table(result))))
 
 
-@bench.command("report", short_help="Markdown tables of results.")
+@bench.command("report", short_help="Write Markdown tables of results.")
 @click.argument("results", metavar="RESULT...", nargs=-1, required=True)
 def markdown_report(results: tuple[str, ...]) -> None:
-    """Markdown tables of results, to be passed on.
+    """Write Markdown tables of results.
 
     RESULT is a file that holds what `cpucache bench ttft`, `encode`, `sessions`, `server` or `accuracy` has printed
     with --json; - is standard input.
@@ -184,7 +192,7 @@ def markdown_report(results: tuple[str, ...]) -> None:
             lines = table(result)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, InputError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error) if isinstance(error, InputError) else ""
-            raise InputError(f"{name}: {why or 'not the JSON that a benchmark has printed'}") from error
+            raise InputError(f"{name}: {why or 'not the JSON of a benchmark'}") from error
         if number:
             click.echo()
         click.echo(f"{result.get('model', name)}\n\n" + "\n".join(lines))
@@ -196,7 +204,7 @@ def markdown_report(results: tuple[str, ...]) -> None:
 @click.option("--repeat", type=click.IntRange(1), default=9, show_default=True, help="Runs of each.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def store_speed(model: str, tokens: int, repeat: int, as_json: bool, **options: Any) -> None:
-    """The store against plain copies and writes, and an answer while it writes."""
+    """Compare the store with plain copies and writes, and measure an answer while the store writes."""
 
     def say(line: str) -> None:
         if not as_json:
@@ -213,22 +221,22 @@ def store_speed(model: str, tokens: int, repeat: int, as_json: bool, **options: 
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, series in (
         ("load from files into llama.cpp", report.load),
-        ("  copy from memory into it", report.copy),
+        ("  copy from memory into llama.cpp", report.copy),
         ("save, until it is on disk", report.save),
         ("  plain write and fsync", report.write),
-        ("look up among 100,000", report.lookup),
-        ("find by tokens among 100,000", report.variants),
+        ("look up among 100,000 slices", report.lookup),
+        ("find by tokens among 100,000 slices", report.variants),
         ("first token while slices are written", report.busy),
-        ("  while none are", report.idle),
+        ("  while none are written", report.idle),
     ):
         table.add_row(name, *(seconds(value) for value in (series.median, min(series.values), max(series.values))))
     out.print(f"{decimal(report.bytes)} of slices")
     out.print(table)
     ratios = report.ratios
     out.print(
-        f"loading at {ratios['load_to_copy_speed']:.2f} of the speed of a copy, "
-        f"saving at {ratios['save_to_write_speed']:.2f} of that of a plain write;\n"
-        f"writing in the background makes the first token {ratios['busy_to_idle_ttft']:.2f} times as late",
+        f"loading has {ratios['load_to_copy_speed']:.2f} times the speed of a copy, "
+        f"saving {ratios['save_to_write_speed']:.2f} times that of a plain write;\n"
+        f"while slices are written, the first token takes {ratios['busy_to_idle_ttft']:.2f} times as long",
         soft_wrap=True,
     )
 
@@ -236,17 +244,22 @@ def store_speed(model: str, tokens: int, repeat: int, as_json: bool, **options: 
 @bench.command("sessions")
 @engine_options
 @click.option("--turns", type=click.IntRange(1, len(MESSAGES)), default=20, show_default=True, help="Turns.")
-@click.option("--answer", type=click.IntRange(1), default=64, show_default=True, help="Tokens of an answer, at most.")
-@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of what is quick.")
+@click.option(
+    "--answer", type=click.IntRange(1), default=64, show_default=True, help="Maximum length of an answer, in tokens."
+)
+@click.option(
+    "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Repetitions of quick measurements."
+)
 @click.option("--recompute/--no-recompute", default=True, help="Also evaluate each turn from the beginning (slow).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def conversations(
     model: str, turns: int, answer: int, repeat: int, recompute: bool, as_json: bool, **options: Any
 ) -> None:
-    """Conversations: time to first token, turn by turn.
+    """Measure time to first token in conversations, turn by turn.
 
-    The same conversation about a garden, resumed in each way at each turn: evaluated from the beginning, lying in the
-    context, from RAM, and from disk in a new engine. Then the cost of saving, and what happens when it no longer fits.
+    The same conversation about a garden is resumed at each turn in four ways: evaluated from the beginning, from state
+    in the llama.cpp context, from RAM, and from disk in a new engine. Then the cost of saving is measured, and the time
+    of a turn for which old turns leave the context.
     """
 
     def say(line: str) -> None:
@@ -267,7 +280,7 @@ def conversations(
     out.print(_turns(report))
     ratios = report.ratios
     lines = [
-        f"from disk {ratios['disk_to_in_context']:.2f} times as long as in context (median), "
+        f"resuming from disk takes {ratios['disk_to_in_context']:.2f} times as long as in context (median), "
         f"{ratios['disk_to_in_context_worst']:.2f} times at worst",
         f"1,000 tokens more add {ratios['growth_in_context_ms_per_1000']:.0f} ms in context, "
         f"{ratios['growth_disk_ms_per_1000']:.0f} ms from disk",
@@ -280,8 +293,8 @@ def conversations(
         if (name := f"below_recompute_turn_{number}") in ratios
     ]
     lines += [
-        f"overflow: {each.left_out:,} tokens left, {each.moved:,} moved, {each.evaluated} evaluated ({each.new} new): "
-        + seconds(each.ttft_ms)
+        f"overflow: {each.left_out:,} tokens left out, {each.moved:,} moved, {each.evaluated} evaluated "
+        + f"({each.new} new): {seconds(each.ttft_ms)}"
         + (f"; recomputed {seconds(each.recompute_ms)}" if recompute else "")
         for each in report.truncations
     ]

@@ -1,4 +1,4 @@
-"""``cpucache bench server``: servers, by what their clients see."""
+"""``cpucache bench server``: measures servers as their clients see them."""
 
 from __future__ import annotations
 
@@ -24,36 +24,40 @@ if TYPE_CHECKING:
     from cpucache.bench.server import ServerReport, Workload
 
 
-@click.command("server", short_help="A server, by what its clients see.")
+@click.command("server", short_help="Measure a server as its clients see it.")
 @engine_options
 @click.option(
-    "--tokens", type=click.IntRange(64), default=1500, show_default=True, help="Tokens of the text that is known."
+    "--tokens", type=click.IntRange(64), default=1500, show_default=True, help="Length of the known text, in tokens."
 )
-@click.option("--users", type=click.IntRange(1, 16), default=4, show_default=True, help="Users who talk at a time.")
+@click.option(
+    "--users", type=click.IntRange(1, 16), default=4, show_default=True, help="Number of users at the same time."
+)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds of each conversation.")
-@click.option("--repeat", type=click.IntRange(2), default=9, show_default=True, help="Requests of what is quick.")
+@click.option(
+    "--repeat", type=click.IntRange(2), default=9, show_default=True, help="Number of requests of quick measurements."
+)
 @click.option(
     "--peer",
     "peers",
     multiple=True,
     metavar="NAME=URL",
-    help="Another server that runs already and speaks OpenAI's dialect: the same requests for it.",
+    help="Send the same requests to another running server that speaks OpenAI's API. Repeatable.",
 )
-@click.option("--orders", is_flag=True, help="Five documents of 500 tokens in ten orders besides.")
+@click.option("--orders", is_flag=True, help="Also ask for five documents of 500 tokens in ten orders.")
 @click.option(
     "--trace",
     "traces",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Requests of a coding agent besides: block hashes, as in callanjfox/kv-cache-tester.",
+    help="Also replay requests of a coding agent: block hashes, as in callanjfox/kv-cache-tester. Repeatable.",
 )
 @click.option(
     "--trace-tokens",
     type=click.IntRange(64),
     default=16_000,
     show_default=True,
-    help="Longer requests of an agent are left out.",
+    help="Skip longer requests of an agent.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def server(
@@ -74,7 +78,7 @@ def server(
     \b
     prefix    a long text that is known, and 4 new tokens
     speed     tokens a second of one answer, and of four side by side
-    users     who talk at the same time, with a system text in common; the last round again after a restart
+    users     conversations at the same time, with the same system text; the last round again after a restart
     overhead  the same cached request through the server and through Engine
     orders    documents in other orders, as parts marked as modules and not (--orders)
     traces    requests of coding agents, one after the other (--trace)
@@ -164,5 +168,5 @@ def _workloads(reports: Sequence[ServerReport]) -> Iterator[str]:
         if each.traces:
             agent = traced(each.traces)
             share = agent.get("repeated_not_evaluated")
-            spared = "" if share is None else f", {share:.1%} of what repeats not evaluated"
+            spared = "" if share is None else f", {share:.1%} of the repeated tokens not evaluated"
             yield f"{each.name}: an agent's requests: p50 {seconds(agent['ttft']['p50'])}{spared}"

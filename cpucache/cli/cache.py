@@ -1,4 +1,4 @@
-"""``cpucache cache``: look at the store and look after it."""
+"""``cpucache cache``: inspects and manages the store."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ _SORTS: dict[str, Callable[[Row], Any]] = {
 
 @click.group()
 def cache() -> None:
-    """Look at the saved slices and look after them.
+    """Inspect and manage the saved slices.
 
-    They lie in $CPUCACHE_HOME, else in the platform's cache folder, and stay within a budget of bytes: what is cheapest
-    to make again for the room that it takes goes first, never what is pinned. The folder may be deleted at any time.
+    The store is in $CPUCACHE_HOME, else in the platform's cache folder, and stays within a budget of bytes. Slices that
+    save the least evaluation for their size are evicted first; pinned slices stay. The folder may be deleted at any
+    time.
     """
 
 
@@ -52,7 +53,7 @@ def _selection(command: Command) -> Command:
     options = (
         click.option("--schema", help="Only slices of this schema."),
         click.option("-m", "--model", help=f"Only slices of this model: {_MODEL}."),
-        click.option("--older", metavar="AGE", help="Only slices not used for so long: 12h, 30d."),
+        click.option("--older", metavar="AGE", help="Only slices not used for this long, such as 12h or 30d."),
     )
     for option in reversed(options):
         command = option(command)
@@ -93,7 +94,7 @@ def _nothing(store: Store, schema: str | None, model: str | None) -> str:
 def _age(text: str) -> float:
     found = re.fullmatch(r"(\d+)([smhd])", text)
     if not found:
-        raise InputError(f"'{text}' is no age; write for example 12h or 30d")
+        raise InputError(f"'{text}' is not an age; write for example 12h or 30d")
     return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
@@ -103,9 +104,11 @@ def _store() -> Store:
 
 def _index(store: Store, *, change: bool = False) -> Any:
     if store.index is None:
-        raise CpucacheError(f"the store in {store.home} can't be opened")
+        raise CpucacheError(f"the store in {store.home} can't be opened; check the folder and its permissions")
     if change and not store.writable:
-        raise CpucacheError(f"the store in {store.home} can't be written: `cache ls`, `stats` and `verify` read it")
+        raise CpucacheError(
+            f"the store in {store.home} can't be written; `cache ls`, `stats` and `verify` only read it"
+        )
     return store.index
 
 
@@ -114,7 +117,7 @@ def _index(store: Store, *, change: bool = False) -> Any:
 @click.option("--sort", type=click.Choice(list(_SORTS)), default="used", show_default=True, help="The order.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def list_slices(schema: str | None, model: str | None, older: str | None, sort: str, as_json: bool) -> None:
-    """List slices: where they belong, their size, how often and when they were used."""
+    """List slices with schema, model and size, and how often and when they were used."""
     with _store() as store:
         rows = sorted(_select(store, schema, model, older), key=_SORTS[sort])
     if as_json:
@@ -167,7 +170,7 @@ def _ago(when: float) -> str:
 @cache.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def stats(as_json: bool) -> None:
-    """Show how much there is, how often it is hit, and the evaluation that it has saved."""
+    """Show the size of the store, its hit rate, and the evaluation that it has saved."""
     with _store() as store:
         rows, account = _index(store).rows(), store.account()
     models: dict[str, int] = {}
@@ -189,7 +192,7 @@ def stats(as_json: bool) -> None:
         return
     table = Table.grid(padding=(0, 2))
     asked = account.hits + account.misses
-    rate = f"{account.hit_rate:.1%} of {asked:,} look-ups" if account.hit_rate is not None else "nothing looked up yet"
+    rate = f"{account.hit_rate:.1%} of {asked:,} look-ups" if account.hit_rate is not None else "no look-ups yet"
     for name, value in (
         ("slices", f"{account.slices:,}"),
         ("on disk", f"{decimal(account.bytes)} of {decimal(account.budget)}"),
@@ -221,7 +224,7 @@ def verify_slices(repair: bool) -> None:
         out.print(f"{finding.kind}: {finding.detail or finding.name}", markup=False, soft_wrap=True)
     bad = sum(not finding.harmless for finding in findings)
     done = " (repaired)" if repair and findings else ""
-    out.print(f"{count:,} slices, {bad} of them bad{done}", soft_wrap=True)
+    out.print(f"{count:,} slices, {bad} damaged or missing{done}", soft_wrap=True)
     sys.exit(1 if bad and not repair else 0)
 
 
@@ -230,10 +233,10 @@ def verify_slices(repair: bool) -> None:
     "--disk",
     "budget",
     metavar="SIZE",
-    help="Shrink the store to this size, whatever others were given: --disk elsewhere evicts nothing that they keep.",
+    help="Shrink the store to this size, even if other processes have a larger --disk.",
 )
 def gc(budget: str | None) -> None:
-    """Clear up: what killed processes left, files set aside, and whatever is over the budget."""
+    """Delete leftovers of killed processes, files set aside, and slices beyond the budget."""
     from cpucache.engine.size import parse_size  # the engine is loaded where it is needed
 
     size = None if budget is None else parse_size(budget)
@@ -247,9 +250,9 @@ def gc(budget: str | None) -> None:
 @_selection
 @click.option("--all", "everything", is_flag=True, help="Every slice.")
 def remove_slices(schema: str | None, model: str | None, older: str | None, everything: bool) -> None:
-    """Delete slices by schema, model or age, pinned ones too."""
+    """Delete slices by schema, model or age, including pinned slices."""
     if not (everything or schema or model or older):
-        raise click.UsageError("say which: --schema, -m, --older, or --all")
+        raise click.UsageError("select slices with --schema, -m, --older, or --all")
     with _store() as store:
         _index(store, change=True)
         rows = _select(store, schema, model, older)
@@ -264,7 +267,7 @@ def remove_slices(schema: str | None, model: str | None, older: str | None, ever
 @click.option("-m", "--model", help=f"Only slices of this model: {_MODEL}.")
 @click.option("--off", is_flag=True, help="Unpin.")
 def pin(schema: str, model: str | None, off: bool) -> None:
-    """Keep the slices of SCHEMA (its name), whatever else needs room."""
+    """Never evict the slices of SCHEMA (its name)."""
     with _store() as store:
         _index(store, change=True)
         rows = _select(store, schema, model, None)
@@ -276,14 +279,16 @@ def pin(schema: str, model: str | None, off: bool) -> None:
 
 @cache.command("export")
 @click.argument("schema")
-@click.option("-m", "--model", help=f"Needed when there are slices of several: {_MODEL}.")
+@click.option("-m", "--model", help=f"Required if there are slices of several models: {_MODEL}.")
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The pack.")
-@click.option("--sign", "key", metavar="KEY", type=_KEY, help="Sign it with this private Ed25519 key (PEM or OpenSSH).")
+@click.option(
+    "--sign", "key", metavar="KEY", type=_KEY, help="Sign the pack with this private Ed25519 key (PEM or OpenSSH)."
+)
 def export_slices(schema: str, model: str | None, output: Path, key: Path | None) -> None:
     """Write the slices of SCHEMA (its name) for a model to one file.
 
-    Make them on a fast machine, ship them with an offline application, and `cpucache cache import` adds them there.
-    What is damaged on the way is noticed; only a signature tells a pack of yours from one that somebody forged.
+    Encode a schema on a fast machine and ship its slices with an offline application; `cpucache cache import` adds them
+    there. Damage is detected without a signature; forgery is detected only with one (--sign).
     """
     with _store() as store:
         rows = _select(store, schema, model, None)
@@ -295,11 +300,9 @@ def export_slices(schema: str, model: str | None, output: Path, key: Path | None
     about = f"{len(pack.keys):,} slices for {pack.model}, {decimal(output.stat().st_size)}{signed}"
     out.print(f"{output}: {about}", soft_wrap=True, markup=False)
     if absent.missing:
-        text = f"{absent.missing:,} slices of {schema} are not in it: they were evicted, or found no room. Unless they "
-        text += (
-            f"are of an earlier version of {schema}, encode that again with --disk {as_option(absent.budget)}, then "
-        )
-        err.print(f"cpucache: warning: {text}export it again", soft_wrap=True, markup=False)
+        text = f"{absent.missing:,} slices of {schema} are not in it: they were evicted, or did not fit. Unless they "
+        text += f"are of an earlier version of {schema}, encode it again with --disk {as_option(absent.budget)}, then "
+        err.print(f"cpucache: warning: {text}export the schema again", soft_wrap=True, markup=False)
 
 
 @cache.command("import")
@@ -307,10 +310,10 @@ def export_slices(schema: str, model: str | None, output: Path, key: Path | None
 @click.option("-m", "--model", help="Refuse the pack unless it was made for this model (a name or a path).")
 @click.option("--key", metavar="KEY", type=_KEY, help="Refuse the pack unless this public Ed25519 key has signed it.")
 def import_slices(file: Path, model: str | None, key: Path | None) -> None:
-    """Add the slices of a pack to the store, after checking every one of them; a bad pack is refused whole.
+    """Check every slice of a pack, then add all of them to the store. A pack with a damaged slice is refused.
 
-    The checks find damage, not intent: whoever made a pack decides what the model believes that it has read. Take
-    packs from those whom you trust, and let --key tell that it is theirs.
+    The checks detect damage, not malice: the slices of a pack can make the model behave as if it had read any text.
+    Import packs only from sources that you trust, and verify the source with --key.
     """
     if not file.is_file():
         raise InputError(f"{file}: there is no such file")
@@ -322,4 +325,6 @@ def import_slices(file: Path, model: str | None, key: Path | None) -> None:
         kept = store.kept(pack.keys)
     out.print(f"{len(pack.keys):,} slices for {pack.model}, {new:,} of them new", soft_wrap=True, markup=False)
     if kept.missing:
-        raise CpucacheError(f"{kept.missing:,} of them found no room: unpin or delete others, and import it again")
+        raise CpucacheError(
+            f"{kept.missing:,} of them did not fit: unpin or delete other slices, and import the pack again"
+        )

@@ -60,7 +60,9 @@ _RECAP = 400  # characters of a message that are shown when a conversation is op
     show_default=True,
     help="When the context is full: drop the oldest turns, drop half of the turns at once, or refuse further messages.",
 )
-@click.option("--plain", is_flag=True, help="Show answers as they come, not as Markdown.  [default: unless a terminal]")
+@click.option(
+    "--plain", is_flag=True, help="Show answers as plain text, not as Markdown.  [default: unless a terminal]"
+)
 def chat(
     name: str,
     model: str,
@@ -152,10 +154,10 @@ class _Chat:
         if any(entry.role in ("user", "assistant") for entry in session.entries):
             self._recap()
         elif self._reader.interactive:
-            note(f"conversation '{session.name}' with {self._engine.model.path.stem}; /help shows what there is")
+            note(f"conversation '{session.name}' with {self._engine.model.path.stem}; /help lists the commands")
         if session.unanswered:
             if session.entries[-1].role == "user":
-                note("the last message has no answer yet: it is answered now")
+                note("the last message has no answer yet; answering it now")
             self._answer(session.stream)
         while True:
             draft, self._draft = self._draft, ""
@@ -180,7 +182,7 @@ class _Chat:
     def _answer(self, ask: Callable[..., Stream], **changed: Any) -> None:
         stream = answered(ask, self._show, **self._settings | changed)
         if stream is None or not begun(stream):
-            kept = "the message is kept, /regen answers it" if self._session.unanswered else "all is as it was"
+            kept = "the message is kept, /regen answers it" if self._session.unanswered else "nothing has changed"
             note(f"interrupted before the answer began: {kept}")
         else:
             note(figures(stream.metrics))
@@ -224,13 +226,13 @@ class _Chat:
         if argument:
             self._fork(argument)
         else:
-            note(f"everything is saved already: `cpucache chat {self._session.name}` goes on from here")
+            note(f"the conversation is saved already: `cpucache chat {self._session.name}` resumes it")
 
     def _fork(self, argument: str) -> None:
         if not argument:
-            raise InputError("/fork NAME: say what the other conversation is to be called")
+            raise InputError("/fork NAME: give a name for the copy")
         self._session.fork(argument)
-        note(f"there is a conversation '{argument}' now: `cpucache chat {argument}` goes on from here")
+        note(f"copied to conversation '{argument}': `cpucache chat {argument}` resumes it")
 
     def _edit(self, argument: str) -> None:
         said = self._said()
@@ -241,13 +243,13 @@ class _Chat:
         elif self._reader.interactive and 1 <= index <= len(said):
             self._draft = f"/edit {index} {said[index - 1]}"
         else:
-            raise InputError("/edit [N] TEXT: say which of your messages is to be another, and what it is to be")
+            raise InputError("/edit [N] TEXT: give the number of your message and its new text")
 
     def _regenerate(self, _argument: str) -> None:
         sampling: Sampling = self._settings["sampling"]
         if sampling.temperature == 0:
-            note("the likeliest answer is the same again: --temp above 0 lets it differ")
-        # A seed is for the same answer again.
+            note("at temperature 0 the answer is the same again; use --temp above 0 for other answers")
+        # With its seed, the answer would be the same again.
         self._answer(self._session.regenerate, sampling=replace(sampling, seed=None))
 
     def _stats(self, _argument: str) -> None:

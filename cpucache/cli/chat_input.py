@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "help": ("", "show this"),
-    "save": ("[NAME]", "everything is saved as it is said; with a name, like /fork"),
-    "fork": ("NAME", "give the conversation so far another name too, under which it goes its own way"),
-    "edit": ("[N] TEXT", "replace your message N (default: the last) by TEXT, and drop what followed it"),
-    "regen": ("", "replace the last answer by another, or answer if there is none"),
-    "stats": ("", "show the size of the conversation and what was reused for it"),
-    "quit": ("", "leave (Ctrl-D does it too)"),
+    "save": ("[NAME]", "not needed, since every message is saved at once; with NAME: the same as /fork"),
+    "fork": ("NAME", "copy the conversation under another name"),
+    "edit": ("[N] TEXT", "replace your message N (default: the last) by TEXT, and drop all messages after it"),
+    "regen": ("", "replace the last answer by another, or answer the last message"),
+    "stats": ("", "show the size of the conversation and how much was reused"),
+    "quit": ("", "quit (as does Ctrl-D)"),
 }
 KEYS = (
-    "Enter sends. Alt+Enter, or a backslash at the end of a line, breaks the line; pasted text keeps its lines; "
-    'what stands between """ and """ is sent as it is. Ctrl-C ends an answer and keeps it.'
+    "Enter sends the message. Alt+Enter, or a backslash at the end of a line, starts a new line; pasted text keeps its "
+    'lines; text between """ and """ is sent unchanged. Ctrl-C stops an answer and keeps its text so far.'
 )
 _QUOTES = '"""'
 # A message in quotes, or a command whose text is.
@@ -67,8 +67,8 @@ def parse(typed: str, commands: Collection[str] = COMMANDS) -> Command | str:
     name, argument = [*said[1:].split(maxsplit=1), "", ""][:2]
     if name not in commands:
         near = difflib.get_close_matches(name, commands, 1)
-        hint = f"did you mean /{near[0]}?" if near else "/help shows them"
-        raise InputError(f'no command /{name}: {hint} (a message that begins so goes between """ and """)')
+        hint = f"did you mean /{near[0]}?" if near else "/help lists the commands"
+        raise InputError(f'no command /{name}: {hint} (to send this as a message, put it between """ and """)')
     return Command(name, argument)
 
 
@@ -184,7 +184,7 @@ class Terminal:
         @keys.add("c-c")
         @keys.add("<sigint>")
         def _(event: KeyPressEvent) -> None:
-            # The first clears the line, and the one on the empty line leaves.
+            # The first Ctrl-C clears the line; Ctrl-C on an empty line quits.
             if event.current_buffer.text:
                 event.current_buffer.reset()
             elif self._leaving:

@@ -22,8 +22,8 @@ Answer: TypeAlias = Callable[[], AbstractContextManager[Callable[[str], None]]]
 """Context manager that yields a function to call with each piece of an answer."""
 
 _PARSER = MarkdownIt().enable("strikethrough").enable("table")  # as rich.markdown has it
-_PERIOD = 0.08  # seconds between two drawings of what is unfinished, at least
-_SHARE = 20  # and this many times what a drawing takes: the evaluation waits for it meanwhile
+_PERIOD = 0.08  # least seconds between two drawings of the incomplete block
+_SHARE = 20  # and at least this many times the duration of a drawing, during which the evaluation waits
 
 
 def finished(text: str) -> int:
@@ -136,13 +136,15 @@ def figures(metrics: Metrics) -> str:
     if metrics.finish == "interrupted":
         parts.append("interrupted")
     if metrics.finish == "length":
-        parts.append(f"cut after {metrics.completion_tokens:,} tokens")
+        parts.append(f"cut off after {metrics.completion_tokens:,} tokens")
     return " · ".join(parts)
 
 
 def overflow(metrics: Metrics, *, moved: bool) -> str:
     """The turns that were dropped from a full context, and the tokens that did not have to be evaluated again."""
     if not moved:
-        return f"{metrics.left_out_tokens:,} tokens of old turns left the context; what follows was evaluated again"
-    cost = f" (evaluating it again: about {seconds(metrics.recompute_ms)})" if metrics.recompute_ms else ""
-    return f"{metrics.left_out_tokens:,} tokens of old turns left the context; what follows moved down{cost}"
+        return (
+            f"{metrics.left_out_tokens:,} tokens of old turns left the context; tokens after them were evaluated again"
+        )
+    cost = f" (evaluating them again: about {seconds(metrics.recompute_ms)})" if metrics.recompute_ms else ""
+    return f"{metrics.left_out_tokens:,} tokens of old turns left the context; tokens after them were moved{cost}"

@@ -18,7 +18,7 @@ from cpucache.reuse import Encoded
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both answers, and what making the slices took beforehand (nothing when they were there)."""
+    """Both answers, and the missing slices that were encoded between them."""
 
     uncached: Reply
     cached: Reply
@@ -40,12 +40,12 @@ class Comparison:
 
 
 def compare(engine: Engine, asked: dict[str, Any], settings: dict[str, Any], *, silent: bool = False) -> Comparison:
-    """Answer without the cache, make the slices that are missing, and answer from them.
+    """Answers without the cache, encodes the missing slices, and answers from slices.
 
     Args:
         engine: Answers.
-        asked: The prompt, as ``read_asked`` gives it.
-        settings: Keywords of ``Engine.generate`` besides.
+        asked: The prompt, in the form that ``read_asked`` returns.
+        settings: Further keyword arguments of ``Engine.generate``.
         silent: Show no progress.
     """
     engine.warm_up()
@@ -58,16 +58,16 @@ def compare(engine: Engine, asked: dict[str, Any], settings: dict[str, Any], *, 
         else:
             encoded = Encoded()
             if settings.get("reuse") != "anywhere":
-                # Text is exact once it has been asked before. What of it comes from elsewhere is so the first time.
+                # A first request saves the exact slices of the text. With "anywhere", the first request is compared.
                 engine.generate(**asked, progress=progress, **settings | {"max_tokens": 1})
-            # The answer is to come from slices, and not from what is in the context by chance.
+            # The answer must come from slices, not from state that is still in the context.
             engine.warm_up()
     cached = engine.generate(**asked, **settings)
     return Comparison(uncached, cached, encoded)
 
 
 def comparison_table(result: Comparison) -> Table:
-    """Both answers side by side, with what they took."""
+    """Both answers side by side, with their times and token counts."""
     table = Table(box=SIMPLE_HEAD, show_lines=False, expand=True)
     table.add_column("", no_wrap=True)
     table.add_column("without the cache", ratio=1)
@@ -86,14 +86,14 @@ def comparison_table(result: Comparison) -> Table:
     near = kinds(other.metrics).strip(" ()")
     if near:
         table.add_row("  of these", "", near)
-    same = "the same" if one.text == other.text else "another one; see `cpucache fidelity`"
+    same = "the same" if one.text == other.text else "different; see `cpucache fidelity`"
     table.add_row("answer is", "", same)
     if min(one.metrics.completion_tokens, other.metrics.completion_tokens) > 1:
         table.add_row("speed", *(f"{1000 / reply.metrics.tpot_ms:.1f} tok/s" for reply in (one, other)))
     if result.encoded.slices:
         table.caption = (
             f"{result.encoded.tokens:,} tokens were encoded in {result.encoded.seconds:.1f} s, once: "
-            "the next prompt that names the same modules finds them"
+            "later prompts that name the same modules reuse them"
         )
         table.caption_justify = "left"
     return table

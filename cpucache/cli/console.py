@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from cpucache.engine.reply import Metrics
     from cpucache.reuse import OnProgress
 
-# What a terminal takes for a command: C0 but for tab and newline, DEL, and C1.
+# Characters that a terminal obeys: C0 except tab and newline, DEL, and C1.
 _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")}, "\N{REPLACEMENT CHARACTER}")
 
 
 def safe(text: str) -> str:
-    """``text`` for a terminal: what it would obey instead of showing is replaced."""
+    """``text`` for a terminal, with control characters replaced."""
     return text.translate(_CONTROLS)
 
 
@@ -39,7 +39,7 @@ def printed(text: str) -> str:
 
 
 class _Safe(RenderHook):
-    """Makes safe what a console prints on a terminal, but for what it tells the terminal itself."""
+    """Makes printed text safe for a terminal. Control codes of rich itself are kept."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -72,7 +72,7 @@ class _Speed(ProgressColumn):
 
 @contextmanager
 def token_bar(label: str, *, shown: bool = True) -> Iterator[OnProgress]:
-    """A bar on standard error that counts tokens, gone when it is done; nothing where nobody looks."""
+    """Shows a bar on standard error that counts tokens and disappears at the end; only at a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not (shown and err.is_terminal)) as bars:
         task = None
@@ -83,7 +83,7 @@ def token_bar(label: str, *, shown: bool = True) -> Iterator[OnProgress]:
                 task = bars.add_task(label, total=total)
             bars.update(task, completed=done, total=total)
             if done >= total:
-                # Whatever is printed from now on has the line for itself.
+                # Text printed from now on begins on an empty line.
                 bars.remove_task(task)
                 bars.refresh()
                 task = None
@@ -91,7 +91,7 @@ def token_bar(label: str, *, shown: bool = True) -> Iterator[OnProgress]:
         yield show
 
 
-_NAME = 28  # characters that a column of names has at least, if its names are as long
+_NAME = 28  # minimum width of a column of names, if a name is that long
 
 
 def listing(
@@ -134,7 +134,7 @@ def named(text: str) -> Text:
 
 
 def read_schema(name: str) -> Schema:
-    """The schema in a file; ``-`` is standard input, whose ``src`` files lie in the current folder."""
+    """The schema in a file; ``-`` is standard input, whose ``src`` files are in the current folder."""
     if name == "-":
         return parse_schema(sys.stdin.buffer.read(), file="<stdin>", folder=Path.cwd())
     return load_schema(Path(name))

@@ -26,11 +26,13 @@ from cpucache.store import Kept
     "--prompts",
     multiple=True,
     metavar="PROMPT",
-    help="Also make what this prompt needs to be exact. May be given several times.",
+    help="Also encode the slices that make this prompt exact. Repeatable.",
 )
 @click.option("--quick", is_flag=True, help="Only the first pass: leave out scaffold sets.")
-@click.option("--refine", is_flag=True, help="Then make exact what was asked lately, the most used first.")
-@click.option("--watch", is_flag=True, help="Then wait for edits, and encode what they made stale, until Ctrl-C.")
+@click.option("--refine", is_flag=True, help="Then encode exact slices of recent prompts, the most used first.")
+@click.option(
+    "--watch", is_flag=True, help="Then wait for edits of the files, and encode again what they change, until Ctrl-C."
+)
 @engine_options
 def encode(
     schemas: tuple[str, ...],
@@ -78,7 +80,7 @@ def _read(schemas: tuple[str, ...], prompts: tuple[str, ...]) -> dict[Schema, li
 
 
 def _encode(engine: Engine, schema: Schema, likely: list[Prompt], *, quick: bool, refine: bool) -> None:
-    """Make what the store lacks of a schema and of likely prompts on it."""
+    """Encodes the missing slices of a schema and of likely prompts on it."""
     engine.add_schema(schema)
     _pass(engine, schema.name, f"encoding {schema.name}", partial(engine.encode, schema.name))
     if likely or (schema.scaffolds and not quick):
@@ -93,20 +95,22 @@ def _encode(engine: Engine, schema: Schema, likely: list[Prompt], *, quick: bool
 
 
 def _pass(engine: Engine, name: str, label: str, work: Callable[..., Encoded]) -> None:
-    """Make slices under a bar, and say what was made and kept."""
+    """Encodes slices with a progress bar, and prints how many were encoded and kept."""
     try:
         with token_bar(label) as progress:
             done = work(progress=progress)
         kept = engine.store.kept(slice_.key for slice_ in done.wanted)
     except KeyboardInterrupt:
-        err.print("what has been encoded is kept, and the same command goes on from there", soft_wrap=True)
+        err.print("the slices encoded so far are saved; the same command encodes the rest", soft_wrap=True)
         raise
     _report(engine, name, done, kept)
 
 
 def _report(engine: Engine, name: str, done: Encoded, kept: Kept) -> None:
     if not engine.store.writable:
-        raise CpucacheError(f"{name}: its slices can't be saved to {engine.store.home}")
+        raise CpucacheError(
+            f"{name}: its slices can't be saved to {engine.store.home}; check the folder and the free space"
+        )
     if done.slices:
         speed = done.tokens / done.seconds
         out.print(
@@ -118,6 +122,6 @@ def _report(engine: Engine, name: str, done: Encoded, kept: Kept) -> None:
         out.print(f"{name}: all its slices are in the store already", soft_wrap=True)
     if kept.missing:
         raise CpucacheError(
-            f"{name}: {kept.missing} of {kept.missing + kept.slices} slices found no room on the disk; "
+            f"{name}: {kept.missing} of {kept.missing + kept.slices} slices did not fit on the disk; "
             f"to keep all of them, use --disk {as_option(kept.budget)}"
         )

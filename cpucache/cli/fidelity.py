@@ -1,4 +1,4 @@
-"""``cpucache fidelity``: how far a cached answer is from the uncached one, and what would bring it nearer."""
+"""``cpucache fidelity``: how far a cached answer is from the uncached one, and which setting brings it nearer."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from cpucache.engine import Engine
 from cpucache.engine.advice import FidelityReport, OnTrial
 
 _WORST = 12
-"""Tokens that are shown unless all are asked for."""
+"""Number of tokens shown without ``--all``."""
 _BAR = 16
 _NEAR = 1e-3
-"""Nats that nobody will notice."""
+"""KL divergence, in nats, that makes no difference to an answer."""
 _PATIENCE = 3600.0
 """Seconds that the estimate of the time left looks back."""
 
@@ -45,10 +45,12 @@ _PATIENCE = 3600.0
     type=click.IntRange(1),
     default=64,
     show_default=True,
-    help="Tokens of the answer that are compared.",
+    help="Number of tokens of the answer to compare.",
 )
-@click.option("--no-advice", is_flag=True, help="Measure the prompt as it is, and nothing that might help it.")
-@click.option("--all", "everything", is_flag=True, help=f"Show every token, not only the {_WORST} furthest off.")
+@click.option("--no-advice", is_flag=True, help="Do not try other settings.")
+@click.option(
+    "--all", "everything", is_flag=True, help=f"Show every token, not only the {_WORST} with the largest divergence."
+)
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the divergence along the tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def fidelity(
@@ -79,7 +81,7 @@ def fidelity(
     exactness = split_fidelity(options)
     asked, schema = read_asked(prompt, schema_file, exactness)
     if plot:
-        # What would fail at the very end fails now.
+        # An error that would come at the end comes now.
         new_figure(plot)
     with Engine(model, **options) as engine:
         if schema is not None:
@@ -103,7 +105,7 @@ def fidelity(
 
 @contextmanager
 def _bar(*, shown: bool) -> Iterator[OnTrial]:
-    """A bar on standard error that counts what is tried; nothing where nobody looks."""
+    """Shows a bar on standard error that counts the trials; only at a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     disabled = not (shown and err.is_terminal)
     with Progress(*columns, console=err, transient=True, disable=disabled, speed_estimate_period=_PATIENCE) as bars:
@@ -122,7 +124,7 @@ def _tokens(report: FidelityReport, *, everything: bool) -> Table:
     chosen = range(count) if everything else sorted(np.argsort(-now.kl, kind="stable")[:_WORST].tolist())
     table = Table(box=SIMPLE_HEAD)
     if len(chosen) < count:
-        table.title = f"the {len(chosen)} tokens furthest off, of {count}; --all shows every one"
+        table.title = f"the {len(chosen)} tokens with the largest divergence, of {count}; --all shows every one"
         table.title_justify = "left"
     table.add_column("", no_wrap=True)
     for name in ("#", "token", "KL"):
@@ -138,7 +140,7 @@ def _tokens(report: FidelityReport, *, everything: bool) -> Table:
         table.add_row(
             Text(of if of != before else "", style="dim"),
             str(index + 1 if index < now.asked else index + 1 - now.asked),
-            # As JSON: white space and control characters show, and do nothing.
+            # As JSON, so that white space and control characters are visible and have no effect.
             Text(json.dumps(report.pieces[index], ensure_ascii=False)),
             f"{kl:.4f}",
             Text("━" * round(_BAR * kl / most), style="yellow" if agrees else "red"),
@@ -188,7 +190,7 @@ def _answers(report: FidelityReport) -> Table:
 
 
 def _excerpt(text: str, at: int) -> str:
-    """A few words from where answers part."""
+    """Returns the words at which answers begin to differ."""
     start = text.rfind(" ", 0, at) + 1
     rest = text[start : at + 24]
     return f"at character {at + 1}: {json.dumps(rest, ensure_ascii=False)}" if rest else f"ends at character {at + 1}"
@@ -197,7 +199,7 @@ def _excerpt(text: str, at: int) -> str:
 def _trials(report: FidelityReport) -> Table:
     """Returns the settings that were tried, with benefit and cost."""
     table = Table(box=SIMPLE_HEAD)
-    # Names of modules may be long, and are to be copied.
+    # Names of modules may be long. They must not be cut off, since a reader copies them.
     table.add_column("what was tried", overflow="fold")
     for name in ("KL", "top-1 the same", "first token", "store"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -223,14 +225,14 @@ def _advice(report: FidelityReport) -> str:
     """Returns the advice."""
     now = report.now.distance
     if now.kl_mean < _NEAR:
-        return "There is nothing to do: the model says from slices what it says without."
+        return "Nothing needs to be done: the model predicts the same with and without reuse."
     best = report.best
     if best is None:
-        tried = "nothing that was tried brings" if report.trials else "there is nothing to try that would bring"
-        return f"{tried[0].upper()}{tried[1:]} it nearer; --no-cache answers without reuse."
+        tried = "No setting that was tried" if report.trials else "No setting"
+        return f"{tried} reduces the divergence; --no-cache answers without reuse."
     delay = report.delay_ms(best)
     return (
         f"Use {best.change}: KL goes from {now.kl_mean:.4f} to {best.distance.kl_mean:.4f}, the first token comes "
-        + (f"{seconds(delay)} later" if delay > max(1.0, now.ttft_ms / 10) else "as soon as now")
+        + (f"{seconds(delay)} later" if delay > max(1.0, now.ttft_ms / 10) else "as early as now")
         + (f", and the store holds {decimal(best.bytes)} more." if best.bytes else ".")
     )

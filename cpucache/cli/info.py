@@ -51,12 +51,12 @@ def info(as_json: bool) -> None:
 def _why(facts: dict[str, Any]) -> str:
     if facts["threads"] < facts["physical_cores"]:
         return "the cores that this process may use"
-    return "one for each physical core; more only share their arithmetic units"
+    return "one for each physical core; more threads would share the same arithmetic units"
 
 
 def _gpu(offload: bool) -> str:
     if offload:
-        return "all layers are offloaded (--gpu-layers auto); --gpu-layers 0 keeps to the CPU"
+        return "all layers are offloaded (--gpu-layers auto); --gpu-layers 0 uses the CPU only"
     return "none used: this build of llama.cpp has no GPU backend, or finds no device"
 
 

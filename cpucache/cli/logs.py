@@ -39,12 +39,12 @@ def _options() -> list[click.Option]:
             "--verbose",
             "-v",
             level=logging.INFO,
-            text="Tell what is done and why: what is evaluated, evicted, refused and waited for.",
+            text="Log what is evaluated, evicted, refused and waited for, and why.",
         ),
         _option(
             "--debug",
             level=logging.DEBUG,
-            text="Tell everything, for each part of a prompt, and show tracebacks of errors.",
+            text="Log details of each part of a prompt, and show tracebacks of errors.",
         ),
     ]
 

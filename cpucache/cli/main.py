@@ -41,7 +41,7 @@ _COMMANDS = {
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Pauses garbage collection: what is imported stays, and would be examined several times for nothing."""
+    """Pauses garbage collection during imports: imported objects stay, so that examining them is useless."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -145,9 +145,9 @@ def _trace() -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Messages name what others wrote, such as slices and conversations.
+    """Formats log messages, which contain text of others, such as names of slices and conversations.
 
-    A line that is there because somebody asked to see inside tells when it was written, and which room it is from.
+    With ``-v`` or ``--debug``, each line also has its time and the room that wrote it.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -161,7 +161,7 @@ class _Formatter(logging.Formatter):
 
 
 def _safe(text: str) -> str:
-    # Imported when there is something to say: it takes rich along.
+    # Imported when there is something to print: the module imports rich.
     from cpucache.cli.console import safe
 
     return safe(text)

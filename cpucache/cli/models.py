@@ -38,9 +38,9 @@ def models() -> None:
 @models.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array instead of a table.")
 def list_models(as_json: bool) -> None:
-    """List the models of the catalogue, and other GGUF files that lie beside them.
+    """List the models of the catalogue, and other GGUF files in the folder of the weights.
 
-    The default is what commands use unless -m says otherwise.
+    Commands without -m use the default.
     """
     rows = _rows()
     if as_json:
@@ -59,7 +59,7 @@ def list_models(as_json: bool) -> None:
         about.append(f"\n{row['description'] or 'not in the catalogue'}", style="dim")
         context = "" if row["context"] is None else f"{row['context']:,}"
         cells.append((about, decimal(row["size"]), context, row["licence"] or "", "yes" if row["pulled"] else "no"))
-    look: dict[str, Any] = {"caption": f"weights lie in {models_dir()}", "caption_justify": "left"}
+    look: dict[str, Any] = {"caption": f"folder of the weights: {models_dir()}", "caption_justify": "left"}
     out.print(listing(columns, cells, expendable=("licence", "context", "size", "pulled"), **look))
 
 
@@ -98,7 +98,7 @@ def _rows() -> list[Row]:
 
 @models.command("pull")
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Fetch it again even if it is there.")
+@click.option("--force", is_flag=True, help="Fetch the weights again, even if they are present.")
 def pull_model(name: str, force: bool) -> None:
     """Fetch the weights called NAME and verify them.
 
@@ -120,7 +120,7 @@ def fetch(name: str, *, force: bool = False) -> Path:
         try:
             return pull(name, show, say=say, force=force)
         except KeyboardInterrupt:
-            say("interrupted: what has been fetched is kept, and the same command goes on from there")
+            say("interrupted: the data fetched so far is kept; the same command fetches the rest")
             raise
 
 
@@ -158,5 +158,5 @@ def model_path(name: str) -> None:
 @models.command("rm")
 @click.argument("name")
 def remove_model(name: str) -> None:
-    """Delete the weights called NAME, and what an interrupted pull of them left."""
+    """Delete the weights called NAME, and files that an interrupted pull left."""
     click.echo(f"removed {name}: {decimal(remove(name))} freed")

@@ -30,7 +30,7 @@ class Range(click.ParamType[tuple[int, int]]):
         """Returns the least and the most. Raises ``BadParameter`` for text that is no range."""
         least, dash, most = str(value).partition("-")
         if not (dash and least.isdigit() and most.isdigit()):
-            self.fail(f"'{value}' is no range such as {LEAST}-{MOST}", param, ctx)
+            self.fail(f"'{value}' is not a range such as {LEAST}-{MOST}", param, ctx)
         return int(least), int(most)
 
 
@@ -176,7 +176,7 @@ def check_text_fidelity(exactness: dict[str, Any]) -> None:
     """Raises ``UsageError`` if a fidelity is given for a prompt without a schema that uses only exact slices."""
     if exactness["fidelity"] is not None and exactness["reuse"] != "anywhere":
         raise click.UsageError(
-            "--fidelity and --recompute are for --schema, or for --reuse anywhere: all else is exact"
+            "--fidelity and --recompute need --schema or --reuse anywhere: other prompts are always exact"
         )
 
 

@@ -91,7 +91,7 @@ class Picker:
         """Whether somebody wants to ask now, instead of leaving."""
         return bool(self._application().run())
 
-    # -- what changes ------------------------------------------------------------------------------------------------
+    # -- changes -----------------------------------------------------------------------------------------------------
     @property
     def _row(self) -> Row | None:
         return self._rows[self._at] if self._rows else None
@@ -111,7 +111,7 @@ class Picker:
             self._rows = self._selection.rows()
             self._weigh()
 
-    # -- how it looks ------------------------------------------------------------------------------------------------
+    # -- display -----------------------------------------------------------------------------------------------------
     def _drawn(self) -> StyleAndTextTuples:
         width = min(_NAME, max((2 * row.depth + 4 + len(row.node.name) for row in self._rows), default=0))
         lines: StyleAndTextTuples = []
@@ -124,7 +124,7 @@ class Picker:
                 name = f"{indent}{_MARKS[row.kind, row.picked]} {row.node.name}"
                 text = f"{name:<{width}}  {self._costs.get(row.path, Cost(0, 0, False))}"
             lines.append((style, f"{safe(text)}\n"))
-        return lines or [("", "(the schema has no modules: all of it is asked)\n")]
+        return lines or [("", "(the schema has no modules: a prompt includes all of its text)\n")]
 
     def _below(self) -> StyleAndTextTuples:
         return [("ansired" if self._wrong else "", safe(self._wrong or self._total)), ("", f"\n{KEYS}")]

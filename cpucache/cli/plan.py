@@ -23,7 +23,7 @@ _RELATION = 10
 _WORDS = 8
 """Tokens that text without markup is known by."""
 _WIDE = 120
-"""Columns of a terminal that has room for the names of what a slice was evaluated behind."""
+"""Columns of a terminal that has room for the names of the modules that a slice was evaluated after."""
 _STYLES = {"exact": "green", "clean": "cyan", "related": "yellow", "foreign": "magenta"}
 
 
@@ -112,30 +112,30 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         Column("text" if rows and "text" in rows[0] else "module", overflow="fold"),
         *(Column(name, justify="right", no_wrap=True) for name in ("position", "tokens")),
         Column("slice", min_width=_RELATION),
-        Column("evaluated behind", overflow="fold"),
+        Column("evaluated after", overflow="fold"),
         Column("why"),
     ]
     cells: list[list[str | Text]] = []
     for row in rows:
         relation = row.get("relation", "")
         what = f"{relation}, {row['from']}" if relation else row["why"] or row["from"]
-        behind = f"{row['context_tokens']:,} tokens" if relation else ""
-        if out.width >= _WIDE and behind and row["context"]:
-            behind += f": {', '.join(row['context'])}"
+        after = f"{row['context_tokens']:,} tokens" if relation else ""
+        if out.width >= _WIDE and after and row["context"]:
+            after += f": {', '.join(row['context'])}"
         cells.append(
             [
                 Text(row.get("text") or row["module"] or ("(schema)" if relation else "")),
                 f"{row['position']:,}",
                 f"{row['tokens']:,}",
                 Text(what, style=_STYLES.get(relation, "dim")),
-                Text(behind),
+                Text(after),
                 Text(row["why"] if relation else ""),
             ]
         )
-    return listing(columns, cells, expendable=("why", "position", "evaluated behind", "tokens"), close=True)
+    return listing(columns, cells, expendable=("why", "position", "evaluated after", "tokens"), close=True)
 
 
 def _summary(cost: dict[str, Any]) -> str:
     kinds = ", ".join(f"{cost[kind]:,} {kind}" for kind in ("exact", "clean", "related", "foreign") if cost[kind])
-    time = f", about {seconds(cost['evaluate_ms'])} as fast as slices were made" if cost["evaluate_ms"] else ""
+    time = f", about {seconds(cost['evaluate_ms'])} at the speed of earlier encoding" if cost["evaluate_ms"] else ""
     return f"{cost['tokens']:,} tokens: {kinds or 'none'} from slices; {cost['evaluated']:,} to evaluate{time}"

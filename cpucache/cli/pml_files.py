@@ -21,7 +21,7 @@ class Named:
 
 
 def named_files(arguments: Iterable[str]) -> list[Named]:
-    """The files that arguments stand for, each once, in order.
+    """The files that arguments name, each once, in order.
 
     Args:
         arguments: Names of files, patterns such as ``schemas/**/*.xml``, folders (for all ``.xml`` files in them, at
@@ -35,7 +35,7 @@ def named_files(arguments: Iterable[str]) -> list[Named]:
         if path.is_dir():
             found = sorted(str(each) for each in path.rglob("*.xml") if each.is_file())
         elif glob.has_magic(argument) and not os.path.lexists(path):
-            # Unlike that of ``Path``, this takes absolute patterns.
+            # Unlike the function of ``Path``, this accepts absolute patterns.
             matches = glob.glob(argument, recursive=True)  # noqa: PTH207
             found = sorted(each for each in matches if Path(each).is_file())
         else:

@@ -32,10 +32,10 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed",
 @engine_options
 @sampling_options
 @fidelity_options
-@click.option("--raw", is_flag=True, help="Continue the text as it is, instead of answering it as a message.")
+@click.option("--raw", is_flag=True, help="Continue the text, instead of answering it as a message.")
 @click.option("--no-cache", is_flag=True, help="Evaluate every token of the prompt, reusing nothing.")
 @click.option("--compare", "comparing", is_flag=True, help="Answer twice, without the cache and with it, and compare.")
-@click.option("--profile", "profiling", is_flag=True, help="Tell where the time went, stage by stage.")
+@click.option("--profile", "profiling", is_flag=True, help="Print the time of each stage.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the answer, counts and times.")
 def run(
     prompt: str,
@@ -67,7 +67,7 @@ def run(
     if no_cache and comparing:
         raise click.UsageError("--no-cache and --compare exclude each other")
     if profiling and comparing:
-        raise click.UsageError("--profile and --compare exclude each other: profile an answer at a time")
+        raise click.UsageError("--profile and --compare exclude each other: profile one answer at a time")
     settings: dict[str, Any] = {"sampling": split_sampling(options), "max_tokens": max_tokens}
     exactness = split_fidelity(options)
     profile = Profile()
@@ -125,7 +125,7 @@ def _telling_what_is_kept(engine: Engine, stream: Stream) -> Iterator[None]:
         kept = sum(len(span.tokens) for span in plan.spans if span.slice and engine.store.kept([span.slice.key]).slices)
         if kept:
             err.print(
-                f"{kept:,} of {plan.n_tokens:,} prompt tokens are kept, and the same command goes on from there",
+                f"{kept:,} of {plan.n_tokens:,} prompt tokens are saved; the same command evaluates the rest",
                 soft_wrap=True,
             )
         raise
@@ -147,12 +147,12 @@ def _figures(metrics: Metrics, *, saved: bool) -> str:
         f"{metrics.cached_tokens:,} of {metrics.prompt_tokens:,} prompt tokens from cache{kinds(metrics)}",
     ]
     if metrics.encoded_tokens:
-        # Slices right before the question are evaluated in one batch with it, which takes no time of its own.
+        # Slices right before the question are evaluated in one batch with it, which takes no additional time.
         spent = f" in {seconds(metrics.encode_ms)}" if metrics.encode_ms else ""
         made = f"{metrics.encoded_tokens:,} tokens encoded{spent}"
         parts.append(f"{made}, saved for next time" if saved else made)
     if metrics.completion_tokens > 1:
         parts.append(f"{1000 / metrics.tpot_ms:.1f} tok/s")
     if metrics.finish == "length":
-        parts.append(f"cut after {metrics.completion_tokens:,} tokens")
+        parts.append(f"cut off after {metrics.completion_tokens:,} tokens")
     return " · ".join(parts)

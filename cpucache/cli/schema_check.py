@@ -36,9 +36,9 @@ _STDIN = "untitled:stdin"
     "prompts",
     multiple=True,
     metavar="PROMPT",
-    help="Check this prompt against them, too. Repeatable.",
+    help="Also check this prompt against the schemas. Repeatable.",
 )
-@click.option("-m", "--model", "models", multiple=True, help="Lay them out under this model, too. Repeatable.")
+@click.option("-m", "--model", "models", multiple=True, help="Also lay the schemas out for this model. Repeatable.")
 @positions_option
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array: the diagnostics of each file, as in LSP.")
 def check(
@@ -46,12 +46,12 @@ def check(
 ) -> None:
     """Check each schema FILE (- for standard input), and each PROMPT against the one that it is written for.
 
-    FILE may be a pattern, as 'schemas/**/*.xml', or a folder, for all .xml files in it. What is found like this may be
-    prompts as well: they are checked against the schemas that are found.
+    FILE may be a pattern, such as 'schemas/**/*.xml', or a folder, for all .xml files in it. Prompts found in this way
+    are checked against the schemas found.
 
-    Every mistake is told, with its line; only what is not well-formed XML hides what comes after. With -m the schemas
-    are also laid out, which finds what only a tokenizer can tell: scaffolds longer than their parameter, schemas longer
-    than the model can hold.
+    Every mistake is printed, with its line; text that is not well-formed XML hides mistakes after it. With -m the
+    schemas are also laid out, which finds mistakes that only a tokenizer finds: scaffolds longer than their parameter,
+    schemas longer than the model can hold.
 
     --json prints what a language server would publish: an array with, of each file, its "uri" and its "diagnostics",
     whose positions count lines and UTF-16 units from 0.
@@ -138,9 +138,9 @@ class _Checking:
             if self._unread and prompt.schema not in known:
                 raise InputError(f"{name}: not checked against its schema '{prompt.schema}', which can't be used")
             if not named and prompt.schema not in known:
-                self._say(f"{name}: the prompt is fine, but not checked against '{prompt.schema}', which is not here")
+                self._say(f"{name}: the prompt is fine, but not checked against '{prompt.schema}', which was not given")
                 return
-            # Where schemas of a name lie in several folders, a prompt is for the one beside it.
+            # If several folders have schemas of the same name, a prompt is for the schema in its own folder.
             folder = Path(prompt.file).parent
             schemas = sorted(self._schemas, key=lambda schema: Path(schema.file).parent != folder)
             fitting = check_prompt(prompt, schemas)
@@ -161,7 +161,9 @@ class _Checking:
         for mistake in mistakes:
             err.print(f"cpucache: {mistake}", markup=False, soft_wrap=True)
         if len(mistakes) == MOST_PROBLEMS:
-            err.print("cpucache: after so many mistakes the rest is not looked at", markup=False, soft_wrap=True)
+            err.print(
+                "cpucache: too many mistakes: the rest of the input was not checked", markup=False, soft_wrap=True
+            )
 
     def diagnostics(self) -> list[dict[str, Any]]:
         """Returns the diagnostics of each file, in the form that language servers publish."""
@@ -191,7 +193,7 @@ def _lines(name: str) -> list[str]:
         data = b"" if name == "-" else read_file(Path(name), Limits())
     except PMLError:
         return []
-    # As the parser counts them.
+    # The parser counts lines in the same way.
     return data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").split("\n")
 
 

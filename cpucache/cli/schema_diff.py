@@ -19,14 +19,14 @@ from cpucache.layout import Positions
 from cpucache.reuse.inventory import Edit, compare
 
 _SAID = {
-    "kept": ("as it was", "green"),
-    "usable": ("encoded anew, usable as it was", "cyan"),
-    "stale": ("evaluated anew", "yellow"),
+    "kept": ("unchanged", "green"),
+    "usable": ("evaluated again, old one usable", "cyan"),
+    "stale": ("evaluated again", "yellow"),
     "new": ("evaluated", "yellow"),
 }
 
 
-@click.command(short_help="Say which slices stay valid after an edit, and what the rest costs.")
+@click.command(short_help="Show which slices stay valid after an edit, and what the rest costs.")
 @click.argument("old")
 @click.argument("new")
 @model_option
@@ -36,23 +36,23 @@ _SAID = {
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def diff(old: str, new: str, model: str, positions: Positions, n_ctx: int | None, as_json: bool) -> None:
-    """Say which slices of the schema OLD stay valid for the schema NEW, and what it costs to encode the rest.
+    """Show which slices of the schema OLD stay valid for the schema NEW, and what it costs to encode the rest.
 
-    Slices are found by their content: unchanged text that follows no change keeps its slices. Unchanged text after a
-    change keeps them too, for prompts that may take related slices, unless they attended to text that is gone;
-    `cpucache encode` evaluates it again.
+    Slices are found by their content: unchanged text before the first change keeps its slices. Unchanged text after a
+    change keeps them for prompts that may use related slices, unless they attended to text that was removed; `cpucache
+    encode` evaluates this text again.
 
-    Nothing is evaluated, and the store is not read. One of the two may be - for standard input.
+    Nothing is evaluated, and the store is not read. OLD or NEW may be - for standard input.
 
     \b
     git show HEAD:schemas/trip/schema.xml | cpucache schema diff - schemas/trip/schema.xml
     """
     if old == new == "-":
-        raise InputError("only one of the two can be standard input (-)")
+        raise InputError("only one of OLD and NEW can be standard input (-)")
     parsed = [read_schema(name) for name in (old, new)]
     looked = Looked(model, positions)
     before, after = (looked.lay(schema) for schema in parsed)
-    # As the engine has it: one cell stays free for the token that applies a shift.
+    # The same as in the engine: one cell stays free for the token that applies a shift.
     room = (n_ctx or min(looked.model.n_ctx_train, DEFAULT_CTX)) - 1
     edit = compare(before, after, room)
     rate = looked.stored[1]
@@ -74,10 +74,10 @@ def _summary(edit: Edit, rate: float | None) -> str:
     kept, total = edit.slices("kept"), len(edit.changes)
     if kept == total:
         return f"all {total:,} slices stay valid: nothing is to be evaluated{_dropped(edit)}"
-    time = f", about {seconds(1000 * edit.evaluated / rate)} as fast as slices were made" if rate else ""
+    time = f", about {seconds(1000 * edit.evaluated / rate)} at the speed of earlier encoding" if rate else ""
     tokens = edit.tokens("kept", "usable", "stale", "new")
     usable = edit.tokens("usable")
-    until = f"; until then prompts can take {usable:,} tokens of the others as they were" if usable else ""
+    until = f"; until then prompts can use the old slices of {usable:,} of these tokens" if usable else ""
     return (
         f"{kept:,} of {total:,} slices stay valid ({edit.tokens('kept'):,} of {tokens:,} tokens); "
         f"{edit.evaluated:,} tokens are to be evaluated{time}{until}{_dropped(edit)}"
@@ -85,9 +85,7 @@ def _summary(edit: Edit, rate: float | None) -> str:
 
 
 def _dropped(edit: Edit) -> str:
-    return f"; {edit.dropped:,} slices that there were ({edit.dropped_tokens:,} tokens) are of no more use" * (
-        edit.dropped > 0
-    )
+    return f"; {edit.dropped:,} old slices ({edit.dropped_tokens:,} tokens) are no longer used" * (edit.dropped > 0)
 
 
 def _as_dict(edit: Edit, rate: float | None) -> dict[str, object]:

@@ -21,28 +21,28 @@ from cpucache.pml.xml import read_file
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
-@click.command(short_help="Write canonical PML, or mend stray < and & (--fix).")
+@click.command(short_help="Write canonical PML, or escape stray < and & (--fix).")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--fix", is_flag=True, help="Write < and & as XML has them, and change nothing else. Asks first.")
+@click.option("--fix", is_flag=True, help="Escape stray < and & in text, and change nothing else. Asks first.")
 @click.option("--yes", is_flag=True, help="With --fix: write without asking.")
 @click.option("--check", "check_only", is_flag=True, help="Write nothing; exit status 1 if a file would change.")
 @click.option("--diff", "show_diff", is_flag=True, help="Like --check, and show what would change.")
 def fmt(files: tuple[str, ...], fix: bool, yes: bool, check_only: bool, show_diff: bool) -> None:
     """Write each FILE, a schema or prompt, in canonical form; - reads standard input and writes standard output.
 
-    FILE may be a pattern, as 'schemas/**/*.xml', or a folder, for all .xml files in it. The canonical form is parsed
+    FILE may be a pattern, such as 'schemas/**/*.xml', or a folder, for all .xml files in it. The canonical form parses
     into the same tree, so that every slice stays valid: tags are indented and attributes put in order; texts,
     comments and CDATA sections stay as they are written.
 
-    --fix mends what other tools accept and PML does not: a < or & in text that begins no tag and no reference, as in a
-    line of code such as "0 <= position[0] < self.grid_size". It shows the difference, and asks before it writes.
+    --fix escapes each < and & in text that begins no tag and no reference, as in a line of code such as
+    "0 <= position[0] < self.grid_size". It shows the difference, and asks before it writes.
 
     \b
     cpucache schema fmt schemas
     cpucache schema fmt --fix schema.xml
     """
     if yes and not fix:
-        raise InputError("--yes goes with --fix: all else is written without asking")
+        raise InputError("--yes needs --fix: without --fix, files are written without asking")
     formatting = _Formatting(fix=fix, yes=yes, show_diff=show_diff, writes=not (check_only or show_diff))
     for file in named_files(files):
         try:
@@ -86,29 +86,29 @@ class _Formatting:
         if name == "-" and self._writes:
             click.echo(written, nl=False)
         elif same:
-            self._say(f"{name}: nothing to {'mend' if self._fix else 'change'}")
+            self._say(f"{name}: nothing to {'fix' if self._fix else 'change'}")
         elif not self._writes:
             self.left = True
-            self._say(f"{name}: would be {'mended' if self._fix else 'formatted'}")
+            self._say(f"{name}: would be {'fixed' if self._fix else 'formatted'}")
         elif self._fix and not self._agreed(name):
             self.left = True
-            self._say(f"{name}: left as it is")
+            self._say(f"{name}: left unchanged")
         else:
             write_over(Path(name), written)
-            self._say(f"{name}: {'mended' if self._fix else 'formatted'}")
+            self._say(f"{name}: {'fixed' if self._fix else 'formatted'}")
 
     def _mended(self, data: bytes, shown: str, folder: Path) -> str:
         try:
             text = data.decode()
         except UnicodeDecodeError:
-            # The parser says where.
+            # The error of the parser says where.
             parse_pml(data, file=shown, folder=folder)
             raise
         try:
             parse_pml(text, file=shown, folder=folder)
         except PMLError:
             written = mend(text)
-            # What mending leaves wrong, on the lines of the file, for no line is added or taken away.
+            # Remaining mistakes have the right lines: mending adds and removes no line.
             parse_pml(written, file=shown, folder=folder)
             return written
         return text
@@ -121,9 +121,9 @@ class _Formatting:
         except click.Abort:
             if sys.stdin.isatty():
                 raise
-            # The end of the input, and nobody to ask.
+            # The input has ended, and there is no terminal to ask at.
             click.echo(err=True)
-            err.print("cpucache: not written: --yes writes without asking", markup=False, soft_wrap=True)
+            err.print("cpucache: not written; --yes writes without asking", markup=False, soft_wrap=True)
             return False
 
     def _say(self, line: str) -> None:

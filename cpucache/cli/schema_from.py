@@ -30,12 +30,12 @@ def _output_options(command: _Command) -> _Command:
     output = click.option(
         "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the schema into this file."
     )
-    name = click.option("--name", metavar="NAME", help="What the schema is called.")
+    name = click.option("--name", metavar="NAME", help="Name of the schema.")
     return output(name(command))
 
 
 _model_option = click.option(
-    "-m", "--model", metavar="MODEL", help="Count tokens as this model does: a name of the catalogue, or a GGUF."
+    "-m", "--model", metavar="MODEL", help="Count tokens of this model: a name of the catalogue, or a GGUF."
 )
 
 
@@ -45,16 +45,18 @@ _model_option = click.option(
 @click.option(
     "--length", type=click.IntRange(1, 999_999_999), default=32, show_default=True, help="Tokens of each parameter."
 )
-@click.option("--trim", is_flag=True, help="Drop a line break after a tag, and blanks before it, as chat templates do.")
+@click.option(
+    "--trim", is_flag=True, help="Drop the line break after a tag and the blanks before it, as chat templates do."
+)
 def from_jinja(template: str, output: Path | None, name: str | None, length: int, trim: bool) -> None:
     """Turn a Jinja TEMPLATE (- for standard input) into a schema, on standard output.
 
     Text stays text. {% if %} becomes a module, and a union with {% else %}. {{ name }} becomes a parameter, and
     |default("...") its scaffold. A loop over constants becomes a module for each item, {% block %} a module, and
-    {% include %} a module with src, for which the schema must lie in a folder around the file.
+    {% include %} a module with src; the schema must be in the folder of the file, or in a folder around it.
 
-    What can't be turned is told on standard error, with its line: loops over arguments become parameters, filters of
-    arguments are left to whoever gives these, and macros are left out.
+    Parts that can't be converted are listed on standard error, with their lines: loops over arguments become
+    parameters, filters of arguments are not applied, and macros are left out.
 
     \b
     cpucache schema from-jinja support.jinja -o support.xml
@@ -79,13 +81,15 @@ def from_jinja(template: str, output: Path | None, name: str | None, length: int
         _tell(str(left))
 
 
-@click.command("from-files", short_help="Make a schema of files, a module each.")
+@click.command("from-files", short_help="Make a schema of files, with a module for each file.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--glob", "patterns", multiple=True, default=("**/*",), show_default=True, help="Which files. Repeatable."
 )
 @_output_options
-@click.option("--budget", type=click.IntRange(1), metavar="TOKENS", help="Leave out what would exceed it. With -m.")
+@click.option(
+    "--budget", type=click.IntRange(1), metavar="TOKENS", help="Leave out files that would exceed this. Needs -m."
+)
 @_model_option
 def from_files(
     folder: Path,
@@ -97,10 +101,10 @@ def from_files(
 ) -> None:
     """Make a schema of the files in DIR: each becomes a module with src, in the order of their paths.
 
-    What git ignores is passed over, and what is empty or no text is left out. With --budget a file that does not fit
-    any more is left out, and later ones that fit are taken. What was left out is told on standard error.
+    Files that git ignores are skipped; empty files and files that are not text are left out. With --budget, files that
+    do not fit are left out; smaller files after them may fit. Standard error lists the files that were left out.
 
-    A schema reads only files in its own folder: put it into DIR, or into a folder around that.
+    A schema can only read files in its own folder: save it in DIR, or in a folder around DIR.
 
     \b
     cpucache schema from-files docs --glob '**/*.md' -o docs/schema.xml
@@ -135,34 +139,39 @@ def from_files(
     for file, why in gathered.left.items():
         _tell(f"left out: {file}: {why}")
     if not gathered.nodes:
-        raise InputError(f"{folder}: nothing is left for a schema")
+        raise InputError(f"{folder}: no file can be used in a schema")
     _write(gathered.nodes, _named(name, inside.name), output, base)
     tokens = f", {sum(gathered.tokens.values()):,} tokens" if model is not None else ""
     of = f" of {budget:,}" if budget is not None else ""
     left = f"; {len(gathered.left):,} left out" if gathered.left else ""
     _tell(f"{len(gathered.nodes):,} files{tokens}{of}{left}")
     if output is None and base.resolve() != Path.cwd():
-        _tell(f"its src files are named from {base}: save it there")
+        _tell(f"the schema names files relative to {base}: save it in that folder")
 
 
-@click.command("from-messages", short_help="Make a schema of what repeats in recorded requests.")
+@click.command("from-messages", short_help="Make a schema of text that repeats in recorded requests.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
 @_output_options
 @click.option(
-    "--least", type=click.IntRange(2), default=2, show_default=True, help="Requests that a text must stand in."
+    "--least",
+    type=click.IntRange(2),
+    default=2,
+    show_default=True,
+    help="Number of requests in which a text must occur.",
 )
 @_model_option
 def from_messages(
     files: tuple[Path, ...], output: Path | None, name: str | None, least: int, model: str | None
 ) -> None:
-    """Make a schema of what repeats in recorded requests, as OpenAI's or Anthropic's API takes them.
+    """Make a schema of text that repeats in recorded requests to OpenAI's or Anthropic's API.
 
     Each FILE is JSON: a request, a list of requests or of messages, or a log of them (one on a line, .jsonl). A folder
     stands for all .json and .jsonl files in it.
 
-    Definitions of tools, and paragraphs of messages that stand in several requests, become modules, those that always
-    stand together one module. The turns that each request of a conversation repeats are left to the cache itself. What
-    each module would have saved is told on standard error, in tokens of the model that -m names, else estimated.
+    Definitions of tools, and paragraphs of messages, that occur in several requests become modules; those that always
+    occur together become one module. Turns that each request of a conversation repeats are left out: they are reused
+    without a schema. Standard error shows how many tokens each module would have saved, estimated unless -m names a
+    model.
 
     \b
     cpucache schema from-messages requests.jsonl -o schema.xml -m smollm2-135m-instruct

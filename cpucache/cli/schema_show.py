@@ -39,7 +39,7 @@ class _Row:
     prefix: str
     extent: Extent
     path: str
-    """Dotted path of the module, empty for what is none."""
+    """Dotted path of the module; empty for text of the schema."""
     unused: int
     """Positions of its union that a member leaves empty."""
     segments: tuple[tuple[Segment, list[CachedSlice]], ...]
@@ -67,26 +67,26 @@ class _Row:
         return found
 
 
-@click.command(short_help="Draw how a schema is laid out, and what is cached of it.")
+@click.command(short_help="Draw how a schema is laid out, and how much of it is cached.")
 @click.argument("file")
 @model_option
 @positions_option
-@click.option("--contexts", is_flag=True, help="List what the slices of each module were evaluated behind.")
+@click.option("--contexts", is_flag=True, help="List the modules that the slices of each module were evaluated after.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it into this file, .svg or .png.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(file: str, model: str, positions: Positions, contexts: bool, plot: Path | None, as_json: bool) -> None:
     """Draw how a schema FILE is laid out: its modules, their tokens, and the positions that they take.
 
-    Members of a union start at the same position; what a member leaves empty of the union is listed as unused. A
-    module's own tokens are what is encoded and saved for it; what is nested in it counts for itself. Bytes are for keys
-    and values of 16 bits, for one slice of everything.
+    Members of a union start at the same position; positions that a shorter member leaves empty are listed as unused.
+    The tokens of a module are those of its own text, without nested modules. Bytes are those of one slice of all text,
+    with keys and values of 16 bits.
 
-    "cached" is the share of a module's own text of which the store has slices, with the number of different contexts
-    that they were evaluated in, if more than one (--contexts lists them).
+    "cached" is the share of a module's own text that has slices in the store, with the number of contexts in which
+    these were evaluated, if more than one (--contexts lists them).
     """
     parsed = read_schema(file)
     if plot:
-        # What would fail at the very end fails now.
+        # An error that would come at the end comes now.
         new_figure(plot)
     looked = Looked(model, positions)
     layout = looked.lay(parsed)
@@ -111,7 +111,7 @@ def show(file: str, model: str, positions: Positions, contexts: bool, plot: Path
 
 
 def _say(line: str) -> None:
-    # A terminal would break the line inside a word; what reads a pipe wants it whole.
+    # A terminal would break the line inside a word; a program that reads a pipe needs whole lines.
     out.print(line, style="dim", markup=False, soft_wrap=not out.is_terminal)
 
 
@@ -135,7 +135,7 @@ def _rows(layout: SchemaLayout, slices: dict[Segment, list[CachedSlice]]) -> Ite
         yield _Row(prefix, extent, path, end - extent.end, tuple(segments))
         for index, child in enumerate(extent.children):
             last = index == len(extent.children) - 1
-            # Only reserved positions are left empty.
+            # Only reserved positions can be unused.
             union_end = extent.end if extent.kind == "union" and not layout.packed else child.end
             yield from walk(
                 child, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "), path, union_end
@@ -171,7 +171,7 @@ def _table(rows: list[_Row], layout: SchemaLayout, looked: Looked) -> Table:
         ["bytes", *(decimal(row.extent.own * each) if row.saved and each else "" for row in rows)],
     ]
     scale = f"0 to {layout.length:,}"
-    # Names are shown whole; a narrow terminal shows as many of the other columns as it has room for.
+    # Names are never cut; a narrow terminal shows as many other columns as fit.
     labels = [Text(row.prefix, style="dim") + _label(row.extent) for row in rows]
     room = out.width - max(label.cell_len for label in labels)
     table = Table.grid(padding=(0, _GAP))
@@ -181,7 +181,7 @@ def _table(rows: list[_Row], layout: SchemaLayout, looked: Looked) -> Table:
         if not any(values):
             continue
         needed = _GAP + max(map(len, [heading, *values]))
-        # Without room for one column, there is none for later ones; the drawing matters more than the last.
+        # If one column does not fit, the later columns are left out too; the drawing matters more than the last column.
         least = 0 if heading in ("tokens", "positions") else _GAP + max(_LEAST_BAR, len(scale))
         if room - needed < least:
             break
@@ -199,7 +199,7 @@ def _table(rows: list[_Row], layout: SchemaLayout, looked: Looked) -> Table:
 
 
 def _bar(extent: Extent, length: int, width: int) -> str:
-    """Positions as a stroke on a line that stands for the whole schema."""
+    """Positions as a part of a line for the whole schema."""
     begin = min(width - 1, extent.start * width // max(1, length))
     end = max(begin + 1, min(width, -(-extent.end * width // max(1, length))))
     return "·" * begin + "█" * (end - begin) + "·" * (width - end)
@@ -211,15 +211,15 @@ def _remarks(rows: list[_Row]) -> Iterator[str]:
     sparse.sort(key=lambda row: -row.unused)
     for row in sparse[:_NAMED]:
         size = row.extent.end - row.extent.start
-        yield f"{row.path} leaves {row.unused:,} of the {size + row.unused:,} positions of its union empty"
+        yield f"{row.path} leaves {row.unused:,} of the {size + row.unused:,} positions of its union unused"
     if len(sparse) > _NAMED:
         yield f"and so do {len(sparse) - _NAMED} more members"
 
 
 def _listed(rows: list[_Row]) -> Iterator[str]:
     for row in rows:
-        for behind, tokens in row.contexts.items():
-            yield f"{row.path or '(schema)'}: {tokens:,} tokens behind {', '.join(behind) or 'nothing'}"
+        for context, tokens in row.contexts.items():
+            yield f"{row.path or '(schema)'}: {tokens:,} tokens after {', '.join(context) or 'nothing'}"
 
 
 def _plotted(row: _Row) -> Bar:
@@ -262,7 +262,7 @@ def _as_dict(layout: SchemaLayout, looked: Looked, rows: list[_Row]) -> dict[str
     }
 
 
-@click.command(short_help="Say where the RELAX NG grammars of PML lie.")
+@click.command(short_help="Print the folder of the RELAX NG grammars of PML.")
 def grammar() -> None:
     """Print the folder of the RELAX NG grammars, for editors: schema.rng and prompt.rng (.rnc in compact syntax).
 

@@ -27,69 +27,78 @@ def _is_loopback(host: str) -> bool:
 @click.command()
 @engine_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 takes one that is free."
-)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port. 0: any free port.")
 @click.option(
     "--parallel",
     type=click.IntRange(1, 16),
     default=4,
     show_default=True,
-    help="Requests answered at a time, in the cells of one context (--ctx).",
+    help="Number of requests answered at the same time, which share the llama.cpp context (--ctx).",
 )
 @click.option(
     "--api-key",
     multiple=True,
     metavar="KEY",
-    help="What clients must show; give it several times for several keys, each with schemas of its own. Required where "
-    "other machines can connect.  [env: CPUCACHE_API_KEY, one]",
+    help="Key that clients must send. Repeatable; each key has its own schemas. Required if other machines can "
+    "connect.  [env: CPUCACHE_API_KEY, one]",
 )
 @click.option(
     "--isolate",
     is_flag=True,
-    help="Keys share no cached state. Without it a text that one has sent is answered faster to others, too, who can "
-    "tell by the time.",
+    help="Share no cached state between keys. Without --isolate, a client can tell from the time of an answer that "
+    "another key has sent the same text.",
 )
-@click.option("--allow-host", multiple=True, metavar="NAME", help="Another name that clients may call the server by.")
 @click.option(
-    "--queue", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait; more get a 429."
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="Another host name by which clients may address the server. Repeatable.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Number of requests that may wait; further ones get status 429.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=600.0,
     show_default=True,
-    help="Seconds that a request may take.",
+    help="Seconds that a request may wait, and again that its answer may take.",
 )
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),
     default=1024,
     show_default=True,
-    help="Tokens of an answer to a request that does not say how many.",
+    help="Maximum length of an answer, in tokens, if the request sets none.",
 )
 @click.option(
     "--tool-order",
     type=click.Choice(["sorted", "as-sent"]),
     default="sorted",
     show_default=True,
-    help="How tools are told to the model: by their names, so that their order changes nothing, or as they come.",
+    help="Order of tools in the prompt. sorted: by name, so that their order in the request has no effect. as-sent: as "
+    "in the request.",
 )
 @click.option(
     "--reuse",
     type=click.Choice(REUSES),
     default="schema",
     show_default=True,
-    help="Which slices prompts may take. exact: those that attended to exactly the text that precedes them; schema: "
-    "also those of content parts marked as modules, and of tools, at any position; anywhere: those of all text.",
+    help="Slices that a prompt may use. exact: slices evaluated after exactly the text that precedes them in the "
+    "prompt. schema: also slices of content parts marked as modules, and of tools, at any position. anywhere: slices "
+    "of any text at any position.",
 )
 @click.option(
     "-v",
     "--verbose",
     is_flag=True,
-    help="A line on standard error for each request: its id, status, tokens by where they came from, and times.",
+    help="Log a line for each request on standard error: its id, status, tokens by origin, and times.",
 )
-@click.option("--log-json", is_flag=True, help="The same, and all else that is logged, as one JSON object a line.")
+@click.option("--log-json", is_flag=True, help="Log these lines and all others as JSON objects, one on each line.")
 def serve(
     model: str,
     host: str,
@@ -109,8 +118,8 @@ def serve(
 ) -> None:
     """Answer programs that speak OpenAI's or Anthropic's API.
 
-    What a prompt has in common with earlier ones, whoever sent them and whenever, is not evaluated again: it is spliced
-    from saved state, also after a restart.
+    Text that a prompt shares with an earlier prompt of any client is not evaluated again: it is spliced from saved
+    state, also after a restart.
 
     \b
     cpucache serve -m qwen2.5-coder-1.5b-instruct
@@ -121,11 +130,11 @@ def serve(
     POST /v1/chat/completions  /v1/completions  /v1/responses       OpenAI's
     POST /v1/messages  /v1/messages/count_tokens                    Anthropic's
     POST /v1/schemas  /v1/schemas/NAME/encode  /v1/cache/prepare    cpucache's own
-    GET  /v1/requests  /v1/requests/ID                              what was asked lately, and why it was no hit
-    GET  /  /v1/cache                                               a page to try it all in; what the store holds
+    GET  /v1/requests  /v1/requests/ID                              the last requests, and why one missed the cache
+    GET  /  /v1/cache                                               a page to try the server; contents of the store
     GET  /v1/models  /health  /metrics                              POST /tokenize  /detokenize  /apply-template
 
-    Ctrl-C ends it: answers under way get five seconds, and what was evaluated is kept.
+    Ctrl-C ends the server: running answers get five seconds, and all evaluated state is saved.
     """
     try:
         import uvicorn
@@ -142,11 +151,11 @@ def serve(
     local = _is_loopback(host)
     keys = api_key or tuple(filter(None, [os.environ.get("CPUCACHE_API_KEY")]))
     if not all(keys):
-        raise InputError("--api-key: a key is empty")
+        raise InputError("--api-key: the key is empty; give a key")
     if isolate and not keys:
-        raise InputError("--isolate: there are no keys to tell clients apart by; give each an --api-key")
+        raise InputError("--isolate needs keys to distinguish clients; give each client an --api-key")
     if not local and not keys:
-        raise InputError(f"--host {host}: other machines can connect; say what clients must show with --api-key")
+        raise InputError(f"--host {host}: other machines can connect; give a key for clients with --api-key")
     hosts = (*ServerSettings.hosts, host, *allow_host) if local else ()
     settings = ServerSettings(
         api_keys=keys,
@@ -173,15 +182,15 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         url = f"http://{name}:{listener.getsockname()[1]}"
         _say(f"{engine.model.name} answers at {url} (Ctrl-C ends)", log_json=log_json)
-        # uvicorn has ended in good order then, and says so by raising what ended it.
+        # After Ctrl-C, uvicorn shuts down in order and then raises KeyboardInterrupt again.
         with suppress(KeyboardInterrupt):
             server.run([listener])
         app.state.service.close()
-    _say("the server has ended; what was evaluated is kept", log_json=log_json)
+    _say("the server has ended; all evaluated state is saved", log_json=log_json)
 
 
 def _say(text: str, *, log_json: bool) -> None:
-    """Tell what the server does, in the form of all else that it says."""
+    """Prints a line about the server, as JSON with ``--log-json``."""
     if log_json:
         logging.getLogger("cpucache.server").info("%s", text)
     else:
@@ -189,7 +198,7 @@ def _say(text: str, *, log_json: bool) -> None:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket that is bound, before the model is loaded: a port that is taken is told at once."""
+    """A bound socket. It is bound before the model is loaded, so that a port in use is reported at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With its protocol named, asyncio sends small packets at once; else each answer would wait 40 ms for a receipt.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

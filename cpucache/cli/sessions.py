@@ -41,7 +41,7 @@ def _transcripts() -> Iterator[Transcripts]:
 @sessions.command("ls")
 @click.option("--json", "in_json", is_flag=True, help="Print one JSON array instead of a table.")
 def list_sessions(in_json: bool) -> None:
-    """List conversations, the latest used first. A warning names those that can't be read."""
+    """List conversations, the last used first. A warning names those that can't be read."""
     with _transcripts() as transcripts:
         summaries = transcripts.summaries()
     if in_json:
@@ -73,7 +73,7 @@ def _as_dict(summary: Summary) -> dict[str, object]:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.option("--yes", is_flag=True, help="Don't ask.")
 def remove_sessions(names: tuple[str, ...], yes: bool) -> None:
-    """Delete conversations, but for what others share with them."""
+    """Delete conversations. Messages that other conversations share are kept."""
     with _transcripts() as transcripts:
         for name, about in [(name, _about(transcripts, name)) for name in dict.fromkeys(names)]:
             if yes or click.confirm(f"delete conversation '{safe(name)}' ({about})?", err=True):
@@ -95,7 +95,7 @@ def verify_sessions() -> None:
     for each in damaged:
         click.echo(printed(f"{each.name}: {each.flaw}"))
     if damaged:
-        raise CpucacheError(f"{len(damaged):,} damaged; `cpucache sessions rm NAME` deletes a conversation")
+        raise CpucacheError(f"damaged conversations: {len(damaged):,}; `cpucache sessions rm NAME` deletes one")
 
 
 @sessions.command("export")
@@ -106,9 +106,9 @@ def verify_sessions() -> None:
     type=click.Choice(["md", "json"]),
     default="md",
     show_default=True,
-    help="Markdown to be read, or JSON with counts and times.",
+    help="Markdown for reading, or JSON with counts and times.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="A file.  [default: standard output]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: standard output]")
 def export_session(name: str, form: str, output: Path | None) -> None:
     """Export a conversation. Only its owner can read the file."""
     with _transcripts() as transcripts:

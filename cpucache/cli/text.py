@@ -48,13 +48,13 @@ def read_text(name: str, *, raw: bool) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text: {error}") from error
     if is_prompt(text):
-        raise click.UsageError(f"missing option '-s' / '--schema': {name} is a PML prompt, written against a schema")
+        raise click.UsageError(f"missing option '-s' / '--schema': {name} is a PML prompt, which needs its schema")
     if name.endswith(".json"):
         if raw:
-            raise click.UsageError("--raw is for text, not for a .json file of messages")
+            raise click.UsageError("--raw needs a text, not a .json file of messages")
         return {"prompt": _messages(name, text)}
     if not text.strip():
-        raise InputError(f"{name}: there is nothing in it")
+        raise InputError(f"{name}: the prompt is empty")
     return {"text": text} if raw else {"prompt": [{"role": "user", "content": text.strip("\r\n")}]}
 
 

@@ -26,19 +26,19 @@ def watch_for_edits(
 ) -> None:
     """Encode schemas whose files change, until Ctrl-C.
 
-    What an edit leaves wrong is told, and the next edit is waited for.
+    Mistakes that an edit leaves are printed; the watch then waits for the next edit.
 
     Args:
         read: Reads all schemas and prompts again. May raise ``PMLError``.
         asked: What was read, and encoded.
         named: The files of schemas and prompts that were named.
-        encode: Makes what is missing of a schema.
+        encode: Encodes the missing slices of a schema.
     """
     try:
         _watch(read, asked, {Path(name) for name in named}, encode)
     except KeyboardInterrupt:
-        # Also in the midst of encoding: whoever ends a watch has not had a command fail.
-        err.print("no edits are waited for any more; what was encoded is kept", soft_wrap=True)
+        # Ctrl-C is the normal end of a watch, also while slices are encoded: the exit status is 0.
+        err.print("the watch has ended; all encoded slices are saved", soft_wrap=True)
 
 
 def _watch(
@@ -72,7 +72,7 @@ def _encode_all(edited: Iterable[Schema], asked: Asked, encode: Callable[[Schema
         try:
             encode(schema, asked[schema])
         except CpucacheError as error:
-            # Such as a disk that is full: another edit may find room.
+            # For example, the disk is full: after another edit it may have room.
             err.print(f"cpucache: {error}", markup=False, soft_wrap=True)
 
 

@@ -20,21 +20,21 @@ _PATIENCE = 30  # seconds
 _FINISH = {"stop": "", "length": "", "refused": "refused"}
 
 
-@click.command(short_help="Show why a request to the server was no hit, and what to switch on.")
+@click.command(short_help="Show why a request to the server missed the cache, and which setting helps.")
 @click.argument("request_id", metavar="[REQUEST-ID]", required=False)
 @click.option(
-    "--url", default="http://127.0.0.1:8080", show_default=True, metavar="URL", help="Where `cpucache serve` answers."
+    "--url", default="http://127.0.0.1:8080", show_default=True, metavar="URL", help="Address of `cpucache serve`."
 )
-@click.option("--api-key", envvar="CPUCACHE_API_KEY", show_envvar=True, metavar="KEY", help="A key of the server's.")
-@click.option("--json", "as_json", is_flag=True, help="Print what the server tells, as JSON.")
+@click.option("--api-key", envvar="CPUCACHE_API_KEY", show_envvar=True, metavar="KEY", help="API key of the server.")
+@click.option("--json", "as_json", is_flag=True, help="Print the server's JSON.")
 def why(request_id: str | None, url: str, api_key: str | None, as_json: bool) -> None:
-    """Show why tokens of a request were evaluated that the server had evaluated before, and what to switch on.
+    """Show why tokens of a request were evaluated that the server had evaluated before, and which setting helps.
 
-    REQUEST-ID is the x-request-id of its response. Without one, the last requests are listed, with the same ids. A
-    server remembers some hundred requests of each API key, until it ends.
+    REQUEST-ID is the x-request-id of a response. Without it, the last requests are listed, with their ids. A server
+    keeps about a hundred requests of each API key until it ends.
 
     \b
-    cpucache why                                        what was asked lately
+    cpucache why                                        the last requests
     cpucache why req_0f3a5c7e9b1d2f4a6c8e0b1d           the first token that differed, what it cost, and the cause
     """
     path = "/v1/requests" + ("" if request_id is None else f"/{quote(request_id, safe='')}")
@@ -49,7 +49,7 @@ def why(request_id: str | None, url: str, api_key: str | None, as_json: bool) ->
 
 def _get(url: str, api_key: str | None) -> Any:
     if not url.startswith(("http://", "https://")):
-        raise InputError(f"--url: '{url}' is no address such as http://127.0.0.1:8080")
+        raise InputError(f"--url: '{url}' is not an address such as http://127.0.0.1:8080")
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
     try:
         with urllib.request.urlopen(request, timeout=_PATIENCE) as reply:
@@ -62,13 +62,13 @@ def _get(url: str, api_key: str | None) -> Any:
             f"no cpucache server answers at {url} ({reason}); start one with `cpucache serve`, or give its --url"
         ) from error
     if not isinstance(told, dict) or not ("id" in told or "data" in told):
-        raise CpucacheError(f"{url}: this is no cpucache server; give the --url of one")
+        raise CpucacheError(f"{url}: this is not a cpucache server; give the --url of one")
     return told
 
 
 def _refused(error: urllib.error.HTTPError, url: str) -> CpucacheError:
     if error.code == 401:
-        return InputError("the server wants an API key: give it with --api-key, or $CPUCACHE_API_KEY")
+        return InputError("the server needs an API key: give it with --api-key, or $CPUCACHE_API_KEY")
     try:
         message = json.load(error)["error"]["message"]
     except (ValueError, KeyError, TypeError):
@@ -80,7 +80,7 @@ def _refused(error: urllib.error.HTTPError, url: str) -> CpucacheError:
 
 def _list(requests: list[dict[str, Any]], url: str) -> None:
     if not requests:
-        out.print(f"nothing was asked of {url} since it was started, with this API key", soft_wrap=True)
+        out.print(f"{url} has had no request with this API key since it was started", soft_wrap=True)
         return
     numbers = ("prompt", "reused", "evaluated")
     columns = [Column("request", no_wrap=True), Column("time", no_wrap=True), Column("path", no_wrap=True)]
@@ -100,7 +100,7 @@ def _list(requests: list[dict[str, Any]], url: str) -> None:
         for each in requests
     ]
     out.print(listing(columns, rows, expendable=("path", "time", "status", "prompt"), close=True))
-    out.print("`cpucache why REQUEST` tells why one was no hit.", soft_wrap=True)
+    out.print("`cpucache why REQUEST` shows why one missed the cache.", soft_wrap=True)
 
 
 def _status(request: dict[str, Any]) -> str:
@@ -122,7 +122,7 @@ def _show(request: dict[str, Any]) -> None:
     )
     told = request["why"]
     if told is None:
-        out.print("Nothing was lost: what was evaluated was new.")
+        out.print("No reuse was missed: all evaluated text was new.")
         return
     out.print()
     out.print(Text(told["cause"], style="bold").append(f": {told['says']}", style="not bold"))

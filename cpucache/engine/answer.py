@@ -71,7 +71,7 @@ class Answer:
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens!r}: must be a number of at least 1")
         if not isinstance(sampling, Sampling):
-            raise InputError(f"sampling is a Sampling, such as Sampling(temperature=0.7), not {sampling!r:.80}")
+            raise InputError(f"sampling must be a Sampling, such as Sampling(temperature=0.7), not {sampling!r:.80}")
         self.text = ""
         self.tokens: list[int] = []
         """The tokens of the answer so far."""

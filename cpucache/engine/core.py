@@ -109,7 +109,7 @@ class Core:
         try:
             request = self._idle() if self._idle else None
         except Exception:  # all requests depend on this thread, which must not end
-            _log.exception("what to do when idle can't be told")
+            _log.exception("finding work for idle time failed")
             request = None
         if request is None:
             self._idle_at = time.monotonic() + PAUSE
@@ -127,7 +127,7 @@ class Core:
             self._close(job)
             self._end(job.request)
         elif job := self._scheduler.overtaken():
-            _log.info("%s makes way for another request", job.request.label)
+            _log.info("%s is interrupted by another request", job.request.label)
             self._close(job)
             if job.request.once:
                 job.request.cancelled = True
@@ -147,7 +147,7 @@ class Core:
             due = self._scheduler.due
             if due is not None and due is not self._told:
                 self._told = due
-                _log.info("%s waits for cells of the context, which the answers under way take", due.label)
+                _log.info("%s waits for cells of the context, which running answers use", due.label)
             return
         _log.debug("%s begins", request.label)
         job = self._scheduler.prefill = Job(request)
@@ -215,7 +215,7 @@ class Core:
                 request.end(error=error)
             else:
                 # Encoding missing slices took more cells than were reserved: the request starts over by itself.
-                _log.info("%s: the context is full; it begins again with nothing beside it", request.label)
+                _log.info("%s: the context is full; it starts again when no other request runs", request.label)
                 request.cells = None
                 self._scheduler.add(request, first=True)
         except BaseException as error:  # all requests depend on this thread, which must not end
@@ -233,11 +233,11 @@ class Core:
         self._go(job, lambda: job.fail(error))
 
     def _close(self, job: Job) -> None:
-        """Closes the task of a job, wherever it stands, and frees its slot."""
+        """Closes the task of a job, in any state, and frees its slot."""
         try:
             job.close()
         except Exception:
-            _log.exception("a request failed when it was cancelled")
+            _log.exception("closing a cancelled request failed")
         self._scheduler.drop(job)
 
     def _end_all(self) -> None:

@@ -67,7 +67,11 @@ class Question:
         limit = min(n_ctx, n_ctx_train)
         if self.n_tokens + room <= limit:
             return
-        what = f"a context of {n_ctx}" if n_ctx <= n_ctx_train else f"the {n_ctx_train} positions that the model knows"
+        what = (
+            f"a context of {n_ctx}"
+            if n_ctx <= n_ctx_train
+            else f"the {n_ctx_train} positions that the model was trained on"
+        )
         raise ContextFull(
             f"{self.name}: the prompt is {self.n_tokens} tokens long and leaves no room for an answer in {what}"
             f"{self._largest()}; {_advice(n_ctx, n_ctx_train)}"
@@ -168,9 +172,9 @@ class Planner:
         wanted = Fidelity.of(fidelity, usual=self._fidelity)
         if text is not None:
             if prompt is not None:
-                raise InputError("give a prompt, or text to go on with, not both")
+                raise InputError("give a prompt, or text to continue, not both")
             if not isinstance(text, str):
-                raise InputError(f"text is a str to go on with, not {_shown(text)}")
+                raise InputError(f"text must be a str to continue, not {_shown(text)}")
             return self._of_text(Text(self.tokens_of(text)), wanted, reuse, "text")
         if isinstance(prompt, Prompt | Path) or (isinstance(prompt, str) and is_prompt(prompt)):
             return self._of_pml(parsed_prompt(prompt), wanted, reuse)
@@ -182,7 +186,7 @@ class Planner:
         if isinstance(prompt, np.ndarray):
             return self._of_text(Text(self.checked_tokens(prompt)), wanted, reuse, "tokens")
         if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
-            raise InputError(f"a prompt is {_FORMS}, not {_shown(prompt)}")
+            raise InputError(f"a prompt must be {_FORMS}, not {_shown(prompt)}")
         if prompt and not isinstance(prompt[0], str | Mapping):
             return self._of_text(Text(self.checked_tokens(prompt)), wanted, reuse, "tokens")
         return self._of_messages([_checked(message) for message in prompt], wanted, reuse)
@@ -226,11 +230,11 @@ class Planner:
         try:
             ids = np.array(tokens)
         except (TypeError, ValueError, OverflowError) as error:
-            raise InputError("tokens is a list of numbers") from error
+            raise InputError("tokens must be a list of numbers") from error
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
-            raise InputError("tokens is a list of numbers, at least one of them")
+            raise InputError("tokens must be a list of at least one number")
         if ids.min() < 0 or ids.max() >= self._model.n_vocab:
-            raise InputError(f"tokens: the model knows ids from 0 to {self._model.n_vocab - 1}")
+            raise InputError(f"tokens: the model has ids from 0 to {self._model.n_vocab - 1}")
         return ids.astype(np.int32)
 
     def first_prompt(
@@ -285,7 +289,7 @@ class Planner:
             # A cut text may tokenize differently near the cut, so only twice the limit is proof.
             if len(self._model.tokenize(text[:size])) > 2 * limit:
                 raise ContextFull(
-                    f"{name}: {len(text):,} characters are more than a context of {limit:,} tokens holds; "
+                    f"{name}: {len(text):,} characters exceed a context of {limit:,} tokens; "
                     + _advice(self._n_ctx, self._model.n_ctx_train)
                 )
             size *= 4
@@ -313,12 +317,14 @@ def parsed_prompt(prompt: PMLPrompt) -> Prompt:
         return load_prompt(prompt)
     if isinstance(prompt, str) and is_prompt(prompt):
         return parse_prompt(prompt)
-    raise InputError(f'a PML prompt is text that begins with <prompt, a Path("...") or parsed, not {_shown(prompt)}')
+    raise InputError(
+        f'a PML prompt must be text that begins with <prompt, a Path("...") or a parsed prompt, not {_shown(prompt)}'
+    )
 
 
 _FORMS = (
     'a message, PML text that begins with <prompt, a Path("...") of a PML file, messages such as '
-    '[{"role": "user", "content": "..."}], or ids of tokens; text to go on with is given as text="..."'
+    '[{"role": "user", "content": "..."}], or token ids; give text to continue as text="..."'
 )
 _SHOWN = 60
 
@@ -334,16 +340,16 @@ def _message(text: str) -> str:
     if text.casefold().endswith(".xml") and not any(map(str.isspace, text)):
         raise InputError(
             f"{_shown(text)} looks like the path of a PML file: pass Path({_shown(text)}) for the prompt in it, or "
-            '[{"role": "user", "content": "..."}] for a message that says so'
+            '[{"role": "user", "content": "..."}] for a message with this text'
         )
     if not text.strip():
-        raise InputError(f"the prompt is empty; it is {_FORMS}")
+        raise InputError(f"the prompt is empty; it must be {_FORMS}")
     return text
 
 
 def _advice(n_ctx: int, n_ctx_train: int) -> str:
     """Advice for an error message about a prompt that does not fit."""
-    return "raise --ctx (n_ctx=…) or leave something out" if n_ctx < n_ctx_train else "leave something out"
+    return "raise --ctx (n_ctx=…) or shorten the prompt" if n_ctx < n_ctx_train else "shorten the prompt"
 
 
 def _new_texts(nodes: Iterable[Reference | tree.Text | Turn]) -> Iterator[str]:
@@ -360,6 +366,6 @@ def _checked(message: object) -> tuple[RoleName, str]:
     role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
     if role not in ("system", "user", "assistant") or not isinstance(content, str):
         raise InputError(
-            f"a message is a mapping with a role (system, user or assistant) and text as its content, not {message!r}"
+            f"a message must be a mapping with a role (system, user, assistant) and text as content, not {message!r}"
         )
     return role, content

@@ -152,5 +152,5 @@ class Request(Generic[T]):
             self.wait()
             raise
         if self.cancelled and self._result is None:
-            raise CpucacheError("cancelled: the engine has been closed, or something else is evaluated instead")
+            raise CpucacheError("cancelled: the engine has been closed, or another request has replaced this one")
         return self._result  # type: ignore[return-value]

@@ -13,7 +13,7 @@ def parse_size(text: int | str) -> int:
         return text
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not found:
-        raise InputError(f"'{text}' is no size; write for example 512MiB or 2GiB")
+        raise InputError(f"'{text}' is not a size; write for example 512MiB or 2GiB")
     number, unit, binary = found.groups()
     power = " KMGT".index(unit.upper()) if unit else 0
     return int(float(number) * (1024 if binary else 1000) ** power)

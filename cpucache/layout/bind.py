@@ -58,7 +58,7 @@ def bind(layout: SchemaLayout, included: Included, *, file: str = "<prompt>", op
     if not opens:
         binding.answer()
     if not binding.stands_before():
-        raise InputError(f"{file}: the prompt is empty: it includes no text of its schema and brings none")
+        raise InputError(f"{file}: the prompt is empty: it includes no text of its schema and has no text of its own")
     return Bound(layout, binding.pieces, binding.turns, asks)
 
 

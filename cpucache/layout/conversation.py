@@ -140,7 +140,7 @@ class Conversations:
             InputError: There is no message, there are too many modules, or the template refuses every form.
         """
         if not messages:
-            raise InputError("messages: there is none")
+            raise InputError("messages: at least one message is needed")
         bos = self._vocabulary.bos
         if self._template is None:
             told = _told(messages if written is None else written, tools)
@@ -165,8 +165,8 @@ class Conversations:
             shown = {int(found) for found in _MARK.findall(text) if found.isdigit()}
             if shown >= {index for index, (_, needed) in enumerate(texts) if needed}:
                 return self._tokenized(text, texts)
-        reason = f": {problem}" if problem else ", and would leave out a part of it"
-        raise InputError(f"the model's chat template does not take this conversation{reason}")
+        reason = f": {problem}" if problem else ": it would leave out a part"
+        raise InputError(f"the model's chat template does not accept this conversation{reason}")
 
     def _render(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool], modules: Sequence[str]

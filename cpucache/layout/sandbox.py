@@ -141,4 +141,4 @@ class _Paying(NodeTransformer):
 
 def _demand(fulfilled: bool) -> None:
     if not fulfilled:
-        raise jinja2.TemplateError("the template does too much")
+        raise jinja2.TemplateError("the template needs too much time or memory")

@@ -156,7 +156,7 @@ class SchemaLayout:
         names = ", ".join(f"{name} ({size})" for name, size in largest)
         needs = "needs" if self.packed else "with reserved positions needs"
         raise PMLError(
-            f"schema '{self.schema.name}' {needs} {longest} tokens, the model holds {limit}; "
+            f"schema '{self.schema.name}' {needs} {longest} tokens, the model has room for {limit}; "
             f"its largest modules: {names}",
             file=self.schema.file,
             line=self.schema.line,
@@ -263,7 +263,7 @@ class _Laying:
         if len(tokens) > node.length:
             raise PMLError(
                 f"the scaffold of parameter '{node.name}' is {len(tokens)} tokens long, {len(tokens) - node.length} "
-                f"more than its length {node.length}",
+                f"more than its length {node.length}: raise the length or shorten the scaffold",
                 file=self.schema.file,
                 line=node.line,
             )

@@ -156,7 +156,7 @@ class _Header:
         kind = self.number(_U32)
         offset = self.number(_U64)
         if offset % alignment or any(length < 0 for length in shape):
-            self.damaged("it has a tensor of impossible shape or place")
+            self.damaged("it has a tensor of impossible shape or offset")
         if kind not in _TENSOR_TYPES:
             return offset
         elements, size = _TENSOR_TYPES[kind]

@@ -131,7 +131,7 @@ def _check_present(weights: Weights, target: Path) -> None:
     size = target.stat().st_size
     if size != weights.size:
         raise CpucacheError(
-            f"{target} is there, but of {size:,} bytes instead of {weights.size:,}: "
+            f"{target} has {size:,} bytes instead of {weights.size:,}: "
             f"`cpucache models pull --force {weights.name}` replaces it"
         )
 
@@ -172,10 +172,10 @@ class _Pull:
         missing = max(self.source.download - present, 0)
         needed = missing + (0 if self.source.is_ready_made else self.weights.size)
         free = shutil.disk_usage(self.target.parent).free
-        before = f", {decimal(present)} of it already here" if present else ""
+        before = f", {decimal(present)} of it fetched already" if present else ""
         say(
             f"{self.weights.name}: {decimal(self.source.download)} to fetch{before}; needs {decimal(needed)} of disk "
-            f"until it is done, {decimal(self.weights.size)} from then on; {decimal(free)} free in {self.target.parent}"
+            f"during the fetch, {decimal(self.weights.size)} afterwards; {decimal(free)} free in {self.target.parent}"
         )
         if free < needed + _DISK_MARGIN:
             raise CpucacheError(
@@ -239,8 +239,8 @@ class _Pull:
     def _mismatch(self) -> NoReturn:
         origin = self.source.parts[0].label
         raise CpucacheError(
-            f"what {origin} gave is not {self.weights.name}: its size or SHA-256 is not the one on record, "
-            "so it was thrown away"
+            f"the data from {origin} is not {self.weights.name}: its size or SHA-256 is not the expected one, "
+            "so it was deleted"
         )
 
     def _staged(self, part: Part) -> Path:
@@ -292,4 +292,4 @@ def _reason(log: Path) -> str:
     """Line of a client's output that says why it failed."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     marked = [line for line in lines if re.match(r"(ERROR:|npm error (?!code))", line)]
-    return (marked[:1] or lines[-1:] or ["it failed without a word"])[0]
+    return (marked[:1] or lines[-1:] or ["it failed without a message"])[0]

@@ -199,7 +199,7 @@ def hub_file(part: HubPart) -> tuple[int, str | None]:
         found = get_hf_file_metadata(hf_hub_url(part.repo, part.file, revision=part.revision))
     except Exception as error:  # the exceptions depend on the versions of the library and of its HTTP client
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CpucacheError(f"the hub has no {part.label} for us: {reason}") from error
+        raise CpucacheError(f"the hub does not provide {part.label}: {reason}") from error
     if not found.size:
         raise CpucacheError(f"the hub does not say how large {part.label} is")
     is_hash = found.etag is not None and re.fullmatch(r"[0-9a-f]{64}", found.etag)

@@ -24,7 +24,7 @@ from cpucache.pml.xml import SILENT, is_blank
 
 _INDENT = "  "
 _INLINE = frozenset({"parameter"})
-"""Tags that stand in the middle of a text."""
+"""Tags in the middle of a text."""
 _COLUMNS = 120
 _SPACE = " \t\n"
 _BEFORE = re.compile(r"\ufeff?(?:[ \t\r\n]+|<\?.*?\?>|<!--.*?-->)*", re.DOTALL)
@@ -62,7 +62,7 @@ def canonical(data: str | bytes, *, file: str, folder: Path | None = None, limit
     Args:
         data: The document.
         file: What errors call it.
-        folder: Where the ``src`` files of a schema lie.
+        folder: The folder of the ``src`` files of a schema.
         limits: How large it may be.
 
     Raises ``PMLError`` for a document that breaks the rules of PML.
@@ -72,7 +72,7 @@ def canonical(data: str | bytes, *, file: str, folder: Path | None = None, limit
     written = laid_out(text, "schema" if isinstance(before, Schema) else "prompt")
     after = parse_pml(written, file=file, folder=folder)
     if meaning(before) != meaning(after):
-        raise CpucacheError(f"{file}: its canonical form would be another document, so that it is left as it is")
+        raise CpucacheError(f"{file}: its canonical form would be another document, so the file is left unchanged")
     return written
 
 
@@ -154,7 +154,7 @@ class _Writer:
         self._orders = _orders(root)
         self._inline = _INLINE if root == "schema" else frozenset()
         self._silent = SILENT if root == "schema" else frozenset()
-        # A reference to a member of a union, say, may stand on the line of the module around it.
+        # A reference, such as one to a member of a union, may be on the line of the module around it.
         self._close = root == "prompt"
 
     def document(self, text: str) -> str:
@@ -270,7 +270,7 @@ class _Writer:
         return self._break(space, depth, first=first) if "\n" in space else " " if space else ""
 
     def _before_text(self, space: str, *, first: bool = False) -> str:
-        """The same before text, which stays as far to the right as it is: like this it stands to its other lines."""
+        """The same before text, which keeps its indentation relative to its other lines."""
         return self._space(space, 0, first=first) + (space.rpartition("\n")[2] if "\n" in space else "")
 
     @staticmethod

@@ -45,7 +45,7 @@ def read_regular(path: Path, most: int) -> bytes:
         # A file may grow while it is read, and virtual files such as those in /proc report a size of 0.
         data = b"" if status.st_size > most else file.read(most + 1)
     if max(status.st_size, len(data)) > most:
-        raise TooLarge(errno.EFBIG, f"has more than the {most:,} bytes that are read at most")
+        raise TooLarge(errno.EFBIG, f"has more than the maximum of {most:,} bytes")
     return data
 
 

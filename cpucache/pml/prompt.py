@@ -74,14 +74,14 @@ def _turn(element: Element, shape: Shape) -> Turn:
         if isinstance(child, Text):
             text = child.text  # comments do not split text, so there is only one
         elif shape.part.find(child.tag) is None:
-            child.report(f"{tag(child.tag)} inside the turn <{element.tag}>: references stand outside turns")
+            child.report(f"{tag(child.tag)} inside the turn <{element.tag}>: write references outside turns")
     return Turn(cast("RoleName", element.tag), text, element.line)
 
 
 def _reference(element: Element, around: Part) -> Reference:
     shape = around.find(element.tag)
     if shape is None and element.tag in ROLES:
-        element.report(f"the turn <{element.tag}> can stand only directly under <prompt>")
+        element.report(f"the turn <{element.tag}> must be directly under <prompt>")
     elif shape is None:
         element.report(
             f"<{element.tag}> can't be used inside a prompt: a module is included by its name, as in <name/>"

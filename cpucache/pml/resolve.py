@@ -174,7 +174,7 @@ class _Selection:
         """Adds a module to the selection, or returns the reason why it cannot be added."""
         shown = tag(reference.name)
         if first := self._taken.get(reference.name):
-            return f"{shown} is included twice: it stands on line {first.line} already"
+            return f"{shown} is included twice: it is on line {first.line} already"
         if place.union is not None and (other := self._members.get(place.union)):
             return (
                 f"{shown} and {tag(other.name)} (line {other.line}) are members of one union"

@@ -20,7 +20,7 @@ def read_scaffolds(root: Element, schema: Schema) -> tuple[Scaffold, ...]:
     for element in elements:
         modules = named.modules(element)
         if modules in lines:
-            element.report(f"this scaffold holds the same modules as the one on line {lines[modules]}")
+            element.report(f"this scaffold names the same modules as the one on line {lines[modules]}")
         elif modules:
             lines[modules] = element.line
     return tuple(Scaffold(modules, line) for modules, line in lines.items())
@@ -29,7 +29,7 @@ def read_scaffolds(root: Element, schema: Schema) -> tuple[Scaffold, ...]:
 class _Named:
     """The modules of a schema under the names that scaffolds call them by: dotted paths from the schema.
 
-    Of the paths no more are made than are named: together they may be far longer than the document.
+    Only paths that are named are built: all paths together may be far longer than the document.
     """
 
     def __init__(self, schema: Schema) -> None:
@@ -93,7 +93,7 @@ class _Named:
         if unknown:
             return ()
         if len(chosen) < 2:
-            element.report(f"a scaffold is made of two modules or more, this one names {len(chosen) or 'none'}")
+            element.report(f"a scaffold needs two modules or more, this one names {len(chosen) or 'none'}")
         unions: dict[Union, Module] = {}
         for module in chosen:
             if problem := self._problem(module, chosen, unions):
@@ -104,10 +104,10 @@ class _Named:
         """Why ``module`` can't be encoded with the others."""
         name = quote(self._path(module))
         if not module.cache:
-            return f'{name} has cache="false" (line {module.line}), so that there is no state of it to encode'
+            return f'{name} has cache="false" (line {module.line}), so it has no state to encode'
         around = self._around.get(module)
         if around is not None and around not in chosen:
-            return f"{name} lies inside {quote(self._path(around))}, which the scaffold must name, too"
+            return f"{name} is inside {quote(self._path(around))}, which the scaffold must name, too"
         union = self._union.get(module)
         if union is None:
             return None

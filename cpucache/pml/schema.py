@@ -29,7 +29,7 @@ def parse_schema(
 ) -> Schema:
     """Parses and checks a schema.
 
-    ``file`` is its name in error messages; ``folder`` is where ``src`` files must lie (None: ``src`` can't be used).
+    ``file`` is its name in error messages; ``folder`` is the folder of ``src`` files (None: ``src`` can't be used).
     Raises ``PMLError`` for anything that breaks the rules of PML or exceeds ``limits``; its ``others`` are the further
     mistakes. Only what is not well-formed XML ends the search for more.
     """
@@ -111,10 +111,10 @@ class _Parser:
         if not around.part.text:
             element.report(f"unexpected {tag(element.tag)} inside {tag(parent.tag)}, which holds modules only")
         elif element.tag in ROLES and role is not None:
-            element.report(f"<{element.tag}> stands inside <{role.tag}> (line {role.line}): roles can't be nested")
+            element.report(f"<{element.tag}> is inside <{role.tag}> (line {role.line}): roles can't be nested")
             self.content(element, around, names, element)
         elif element.tag == "scaffold":
-            element.report(f"<scaffold> inside {tag(parent.tag)}: it can stand only directly under <schema>")
+            element.report(f"<scaffold> inside {tag(parent.tag)}: it must be directly under <schema>")
         else:
             wrong = f"unexpected {tag(element.tag)} inside {tag(parent.tag)}"
             element.report(wrong + hint(element.tag, around.inside, tag))
@@ -170,7 +170,7 @@ class _Parser:
         folder = self._folder.resolve()
         path = (folder / src).resolve()
         if not path.is_relative_to(folder):
-            return "", "lies outside the schema's folder"
+            return "", "is outside the schema's folder"
         if not path.exists():
             beside = islice(path.parent.iterdir(), _BESIDE) if path.parent.is_dir() else ()
             files = sorted(other.relative_to(folder).as_posix() for other in beside)
@@ -181,7 +181,7 @@ class _Parser:
         self.sources[path] = None
         self._bytes += len(data)
         if self._bytes > self._limits.sources:
-            return "", f"makes more than {self._limits.sources:,} bytes of all src files: leave some out"
+            return "", f"brings all src files to more than {self._limits.sources:,} bytes: leave some out"
         return data.decode(), None
 
 

@@ -120,7 +120,7 @@ class _Grammar:
         """Shape of the element that ``name`` defines."""
         if name not in self._shapes:
             (element,) = self._defined[name]
-            # Known before it is complete: elements may stand inside elements like themselves.
+            # Known before it is complete, because an element may contain itself.
             shape = self._shapes[name] = Shape()
             children = list(element)
             if element.get("name"):

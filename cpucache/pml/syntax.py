@@ -97,7 +97,7 @@ def explain(parser: etree.XMLParser, error: etree.XMLSyntaxError, text: str, fil
                 excerpt, line, column = found_at
                 said = f"{said}, here in '{excerpt}'"
             if saying.stray or (not saying.mark and len(text) <= _TRIED and mend(text) != text):
-                said = f"{said}; `cpucache schema fmt --fix {_named(file)}` mends it"
+                said = f"{said}; `cpucache schema fmt --fix {_named(file)}` fixes it"
             return said, line, column or None
     return f"not well-formed XML: {clip(message.strip())}", line, column or None
 

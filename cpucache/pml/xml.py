@@ -122,7 +122,7 @@ def read_xml(data: str | bytes, *, file: str, root: str, limits: Limits) -> Elem
     """
     size = len(data if isinstance(data, bytes) else data.encode(errors="surrogatepass"))
     if size > limits.document:
-        raise PMLError(f"has more than the {limits.document:,} bytes that are read at most", file=file, line=None)
+        raise PMLError(f"has more than the maximum of {limits.document:,} bytes", file=file, line=None)
     problems = Problems(file)
     text = _text_of(data, problems).removeprefix("\ufeff")
     line = _check_prolog(text, problems, root)
@@ -142,7 +142,7 @@ def read_xml(data: str | bytes, *, file: str, root: str, limits: Limits) -> Elem
     try:
         node = etree.fromstring(text.encode(), parser)
     except etree.XMLSyntaxError as error:
-        # Needed by documents that are not well-formed, only.
+        # Needed only by documents that are not well-formed.
         from cpucache.pml.syntax import explain
 
         problems.stop(*explain(parser, error, text, file))
@@ -152,7 +152,7 @@ def read_xml(data: str | bytes, *, file: str, root: str, limits: Limits) -> Elem
         if isinstance(after, etree._ProcessingInstruction):
             problems.report(_instruction(str(after.target)), _end_line(after))
     if element.tag != root:
-        # What stands inside another kind of document would only be told to be no part of this kind.
+        # In another kind of document, each tag would be reported as unexpected.
         raise PMLError(
             f"expected <{root}> as the outermost tag, found {tag(element.tag)}", file=file, line=element.line
         )
@@ -169,7 +169,7 @@ def _text_of(data: str | bytes, problems: Problems) -> str:
         reason = f"byte 0x{error.object[error.start]:02x} is not UTF-8: save the file in that encoding"
         problems.stop(reason, error.object.count(b"\n", 0, error.start) + 1)
     except UnicodeEncodeError as error:
-        reason = f"U+{ord(error.object[error.start]):04X} is not a character that text can hold"
+        reason = f"U+{ord(error.object[error.start]):04X} is not a character that text can contain: remove it"
         problems.stop(reason, error.object.count("\n", 0, error.start) + 1)
     declaration = _DECLARATION.match(text.removeprefix("\ufeff"))
     declared = _ENCODING.search(declaration.group()) if declaration else None
@@ -187,7 +187,7 @@ def _check_prolog(text: str, problems: Problems, root: str) -> int:
     line = text.count("\n", 0, start) + 1
     rest = text[start : start + 200]
     if not rest:
-        problems.stop(f"nothing here: expected <{root}>", line)
+        problems.stop(f"the document is empty: expected <{root}>", line)
     if rest[:9].upper() == "<!DOCTYPE":
         problems.stop("a DOCTYPE can't be used: remove it (PML has no DTD and no entities)", line)
     if rest.startswith("<?"):
@@ -197,7 +197,7 @@ def _check_prolog(text: str, problems: Problems, root: str) -> int:
 
 def _instruction(target: str) -> str:
     if target.lower() == "xml":
-        return "the declaration <?xml ...?> can stand only once, at the very start of the file"
+        return "the declaration <?xml ...?> is allowed only once, at the very start of the file"
     return f"the processing instruction <?{clip(target)} ...?> can't be used: remove it"
 
 

@@ -53,12 +53,14 @@ class Attempts:
             self._futile = self._futile + 1 if len(self.states) == self._had else 0
             self._had = len(self.states)
             if self._futile == _FUTILE:
-                raise CpucacheError("slices are evicted faster than they are made; give the store more room") from None
-            _log.info("a slice is gone that was there; looking again")
+                raise CpucacheError(
+                    "slices are evicted faster than they are encoded; give the store more room"
+                ) from None
+            _log.info("a planned slice is no longer in the store; planning again")
         elif isinstance(error, Refused):
             if error.slice in self._refused:
-                raise CpucacheError(f"{error}, not even when made anew; check the store's disk") from error
-            _log.info("%s; it is made again", error)
+                raise CpucacheError(f"{error}, not even after it was encoded again; check the store's disk") from error
+            _log.info("%s; encoding it again", error)
             self._refused.add(error.slice)
             self.states.pop(error.slice, None)
             self._store.discard(error.slice.key)

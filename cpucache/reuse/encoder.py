@@ -137,7 +137,7 @@ class Encoder:
                         lost.append(slice_)
                     else:
                         made(NewSlice(slice_, captured, seconds * len(slice_.tokens)))
-                assert len(batch) > 1 or not lost, "a slice just evaluated behind its context"
+                assert len(batch) > 1 or not lost, "the state of a slice can be saved right after its evaluation"
                 for slice_ in lost:
                     # Its cells have left the sliding window and were overwritten by the tokens evaluated after it.
                     yield from self._in_place(slot, _Run([slice_]), state, made, progress)

@@ -56,7 +56,7 @@ class Fidelity:
             InputError: The level is unknown, the share is invalid, or both arguments are given.
         """
         if fidelity is not None and recompute is not None:
-            raise InputError("give a fidelity or a share to recompute, not both: a level says what is recomputed")
+            raise InputError("give a fidelity or a share to recompute, not both: a fidelity decides what is recomputed")
         if recompute is not None:
             return Fidelity(recompute)
         if fidelity is None:

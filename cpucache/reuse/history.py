@@ -62,7 +62,7 @@ class History:
         return sum(len(span.tokens) for span in self._entries[entry])
 
     def add(self, spans: Iterable[Span]) -> None:
-        """Adds the next entry. Its spans must stand after all others."""
+        """Adds the next entry. Its spans must come after all others."""
         self._entries.append(tuple(spans))
 
     def add_saved(self, spans: Sequence[Span]) -> None:

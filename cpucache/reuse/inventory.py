@@ -152,9 +152,9 @@ def _encoded(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
 def _why(old: Slice, new: Slice, names: dict[bytes, str]) -> str:
     """The reason for which a slice differs from an old one of the same text: its position, or its context."""
     if old.attends_to == new.attends_to:
-        return "it has moved" if old.context_key == new.context_key else "what stands before it has moved"
+        return "its position has changed" if old.context_key == new.context_key else "text before it has moved"
     for was, now in zip((*old.attends_to, None), (*new.attends_to, None), strict=False):
         if was != now:
             changed = now if now is not None and now not in old.attends_to else was if was is not None else now
             return f"{names.get(changed or b'', _OTHER)} before it has changed"
-    return "what stands before it has changed"
+    return "text before it has changed"

@@ -225,7 +225,9 @@ class KVCache:
             if not mine and not wait:
                 break
             if not mine and self._waited(todo) > self.store.patience:
-                _log.info("slices that another process has not made in %.0f s: %d", self.store.patience, len(todo))
+                _log.info(
+                    "encoding slices that another process has not encoded in %.0f s: %d", self.store.patience, len(todo)
+                )
                 mine = todo
             if mine or told != len(todo):
                 self._tell(mine, todo)
@@ -250,10 +252,10 @@ class KVCache:
     def _tell(self, mine: Sequence[Slice], todo: Sequence[Slice]) -> None:
         """Logs which slices are encoded now, or how many are waited for."""
         if not mine:
-            _log.debug("waits for slices that another process is making: %d", len(todo))
+            _log.debug("waiting for slices that another process is encoding: %d", len(todo))
         elif _log.isEnabledFor(logging.INFO):
             modules = ", ".join(dict.fromkeys(slice_.module or "(text)" for slice_ in mine))
-            _log.info("makes missing slices: %d, of %d tokens: %s", len(mine), tokens_to_evaluate(mine), modules)
+            _log.info("encoding missing slices: %d, of %d tokens: %s", len(mine), tokens_to_evaluate(mine), modules)
 
     def _waited(self, slices: Iterable[Slice]) -> float:
         """Seconds that all of these slices have been waited for, without progress."""
@@ -333,8 +335,8 @@ class KVCache:
     def _rigid(self) -> ModelError:
         model = self.context.model
         return ModelError(
-            f"{model.path.name}: a {model.architecture} model {self.context.memory.fixed}, so that modules can't be "
-            "spliced into it; use --fidelity high, which reuses whole combinations of them, or --no-cache "
+            f"{model.path.name}: a {model.architecture} model {self.context.memory.fixed}, so modules can't be "
+            "spliced; use --fidelity high, which reuses whole combinations of modules, or --no-cache "
             "(use_cache=False)"
         )
 

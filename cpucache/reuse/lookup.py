@@ -207,7 +207,7 @@ class _Planning:
             start = max(segment.reserved, start)
         if found:
             best = max(found, key=lambda each: each.worth(start))
-            self._take(segment, best.slice, start, size, best.relation, "not yet evaluated behind this")
+            self._take(segment, best.slice, start, size, best.relation, "not yet evaluated after this text")
             return
         candidate = self._missing(segment)
         trail = self._prompt.trail

@@ -75,7 +75,7 @@ class Splicer:
         idle = [slot for slot in self.slots if not slot.busy]
         taken = max(idle, key=lambda slot: slot.shared(plan) if slot.owner == owner else -1)
         if taken.owner != owner:
-            _log.debug("slot %d changes hands, and is emptied", taken.sequence)
+            _log.debug("slot %d holds text of another owner, and is emptied", taken.sequence)
             self.reset(taken)
             taken.owner = owner
         taken.busy = True

@@ -81,7 +81,7 @@ def _planned(
             relation: Relation = "clean" if preceding.issuperset(slice_.attends_to) else "foreign"
             exact = slice_ is candidate and chain.trail.exact
             absent = slice_ is candidate and not there
-            why = each.why if absent else "" if exact else "not yet evaluated behind this"
+            why = each.why if absent else "" if exact else "not yet evaluated after this text"
             relation = "exact" if exact else relation
             chain.add(replace(slice_.span, start=chain.end, relation=relation, missing=absent, why=why))
         preceding.add(text_id(each.tokens))

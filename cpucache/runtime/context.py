@@ -137,7 +137,9 @@ class Context:
         if kv_type == "q8_0" and model.head_size % 64:
             # llama.cpp rotates quantized keys with a Hadamard matrix. It crashes on a shift if it has none of this size
             # (ggml-org/llama.cpp pull request 25636).
-            raise InputError(f"{model.path.name}: heads of size {model.head_size} can't have q8_0 keys; use f16")
+            raise InputError(
+                f"{model.path.name}: heads of size {model.head_size} can't have q8_0 keys; use --kv-type f16"
+            )
         self.model = model
         self.flash = flash or ("auto" if model.gpu_layers else "off")
         for name, value, known in (("kv_type", kv_type, _GGML_TYPES), ("flash", self.flash, _FLASH)):
@@ -364,7 +366,7 @@ class Context:
         # The recurrent state is last (llama_memory_hybrid::state_write, llama_memory_hybrid_iswa::state_write).
         point = self.save_point(sequence)[self._point_begin :]
         if not np.array_equal(state[len(state) - len(point) :], point):
-            raise CpucacheError(f"{self.model.path.name}: llama.cpp lays out states of this model in an unknown way")
+            raise CpucacheError(f"{self.model.path.name}: llama.cpp saves states of this model in an unknown layout")
         cells: Bytes = state[: len(state) - len(point)].copy()
         return cells
 

@@ -38,11 +38,11 @@ def _bounded(value: Any) -> Any:
         for name, each in value.items():
             number = each if isinstance(each, int | float) else 0
             if name in ("minLength", "minItems") and number > _MOST:
-                raise InputError(f"the JSON schema: {name} may be {_MOST} at most")
+                raise InputError(f"the JSON schema: {name} may be at most {_MOST}")
             if name == "pattern" and isinstance(each, str):
                 bounds = [int(bound) for found in _REPEATED.findall(each) for bound in found if bound]
                 if max(bounds, default=0) > _MOST:
-                    raise InputError(f"the JSON schema: a pattern may repeat a part {_MOST} times at most")
+                    raise InputError(f"the JSON schema: a pattern may repeat a part at most {_MOST} times")
             if name not in ("maxLength", "maxItems") or number <= _MOST:
                 kept[name] = _bounded(each)
         return kept
@@ -111,6 +111,6 @@ def _without_refs(value: Any, root: Any, prefix: str, shared: dict[str, Any], na
         for step in reference.removeprefix("#").split("/")[1:]:
             target = target.get(step) if isinstance(target, Mapping) else None
         if not reference.startswith("#") or not isinstance(target, Mapping):
-            raise InputError(f"the JSON schema: nothing is at {reference!r:.100}")
+            raise InputError(f"the JSON schema: the reference {reference!r:.100} leads to nothing")
         shared[named[reference]] = _without_refs(target, root, prefix, shared, named)
     return {"$ref": f"#/$shared/{named[reference]}"}

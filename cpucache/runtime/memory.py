@@ -43,4 +43,4 @@ class Memory:
         """Why states cannot be moved, as the end of a sentence about the model; empty if they can."""
         if self.moves:
             return ""
-        return "keeps a recurrent state" if self.points else "ties what it knows to absolute positions"
+        return "keeps a recurrent state" if self.points else "has states that depend on absolute positions"

@@ -73,7 +73,7 @@ class Packing:
         sizes = [_packed_size(block, int(head["bits"])) for block in blocks]
         floats = sum(block.end - block.start for block in blocks)
         if at + (size - floats) + sum(sizes) != len(packed):
-            raise ValueError("a packed state of another size than it says")
+            raise ValueError("a packed state whose size differs from its header")
         state = np.empty(size, np.uint8)
         end = 0
         for block in [*blocks, Block(size, 0, (0, 0))]:

@@ -132,11 +132,11 @@ def learn(context: Context, state: Bytes) -> Rotation | None:
     trained = int(model.meta(f"{model.architecture}.rope.scaling.original_context_length") or model.n_ctx_train)
     try:
         if not context.memory.moves or context.memory.window or model.gpu_layers or context.n_ctx > trained:
-            raise UnknownLayout("a kind of model or context whose keys are left to llama.cpp")
+            raise UnknownLayout("a kind of model or context whose keys only llama.cpp rotates")
         layout = Layout(state)
         turns = list(_learn(context, state, layout))
         if model.rotary and not any(turns):
-            raise UnknownLayout("no key turns")
+            raise UnknownLayout("no key rotates")
     except (UnknownLayout, CpucacheError) as why:
         log.debug("states are shifted by llama.cpp: %s", why)
         return None
@@ -164,7 +164,7 @@ def _shifted(context: Context, like: Layout, head: Bytes) -> tuple[list[Floats],
         crafted.append([np.zeros((spare, keys.shape[1]), np.float32) for keys in like.keys])
         for sequence, keys in enumerate(crafted):
             if not small.load(sequence, _craft(head, like, keys)):
-                raise UnknownLayout("llama.cpp refuses a state made here")
+                raise UnknownLayout("llama.cpp refuses a test state")
         for sequence, delta in enumerate(_DELTAS):
             small.shift(sequence, delta)
         try:
@@ -172,7 +172,7 @@ def _shifted(context: Context, like: Layout, head: Bytes) -> tuple[list[Floats],
         except ContextFull:
             pass
         else:
-            raise UnknownLayout("a full context takes more tokens")
+            raise UnknownLayout("a full context accepts more tokens")
         saved = [small.save(sequence) for sequence in range(len(_DELTAS))]
     finally:
         small.close()
@@ -207,7 +207,7 @@ def _fit(before: Floats, after: Floats, guess: _Turn | None) -> _Turn | None:
     begin, size = int(starts[0]), int(sizes[0])
     regular = (sizes == size).all() and (starts == begin + period * np.arange(len(starts))).all()
     if not regular or width % period or begin + size > period or size % 2:
-        raise UnknownLayout("floats that turn here and there")
+        raise UnknownLayout("rotated floats at irregular places")
     # Candidate head sizes divide ``size``; that of another layer is tried first. With pairs of adjacent floats, one
     # size covers all heads.
     shapes = [(True, size // parts) for parts in range(1, size // 2 + 1) if size % (2 * parts) == 0] + [(False, size)]
@@ -217,7 +217,7 @@ def _fit(before: Floats, after: Floats, guess: _Turn | None) -> _Turn | None:
         angles = None if size % head else _angles(halves, head, before[..., turning], after[..., turning])
         if angles is not None:
             return _Turn(period, begin, size, halves, angles)
-    raise UnknownLayout("keys that don't turn by an angle for each position")
+    raise UnknownLayout("keys that don't rotate by an angle for each position")
 
 
 def _angles(halves: bool, head: int, before: Floats, after: Floats) -> Angles | None:

@@ -75,7 +75,7 @@ def _check_grammar(grammar: str) -> None:
         deepest = max(deepest, depth)
     if len(grammar) > _GRAMMAR or deepest > _NESTED or grammar.count("::=") > _RULES:
         raise InputError(
-            f"grammar: {_GRAMMAR:,} characters, {_RULES} rules and {_NESTED} nested groups at most are allowed"
+            f"grammar: at most {_GRAMMAR:,} characters, {_RULES} rules and {_NESTED} nested groups are allowed"
         )
 
 
@@ -133,7 +133,7 @@ class Sampler:
         api.llama_sampler_apply(self._chain, ctypes.byref(array))
         chosen = array.data[array.selected] if 0 <= array.selected < array.size else None
         if chosen is None or not np.isfinite(chosen.logit):
-            raise InputError("grammar: no token goes on with what it asks for")
+            raise InputError("grammar: no token of the model continues the answer as the grammar requires")
         api.llama_sampler_accept(self._chain, chosen.id)
         return int(chosen.id)
 

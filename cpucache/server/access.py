@@ -46,5 +46,5 @@ class Keys:
             if hmac.compare_digest(shown, key):
                 found = namespace
         if not found:
-            raise Refusal(401, "the API key is missing, or not the server's", code="invalid_api_key")
+            raise Refusal(401, "the API key is missing or wrong", code="invalid_api_key")
         return found

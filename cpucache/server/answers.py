@@ -22,7 +22,7 @@ class Said(NamedTuple):
 class AnswerParser:
     """Separates reasoning, text and calls, piece by piece.
 
-    Reasoning stands between ``<think>`` and ``</think>`` at the beginning of an answer. It is returned without the tags
+    Reasoning is between ``<think>`` and ``</think>`` at the beginning of an answer. It is returned without the tags
     and without white space at either end. White space before the text that follows it is dropped too.
 
     Args:

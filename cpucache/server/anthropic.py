@@ -80,7 +80,7 @@ def messages_of(body: CountRequest) -> list[ChatMessage]:
         where, role = f"messages.{number}", each.get("role")
         # Claude Code sends reminders as messages of the system between the others.
         if role not in ("user", "assistant", "system"):
-            raise InputError(f"{where}.role: one of user, assistant and system, not {role!r}")
+            raise InputError(f"{where}.role: must be user, assistant or system, not {role!r}")
         texts: list[str] = []
         thoughts: list[str] = []
         calls: list[ToolCall] = []
@@ -100,7 +100,7 @@ def messages_of(body: CountRequest) -> list[ChatMessage]:
             elif kind == "thinking" and role == "assistant":
                 thoughts.append(str(block.get("thinking") or ""))
             elif kind not in ("thinking", "redacted_thinking"):
-                raise InputError(f"{where}.content: this model takes text only, not a block of type {kind!r}")
+                raise InputError(f"{where}.content: this model accepts text only, not a block of type {kind!r}")
         messages += results
         if texts or calls or not results:
             text, thought = "\n".join(texts), "\n".join(filter(None, thoughts))
@@ -128,20 +128,20 @@ def _blocks(content: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
     if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
-        raise InputError(f"{where}.content: text, or a list of blocks")
+        raise InputError(f"{where}.content: must be text or a list of blocks")
     return content
 
 
 def _text(block: dict[str, Any], where: str) -> str:
     if block.get("type") != "text" or not isinstance(block.get("text"), str):
-        raise InputError(f"{where}: this model takes text only, not a block of type {block.get('type')!r}")
+        raise InputError(f"{where}: this model accepts text only, not a block of type {block.get('type')!r}")
     return str(block["text"])
 
 
 def _call(block: dict[str, Any], where: str) -> ToolCall:
     name, arguments = block.get("name"), block.get("input")
     if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise InputError(f"{where}: a tool_use has a name, and an object as its input")
+        raise InputError(f"{where}: a tool_use needs a name, and an object as its input")
     return ToolCall(name, arguments, str(block.get("id") or ""))
 
 

@@ -146,7 +146,7 @@ def _add_plain_endpoints(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings", response_model=None)
     async def embeddings() -> None:
         """Always answers 501: the model generates text and computes no embeddings."""
-        raise Refusal(501, "this server makes no embeddings; its model writes text")
+        raise Refusal(501, "this server does not compute embeddings")
 
 
 class _Gate:
@@ -210,14 +210,14 @@ class _Gate:
             log_request(request, status, record)
 
     def _too_large(self) -> Refusal:
-        return Refusal(413, f"a request has {self._settings.max_body >> 20} MiB at most")
+        return Refusal(413, f"a request may have at most {self._settings.max_body >> 20} MiB")
 
     def _check(self, request: Request) -> None:
         """Sets the namespace of a request. Raises ``Refusal`` for an unknown host, a large body or a wrong key."""
         name = request.headers.get("host", "").rsplit("]", 1)
         host = f"{name[0]}]" if len(name) == 2 else name[0].split(":", 1)[0]
         if self._settings.hosts and host.lower() not in self._settings.hosts:
-            raise Refusal(400, f"Host {host!r} is none of this server's names; add it with --allow-host")
+            raise Refusal(400, f"Host {host!r} is not a name of this server; add it with --allow-host")
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._settings.max_body:
             raise self._too_large()

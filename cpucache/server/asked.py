@@ -78,13 +78,13 @@ def prompt_of(extension: Extension, messages: Sequence[ChatMessage], tools: Sequ
     prompt = parse_prompt(extension.prompt or "", file="cpucache.prompt")
     twice = sorted(prompt.arguments.keys() & extension.arguments.keys())
     if twice:
-        raise InputError(f"cpucache.arguments: the prompt has '{twice[0]}' as an attribute already")
+        raise InputError(f"cpucache.arguments: the prompt has the attribute '{twice[0]}' already; give it once")
     if tools:
-        raise InputError("tools: a PML prompt has none; write what they are into its schema")
+        raise InputError("tools: not supported with a PML prompt; describe the tools in its schema")
     turns = []
     for message in messages:
         if message.role not in ("user", "assistant") or message.calls:
-            raise InputError("messages: after a PML prompt come text messages of user and assistant only")
+            raise InputError("messages: after a PML prompt, only text messages of user and assistant are allowed")
         turns.append(Turn(cast(RoleName, message.role), message.text, prompt.line))
     arguments = {**prompt.arguments, **extension.arguments}
     return replace(prompt, arguments=arguments, children=(*prompt.children, *turns))

@@ -55,12 +55,14 @@ class Forced:
     def of(self, sampling: Sampling, form: CallForm) -> Sampling:
         """Returns ``sampling`` with a grammar of these calls. Raises ``InputError`` if it has a grammar already."""
         if sampling.grammar:
-            raise InputError("tool_choice: an answer can't be a call and follow a grammar or a JSON schema")
+            raise InputError("tool_choice: an answer can't both be a call and follow a grammar or a JSON schema")
         functions = {tool.name: tool.parameters for tool in self.tools}
         try:
             return replace(sampling, grammar=calls_grammar(functions, form, several=self.several))
         except InputError as error:
-            _log.info("arguments of calls may be any JSON, for their schemas are no grammar: %s", error)
+            _log.info(
+                "arguments of calls may be any JSON, because their schemas can't be turned into a grammar: %s", error
+            )
             loose: dict[str, Mapping[str, Any]] = {name: {"type": "object"} for name in functions}
             return replace(sampling, grammar=calls_grammar(loose, form, several=self.several))
 
@@ -77,7 +79,7 @@ def openai_choice(choice: str | dict[str, Any] | None, tools: Sequence[Tool], *,
     if isinstance(choice, dict) and choice.get("type") == "function":
         function = choice.get("function")
         return _named((function if isinstance(function, dict) else choice).get("name"), tools)
-    raise InputError("tool_choice: one of auto, none, required, and a function with its name")
+    raise InputError("tool_choice: must be auto, none, required, or a function with its name")
 
 
 def anthropic_choice(choice: dict[str, Any] | None, tools: Sequence[Tool]) -> Forced | None:
@@ -89,7 +91,7 @@ def anthropic_choice(choice: dict[str, Any] | None, tools: Sequence[Tool]) -> Fo
         return _any_of(tools, several=not choice.get("disable_parallel_tool_use"))
     if kind == "tool":
         return _named(choice.get("name"), tools)
-    raise InputError("tool_choice.type: one of auto, any, tool and none")
+    raise InputError("tool_choice.type: must be auto, any, tool or none")
 
 
 def _any_of(tools: Sequence[Tool], *, several: bool) -> Forced:

@@ -46,12 +46,12 @@ def refusal_of(error: BaseException) -> Refusal:
         return Refusal(503, "the request took longer than the server allows (--timeout)", retry_after=1)
     if isinstance(error, RequestValidationError):
         told = [f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors()]
-        return Refusal(400, "; ".join(told) or "the request is no valid JSON")
+        return Refusal(400, "; ".join(told) or "the request is not valid JSON")
     if isinstance(error, HTTPException):
         return Refusal(error.status_code, str(error.detail))
     if isinstance(error, CpucacheError):
         return Refusal(500, str(error))
-    return Refusal(500, "the server failed; its log says why")
+    return Refusal(500, "the server failed; see its log")
 
 
 def body_of(refusal: Refusal, path: str) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Library:
         if len(others) >= self._most:
             raise Refusal(400, f"there are {self._most} schemas already; delete one")
         if len(text.encode()) + sum(each.size for each in others) > self._most_bytes:
-            raise Refusal(413, f"all schemas have {self._most_bytes >> 20} MiB at most; delete one")
+            raise Refusal(413, f"all schemas together may have at most {self._most_bytes >> 20} MiB; delete one")
         layout = self._engine.add_schema(schema)
         before = self._schemas.get(schema.name)
         if before is not None and before.job is not None:

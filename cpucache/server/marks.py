@@ -35,7 +35,7 @@ def marked(body: Body) -> list[tuple[Body, int]]:
             found.append((body.model_copy(update={"messages": cut}), seconds))
     count = len(found) - bool(tools) + len(tools)
     if count > _MOST:
-        raise InputError(f"cache_control: a request has {_MOST} marks at most, not {count}")
+        raise InputError(f"cache_control: a request may have at most {_MOST} marks, not {count}")
     return found
 
 
@@ -53,5 +53,7 @@ def _seconds(block: Any, where: str) -> int:
         return 0
     ttl = control.get("ttl") or "5m"
     if control.get("type") != "ephemeral" or ttl not in SECONDS:
-        raise InputError(f'{where}: cache_control is {{"type": "ephemeral", "ttl": "5m" or "1h"}}, or of type "module"')
+        raise InputError(
+            f'{where}: cache_control must be {{"type": "ephemeral", "ttl": "5m" or "1h"}}, or of type "module"'
+        )
     return SECONDS[ttl]

@@ -95,7 +95,7 @@ class OpenAI:
         head = {"id": identity, "created": int(time.time()), "model": service.model}
         if body.stream:
             if count > 1:
-                raise InputError("n: a stream has one answer")
+                raise InputError("n: must be 1 for a stream")
             shown = body.stream_options is not None and body.stream_options.include_usage
             pieces = self._chat_events(request, prompt, sampling, most, names, head, body.cache_prompt, shown)
             return await streamed(request, pieces, COMMENT)
@@ -190,11 +190,11 @@ class OpenAI:
         sampling = await asyncio.to_thread(body.sampling, body.logprobs)
         count = body.n or 1
         if len(prompts) * count > CHOICES:
-            raise InputError(f"prompt, n: {CHOICES} answers to a request at most")
+            raise InputError(f"prompt, n: a request may have at most {CHOICES} answers")
         head = {"id": new_id("cmpl-"), "created": int(time.time()), "model": service.model, "object": "text_completion"}
         if body.stream:
             if len(prompts) * count > 1:
-                raise InputError("prompt, n: a stream has one answer")
+                raise InputError("prompt, n: a stream must have one prompt and one answer")
             return await streamed(request, self._text_events(request, prompts[0], sampling, body, head), COMMENT)
 
         async def whole(number: int) -> tuple[Reader, dict[str, Any]]:
@@ -244,7 +244,7 @@ class OpenAI:
         single = isinstance(prompt, str) or all(isinstance(each, int) for each in prompt)
         given: list[Any] = [prompt] if single else list(prompt)
         if len(given) > CHOICES:
-            raise InputError(f"prompt: {CHOICES} prompts to a request at most, not {len(given):,}")
+            raise InputError(f"prompt: a request may have at most {CHOICES} prompts, not {len(given):,}")
         return [
             Text(planner.tokens_of(each) if isinstance(each, str) else planner.checked_tokens(each)) for each in given
         ]

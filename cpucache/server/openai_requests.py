@@ -114,7 +114,7 @@ def messages_of(given: Sequence[dict[str, Any]]) -> list[ChatMessage]:
         role = each.get("role")
         role = "system" if role == "developer" else role
         if role not in get_args(Role):
-            raise InputError(f"{where}.role: one of system, developer, user, assistant and tool, not {role!r}")
+            raise InputError(f"{where}.role: must be system, developer, user, assistant or tool, not {role!r}")
         calls = [_call(call, f"{where}.tool_calls") for call in _list(each.get("tool_calls"), f"{where}.tool_calls")]
         names |= {call.id: call.name for call in calls}
         identity = str(each.get("tool_call_id") or "")
@@ -137,13 +137,13 @@ def text_of(content: Any, where: str) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise InputError(f"{where}.content: text, or a list of parts")
+        raise InputError(f"{where}.content: must be text or a list of parts")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("text") if isinstance(part, dict) else None
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-            raise InputError(f"{where}.content: this model takes text only, not a part of type {kind!r}")
+            raise InputError(f"{where}.content: this model accepts text only, not a part of type {kind!r}")
         texts.append(text)
     return "\n".join(texts)
 
@@ -184,9 +184,9 @@ def _arguments(value: Any, where: str) -> dict[str, Any]:
         try:
             value = json.loads(value or "{}")
         except ValueError as error:
-            raise InputError(f"{where}: arguments are no JSON: {error}") from error
+            raise InputError(f"{where}: arguments are not JSON: {error}") from error
     if value is not None and not isinstance(value, dict):
-        raise InputError(f"{where}: arguments are an object")
+        raise InputError(f"{where}: arguments must be an object")
     return value or {}
 
 

@@ -106,7 +106,7 @@ def _asked(tenant: Tenant, body: PrepareRequest) -> Asked:
     if asked is not None and not isinstance(asked.prompt, Text):
         return asked
     if not messages and not tools:
-        raise InputError("messages, system, tools: there is nothing to evaluate")
+        raise InputError("messages, system, tools: at least one is needed")
     if messages and messages[-1].role in ("user", "tool"):
         assert asked is not None
         return asked  # the next message is the answer: its header is included

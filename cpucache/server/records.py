@@ -163,7 +163,7 @@ class Records:
         for record in self.list():
             if record.id == identity:
                 return record
-        raise Refusal(404, f"no request '{identity}' is on record; GET /v1/requests lists the last {SHOWN}")
+        raise Refusal(404, f"no request '{identity}' is known; GET /v1/requests lists the last {SHOWN}")
 
     def _trim(self) -> None:
         with self._lock:

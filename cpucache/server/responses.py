@@ -108,7 +108,7 @@ def conversation_of(body: ResponsesRequest) -> list[ChatMessage]:
             said = text_of(item.get("output"), where)
             messages.append(ChatMessage("tool", said, call=identity, name=names.get(identity, "")))
         else:
-            raise InputError(f"{where}: this server does not know items of type {kind!r}")
+            raise InputError(f"{where}: this server does not support items of type {kind!r}")
     return messages
 
 
@@ -131,7 +131,7 @@ def _call(item: dict[str, Any], where: str) -> ToolCall:
         raise InputError(f"{where}.arguments: JSON text is expected") from error
     name = item.get("name")
     if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise InputError(f"{where}: a function_call has a name, and an object as its arguments")
+        raise InputError(f"{where}: a function_call needs a name, and an object as its arguments")
     return ToolCall(name, arguments, str(item.get("call_id") or ""))
 
 

@@ -138,7 +138,7 @@ class Service:
             The answer, whose first piece has arrived.
 
         Raises:
-            Refusal: Too many requests wait (429), or the client has gone (499).
+            Refusal: Too many requests wait (429), or the client has disconnected (499).
             TimeoutError: The request waited, or its first piece took, longer than ``settings.timeout``.
         """
         tenant = self.tenant(request)
@@ -234,7 +234,7 @@ async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
         while not task.done():
             await asyncio.wait([task], timeout=0.25)
             if not task.done() and await request.is_disconnected():
-                raise Refusal(499, "the client has gone")
+                raise Refusal(499, "the client has disconnected")
         return await task
     finally:
         task.cancel()

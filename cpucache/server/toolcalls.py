@@ -19,7 +19,7 @@ _TAG = "<tool_call>"
 
 
 def _refused(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _finite(number: str) -> float:

@@ -12,48 +12,48 @@ from cpucache.server.records import Record, Records
 from cpucache.server.settings import ServerSettings
 
 _BEFORE, _AFTER = 8, 24  # tokens shown of both texts before and after their first difference
-_EVALUATED = "What comes after it had to be evaluated again."
+_EVALUATED = "The text after it had to be evaluated again."
 _ANYWHERE = (
-    'Start the server with --reuse anywhere (or send "cpucache": {"reuse": "anywhere"}), so that what comes '
-    "after the difference is spliced from what was evaluated before; or have the client send "
+    'Start the server with --reuse anywhere (or send "cpucache": {"reuse": "anywhere"}), so that known text '
+    "after the difference is spliced from its slices; or have the client send "
 )
 _SAYS: dict[Cause, str] = {
-    "nothing-known": "No earlier prompt is on record that this one could have been answered from.",
-    "another-text": "No earlier prompt on record begins like this one: it is another text altogether.",
-    "answer-rewritten": "An answer was sent back otherwise than the model had written it: other tokens, or its JSON "
-    "written in another way.",
-    "reasoning-left-out": "What the model had thought before its answer is not in the history any more.",
+    "nothing-known": "No earlier prompt is known.",
+    "another-text": "No earlier prompt begins like this one.",
+    "answer-rewritten": "An answer was sent back in another form than the model had written it: as other tokens, or "
+    "with its JSON formatted differently.",
+    "reasoning-left-out": "The model's reasoning before its answer is no longer in the history.",
     "tools-reordered": "The same tools were sent in another order.",
-    "tools-changed": "The tools are others than before.",
-    "line-changed": "A line has changed that stands early in the prompt, such as a clock, a date, a folder or a "
-    "reminder.",
+    "tools-changed": "The tools have changed.",
+    "line-changed": "A line early in the prompt has changed, such as a clock, a date, a folder or a reminder.",
     "message-changed": "A message in the middle of the conversation was edited, added or left out.",
     "system-changed": "The system text has changed.",
-    "evicted": "The text was known, but its slices are gone from the store.",
-    "resume-points": "The model keeps a recurrent state: it goes on from the points where that was saved, and the "
-    "last one lay before the difference.",
+    "evicted": "The text had slices, but they are no longer in the store.",
+    "resume-points": "The model keeps a recurrent state, so evaluation can continue from a saved point only, and the "
+    "last point was before the difference.",
     "cache-off": 'The request asked for no reuse ("cache_prompt": false).',
     "not-encoded": "Modules of the schema had no slices yet.",
 }
 _ADVICE: dict[Cause, str] = {
-    "nothing-known": "Nothing to switch on: it is known now. POST /v1/cache/prepare evaluates a prompt ahead.",
-    "another-text": "Nothing to switch on: it is known now. POST /v1/cache/prepare evaluates a prompt ahead.",
-    "answer-rewritten": "Send the answer's text and tool calls back unchanged; the server then uses the tokens that it "
-    "wrote itself, which it knows since it was started.",
-    "reasoning-left-out": "The model's template leaves it out. The server evaluates the history without it while idle, "
-    "once an answer has ended: a pause before the next message is enough.",
+    "nothing-known": "Change nothing: the prompt is known now. POST /v1/cache/prepare evaluates a prompt ahead.",
+    "another-text": "Change nothing: the prompt is known now. POST /v1/cache/prepare evaluates a prompt ahead.",
+    "answer-rewritten": "Send the answer's text and tool calls back unchanged; the server then finds the tokens of the "
+    "answer, which it keeps until it ends.",
+    "reasoning-left-out": "The model's chat template leaves the reasoning out. The server evaluates the history "
+    "without reasoning when it is idle after an answer: a pause before the next message is enough.",
     "tools-reordered": "Start the server with --tool-order sorted (the default), which makes their order irrelevant.",
-    "evicted": "Give the store more room with --disk and --ram, or have the client mark what is to be "
-    'kept ("cache_control": {"type": "ephemeral", "ttl": "1h"}).',
-    "resume-points": "Keep what changes at the end: nothing after a change can be spliced into this model.",
+    "evicted": "Give the store more room with --disk and --ram, or have the client mark the text to keep "
+    '("cache_control": {"type": "ephemeral", "ttl": "1h"}).',
+    "resume-points": "Have the client send changing text at the end of the prompt. With this model no text after a change "
+    "can be spliced.",
     "cache-off": 'Leave "cache_prompt" out.',
     "not-encoded": "Encode the schema ahead: POST /v1/schemas/NAME/encode.",
 }
 _WHERE: dict[Cause, str] = {
     "tools-changed": "the same tools in each request.",
-    "line-changed": "it at the end of the prompt.",
-    "message-changed": "the conversation as it was, and what is new at its end.",
-    "system-changed": "what changes at the end of the prompt.",
+    "line-changed": "this line at the end of the prompt.",
+    "message-changed": "the conversation unchanged, and new messages at its end.",
+    "system-changed": "changing text at the end of the prompt.",
 }
 
 
@@ -93,14 +93,14 @@ def _advice(miss: Miss, record: Record, settings: ServerSettings, *, movable: bo
     """Returns what a client or the operator can change to avoid a miss."""
     cause = miss.cause
     if cause == "tools-reordered" and settings.sorted_tools:
-        return "Send the tools in the same order; sorted by name they differ still, for two of them have one name."
+        return "Send the tools in the same order: the server sorts them by name, but two of them have the same name."
     if cause not in _WHERE:
         return _ADVICE[cause]
     if not movable:
-        return f"Have the client send {_WHERE[cause]} With this model nothing after a change can be spliced."
+        return f"Have the client send {_WHERE[cause]} With this model no text after a change can be spliced."
     if record.reuse == "anywhere":
         return (
-            f"Have the client send {_WHERE[cause]} --reuse anywhere is on: what could be spliced was, and only runs of "
-            "64 known tokens or more are."
+            f"Have the client send {_WHERE[cause]} --reuse anywhere is on already; it splices only runs of 64 known "
+            "tokens or more."
         )
     return _ANYWHERE + _WHERE[cause]

@@ -47,24 +47,24 @@ def check_path(rows: Sequence[sqlite3.Row], last: object) -> None:
     if last is None:
         return
     if not rows or rows[-1]["id"] != last:
-        raise Flaw(f"entry {last!r}, its last, is missing")
+        raise Flaw(f"its last entry, {last!r}, is missing")
     first, before = rows[0]["id"], rows[0]["before"]
     # An entry is written after the entry before it, so ids must grow; ids that don't may form a cycle.
     if before is not None:
-        raise Flaw(f"entry {first} stands behind entry {before!r}, which is missing or was written later")
+        raise Flaw(f"entry {first} follows entry {before!r}, which is missing or was written later")
 
 
 def check_session(row: sqlite3.Row) -> None:
     """Raises ``Flaw`` unless the row of a conversation has a name, model, fingerprint and valid times."""
     texts, times = ("name", "model", "fingerprint"), ("created", "used")
     if not all(_is_text(row[name]) for name in texts) or not all(_is_time(row[name]) for name in times):
-        raise Flaw("its name, its model or its times are none")
+        raise Flaw("its name, its model or its times are not valid")
 
 
 def read_metrics(row: sqlite3.Row) -> tuple[str, dict[str, Any]]:
     """Returns role and metrics of a row. Raises ``Flaw``."""
     metrics = _json(row, "metrics")
-    _demand(row, row["role"] in ROLES, f"has no role that there is: {row['role']!r}")
+    _demand(row, row["role"] in ROLES, f"has an unknown role: {row['role']!r}")
     _demand(row, isinstance(metrics, dict) and _is_count(metrics.get("tokens", 0)), "has no metrics")
     return row["role"], metrics
 
@@ -73,9 +73,13 @@ def read_entry(row: sqlite3.Row, index: int) -> Entry:
     """Returns the entry in a row; ``index`` is its 0-based number in the conversation. Raises ``Flaw``."""
     role, metrics = read_metrics(row)
     text, pieces, left_out, created = _text(row, "text"), _json(row, "pieces"), row["left_out"], row["created"]
-    _demand(row, _are_pieces(role, pieces), "does not say what its tokens are")
-    _demand(row, _is_count(left_out) and left_out <= index, f"can't have left out {left_out!r} of {index}")
-    _demand(row, _is_time(created), f"has no time: {created!r}")
+    _demand(row, _are_pieces(role, pieces), "has no valid tokens")
+    _demand(
+        row,
+        _is_count(left_out) and left_out <= index,
+        f"has an impossible number of entries left out: {left_out!r} of {index}",
+    )
+    _demand(row, _is_time(created), f"has no valid time: {created!r}")
     return Entry(role, text, pieces, left_out, metrics, created, row["id"])
 
 
@@ -128,7 +132,7 @@ def _is_count(value: Any) -> bool:
 
 def _text(row: sqlite3.Row, name: str) -> str:
     value = row[name]
-    _demand(row, _is_text(value), f"has no text as {name}")
+    _demand(row, _is_text(value), f"has no text in '{name}'")
     return str(value)
 
 
@@ -148,7 +152,7 @@ def _json(row: sqlite3.Row, name: str) -> Any:
     try:
         return json.loads(_text(row, name))
     except (ValueError, RecursionError) as error:
-        raise Flaw(f"entry {row['id']}: {name}: no JSON: {error}") from error
+        raise Flaw(f"entry {row['id']}: {name}: not JSON: {error}") from error
 
 
 def _demand(row: sqlite3.Row, fulfilled: bool, what: str) -> None:

@@ -36,14 +36,14 @@ CREATE TABLE IF NOT EXISTS entries (
     left_out INTEGER NOT NULL,            -- entries from the beginning on that had left the context by then
     metrics TEXT NOT NULL,                -- JSON
     created REAL NOT NULL,
-    -- The long ones last: what stands before them is read without them.
+    -- Long columns last: the columns before them are read without them.
     text TEXT NOT NULL,
     pieces TEXT NOT NULL                  -- JSON: how its tokens were evaluated
 );
 CREATE INDEX IF NOT EXISTS by_before ON entries (before);
 CREATE TABLE IF NOT EXISTS sessions (
     name TEXT PRIMARY KEY,
-    last INTEGER REFERENCES entries (id), -- none: nothing was said yet
+    last INTEGER REFERENCES entries (id), -- NULL: no messages yet
     fingerprint TEXT NOT NULL, model TEXT NOT NULL,
     created REAL NOT NULL, used REAL NOT NULL
 ) WITHOUT ROWID;
@@ -99,7 +99,7 @@ class Transcripts:
             self._database.row_factory = sqlite3.Row
             self._database.text_factory = lambda content: content.decode(errors="surrogateescape")
         except (OSError, sqlite3.Error) as error:
-            raise CpucacheError(f"can't keep conversations in {self.folder}: {_line(error)}") from error
+            raise CpucacheError(f"can't save conversations in {self.folder}: {_line(error)}") from error
 
     def close(self) -> None:
         """Closes the file."""
@@ -128,7 +128,7 @@ class Transcripts:
             if row["fingerprint"] != fingerprint and fingerprint:
                 raise InputError(
                     f"conversation '{name}' is with {row['model']}, not {model}: "
-                    f"open it with that model, or begin another"
+                    f"open it with {row['model']}, or begin another conversation"
                 )
             return Transcript(self, name, lock, self._entries(row))
         except BaseException:
@@ -275,7 +275,7 @@ class Transcripts:
             except sqlite3.IntegrityError:
                 raise
             except sqlite3.Error as error:
-                raise CpucacheError(f"can't keep conversations in {self.folder}: {_line(error)}") from error
+                raise CpucacheError(f"can't save conversations in {self.folder}: {_line(error)}") from error
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
@@ -338,7 +338,7 @@ class Transcript:
                     (name, entries[-1].id if entries else None, time.time(), time.time(), self.name),
                 )
             except sqlite3.IntegrityError:
-                raise InputError(f"there is a conversation '{name}' already") from None
+                raise InputError(f"there is a conversation '{name}' already; choose another name") from None
 
 
 def _spelt(name: object) -> bytes:

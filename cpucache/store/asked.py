@@ -19,7 +19,7 @@ CREATE TABLE IF NOT EXISTS asked (
     id TEXT PRIMARY KEY,
     fingerprint TEXT NOT NULL, state_format TEXT NOT NULL, schema TEXT NOT NULL,
     tokens BLOB NOT NULL,
-    parts TEXT NOT NULL,                  -- JSON: of each part its module, its tokens, and whether it is to be saved
+    parts TEXT NOT NULL,                  -- JSON: module and tokens of each part, and whether it is to be saved
     uses INTEGER NOT NULL, used REAL NOT NULL
 ) WITHOUT ROWID;
 """

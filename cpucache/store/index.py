@@ -33,14 +33,14 @@ CREATE TABLE IF NOT EXISTS slices (
     created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL DEFAULT 0,
     before INTEGER NOT NULL,              -- how often it was used before it was last evicted
     pinned INTEGER NOT NULL DEFAULT 0,
-    whole INTEGER NOT NULL,               -- 0 while its file is being written: its bytes are spoken for
-    value REAL NOT NULL                   -- what decides who leaves first, see Index.reserve
+    whole INTEGER NOT NULL,               -- 0 while its file is being written: its bytes are reserved
+    value REAL NOT NULL                   -- the slice with the lowest value is evicted first, see Index.reserve
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_value ON slices (whole, pinned, value);
 CREATE INDEX IF NOT EXISTS by_content ON slices (content);
 CREATE INDEX IF NOT EXISTS by_context ON slices (context, tokens);
 DROP TABLE IF EXISTS past;  -- of earlier versions
--- Slices that were evicted, or found no room.
+-- Slices that were evicted, or did not fit.
 CREATE TABLE IF NOT EXISTS absent (
     key TEXT PRIMARY KEY, uses INTEGER NOT NULL, gone REAL NOT NULL,
     model TEXT NOT NULL, schema TEXT NOT NULL, bytes INTEGER NOT NULL
@@ -120,7 +120,7 @@ class Index:
             columns = {name for _, name, *_ in self._database.execute("PRAGMA table_info(slices)")}
             if not columns.issuperset(SliceInfo.__dataclass_fields__):
                 self._database.close()
-                raise sqlite3.OperationalError("the index is not one of this version, and can't be brought up to it")
+                raise sqlite3.OperationalError("the index has the format of another version, and can't be converted")
             return
         private_folder(path.parent)
         # NORMAL suffices: a slice whose row a power cut loses is still found by its file name.
@@ -209,12 +209,20 @@ class Index:
                         (key, time.time(), info.model, info.schema, size),
                     )
                     self._forget()
-                    why = "it is larger" if size > budget else "others keep more" if smaller else "the rest is in use"
+                    why = (
+                        "it is larger"
+                        if size > budget
+                        else "other processes keep more"
+                        if smaller
+                        else "all else is in use"
+                    )
                     _log.info("no room on disk for %.8s, %d bytes of a budget of %d: %s", key, size, budget, why)
                     return False
                 leaving = self._mark_leaving(victims)
             freed = sum(victim.bytes for victim in victims)
-            _log.info("slices worth least leave the disk for %.8s: %d of them, %d bytes", key, len(victims), freed)
+            _log.info(
+                "evicting the slices of least worth from disk for %.8s: %d slices, %d bytes", key, len(victims), freed
+            )
             self._evict(victims, leaving, delete)
 
     def shrink(self, budget: int, delete: Callable[[str], None], *, given: bool = False) -> int:
@@ -417,7 +425,7 @@ class Index:
             return Kept(len(sizes), sum(sizes), len(missing), int(self._total("bytes")) + sum(missing))
 
     def absent(self, schema: str) -> dict[str, list[str]]:
-        """Keys of a schema's slices that were evicted or found no room, by name of the model."""
+        """Keys of a schema's slices that were evicted or did not fit, by name of the model."""
         found: dict[str, list[str]] = {}
         with self._lock:
             rows = self._database.execute("SELECT model, key FROM absent WHERE schema = ? ORDER BY key", (schema,))

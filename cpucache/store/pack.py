@@ -159,7 +159,7 @@ def import_pack(
         with open_regular(path) as file, _staging(store.home, store.files) as staged:
             pack, entries = _manifest(file, path, key)
             if fingerprint is not None and pack.fingerprint != fingerprint:
-                raise InputError(f"{path}: it was made for another model ({pack.model})")
+                raise InputError(f"{path}: the pack is for another model ({pack.model})")
             _check_room(store, file, entries, path)
             _extract(file, pack, entries, staged, path)
             with store.using(pack.keys):
@@ -209,14 +209,14 @@ def _manifest(file: IO[bytes], path: Path, key: Path | None) -> tuple[Pack, list
     try:
         said = json.loads(data)
         if said["format"] != _FORMAT:
-            raise InputError(f"{path}: its {_MANIFEST} is not one of this version")
+            raise InputError(f"{path}: its {_MANIFEST} has the format of another version")
         entries = [_Entry(each["key"], each["bytes"], each["sha256"]) for each in said["slices"]]
         pack = Pack(str(said["fingerprint"]), str(said["model"]), tuple(each.key for each in entries))
         fine = all(each.sound for each in entries) and len(set(pack.keys)) == len(pack.keys)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: its {_MANIFEST} can't be read ({error})") from error
     if not fine:
-        raise InputError(f"{path}: its {_MANIFEST} can't be read (a slice that is none)")
+        raise InputError(f"{path}: its {_MANIFEST} can't be read (an invalid slice)")
     _check_name(pack.model, path)
     signature = _signature(file)
     if key is not None:
@@ -240,19 +240,19 @@ def _signature(file: IO[bytes]) -> bytes | None:
 def _check_name(name: str, path: Path) -> None:
     """Raises ``InputError`` for a long or unprintable name: names are printed on terminals, one a line."""
     if not name.isprintable() or len(name) > _NAME_LIMIT:
-        raise InputError(f"{path}: {name[:40]!a} is no name for a model, a schema or a module")
+        raise InputError(f"{path}: {name[:40]!a} is not a valid name of a model, a schema or a module")
 
 
 def _check_room(store: Store, file: IO[bytes], entries: list[_Entry], path: Path) -> None:
     """Raises ``InputError`` when slices exceed the pack file's size, the store's budget or the free disk space."""
     size, there = sum(each.bytes for each in entries), os.fstat(file.fileno()).st_size
     if size > there:
-        raise InputError(f"{path}: truncated: its slices take {decimal(size)}, the file {decimal(there)}")
+        raise InputError(f"{path}: truncated: its slices take {decimal(size)}, the file has {decimal(there)}")
     if size > store.disk_budget:
         raise InputError(f"{path}: its slices take {decimal(size)}; the store's budget is {decimal(store.disk_budget)}")
     free = shutil.disk_usage(store.home or ".").free
     if size > free:
-        raise InputError(f"{path}: its slices take {decimal(size)}, and {decimal(free)} of the disk are free")
+        raise InputError(f"{path}: its slices take {decimal(size)}, the disk has {decimal(free)} free; make room")
 
 
 def _extract(file: IO[bytes], pack: Pack, entries: list[_Entry], staged: SliceFiles, path: Path) -> None:
@@ -261,7 +261,7 @@ def _extract(file: IO[bytes], pack: Pack, entries: list[_Entry], staged: SliceFi
     while (entry := _next(file)) is not None:
         here = expected.pop(entry.name, None)
         if here is None or not entry.isreg():
-            raise InputError(f"{path}: {entry.name[:80]!a} does not belong into a pack; nothing was imported")
+            raise InputError(f"{path}: {entry.name[:80]!a} does not belong in a pack; nothing was imported")
         if entry.size != here.bytes:
             raise InputError(f"{path}: slice {here.key} is not as long as {_MANIFEST} says; nothing was imported")
         digest = hashlib.sha256()

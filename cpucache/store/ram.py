@@ -63,7 +63,7 @@ class RAM:
                 _log.debug("no room in memory for %.8s: %d bytes of a budget of %d", key, state.nbytes, self.budget)
                 return
             for other in leaving:
-                _log.debug("%.8s leaves memory, as used least lately, for %.8s", other, key)
+                _log.debug("evicting %.8s, the least recently used, from memory for %.8s", other, key)
                 self.drop(other)
             self._states[key] = state
             self.used += state.nbytes

@@ -48,11 +48,11 @@ def _private(path: Path) -> Ed25519PrivateKey:
     try:
         key = load(data, None)
     except TypeError as error:
-        raise InputError(f"{path}: a passphrase protects this key; sign with one that has none") from error
+        raise InputError(f"{path}: a passphrase protects this key; sign with a key without a passphrase") from error
     except Exception as error:  # the library's exceptions for a file that is no key vary
-        raise InputError(f"{path}: no private key in PEM or OpenSSH format can be read from it") from error
+        raise InputError(f"{path}: the file has no private key in PEM or OpenSSH format") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise InputError(f"{path}: the key is of another kind than Ed25519; `ssh-keygen -t ed25519` makes one")
+        raise InputError(f"{path}: the key is not an Ed25519 key; `ssh-keygen -t ed25519` creates one")
     return key
 
 
@@ -65,9 +65,9 @@ def _public(path: Path) -> Ed25519PublicKey:
     try:
         key = load(data)
     except Exception as error:  # the library's exceptions for a file that is no key vary
-        raise InputError(f"{path}: no public key in PEM or OpenSSH format can be read from it") from error
+        raise InputError(f"{path}: the file has no public key in PEM or OpenSSH format") from error
     if not isinstance(key, Ed25519PublicKey):
-        raise InputError(f"{path}: the key is of another kind than Ed25519; `ssh-keygen -t ed25519` makes one")
+        raise InputError(f"{path}: the key is not an Ed25519 key; `ssh-keygen -t ed25519` creates one")
     return key
 
 

@@ -210,7 +210,7 @@ class SliceFiles:
         info = opened.info
         self._compare(key, opened)
         if slice_key(info.fingerprint, info.state_format, info.context, opened.tokens, info.start) != key:
-            raise Damaged(f"{self.path(key)}: it is another slice than its name says")
+            raise Damaged(f"{self.path(key)}: its content belongs to another slice than its name")
         return True
 
     def _compare(self, key: str, opened: _Opened) -> None:

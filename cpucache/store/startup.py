@@ -34,7 +34,7 @@ def open_index(home: Path) -> tuple[Index, Exception | None]:
             if not path.is_file():
                 raise
             return Index(path, read_only=True), error
-        _log.warning("%s is damaged (%s); it is made again from the slices", path, error)
+        _log.warning("%s is damaged (%s); it is rebuilt from the slices", path, error)
         path.replace(path.with_suffix(".damaged"))
         for leftover in ("-wal", "-shm"):
             path.with_name(path.name + leftover).unlink(missing_ok=True)

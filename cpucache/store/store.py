@@ -200,7 +200,7 @@ class Store:
         return {content: list(slices.items()) for content, slices in found.items()}
 
     def sizes_after(self, context: str) -> set[int]:
-        """Lengths, in tokens, of the slices that were evaluated in a context, given by its key; some may be gone."""
+        """Lengths, in tokens, of the slices evaluated in a context, given by its key; some may have been evicted."""
         sizes: set[int] = set()
         if self.index is not None:
             try:
@@ -233,13 +233,13 @@ class Store:
         try:
             found = self.files.get(key, unless=None if self.paranoid else self._checked.get(key))
         except Damaged as damaged:
-            _log.warning("%s; it is set aside and made again", damaged)
+            _log.warning("%s; it is set aside and encoded again", damaged)
             self.discard(key, aside=True)
             if key in self:
                 self._useless.add(key)
             return None
         except OSError as error:
-            _log.warning("can't read a slice (%s); it is made again", error)
+            _log.warning("can't read a slice (%s); it is encoded again", error)
             self._useless.add(key)
             return None
         if found is None:
@@ -250,7 +250,7 @@ class Store:
         try:
             return state if self._packing is None else self._packing.unpack(state)
         except ValueError as error:
-            _log.warning("%s: %s; it is set aside and made again", self.files.path(key), error)
+            _log.warning("%s: %s; it is set aside and encoded again", self.files.path(key), error)
             self.discard(key, aside=True)
             return None
 
@@ -393,7 +393,7 @@ class Store:
         if key in self:
             return False
         if not self._claims.take(key):
-            _log.debug("%.8s is being made by another process", key)
+            _log.debug("%.8s is being encoded by another process", key)
             return False
         if key in self:
             self._claims.release([key])
@@ -457,5 +457,5 @@ class Store:
     def _trouble(self, error: Exception) -> None:
         """Logs the first disk error as a warning."""
         if not self._warned:
-            _log.warning("can't keep slices in %s (%s); going on from memory", self.home, error)
+            _log.warning("can't save slices in %s (%s); they are kept in memory only", self.home, error)
             self._warned = True

@@ -159,5 +159,5 @@ class Writer(Generic[Job]):
                 try:
                     self._idle()
                 except Exception as error:
-                    _log.warning("what was used could not be noted (%s: %s)", type(error).__name__, error)
+                    _log.warning("uses of slices could not be recorded (%s: %s)", type(error).__name__, error)
                     _log.debug("where that happened", exc_info=True)

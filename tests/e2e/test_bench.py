@@ -83,7 +83,7 @@ def test_the_table_has_a_row_for_each_measurement(model: Path) -> None:
         "  full prefill, flash off ",
         "  full prefill, flash on ",
         "  encoding, once ",
-        "\nevaluated before other orders could be answered: 0 µs\n",
+        "\nencoding, before other orders can be answered: 0 µs\n",
         "\nfull prefill takes ",
         "\nencoding takes ",
         "\npeak memory: ",

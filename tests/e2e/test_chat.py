@@ -44,7 +44,7 @@ def said(name: str, role: str = "user") -> list[str]:
 
 
 FIGURES = re.compile(
-    r"first token after \S+ m?s · (\d+) tokens from cache, (\d+) evaluated · \S+ tok/s · cut after 12 tok"
+    r"first token after \S+ m?s · (\d+) tokens from cache, (\d+) evaluated · \S+ tok/s · cut off after 12 tok"
 )
 
 
@@ -128,9 +128,9 @@ def test_old_turns_leave_the_context(model: Path) -> None:
     lines = "".join(f"this is message {number}, and it is a long one to fill the context with\n" for number in range(5))
     done = chat("full", model, "--ctx", "256", said=lines)
 
-    left = re.findall(r"(\d+) tokens of old turns left the context; what follows moved down(.*)", done.err)
+    left = re.findall(r"(\d+) tokens of old turns left the context; tokens after them were moved(.*)", done.err)
     assert left
-    assert any("evaluating it again: about" in cost for _, cost in left)
+    assert any("evaluating them again: about" in cost for _, cost in left)
     assert len(said("full")) == 5
     refused = cpucache(
         "chat", "never", "-m", model, "--ctx", "256", "-n", "12", "--threads", "1", "--when-full", "refuse", stdin=lines
@@ -403,7 +403,7 @@ def test_killed_it_answers_when_it_is_opened_again(smollm2: Path) -> None:
 
     assert [each["role"] for each in messages("s")] == ["user"]
     again = chat("s", smollm2, said="")
-    assert "the last message has no answer yet: it is answered now" in again.err
+    assert "the last message has no answer yet; answering it now" in again.err
     assert said("s") == [question]
     assert again.out == f"{said('s', 'assistant')[0]}\n"
 

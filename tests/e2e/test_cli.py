@@ -61,7 +61,9 @@ def test_run_prints_the_answer_and_nothing_else(model: Path) -> None:
     assert done.out == f"{expected}\n"
     # By default the schema's closing text alone is recomputed; the answer is as long as it may be.
     kinds = r"\(\d+ exact, \d+ related; 2 recomputed\)"
-    figures = r"first token after \S+ m?s · \d+ of \d+ prompt tokens from cache {} · \S+ tok/s · cut after 8 tokens\n"
+    figures = (
+        r"first token after \S+ m?s · \d+ of \d+ prompt tokens from cache {} · \S+ tok/s · cut off after 8 tokens\n"
+    )
     assert re.fullmatch(figures.format(kinds), done.err)
 
 
@@ -81,7 +83,7 @@ def test_an_answer_that_ends_by_itself_was_not_cut(model: Path) -> None:
 
     err = cpucache("run", "prompt.xml", "-s", "schema.xml", "-m", model, "--stop", stop, "--threads", "1").err
 
-    assert "cut after" not in err
+    assert "cut off after" not in err
 
 
 def test_an_answer_is_cut_where_the_context_asked_for_ends(model: Path, folder: Path) -> None:
@@ -104,7 +106,7 @@ def test_a_huge_text_is_refused_by_its_head(smollm2: Path, folder: Path) -> None
         done = cpucache("run", *command, "-m", smollm2, "--ctx", "512")
         assert (done.status, done.out) == (2, "")
         assert re.fullmatch(
-            rf"cpucache: {name}: [\d,]+ characters are more than a context of 512 tokens holds; raise --ctx .*\n",
+            rf"cpucache: {name}: [\d,]+ characters exceed a context of 512 tokens; raise --ctx .*\n",
             done.err,
         )
 
@@ -311,7 +313,7 @@ def test_text_is_compared_too(model: Path, folder: Path) -> None:
     ("name", "content", "options", "parts"),
     [
         ("p.xml", f'<?xml version="1.0"?>\n<!-- a prompt -->\n{PROMPT}', (), ["--schema", "p.xml is a PML prompt"]),
-        ("q.txt", " \n", (), ["q.txt", "nothing in it"]),
+        ("q.txt", " \n", (), ["q.txt", "the prompt is empty"]),
         ("m.json", "[", (), ["m.json", "not JSON"]),
         ("m.json", '{"role": "user"}', (), ["m.json", "list of messages"]),
         ("m.json", '[{"role": "user"}]', (), ["role", "content"]),

@@ -39,7 +39,7 @@ def test_encode_goes_on_where_it_was_interrupted(smollm2: Path, store_home: Path
     assert encoding.returncode == 130
     assert out == ""
     assert err.split("\n") == [
-        "what has been encoded is kept, and the same command goes on from there",
+        "the slices encoded so far are saved; the same command encodes the rest",
         # Where a terminal has shown "^C".
         "",
         "cpucache: interrupted",
@@ -74,7 +74,7 @@ def test_an_answer_that_is_interrupted_has_been_printed_so_far(smollm2: Path, tm
     # The system text is there for the next time; the template's last token, and the message, are not.
     told, interrupted = err.split("\n", 1)
     assert interrupted == "\ncpucache: interrupted\n"
-    kept = re.fullmatch(r"(\d+) of (\d+) prompt tokens are kept, and the same command goes on from there", told)
+    kept = re.fullmatch(r"(\d+) of (\d+) prompt tokens are saved; the same command evaluates the rest", told)
     assert kept, err
     metrics = json.loads(cpucache(*command, "-n", "1", "--json").out)
     assert kept.groups() == (str(metrics["cached_tokens"]), str(metrics["prompt_tokens"]))
@@ -95,7 +95,7 @@ def test_reading_a_long_prompt_can_be_interrupted(smollm2: Path, store_home: Pat
 
     assert (running.returncode, out) == (130, "")
     assert re.fullmatch(
-        r"\d of 6,\d\d\d prompt tokens are kept, and the same command goes on from there\n\ncpucache: interrupted\n",
+        r"\d of 6,\d\d\d prompt tokens are saved; the same command evaluates the rest\n\ncpucache: interrupted\n",
         err,
     )
 

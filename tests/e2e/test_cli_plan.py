@@ -40,7 +40,7 @@ def test_the_real_model_is_refined_and_a_small_disk_is_told(smollm2: Path, folde
 
     assert small.status == 1
     short = re.fullmatch(
-        r"cpucache: trip: (\d+) of (\d+) slices found no room on the disk; to keep all of them, use --disk (\d+)MiB\n",
+        r"cpucache: trip: (\d+) of (\d+) slices did not fit on the disk; to keep all of them, use --disk (\d+)MiB\n",
         small.err,
     )
     assert short and 0 < int(short[1]) <= int(short[2]) and 1 < int(short[3]) < 100

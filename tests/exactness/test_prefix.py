@@ -309,13 +309,13 @@ def test_prompts_that_are_none(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, n_ctx=256) as running:
         request: dict[str, Any]
         for request in ({"prompt": MESSAGES, "text": "a"}, {"prompt": "<prompt/>", "text": "a"}):
-            with pytest.raises(InputError, match="a prompt, or text to go on with, not both"):
+            with pytest.raises(InputError, match="a prompt, or text to continue, not both"):
                 running.generate(**request)
         for request in ({"text": ""}, {"prompt": []}, {"prompt": " "}):
             with pytest.raises(InputError, match="the prompt is empty"):
                 running.generate(**request)
         for bad in ({"role": "tool", "content": "a"}, {"role": "user"}, {"role": "user", "content": 3}):
-            with pytest.raises(InputError, match="a message is a mapping with a role"):
+            with pytest.raises(InputError, match="a message must be a mapping with a role"):
                 running.generate([bad])
         with pytest.raises(ContextFull, match=r"text: the prompt is \d+ tokens long .* context of 256; raise --ctx"):
             running.generate(text=TEXT * 4)

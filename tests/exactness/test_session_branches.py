@@ -343,7 +343,7 @@ def test_a_damaged_beginning_is_named(member: str, value: object, tiny: Tiny, tm
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE entries SET pieces = ?", [json.dumps(pieces)])
     with engine(tiny("llama"), tmp_path) as running:
-        with pytest.raises(CpucacheError, match=r"conversation 's' is damaged .* what its tokens are"):
+        with pytest.raises(CpucacheError, match=r"conversation 's' is damaged .* no valid tokens"):
             running.session("s")
         running.session("other").close()
 

@@ -164,7 +164,9 @@ def test_results_of_other_settings_are_refused(bench: Callable[..., Bench], tmp_
     run.run("--limit", "1", variants="full")
     before = run.file.read_bytes()
 
-    with pytest.raises(InputError, match=r"results.jsonl: its answers are from other settings \(seed 0, now 7\); give"):
+    with pytest.raises(
+        InputError, match=r"results.jsonl: its answers were measured with other settings \(seed 0, now 7\); name"
+    ):
         run.run("--limit", "1", "--seed", "7")
     assert run.file.read_bytes() == before
     for other in (b"a file of mine", b"a file\nof mine\n", b'{"settings": "x"}\n'):
@@ -272,17 +274,17 @@ def test_shuffled_and_dropped_are_other_settings(bench: Callable[..., Bench]) ->
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--of", "5"), "--of goes with --pick or --unions"),
-        (("--unions", "2"), "--unions N needs --of M passages"),
-        (("--unions", "2", "--of", "5", "--drop", "0.5"), "--unions goes with --of and --shuffle alone"),
-        (("--pick", "2", "--of", "5", "--unions", "2"), "--pick goes with --of alone"),
-        (("--pick", "2"), "--pick K needs --of M passages"),
-        (("--pick", "6", "--of", "5"), "--pick K needs --of M passages"),
-        (("--pick", "2", "--of", "50"), "--of 50 needs as many questions, there are 20"),
-        (("--pick", "2", "--of", "5", "--shuffle"), "--pick goes with --of alone"),
-        (("--pick", "2", "--of", "5", "--drop", "0.5"), "--pick goes with --of alone"),
-        (("--pick", "2", "--of", "5", "--passages", "3"), "--pick goes with --of alone"),
-        (("--variants", "fast,full"), "the first variant is 'full'"),
+        (("--of", "5"), "--of needs --pick or --unions"),
+        (("--unions", "2"), "--unions N needs --of M, where M is at least N"),
+        (("--unions", "2", "--of", "5", "--drop", "0.5"), "--unions can be combined with --of and --shuffle only"),
+        (("--pick", "2", "--of", "5", "--unions", "2"), "--pick can be combined with --of only"),
+        (("--pick", "2"), "--pick K needs --of M, where M is at least K"),
+        (("--pick", "6", "--of", "5"), "--pick K needs --of M, where M is at least K"),
+        (("--pick", "2", "--of", "50"), "--of 50 needs at least 50 questions; the file has 20"),
+        (("--pick", "2", "--of", "5", "--shuffle"), "--pick can be combined with --of only"),
+        (("--pick", "2", "--of", "5", "--drop", "0.5"), "--pick can be combined with --of only"),
+        (("--pick", "2", "--of", "5", "--passages", "3"), "--pick can be combined with --of only"),
+        (("--variants", "fast,full"), "the first variant must be 'full'"),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(
@@ -311,7 +313,7 @@ def test_the_table_fits_the_terminal(bench: Callable[..., Bench], columns: int) 
     assert "recompute:0.2" in shown or columns == 40, "a long name is folded"
     assert ("95%" in "".join(table)) == (columns == 140)
     assert (" EM " in "".join(table), "floor" in "".join(table)) == (columns >= 60, columns >= 80)
-    assert last == "Points of 100; differences are paired, their 95% intervals in --json. Times are medians."
+    assert last == "Scores: 100 is the best. Differences are paired; --json has their 95% intervals. Times are medians."
 
 
 def test_the_table_and_the_drawing_have_every_variant(bench: Callable[..., Bench], tmp_path: Path) -> None:
@@ -341,7 +343,7 @@ def test_ctrl_c_keeps_what_is_done(bench: Callable[..., Bench]) -> None:
 
     assert command.returncode == 130
     done = run.lines
-    assert f"stopped; {len(done) - 1} answers are in {run.file}: the same command goes on from there" in told
+    assert f"stopped; {len(done) - 1} answers are saved in {run.file}: the same command continues after them" in told
     assert 3 < len(done) < 1 + len(VARIANTS) * 300
     again = cpucache(*arguments, "--limit", str(len(done)))
     assert again.status == 0, again.err

@@ -56,7 +56,7 @@ def pick(there: Terminal) -> None:
     there.type(f"{DOWN} ")
     there.shows("(•) winter")
     there.type("\r")
-    assert "hours, winter; " in there.until("/help shows what there is")
+    assert "hours, winter; " in there.until("/help lists the commands")
     there.until("1>")
 
 

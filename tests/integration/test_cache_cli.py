@@ -168,8 +168,8 @@ def test_ls_prints_a_table(shop: Shop) -> None:
 def test_an_empty_store_is_no_error() -> None:
     assert listed() == []
     assert "0 slices" in cache("ls")
-    assert "nothing looked up yet" in cache("stats")
-    assert cache("verify").strip() == "0 slices, 0 of them bad"
+    assert "no look-ups yet" in cache("stats")
+    assert cache("verify").strip() == "0 slices, 0 damaged or missing"
     assert "0 bytes freed" in cache("gc")
 
 
@@ -227,7 +227,7 @@ def test_stats_of_runs(tiny: Callable[..., Path], tmp_path: Path) -> None:
     assert second["hits"] > first["hits"]
     assert second["seconds_saved"] > first["seconds_saved"]
     assert {row["schema"] for row in listed()} == {"shop"}
-    assert cache("verify").endswith(" 0 of them bad\n")
+    assert cache("verify").endswith(" 0 damaged or missing\n")
 
 
 # ---- verify and gc ---------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_verify_finds_and_repairs(shop: Shop) -> None:
         text = cache("verify", status=1)
         assert kinds(text) == ["damaged", "leftover", "missing", "unlisted"]
         assert shop.keys["small/shop/a"] in text and "content has changed" in text
-        assert text.endswith("2 of them bad\n")
+        assert text.endswith("2 damaged or missing\n")
     assert kinds(cache("verify", "--repair")) == ["damaged", "leftover", "missing", "unlisted"]
     assert shop.there == {"small/shop/", "large/shop/a", "small/docs/x"}
     # What was set aside is left for inspection, and no fault.
@@ -262,7 +262,7 @@ def test_slices_of_another_version_are_no_damage(shop: Shop) -> None:
     for arguments in ((), ("--repair",)):
         text = cache("verify", *arguments)
         assert text.startswith("outdated: ") and "a slice of another version of cpucache" in text
-    assert cache("verify") == "4 slices, 0 of them bad\n"
+    assert cache("verify") == "4 slices, 0 damaged or missing\n"
     assert not path.exists()
 
 
@@ -329,7 +329,7 @@ def test_a_schema_goes_from_store_to_store(shop: Shop, tmp_path: Path, monkeypat
     assert cache("import", pack) == "3 slices for small, 3 of them new\n"
     assert cache("import", pack) == "3 slices for small, 0 of them new\n"
     assert set(names()) == {"small/shop/", "small/shop/a", "small/shop/b"}
-    assert cache("verify") == "3 slices, 0 of them bad\n"
+    assert cache("verify") == "3 slices, 0 damaged or missing\n"
 
 
 def test_a_pack_can_be_bound_to_a_model(tiny: Callable[..., Path], tmp_path: Path, store_home: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_pack_can_be_bound_to_a_model(tiny: Callable[..., Path], tmp_path: Pat
     cache("rm", "--all")
     refused = cpucache("cache", "import", tmp_path / "s.pack", "-m", tiny("qwen2"))
     assert (refused.status, refused.out) == (2, "")
-    assert "it was made for another model" in refused.err
+    assert "the pack is for another model" in refused.err
     assert listed() == []
     assert "1 of them new" in cache("import", tmp_path / "s.pack", "-m", model)
 
@@ -383,8 +383,8 @@ def test_export_says_what_is_missing(store_home: Path, tmp_path: Path) -> None:
         assert kept == Kept(3, 3 * size, 4, 7 * size)
     done = cpucache("cache", "export", "s", "-o", tmp_path / "s.pack")
     assert (done.status, done.out.split(": ")[1][:8]) == (0, "3 slices")
-    assert "4 slices of s are not in it: they were evicted, or found no room" in done.err
-    assert "encode that again with --disk 8MiB" in done.err
+    assert "4 slices of s are not in it: they were evicted, or did not fit" in done.err
+    assert "encode it again with --disk 8MiB" in done.err
     with Store(store_home, ram_budget=0, disk_budget=kept.budget) as store:
         for number in range(7):
             put(store, "s", number)
@@ -415,9 +415,9 @@ def test_packs_are_signed_and_checked(shop: Shop, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("ls", "--older", "soon"), "'soon' is no age; write for example 12h or 30d"),
+        (("ls", "--older", "soon"), "'soon' is not an age; write for example 12h or 30d"),
         (("ls", "--sort", "colour"), "is not one of"),
-        (("rm",), "say which: --schema, -m, --older, or --all"),
+        (("rm",), "select slices with --schema, -m, --older, or --all"),
         (("pin", "no such"), "there are no slices of schema 'no such'"),
         (("export", "no such", "-o", "out"), "encode the schema first"),
         (("export", "shpo", "-o", "out"), "there are no slices of schema 'shpo' (did you mean 'shop'?)"),
@@ -485,7 +485,7 @@ def test_a_store_that_can_only_be_read(log: bool, shop: Shop, as_nobody: Any, ca
     with as_nobody(shop.home):
         assert set(names()) == set(shop.keys)
         assert json.loads(cache("stats", "--json"))["slices"] == 5
-        assert cache("verify") == "5 slices, 0 of them bad\n"
+        assert cache("verify") == "5 slices, 0 damaged or missing\n"
         with shop.store() as store:
             assert store.get(shop.keys["small/shop/a"]) is not None
         assert not caplog.messages, "nothing was to be written"
@@ -497,7 +497,7 @@ def test_a_store_that_can_only_be_read(log: bool, shop: Shop, as_nobody: Any, ca
             for key in ("ab" * 16, "cd" * 16):
                 store.put(key, state, np.arange(2, dtype=np.int32), INFO)
             assert not store.writable
-        assert ["can't keep slices in" in message for message in caplog.messages] == [True]
+        assert ["can't save slices in" in message for message in caplog.messages] == [True]
     if other:
         other.close()
     assert shop.there == set(shop.keys)
@@ -566,7 +566,7 @@ def test_narrow_terminals_keep_the_names(store_home: Path) -> None:
         assert all(name in joined for name in ("support", "model-135m"))
     shown = cpucache("models", "list", COLUMNS="40").out
     assert all(name in shown for name in ("smollm2-135m-instruct *", "qwen2.5-coder-1.5b-instruct"))
-    assert all(len(line) <= 40 for line in shown.splitlines() if "weights lie in" not in line)
+    assert all(len(line) <= 40 for line in shown.splitlines() if "folder of the weights: " not in line)
 
 
 def test_a_store_that_can_t_be_opened_is_an_error(tmp_path: Path) -> None:

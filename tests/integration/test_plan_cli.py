@@ -56,7 +56,7 @@ def test_a_plan_names_every_span(model: Path, store_home: Path) -> None:
     assert sum(span["tokens"] for span in spans) == found["tokens"]
     assert [span["from"] for span in spans] == ["disk", "disk", "evaluated", "disk", "disk", *["evaluated"] * 2]
     assert [span.get("relation") for span in spans] == ["exact", "exact", None, *["related"] * 2, None, None]
-    other = "not yet evaluated behind this"
+    other = "not yet evaluated after this text"
     assert [span["why"] for span in spans] == ["", "", "new text", other, other, "recomputed", "new text"]
     assert spans[1]["context"] == ["(schema)"]
     assert spans[4]["context"] == ["(schema)", "hours", "(argument)"]
@@ -97,7 +97,7 @@ def test_a_plan_keeps_its_names_on_any_terminal(model: Path, folder: Path, colum
     assert "…" not in done.out
     assert all(len(line) <= columns for line in table)
     assert re.search(r"^  summertime +.*related, disk", done.out, re.MULTILINE)
-    assert ("evaluated behind" in table[1], " why" in table[1]) == (columns >= 80, columns >= 140)
+    assert ("evaluated after" in table[1], " why" in table[1]) == (columns >= 80, columns >= 140)
     assert ("tokens: (schema), hours" in done.out) == (columns >= 140)
     assert re.fullmatch(r"\d+ tokens: \d+ exact, \d+ related from slices; \d+ to evaluate, about .*", summary)
 

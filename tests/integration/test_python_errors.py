@@ -43,7 +43,7 @@ def test_a_message_has_a_role_and_text(engine: Engine, message: Any) -> None:
 
 @pytest.mark.parametrize("text", [5, b"text", ["text"]])
 def test_text_is_a_str(engine: Engine, text: Any) -> None:
-    with pytest.raises(InputError, match="text is a str"):
+    with pytest.raises(InputError, match="text must be a str"):
         engine.generate(text=text)
 
 

@@ -140,11 +140,11 @@ def test_fmt_goes_on_behind_a_file_that_is_wrong(many: Path) -> None:
 def test_fix_shows_and_asks_before_it_writes(many: Path, answer: str, written: bool) -> None:
     (many / "stray.xml").write_text(STRAY)
     told = cpucache("schema", "check", "many/stray.xml")
-    assert "`cpucache schema fmt --fix many/stray.xml` mends it" in told.err
+    assert "`cpucache schema fmt --fix many/stray.xml` fixes it" in told.err
     done = fmt("--fix", "many", stdin=answer)
     assert "+  if 0 &lt;= position[0] &lt; self.size &amp;&amp; ok:" in done.out
     assert (done.status, (many / "stray.xml").read_text()) == ((0, MENDED) if written else (1, STRAY))
-    assert ("mended" in done.err) == written
+    assert (": fixed" in done.err) == written
     assert ("--yes writes without asking" in done.err) == (answer == "")
 
 
@@ -154,9 +154,9 @@ def test_fix_without_asking(many: Path) -> None:
     assert fmt("--yes", "many").status == 2
     checked = fmt("--fix", "--check", "many")
     assert checked.status == 1
-    assert checked.err.count("would be mended") == 2
+    assert checked.err.count("would be fixed") == 2
     assert fmt("--fix", "--yes", "many").status == 0
     assert (many / "one.xml").read_text() == (many / "deep" / "two.xml").read_text() == MENDED
     assert cpucache("schema", "check", "many").status == 0
-    assert fmt("--fix", "--yes", "many").err.count("nothing to mend") == 6
+    assert fmt("--fix", "--yes", "many").err.count("nothing to fix") == 6
     assert fmt("--fix", "-", stdin=STRAY).out == MENDED

@@ -34,9 +34,7 @@ def test_from_jinja(folder: Path) -> None:
     assert shown.out == piped.out == (folder / "t.xml").read_text()
     assert '<parameter name="who" length="4" scaffold="Ann"/>' in shown.out
     assert shown.err == written.err
-    assert shown.err.splitlines() == [
-        "t.jinja:3: |join is not applied to the argument 'rows': give it as it is to be read"
-    ]
+    assert shown.err.splitlines() == ["t.jinja:3: |join is not applied to the argument 'rows': pass the filtered text"]
     assert is_fine("t.xml")
 
 

@@ -54,7 +54,7 @@ def test_verbose_tells_what_is_done_and_why(where: str, run: Callable[..., Outco
     first, again = run(*before, behind=behind), run(*before, behind=behind)
     assert (first.status, again.status) == (0, 0)
     assert rooms(first) == {"cpucache.engine", "cpucache.reuse"}
-    assert re.search(r"makes missing slices: \d+, of \d+ tokens: .*hours.*summer", first.err)
+    assert re.search(r"encoding missing slices: \d+, of \d+ tokens: .*hours.*summer", first.err)
     assert "makes missing" not in again.err
     assert re.search(r"shop: \d+ of \d+ tokens from the cache, first token after", again.err)
     assert "no slice yet" not in first.err, "that is for --debug"
@@ -147,8 +147,8 @@ def test_what_leaves_memory_and_disk_is_told(tiny: Tiny, tmp_path: Path, caplog:
             engine.generate(text=message(number, 60), max_tokens=1)
             engine.store.flush()
     told = [(record.name, record.getMessage()) for record in caplog.records]
-    assert any(name == "cpucache.store" and "leaves memory, as used least lately, for" in text for name, text in told)
-    assert any(name == "cpucache.store" and "leave the disk for" in text for name, text in told)
+    assert any(name == "cpucache.store" and "the least recently used, from memory for" in text for name, text in told)
+    assert any(name == "cpucache.store" and "from disk for" in text for name, text in told)
 
 
 def test_what_is_waited_for_is_told(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -178,7 +178,7 @@ def test_a_slice_that_is_refused_is_told(tiny: Tiny, tmp_path: Path, caplog: pyt
         engine.forget()
         assert engine.generate(prompt, max_tokens=3).text == wanted
     told = [record.getMessage() for record in caplog.records if record.name == "cpucache.reuse"]
-    assert "a slice of 'a' can't be loaded; it is made again" in told
+    assert "a slice of 'a' can't be loaded; encoding it again" in told
 
 
 def test_what_nobody_follows_is_not_written(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -47,7 +47,7 @@ def test_it_answers_and_after_a_restart_evaluates_nothing_again(tiny: Tiny, stor
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=PATIENCE)
         assert (process.returncode, out) == (0, "")
-        assert err == "the server has ended; what was evaluated is kept\n"
+        assert err == "the server has ended; all evaluated state is saved\n"
     assert texts[0] == texts[1]
     assert cached == [0, count - 1]
     assert store_home.exists()
@@ -133,7 +133,7 @@ def test_logs_as_json(tiny: Tiny, store_home: Path) -> None:
     assert reply.headers["x-cpucache"].startswith(told)
     assert (answered["path"], answered["status"]) == ("/v1/chat/completions", 200)
     assert answered["ttft_ms"] > 0
-    assert ended["message"] == "the server has ended; what was evaluated is kept"
+    assert ended["message"] == "the server has ended; all evaluated state is saved"
 
 
 @pytest.mark.parametrize("word", ["OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "--api-key", "/v1/messages"])

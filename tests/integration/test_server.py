@@ -215,13 +215,13 @@ def test_the_order_of_tools_changes_nothing(served: Served) -> None:
 def test_what_is_no_text_is_refused_with_a_reason(served: Served) -> None:
     image = [{"type": "image_url", "image_url": {"url": "data:"}}]
     for body, reason in (
-        ({"messages": [{"role": "user", "content": image}]}, "takes text only, not a part of type 'image_url'"),
-        ({"messages": []}, "there is none"),
+        ({"messages": [{"role": "user", "content": image}]}, "accepts text only, not a part of type 'image_url'"),
+        ({"messages": []}, "at least one message is needed"),
         ({"messages": [{"role": "clown", "content": "x"}]}, "not 'clown'"),
         ({"messages": ASKED, "tool_choice": "required"}, "no tools to call"),
         ({"messages": ASKED, "grammar": "root ::= ("}, "grammar"),
         ({"messages": ASKED, "temperature": -1}, "temperature"),
-        ({"messages": ASKED, "n": 2, "stream": True}, "a stream has one answer"),
+        ({"messages": ASKED, "n": 2, "stream": True}, "must be 1 for a stream"),
         ({"messages": [{"role": "user", "content": "y" * 9000}]}, "tokens long"),
     ):
         reply = served.http.post("/v1/chat/completions", json={"model": "any", **body})

@@ -132,7 +132,7 @@ def test_a_response_s_choice(served: Served) -> None:
     ("path", "body", "reason"),
     [
         ("/v1/chat/completions", {"tool_choice": "required"}, "no tools to call"),
-        ("/v1/chat/completions", {"tools": OPENAI, "tool_choice": "always"}, "one of auto, none, required"),
+        ("/v1/chat/completions", {"tools": OPENAI, "tool_choice": "always"}, "must be auto, none, required"),
         (
             "/v1/chat/completions",
             {"tools": OPENAI, "tool_choice": {"type": "function", "function": {"name": "fly"}}},
@@ -144,7 +144,7 @@ def test_a_response_s_choice(served: Served) -> None:
             "can't be a call and follow a grammar",
         ),
         ("/v1/messages", {"tool_choice": {"type": "any"}, "max_tokens": 9}, "no tools to call"),
-        ("/v1/messages", {"tools": ANTHROPIC, "tool_choice": {"type": "x"}, "max_tokens": 9}, "one of auto, any"),
+        ("/v1/messages", {"tools": ANTHROPIC, "tool_choice": {"type": "x"}, "max_tokens": 9}, "must be auto, any"),
         ("/v1/messages", {"tools": ANTHROPIC, "tool_choice": {"type": "tool"}, "max_tokens": 9}, "no tool is named"),
     ],
 )

@@ -83,7 +83,7 @@ def test_size_and_depth(path: str, served: Served) -> None:
 def test_prompts_that_do_not_fit(path: str, served: Served) -> None:
     for streams in (False, True):
         message = check_shape(path, served.http.post(path, json=body(path, "y" * 9000, stream=streams)), 400)
-        assert "tokens long" in message or "characters are more" in message
+        assert "tokens long" in message or "characters exceed" in message
 
 
 @pytest.mark.parametrize("path", [*PATHS, *OWN, "/metrics", "/v1/models", "/openapi.json"])

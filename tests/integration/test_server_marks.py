@@ -159,7 +159,7 @@ def test_there_are_four_at_most(served: Served) -> None:
             assert reply.status_code == 200, reply.text
         else:
             assert reply.status_code == 400
-            assert "4 marks at most, not 5" in reply.json()["error"]["message"]
+            assert "at most 4 marks, not 5" in reply.json()["error"]["message"]
 
 
 # ---- keeping ---------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_a_recurrent_model_goes_on_from_points(tiny: Tiny, tmp_path: Path) -> No
         other = {**system, "content": f"{SYSTEM[:-40]} and what else there is to be said of it"}
         _, told = ask(served, "/v1/chat/completions", {**CHAT, "messages": [other, user]})
         assert told["why"]["cause"] in ("resume-points", "line-changed")
-        assert "nothing after a change can be spliced" in told["why"]["advice"]
+        assert "no text after a change can be spliced" in told["why"]["advice"]
         assert told["why"]["position"] > 0.8 * len(served.engine.model.tokenize(SYSTEM))
 
 
@@ -228,7 +228,7 @@ def test_the_command_explains(served: Served) -> None:
     empty = cpucache("why", "--url", served.url)
     assert (empty.status, empty.out) == (
         0,
-        f"nothing was asked of {served.url} since it was started, with this API key\n",
+        f"{served.url} has had no request with this API key since it was started\n",
     )
     ask(served, "/v1/chat/completions", CHAT)
     changed = json.loads(json.dumps(CHAT).replace("1: ", "7: "))
@@ -237,7 +237,7 @@ def test_the_command_explains(served: Served) -> None:
     assert listed.index(identity) < listed.index("chat/completions") and str(record["evaluated"]) in listed
     shown = cpucache("why", identity, "--url", f"{served.url}/").out
     for part in (
-        "line-changed: A line has changed",
+        "line-changed: A line early in the prompt has changed",
         "↵7: ",
         "↵1: ",
         "--reuse anywhere",
@@ -255,7 +255,7 @@ def test_the_command_says_what_to_do(tiny: Tiny, tmp_path: Path) -> None:
         assert (locked.status, locked.out) == (2, "")
         assert "--api-key" in locked.err and locked.err.count("\n") == 1
         unknown = cpucache("why", "req_x", "--url", served.url, CPUCACHE_API_KEY="first")
-        assert unknown.status == 2 and "no request 'req_x' is on record" in unknown.err
+        assert unknown.status == 2 and "no request 'req_x' is known" in unknown.err
         assert cpucache("why", "--url", f"{served.url}/x", "--api-key", "first").status == 2
         url = served.url
     nobody = cpucache("why", "--url", url)

@@ -203,7 +203,11 @@ def test_fidelity_and_recompute(served: Served) -> None:
         ({"prompt": FULL, "fidelity": "fast", "recompute": 0.1}, {}, "not both"),
         ({"prompt": PROMPT, "recompute": 2}, {}, "recompute"),
         ({"prompt": PROMPT, "src": "x"}, {}, "src"),
-        ({"prompt": PROMPT}, {"messages": [{"role": "system", "content": "x"}]}, "user and assistant only"),
+        (
+            {"prompt": PROMPT},
+            {"messages": [{"role": "system", "content": "x"}]},
+            "only text messages of user and assistant",
+        ),
         ({"prompt": PROMPT}, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "its schema"),
         ({"prompt": "<prompt schema='shelf'>" + "<two>" * 150 + "</two>" * 150 + "</prompt>"}, {}, "100 deep"),
     ],

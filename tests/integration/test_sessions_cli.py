@@ -161,11 +161,11 @@ def test_a_damaged_one_is_named_and_the_others_listed() -> None:
     listed = cpucache("sessions", "ls", "--json")
     assert listed.status == 0
     assert [each["name"] for each in json.loads(listed.out)] == ["soup", "half"]
-    assert "warning: conversation 'empty' is damaged (entry 6 stands behind entry 6" in listed.err
+    assert "warning: conversation 'empty' is damaged (entry 6 follows entry 6" in listed.err
     found = cpucache("sessions", "verify")
     assert found.status == 1
-    assert found.out.startswith("empty: entry 6 stands behind")
-    assert found.err == "cpucache: 1 damaged; `cpucache sessions rm NAME` deletes a conversation\n"
+    assert found.out.startswith("empty: entry 6 follows")
+    assert found.err == "cpucache: damaged conversations: 1; `cpucache sessions rm NAME` deletes one\n"
     for command in (("sessions", "export", "empty"), ("chat", "empty")):
         refused = cpucache(*command)
         assert (refused.status, refused.out, refused.err.count("\n")) == (1, "", 1)

@@ -336,7 +336,7 @@ def test_more_than_the_context_holds_is_refused_and_harms_nothing(tiny: TinyMode
 
 def test_quantized_keys_need_heads_of_a_multiple_of_64(tiny: TinyModel) -> None:
     with Model(tiny("llama", head_dim=32)) as model:
-        with pytest.raises(InputError, match=r"heads of size 32 can't have q8_0 keys; use f16"):
+        with pytest.raises(InputError, match=r"heads of size 32 can't have q8_0 keys; use --kv-type f16"):
             Context(model, n_ctx=256, kv_type="q8_0")
         Context(model, n_ctx=256, kv_type="f16").close()
 

@@ -1,7 +1,7 @@
 """Prompt functions: the schemas that they are compiled into, the prompts of calls, and what is refused where."""
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: B021, RET503 - strings that stand by themselves are text here
+# ruff: noqa: B021, RET503 - strings that are statements are text here
 from __future__ import annotations
 
 import functools
@@ -467,30 +467,30 @@ def test_at_pythons_own_prompt() -> None:
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 REFUSED = {
-    "while a: 'x'": "`while` can't be told without running it: loop over a constant",
-    "for x in a: 'x'": r"`for` goes through `a`.*: loop over a list or tuple of constants, or.*join",
-    "for x in {'p', 'q'}: 'x'": "`for` goes through",
-    "for x in list({'p', 'q'}): 'x'": "`for` goes through",
-    "for x in [y for y in {'p', 'q'}]: 'x'": "`for` goes through",
-    "for x in tuple({'p': 1}.keys() | {'q': 1}.keys()): 'x'": "`for` goes through",
-    "for x in range('p'.__hash__() % 3): 'x'": "`for` goes through",
+    "while a: 'x'": "the text of a `while` loop is not known before a call: loop over a constant",
+    "for x in a: 'x'": r"the items of `a`, or their order, .*: loop over a list or tuple of constants, or.*join",
+    "for x in {'p', 'q'}: 'x'": "the items of `.*`, or their order, are not known",
+    "for x in list({'p', 'q'}): 'x'": "the items of `.*`, or their order, are not known",
+    "for x in [y for y in {'p', 'q'}]: 'x'": "the items of `.*`, or their order, are not known",
+    "for x in tuple({'p': 1}.keys() | {'q': 1}.keys()): 'x'": "the items of `.*`, or their order, are not known",
+    "for x in range('p'.__hash__() % 3): 'x'": "the items of `.*`, or their order, are not known",
     "for x in TOPICS: break": "`break`.*put an `if`",
     "try: 'x'\n    except: 'y'": "`try`.*pass it as an argument",
     "def g(): 'x'": "a function inside a prompt: define it outside",
-    "print(a)": r"`print\(a\)` is no call of a prompt function: decorate",
-    "a": r'`a` is no text: write f"\{...\}"',
-    "f'{(b := a)}'": r"`\(b := a\)`: only what gives a value",
+    "print(a)": r"`print\(a\)` does not call a prompt function: decorate",
+    "a": r'`a` is not a text: write f"\{...\}"',
+    "f'{(b := a)}'": r"`\(b := a\)`: a field can't contain an assignment",
     "with open(a): 'x'": "`with open",
-    "with system():\n        with user(): 'x'": "`with user.*` stands inside `system`: roles can't be nested",
-    "x = y = a": "a value is kept under one name",
+    "with system():\n        with user(): 'x'": "`with user.*` is inside `system`: roles can't be nested",
+    "x = y = a": "assign a value to one name",
     "f'{1 / 0}'": "can't be evaluated: division by zero",
-    "'\\a'": r"U\+0007 is not a character",
+    "'\\a'": r"contain U\+0007",
     "f(a)": "`f` calls itself",
     "other(a, 2)": "`other.*`: too many positional arguments",
     "other(*a)": "write each argument out",
-    "x = other(a)": "is a prompt function: call it in a line of its own",
-    "return a": "`a` is no text",
-    "raise ValueError": "`raise` is no text",
+    "x = other(a)": "calls a prompt function: write the call as a statement",
+    "return a": "`a` is not a text",
+    "raise ValueError": "`raise` can't be compiled",
     "import os": "import outside",
 }
 
@@ -567,7 +567,7 @@ def test_a_function_without_text_is_none() -> None:
 
 def test_generators_coroutines_and_stars_are_refused() -> None:
     names = cell(HEAD + "@prompt\nasync def f(): 'x'\n@prompt\ndef g(*a, **b): 'x'\n@prompt\ndef h(): yield 'x'\n")
-    for name, reason in (("f", "coroutine"), ("g", "a name of its own"), ("h", "no text")):
+    for name, reason in (("f", "coroutine"), ("g", "a name of its own"), ("h", "not a text")):
         with pytest.raises(PMLError, match=reason):
             names[name].schema()
 

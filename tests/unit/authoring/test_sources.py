@@ -79,7 +79,7 @@ def test_includes_are_files(tmp_path: Path) -> None:
     told = [str(left) for left in turned.left]
     assert [left.line for left in turned.left if left.file == "t.jinja"] == [2, 3, 4]
     assert any("none.txt can't be read" in each for each in told)
-    assert any("../x lies outside" in each for each in told)
+    assert any("../x is outside" in each for each in told)
     assert any(each.startswith("loop.jinja:1:") and "includes itself" in each for each in told)
     inside = (
         '<module name="plain.txt" src="parts/plain.txt"/>'
@@ -185,7 +185,7 @@ def test_files_in_order_without_what_git_ignores(tmp_path: Path) -> None:
     assert [node.src for node in found.nodes] == ["a/c.md", "a/z.md", "b.md", "k/out.md"]  # type: ignore[union-attr]
     assert [node.name for node in found.nodes] == ["a-c.md", "a-z.md", "b.md", "k-out.md"]  # type: ignore[union-attr]
     assert found.left == {
-        "binary.md": "is no text: it holds U+0000",
+        "binary.md": "is not a text: it contains U+0000",
         "empty.md": "is empty",
         "latin.md": "is not UTF-8 text",
     }
@@ -202,7 +202,7 @@ def test_a_budget_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
         (tmp_path / f"{name}.md").write_text("x" * size)
     found = gather(tmp_path, budget=11, count=len)
     assert found.tokens == {"a.md": 5, "b.md": 6}
-    assert found.left == dict.fromkeys(("c.md", "d.md"), "3 tokens, of which the budget has 0 left")
+    assert found.left == dict.fromkeys(("c.md", "d.md"), "has 3 tokens; 0 of the budget are left")
     assert gather(tmp_path, budget=9, count=len).tokens == {"a.md": 5, "c.md": 3}
 
 
@@ -211,7 +211,7 @@ def test_a_link_out_of_the_folder_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "secret.md").write_text("secret")
     (tmp_path / "in" / "a.md").write_text("a")
     (tmp_path / "in" / "b.md").symlink_to(tmp_path / "secret.md")
-    assert gather(tmp_path / "in").left == {"b.md": "lies outside the schema's folder"}
+    assert gather(tmp_path / "in").left == {"b.md": "is outside the schema's folder"}
 
 
 # ---- recorded requests -----------------------------------------------------------------------------------------------
@@ -273,11 +273,15 @@ def test_how_logs_keep_requests(tmp_path: Path) -> None:
         )
     )
     assert [each.where.rpartition(":")[2] for each in recorded(tmp_path / "log.jsonl")] == ["1", "2", "3"]
-    for text, wrong in {"{": "not JSON", '{"a": 1}': "no request in it", '{"messages": [5]}': r"messages\[0\]"}.items():
+    for text, wrong in {
+        "{": "not JSON",
+        '{"a": 1}': "it contains no request",
+        '{"messages": [5]}': r"messages\[0\]",
+    }.items():
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(InputError, match=rf"bad\.json.*{wrong}"):
             recorded(tmp_path / "bad.json")
-    with pytest.raises(InputError, match="no text of 20 characters or more stands in 3"):
+    with pytest.raises(InputError, match="no text of 20 characters or more occurs in 3"):
         repeated(tmp_path, one, {"messages": [{"role": "user", "content": "x" * 30}]}, least=3)
 
 

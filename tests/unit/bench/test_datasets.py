@@ -92,7 +92,7 @@ def test_the_seed_draws(data: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "data.jsonl: there are no examples in it"),
+        ([], "data.jsonl: the file has no examples"),
         ([MUSIQUE[0], "{'"], r"data.jsonl:2: not JSON \(.*one object is expected on each line"),
         (["[]"], "data.jsonl:1: an object is expected on each line, not list"),
         ([{"question": "?", "text": "t"}], "data.jsonl:1: no 'answers'"),
@@ -101,7 +101,7 @@ def test_the_seed_draws(data: Callable[..., Path]) -> None:
         ([{"question": "?", "answers": ["a"]}], "data.jsonl:1: no passages: one of 'context', 'ctxs' and 'text'"),
         ([{"text": "?", "answers": ["a"]}], "data.jsonl:1: no 'question'"),
         ([{"question": 3, "text": "t", "answers": ["a"]}], "data.jsonl:1: 'question' is not text"),
-        ([{"question": "?", "ctxs": "t", "answers": ["a"]}], "data.jsonl:1: 'ctxs' is a list of objects"),
+        ([{"question": "?", "ctxs": "t", "answers": ["a"]}], "data.jsonl:1: 'ctxs' must be a list of objects"),
         ([{"question": "?", "ctxs": [{"title": "t"}], "answers": ["a"]}], "data.jsonl:1: no 'text'"),
         ([{"context": "t", "answers": ["a"]}], "data.jsonl:1: no 'input'"),
         ([{"context": "Passage 1:\n", "input": "", "answers": ["a"]}], "data.jsonl:1: 'context' is empty"),
@@ -123,7 +123,7 @@ def test_a_file_that_can_not_be_read_is_told(data: Callable[..., Path], tmp_path
     path.write_bytes(b"{}\n\xff\n")
     with pytest.raises(InputError, match=r"data.jsonl:2: not UTF-8"):
         read_examples(path)
-    with pytest.raises(InputError, match="its questions come with their passages; leave --passages out"):
+    with pytest.raises(InputError, match="the file has several passages for each question; leave out --passages"):
         read_examples(data(MUSIQUE), passages=3)
 
 
@@ -259,10 +259,14 @@ def test_the_gold_passage_is_never_dropped(data: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("records", "settings", "message"),
     [
-        (ORACLE, {"pick": 3}, "--pick K needs --of M passages, at least as many"),
-        (ORACLE, {"pick": 3, "of": 2}, "--pick K needs --of M passages, at least as many"),
-        (ORACLE, {"pick": 3, "of": 21}, "--of 21 needs as many questions, there are 20"),
-        (MUSIQUE, {"pick": 1, "of": 2}, "--pick is for files whose questions have one passage with the answer each"),
+        (ORACLE, {"pick": 3}, "--pick K needs --of M, where M is at least K"),
+        (ORACLE, {"pick": 3, "of": 2}, "--pick K needs --of M, where M is at least K"),
+        (ORACLE, {"pick": 3, "of": 21}, "--of 21 needs at least 21 questions; the file has 20"),
+        (
+            MUSIQUE,
+            {"pick": 1, "of": 2},
+            "--pick needs a file that has one passage, the one with the answer, for each question",
+        ),
     ],
 )
 def test_a_selection_that_can_not_be_made_is_told(

@@ -69,5 +69,5 @@ def test_texts_to_stop_at_are_one_or_several(stop: str | list[str]) -> None:
 
 @pytest.mark.parametrize("sampling", [0.7, {"temperature": 0.7}, "greedy"])
 def test_sampling_is_a_sampling(engine: Engine, sampling: object) -> None:
-    with pytest.raises(InputError, match="sampling is a Sampling"):
+    with pytest.raises(InputError, match="sampling must be a Sampling"):
         engine.generate("Hello", sampling=sampling)  # type: ignore[arg-type]

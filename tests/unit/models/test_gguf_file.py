@@ -106,7 +106,7 @@ def tensor(shape: list[int], kind: int, offset: int) -> bytes:
         ([], [key(b"k", 9, struct.pack("<IQQ", 8, 2, 1 << 63))], "ends inside"),
         ([tensor([4] * 9, 0, 0)], [], "9 dimensions"),
         ([tensor([-4], 0, 0)], [], "impossible shape"),
-        ([tensor([4], 0, 7)], [], "impossible shape or place"),
+        ([tensor([4], 0, 7)], [], "impossible shape or offset"),
         ([tensor([33], 8, 0)], [], "whole blocks"),
         ([tensor([1 << 62] * 4, 0, 0)], [], "truncated"),
         ([tensor([4], 999, 1 << 40)], [], "truncated"),

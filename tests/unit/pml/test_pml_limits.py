@@ -63,8 +63,8 @@ def test_a_huge_file_is_refused_before_it_is_read(huge: Path) -> None:
         tracemalloc.stop()
 
     assert most < 1 << 20
-    assert by_src.startswith("<schema>:2: src='huge.txt' has more than the 16,777,216 bytes")
-    assert as_schema.startswith(f"{huge}: has more than the 16,777,216 bytes")
+    assert by_src.startswith("<schema>:2: src='huge.txt' has more than the maximum of 16,777,216 bytes")
+    assert as_schema.startswith(f"{huge}: has more than the maximum of 16,777,216 bytes")
     assert "src files" in as_schema
     assert as_prompt.startswith(f"{huge}: has more than")
 
@@ -76,10 +76,12 @@ def test_src_files_have_a_limit_together(tmp_path: Path) -> None:
     )
 
     assert parse_schema(source, folder=tmp_path, limits=Limits(source=100, sources=300))
-    assert "<schema>:4: src='part.txt' makes more than 299 bytes of all src files" in refused(
+    assert "<schema>:4: src='part.txt' brings all src files to more than 299 bytes" in refused(
         lambda: parse_schema(source, folder=tmp_path, limits=Limits(source=100, sources=299))
     )
-    assert "more than the 99 bytes" in refused(lambda: parse_schema(source, folder=tmp_path, limits=Limits(source=99)))
+    assert "more than the maximum of 99 bytes" in refused(
+        lambda: parse_schema(source, folder=tmp_path, limits=Limits(source=99))
+    )
 
 
 def test_every_limit_holds_where_it_says(tmp_path: Path) -> None:
@@ -90,13 +92,15 @@ def test_every_limit_holds_where_it_says(tmp_path: Path) -> None:
     assert parse_schema(source, limits=fits)
     assert load_schema(tmp_path / "s.xml", limits=fits)
     for limits, words in (
-        (Limits(document=len(source) - 1), f"more than the {len(source) - 1} bytes"),
+        (Limits(document=len(source) - 1), f"more than the maximum of {len(source) - 1} bytes"),
         (Limits(tags=3), "more than 3 tags"),
         (Limits(attributes=1), "<module> has more than 1 attributes"),
         (Limits(depth=1), "nested more than 1 deep"),
     ):
         assert words in refused(partial(parse_schema, source, limits=limits))
-    assert "more than the 5 bytes" in refused(lambda: load_schema(tmp_path / "s.xml", limits=Limits(document=5)))
+    assert "more than the maximum of 5 bytes" in refused(
+        lambda: load_schema(tmp_path / "s.xml", limits=Limits(document=5))
+    )
     assert "more than 1 tags" in refused(
         lambda: parse_prompt("<prompt schema='s'><a/></prompt>", limits=Limits(tags=1))
     )

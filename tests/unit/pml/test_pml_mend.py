@@ -47,7 +47,7 @@ def test_a_line_of_code_is_kept_to_the_letter(line: str) -> None:
     source = f'<schema name="s">\n<module name="m">A line:\n{line}\nno more</module>\n</schema>'
     with pytest.raises(PMLError) as caught:
         parse_schema(source, file="s.xml")
-    assert "`cpucache schema fmt --fix s.xml` mends it" in str(caught.value)
+    assert "`cpucache schema fmt --fix s.xml` fixes it" in str(caught.value)
     assert text_of(mend(source)) == f"A line:\n{line}\nno more"
     assert mend(mend(source)) == mend(source)
 

@@ -42,7 +42,7 @@ def test_every_mistake_of_a_schema_is_told_by_line() -> None:
         (4, "<parameter> lacks its"),
         (6, "text inside <union>,"),
         (6, "the scaffold 'c'"),
-        (7, "<user> stands inside"),
+        (7, "<user> is inside"),
         (7, "duplicate module name"),
         (8, "illegal parameter name"),
         (8, "illegal length '0':"),

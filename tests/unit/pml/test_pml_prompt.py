@@ -101,7 +101,7 @@ def test_load_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "line", "words"),
     [
-        ("", 1, ["nothing here", "<prompt>"]),
+        ("", 1, ["the document is empty", "<prompt>"]),
         ("<schema name='s'>x</schema>", 1, ["<prompt>", "<schema>"]),
         ("<prompt>x</prompt>", 1, ["<prompt>", "'schema'"]),
         ("<prompt schema='a b'>x</prompt>", 1, ["'a b'", "schema name"]),
@@ -111,8 +111,8 @@ def test_load_prompt(tmp_path: Path) -> None:
         ("<prompt schema='s'><a>\n<parameter/></a></prompt>", 2, ["<parameter>"]),
         ("<prompt schema='s'>\n<prompt schema='s'/></prompt>", 2, ["<prompt>"]),
         ("<prompt schema='s'><a>\n<user>x</user></a></prompt>", 2, ["<user>", "directly under <prompt>"]),
-        ("<prompt schema='s'><user>\n<a/></user></prompt>", 2, ["<a>", "<user>", "references stand outside turns"]),
-        ("<prompt schema='s'><user>\n<user>x</user></user></prompt>", 2, ["references stand outside turns"]),
+        ("<prompt schema='s'><user>\n<a/></user></prompt>", 2, ["<a>", "<user>", "write references outside turns"]),
+        ("<prompt schema='s'><user>\n<user>x</user></user></prompt>", 2, ["write references outside turns"]),
         ("<prompt schema='s'><user name='x'>y</user></prompt>", 1, ["'name'", "<user>", "none"]),
         ("<prompt schema='s'>\n<user>x</user>\n\n<a/></prompt>", 4, ["<a>", "<user>", "line 2", "turns come last"]),
         ("<prompt schema='s'>\n<assistant>x</assistant>\n\ny</prompt>", 4, ["text", "<assistant>", "turns come last"]),

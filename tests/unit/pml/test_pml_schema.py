@@ -156,10 +156,10 @@ def test_a_declared_encoding_counts_for_bytes_only() -> None:
 @pytest.mark.parametrize(
     ("data", "line", "words"),
     [
-        ("", 1, ["nothing here", "<schema>"]),
-        (" \n\n", 3, ["nothing here"]),
-        (b"", 1, ["nothing here"]),
-        ("<!-- x -->\n", 2, ["nothing here"]),
+        ("", 1, ["the document is empty", "<schema>"]),
+        (" \n\n", 3, ["the document is empty"]),
+        (b"", 1, ["the document is empty"]),
+        ("<!-- x -->\n", 2, ["the document is empty"]),
         ("just text", 1, ["well-formed"]),
         ('<schema name="s">\n<module name="a">\n</schema>', 3, ["<module>", "line 2", "</schema>"]),
         ('<schema name="s">\n<module name="a">\n', 3, ["<module>", "line 2", "never closed", "</module>"]),

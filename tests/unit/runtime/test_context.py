@@ -323,6 +323,6 @@ def test_a_grammar_that_nothing_goes_on_with_is_an_error(context: Context) -> No
         assert context.model.piece(context.sample(sampler)) == b"a"
         # What follows is no answer to this grammar but its end.
         assert context.model.ends_generation(context.sample(sampler))
-        with pytest.raises(InputError, match="no token goes on"):
+        with pytest.raises(InputError, match="no token of the model continues"):
             sampler.choose(np.full(context.model.n_vocab, -np.inf, np.float32))
         sampler.close()

@@ -149,7 +149,7 @@ def test_another_model_is_refused_and_nothing_is_locked(transcripts: Transcripts
     talk.put(0, [entry("a")])
     talk.close()
     for _ in range(2):
-        with pytest.raises(InputError, match="'talk' is with first, not second: open it with that model, or begin"):
+        with pytest.raises(InputError, match="'talk' is with first, not second: open it with first, or begin"):
             transcripts.open("talk", fingerprint="two", model="second")
     transcripts.open("talk", fingerprint="one", model="renamed").close()
 
@@ -311,29 +311,29 @@ def test_a_list_reads_neither_tokens_nor_what_was_said(transcripts: Transcripts)
 
 # ---- damaged ---------------------------------------------------------------------------------------------------------
 FAULTS = {
-    "UPDATE entries SET before = 3 WHERE id = 1": "entry 1 stands behind entry 3",
-    "UPDATE entries SET before = 2 WHERE id = 2": "entry 2 stands behind entry 2",
-    "UPDATE entries SET before = 'x' WHERE id = 2": "entry 2 stands behind entry 'x'",
-    "DELETE FROM entries WHERE id = 2": "entry 3 stands behind entry 2",
-    "DELETE FROM entries WHERE id = 3": "entry 3, its last, is missing",
-    "UPDATE sessions SET last = 'x' WHERE name = 'bad'": "entry 'x', its last, is missing",
+    "UPDATE entries SET before = 3 WHERE id = 1": "entry 1 follows entry 3",
+    "UPDATE entries SET before = 2 WHERE id = 2": "entry 2 follows entry 2",
+    "UPDATE entries SET before = 'x' WHERE id = 2": "entry 2 follows entry 'x'",
+    "DELETE FROM entries WHERE id = 2": "entry 3 follows entry 2",
+    "DELETE FROM entries WHERE id = 3": "its last entry, 3, is missing",
+    "UPDATE sessions SET last = 'x' WHERE name = 'bad'": "its last entry, 'x', is missing",
     "UPDATE sessions SET used = 'x' WHERE name = 'bad'": "its times",
-    "UPDATE entries SET role = 'chief' WHERE id = 2": "entry 2 has no role that there is: 'chief'",
-    "UPDATE entries SET metrics = '{' WHERE id = 2": "entry 2: metrics: no JSON",
+    "UPDATE entries SET role = 'chief' WHERE id = 2": "entry 2 has an unknown role: 'chief'",
+    "UPDATE entries SET metrics = '{' WHERE id = 2": "entry 2: metrics: not JSON",
     "UPDATE entries SET metrics = '[]' WHERE id = 2": "entry 2 has no metrics",
     'UPDATE entries SET metrics = \'{"tokens": "x"}\' WHERE id = 2': "entry 2 has no metrics",
 }
 HIDDEN_FAULTS = {
-    "UPDATE entries SET pieces = '{' WHERE id = 2": "entry 2: pieces: no JSON",
-    f"UPDATE entries SET pieces = '{'[' * 100_000}' WHERE id = 2": "entry 2: pieces: no JSON",
-    "UPDATE entries SET pieces = '[]' WHERE id = 2": "entry 2 does not say what its tokens are",
-    'UPDATE entries SET pieces = \'{"parts": [["x"]], "pending": []}\' WHERE id = 2': "entry 2 does not say",
-    'UPDATE entries SET pieces = \'{"parts": [[-1]], "pending": []}\' WHERE id = 2': "entry 2 does not say",
-    "UPDATE entries SET role = 'prompt' WHERE id = 1": "entry 1 does not say what its tokens are",
-    "UPDATE entries SET text = X'FF' WHERE id = 2": "entry 2 has no text as text",
-    "UPDATE entries SET text = CAST(X'FF' AS TEXT) WHERE id = 2": "entry 2 has no text as text",
-    "UPDATE entries SET left_out = 7 WHERE id = 2": "entry 2 can't have left out 7 of 1",
-    "UPDATE entries SET created = 1e300 WHERE id = 2": "entry 2 has no time",
+    "UPDATE entries SET pieces = '{' WHERE id = 2": "entry 2: pieces: not JSON",
+    f"UPDATE entries SET pieces = '{'[' * 100_000}' WHERE id = 2": "entry 2: pieces: not JSON",
+    "UPDATE entries SET pieces = '[]' WHERE id = 2": "entry 2 has no valid tokens",
+    'UPDATE entries SET pieces = \'{"parts": [["x"]], "pending": []}\' WHERE id = 2': "entry 2 has no valid tokens",
+    'UPDATE entries SET pieces = \'{"parts": [[-1]], "pending": []}\' WHERE id = 2': "entry 2 has no valid tokens",
+    "UPDATE entries SET role = 'prompt' WHERE id = 1": "entry 1 has no valid tokens",
+    "UPDATE entries SET text = X'FF' WHERE id = 2": "entry 2 has no text in 'text'",
+    "UPDATE entries SET text = CAST(X'FF' AS TEXT) WHERE id = 2": "entry 2 has no text in 'text'",
+    "UPDATE entries SET left_out = 7 WHERE id = 2": "entry 2 has an impossible number of entries left out: 7 of 1",
+    "UPDATE entries SET created = 1e300 WHERE id = 2": "entry 2 has no valid time",
 }
 
 
@@ -389,7 +389,7 @@ def test_one_whose_name_is_no_text_is_removed_by_what_is_shown(name: str, tmp_pa
 # ---- trouble ---------------------------------------------------------------------------------------------------------
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "sessions.sqlite").write_bytes(b"This is no database, but some text. " * 100)
-    with pytest.raises(CpucacheError, match=f"can't keep conversations in {tmp_path}: "):
+    with pytest.raises(CpucacheError, match=f"can't save conversations in {tmp_path}: "):
         Transcripts(tmp_path)
     # It is somebody's: it stays.
     assert (tmp_path / "sessions.sqlite").read_bytes().startswith(b"This is no database")
@@ -420,7 +420,7 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CpucacheError, match="can't keep conversations in"):
+    with pytest.raises(CpucacheError, match="can't save conversations in"):
         Transcripts(tmp_path / "file" / "sessions")
 
 

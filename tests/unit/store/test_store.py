@@ -383,7 +383,7 @@ def test_a_full_disk_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureF
             store.put(key, state(100_000, seed), TOKENS, INFO)
             assert same(store.get(key), state(100_000, seed))
             store.flush()
-    assert "going on from memory" in caplog.text
+    assert "kept in memory only" in caplog.text
     assert not store.writable
     assert len(caplog.records) == 1
 
@@ -439,7 +439,7 @@ def test_an_index_that_is_no_file_is_not_waited_for(tmp_path: Path, caplog: pyte
     store.put(KEY, state(), TOKENS, INFO)
     assert same(store.get(KEY), state())
     store.close()
-    assert ["can't keep slices" in message for message in caplog.messages] == [True]
+    assert ["can't save slices" in message for message in caplog.messages] == [True]
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022])

@@ -226,4 +226,4 @@ def test_a_job_that_fails_is_logged_and_the_next_ones_are_done(caplog: pytest.Lo
     assert ended(beside(writer.close))
     assert done == ["b", "d", "e"]
     assert caplog.text.count("was not written (TypeError: of no use)") == 2
-    assert "could not be noted (RuntimeError: nothing to note)" in caplog.text
+    assert "could not be recorded (RuntimeError: nothing to note)" in caplog.text
