@@ -20,6 +20,11 @@ PlanText: TypeAlias = Callable[[Sequence[Span], Tokens], Plan]
 """Returns the plan of some spans and the tokens after them."""
 SHORTEST = 64
 """Minimum length, in tokens, of a run of segments spliced from other contexts. Evaluating fewer is as fast."""
+QUESTION = 128
+"""Maximum length, in tokens, of a question: the segment before the tokens that open the answer. Its slice from another
+context has attended to another text, so it is not spliced, unless it is marked as a part."""
+_OPENING = 16  # maximum length, in tokens, of what opens the answer
+_ENDING = 3  # the same of what ends the message of the question
 
 
 def plan_text(
@@ -34,8 +39,9 @@ def plan_text(
 
     The plan begins with the longest saved prefix of the text: at each position, the longest exact slice, however the
     text was cut when it was saved. The rest is cut into segments. A segment that may come from another context uses a
-    slice evaluated there; any other segment is evaluated and saved. The last token is always evaluated. The plan is
-    exact for models whose states can't be shifted, whatever ``reuse`` is.
+    slice evaluated there; any other segment is evaluated and saved, and so is the last one if it is short enough to be
+    the question. The last token is always evaluated. The plan is exact for models whose states can't be shifted,
+    whatever ``reuse`` is.
 
     Args:
         kv_cache: Provides the store and the model's slice keys.
@@ -63,7 +69,9 @@ def _planned(
     _add_known_prefix(kv_cache, chain, text.tokens[:-1])
     *segments, tail = _segments(kv_cache, text, chain.end - start)
     if anywhere or text.parts:
-        _find(kv_cache, [each for each in segments if anywhere or text.within(each.begin, each.end)], start)
+        asked = _question(text, segments, tail)
+        allowed = [each for each in segments if anywhere or text.within(each.begin, each.end)]
+        _find(kv_cache, [each for each in allowed if each not in asked], start)
         _drop_short(segments)
         taken = [each for each in segments if each.slice]
         budget = math.ceil(share * sum(len(each.tokens) for each in taken))
@@ -131,6 +139,19 @@ def _segments(kv_cache: KVCache, text: Text, begin: int) -> list[_Segment]:
         found.append(_Segment(begin, text.tokens[begin:-1]))
         begin = len(text.tokens) - 1
     return [*found, _Segment(begin, text.tokens[begin:])]
+
+
+def _question(text: Text, segments: Sequence[_Segment], tail: _Segment) -> list[_Segment]:
+    """The segments with the question, if ``tail`` only opens the answer: the last ones, down to one with some words."""
+    found: list[_Segment] = []
+    if len(tail.tokens) <= _OPENING:
+        for each in reversed(segments):
+            if len(each.tokens) > QUESTION or text.within(each.begin, each.end):
+                break
+            found.append(each)
+            if len(each.tokens) > _ENDING:
+                break
+    return found
 
 
 def _find(kv_cache: KVCache, segments: Sequence[_Segment], start: int) -> None:

@@ -123,6 +123,43 @@ def test_paragraphs_in_another_order_are_not_evaluated(tiny: Tiny) -> None:
         assert desk.ask(other, "schema").exact
 
 
+@pytest.mark.parametrize("recompute", [0.0, 0.2])
+def test_a_question_is_read_behind_its_own_text(recompute: float, tiny: Tiny, tmp_path: Path) -> None:
+    """Its slice from another context has attended to another text, and what it asks for is what is recomputed."""
+
+    def asked(*order: int) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "".join(PARAGRAPHS[number] for number in order) + f"{QUESTION}\n\n"}]
+
+    fidelity = Fidelity(recompute)
+    with engine(tiny("llama"), tmp_path, n_ctx=4096, segment_tokens=SEGMENTS, reuse="anywhere") as running:
+        for order in ((0, 1, 2, 3, 4), (3, 0, 4, 2, 1), (2, 4, 1, 3, 0)):
+            plan = running.plan(asked(*order), fidelity=fidelity)
+            # The end of a message is by itself after a blank line.
+            *_, question, end, opening = plan.spans
+            assert QUESTION in running.model.text(question.tokens)
+            assert question.missing
+            assert len(end.tokens) == 2
+            assert opening.slice is None
+            if order[0]:
+                assert plan.count("foreign") + plan.count("clean") > plan.n_tokens / 2
+            running.generate(asked(*order), fidelity=fidelity, max_tokens=2)
+            # Asked again, it is known behind this text.
+            assert not running.plan(asked(*order), fidelity=fidelity).spans[-3].missing
+
+
+def test_the_words_of_a_question_that_is_known_choose_what_is_recomputed(tiny: Tiny, tmp_path: Path) -> None:
+    question = "What about " + " ".join(PARAGRAPHS[2].split()[:8]) + "?"
+    texts = [PARAGRAPHS[number] for number in range(5)]
+    with engine(tiny("llama"), tmp_path, n_ctx=4096, segment_tokens=SEGMENTS, reuse="anywhere") as running:
+        for order in ((0, 1, 2, 3, 4), (3, 0, 4, 2, 1), (4, 2, 1, 3, 0)):
+            asked = [{"role": "user", "content": "".join(texts[number] for number in order) + question}]
+            if order[0]:
+                plan = running.plan(asked, fidelity=Fidelity(0.2))
+                again = [running.model.text(span.tokens) for span in plan.spans if span.why == "recomputed"]
+                assert any(PARAGRAPHS[2][:20] in each or PARAGRAPHS[2][-20:] in each for each in again)
+            running.generate(asked, max_tokens=2)
+
+
 def test_short_runs_are_evaluated(tiny: Tiny) -> None:
     with asking(tiny("llama")) as desk:
         known = desk.tokens(PARAGRAPHS[0] * 2)[: SHORTEST - 1]
