@@ -44,8 +44,8 @@ _ADVICE: dict[Cause, str] = {
     "tools-reordered": "Start the server with --tool-order sorted (the default), which makes their order irrelevant.",
     "evicted": "Give the store more room with --disk and --ram, or have the client mark the text to keep "
     '("cache_control": {"type": "ephemeral", "ttl": "1h"}).',
-    "resume-points": "Have the client send changing text at the end of the prompt. With this model no text after a change "
-    "can be spliced.",
+    "resume-points": "Have the client send changing text at the end of the prompt. With this model no text after a "
+    "change can be spliced.",
     "cache-off": 'Leave "cache_prompt" out.',
     "not-encoded": "Encode the schema ahead: POST /v1/schemas/NAME/encode.",
 }

@@ -19,7 +19,7 @@ def engine(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("prompt", [5, b"<prompt/>", None, {"role": "user", "content": "x"}, "", " \n", object()])
 def test_what_is_no_prompt_is_told_what_is(engine: Engine, prompt: Any) -> None:
-    with pytest.raises(InputError, match=r"message.* PML .*Path\(.*role.*tokens.*text="):
+    with pytest.raises(InputError, match=r"message.* PML .*Path\(.*role.*token ids.*text="):
         engine.generate(prompt)
 
 
