@@ -141,7 +141,7 @@ def test_a_response_s_choice(served: Served) -> None:
         (
             "/v1/chat/completions",
             {"tools": OPENAI, "tool_choice": "required", "response_format": {"type": "json_object"}},
-            "can't be a call and follow a grammar",
+            "can't both be a call and follow a grammar",
         ),
         ("/v1/messages", {"tool_choice": {"type": "any"}, "max_tokens": 9}, "no tools to call"),
         ("/v1/messages", {"tools": ANTHROPIC, "tool_choice": {"type": "x"}, "max_tokens": 9}, "must be auto, any"),

@@ -21,7 +21,7 @@ export function fill(element, ...children) {
   if (focused) $(focused)?.focus();
 }
 
-/** Tell those who do not look. */
+/** Announce a text to screen readers. */
 export const say = (text) => { $("said").textContent = text; };
 export const fail = (error) => { $("failure").textContent = error ? error.message : ""; };
 
@@ -37,7 +37,7 @@ let asking = null; // one question for a key, however many requests wait for it
 
 function askKey(wrong) {
   asking ??= new Promise((resolve, reject) => {
-    $("key-wrong").textContent = wrong ? "That is none of the server's keys." : "";
+    $("key-wrong").textContent = wrong ? "The server does not have this key." : "";
     $("key-form").onsubmit = (event) => {
       event.preventDefault();
       sessionStorage.setItem(KEY, $("key-text").value);
@@ -46,7 +46,7 @@ function askKey(wrong) {
       $("key").close();
     };
     $("key-cancel").onclick = () => $("key").close();
-    $("key").onclose = () => reject(new Failure(401, "The server wants a key; load the page again to give one."));
+    $("key").onclose = () => reject(new Failure(401, "The server needs a key; load the page again to enter one."));
     $("key-text").value = "";
     $("key").showModal();
   }).then(() => { asking = null; });

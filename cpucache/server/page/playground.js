@@ -2,7 +2,7 @@
 import { $, KINDS, count, events, get, h, kinds, number, send, time } from "/page/base.js";
 
 const form = $("ask");
-let running = null; // what stops the answers under way
+let running = null; // stops the running answers
 let names = "";
 
 export async function refresh() {
@@ -21,7 +21,7 @@ async function write(name) {
   $("on").value = name;
 }
 
-/** The same, to be looked at. */
+/** Write a prompt on a schema, and show it. */
 export async function begin(name) {
   await write(name);
   form.kind.value = "pml";
@@ -115,7 +115,7 @@ class Column {
       tokens = event.usage?.completion_tokens ?? tokens;
     }
     const speed = tokens > 1 && last > first ? `, ${number((tokens - 1) / ((last - first) / 1000))} a second` : "";
-    this.rate.textContent = count(tokens, "token") + speed + (finish === "length" ? ", cut off there" : "");
+    this.rate.textContent = count(tokens, "token") + speed + (finish === "length" ? ", cut off" : "");
   }
 }
 
@@ -148,7 +148,7 @@ form.onsubmit = async (event) => {
 function verdict(cached, uncached) {
   if (!cached) return "";
   const size = KINDS.reduce((sum, kind) => sum + cached[kind], 0);
-  const again = cached.evaluated > size / 2 ? "Most of this prompt was new to the cache: ask again, or change the question only. " : "";
+  const again = cached.evaluated > size / 2 ? "Most of this prompt was new to the cache: ask again, or change only the question. " : "";
   if (!uncached) return again;
   const times = uncached.ttft_ms / Math.max(1, cached.ttft_ms);
   const sooner = times > 1.1 ? `The first token came ${times < 10 ? times.toFixed(1) : number(times)} times sooner. ` : "";

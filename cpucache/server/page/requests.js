@@ -3,7 +3,7 @@ import { $, Failure, count, get, h, kinds, number, time } from "/page/base.js";
 
 const rows = new Map(); // what is shown, by the requests' ids
 let wanted = ""; // a request to be opened when it is there
-let missing = false; // whether the server keeps no account of requests
+let missing = false; // whether the server does not record requests
 
 export function open(id) {
   wanted = id;
@@ -17,7 +17,7 @@ export async function refresh() {
   } catch (error) {
     if (!(error instanceof Failure) || error.status !== 404) throw error;
     missing = true;
-    $("no-requests").textContent = "Not available: this server keeps no account of its requests.";
+    $("no-requests").textContent = "Not available: this server does not record its requests.";
     return undefined;
   }
   $("no-requests").hidden = data.length > 0;
@@ -76,7 +76,7 @@ async function explain(request, place) {
 }
 
 function why(found) {
-  if (!found) return [h("p", {}, "Nothing was missed: all that is known of this prompt came from the cache.")];
+  if (!found) return [h("p", {}, "No reuse was missed: all known text of this prompt came from the cache.")];
   const { cause, says, advice, position, known, sent, evaluated, seconds } = found;
   const text = (name, shown, other) => h("figure", {}, h("figcaption", {}, name), h("pre", {}, ...differing(shown, other)));
   return [
@@ -86,7 +86,7 @@ function why(found) {
   ];
 }
 
-/** A text with what another has otherwise marked. */
+/** A text, with a mark on the part that differs from another text. */
 function differing(text, other) {
   const most = Math.min(text.length, other.length);
   let [begin, end] = [0, 0];

@@ -17,20 +17,20 @@ export async function refresh() {
   const value = (name) => Number(text.match(new RegExp(`^${name} (\\S+)$`, "m"))?.[1] ?? 0);
   const tokens = Object.fromEntries(KINDS.map((kind) => [kind, value(`cpucache_prompt_tokens_total{state="${kind}"}`)]));
   const any = KINDS.some((kind) => tokens[kind]);
-  $("tokens").replaceChildren(...(any ? kinds(tokens) : [h("p", { className: "note" }, "Nothing has been asked yet.")]));
+  $("tokens").replaceChildren(...(any ? kinds(tokens) : [h("p", { className: "note" }, "No requests yet.")]));
   const answers = value("cpucache_ttft_seconds_count");
   facts("load", {
     "Answers": number(answers),
     "Mean TTFT": answers ? time((1000 * value("cpucache_ttft_seconds_sum")) / answers) : "–",
-    "Tokens said": number(value("cpucache_completion_tokens_total")),
-    "Under way": number(value("cpucache_requests_running")),
+    "Tokens of answers": number(value("cpucache_completion_tokens_total")),
+    "Running": number(value("cpucache_requests_running")),
     "Waiting": number(value("cpucache_requests_waiting")),
   });
   return 2000;
 }
 
 function tier(name, slices, bytes, budget) {
-  const said = budget ? `${size(bytes)} of ${size(budget)}, ${share(bytes, budget)}` : "no room was given";
+  const said = budget ? `${size(bytes)} of ${size(budget)}, ${share(bytes, budget)}` : "no budget";
   const bar = h("progress", { max: Math.max(1, budget), value: bytes, ariaLabel: `${name}: ${said}` });
   return h("div", {}, h("p", { className: "line" }, h("b", {}, name), h("span", {}, count(slices, "slice"))), bar,
     h("p", { className: "note" }, said));
