@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cpucache.errors import ContextFull, CpucacheError, InputError
+from cpucache.errors import ContextFull, CpucacheError, InputError, ModelError
 from cpucache.runtime import llama
 from cpucache.runtime.hardware import default_threads
 from cpucache.runtime.llama import api
@@ -119,6 +119,7 @@ class Context:
 
     Raises:
         InputError: An argument is out of range or does not fit the model.
+        ModelError: llama.cpp can't save parts of a sequence of the model.
         CpucacheError: llama.cpp fails. All methods raise it too, and ``ContextFull`` if there are too few free cells.
     """
 
@@ -140,6 +141,9 @@ class Context:
             raise InputError(
                 f"{model.path.name}: heads of size {model.head_size} can't have q8_0 keys; use --kv-type f16"
             )
+        if model.architecture == "deepseek4":
+            # llama.cpp ends the process if a part of a sequence is shared (llama_kv_cache_dsv4::seq_cp).
+            raise ModelError(f"{model.path.name}: llama.cpp can't save parts of a text of a deepseek4 model")
         self.model = model
         self.flash = flash or ("auto" if model.gpu_layers else "off")
         for name, value, known in (("kv_type", kv_type, _GGML_TYPES), ("flash", self.flash, _FLASH)):
