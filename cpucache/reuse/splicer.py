@@ -340,10 +340,12 @@ class Splicer:
         keys: a rotation always covers every cell of the llama.cpp context, however few were shifted.
         """
         slot, state = splicing.slot, splicing.state
+        window = self.context.memory.window
         for park, part in zip((slot.sequence, *self.free), parts, strict=False):
             for span in part.slices:
+                left = 0 < window <= part.slices[-1].end - span.end
                 with stage("load"):
-                    self._load(slot, span, park, state)
+                    self._load(slot, span, park, state, left=left)
             if slot.points and part.slices:
                 with stage("load"):
                     self._load_point(slot.points, park, part.slices[-1], state)
@@ -364,22 +366,28 @@ class Splicer:
                 splicing.metrics.prefill_ms += _since(started)
         return evaluated
 
-    def _load(self, slot: Slot, span: Span, sequence: int, state: State) -> None:
-        """Adds the slice of a span to a sequence: from another slot, or from its saved state, shifted if needed."""
+    def _load(self, slot: Slot, span: Span, sequence: int, state: State, *, left: bool) -> None:
+        """Adds the slice of a span to a sequence: from another slot, or from its saved state, shifted if needed.
+
+        If the next token has ``left`` the slice behind its sliding window, the cells of window layers are not loaded:
+        attention would mask but not skip them.
+        """
         assert span.slice is not None
-        if self._borrow(slot, span, sequence):
+        if self._borrow(slot, span, sequence, left=left):
             return
         saved, start = state(span.slice), span.slice.start
         moved = self._moved(saved, span.delta) if span.delta else None
         if moved is not None:
             saved, start = moved, span.start
-        # llama_state_seq_set_data checks shapes against the model, but accepts any positions.
-        loaded = self.context.load(self.scratch, saved)
-        end = start + len(span.slice.tokens)
-        # With recurrent states, ``last_position`` is only valid once ``_load_point`` has loaded one.
-        if not loaded or not (slot.points or self.context.last_position(self.scratch) == end - 1):
-            raise Refused(span.slice)
-        if not self._whole(self.scratch, [span.slice.span.moved(start - span.slice.start)]):
+        count = len(span.slice.tokens)
+        bare = self.context.without_windows(saved, count) if left else None
+        loaded = self.context.load(self.scratch, saved if bare is None else bare)
+        if loaded and bare is None:
+            # llama_state_seq_set_data checks shapes against the model, but accepts any positions.
+            # With recurrent states, ``last_position`` is only valid once ``_load_point`` has loaded one.
+            loaded = slot.points is not None or self.context.last_position(self.scratch) == start + count - 1
+            loaded = loaded and self._whole(self.scratch, [span.slice.span.moved(start - span.slice.start)])
+        if not loaded:
             raise Refused(span.slice)
         if not span.whole:
             self.context.remove(self.scratch, start + len(span.tokens))
@@ -396,7 +404,7 @@ class Splicer:
         if not self.context.load_point(sequence, state(point)) or self.context.last_position(sequence) != span.end - 1:
             raise Refused(point)
 
-    def _borrow(self, slot: Slot, span: Span, sequence: int) -> bool:
+    def _borrow(self, slot: Slot, span: Span, sequence: int, *, left: bool) -> bool:
         """Shares the cells of a slot that holds the same slice at the same position; returns whether one does."""
         if not self.context.memory.cuts:
             return False
@@ -405,7 +413,7 @@ class Splicer:
         if owner is None:
             return False
         self.context.share(owner.sequence, self.scratch, span.start, span.end)
-        whole = self._whole(self.scratch, [span])
+        whole = left or self._whole(self.scratch, [span])
         if whole:
             self.context.share(self.scratch, sequence)
         self.context.remove(self.scratch)

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cpucache.errors import ContextFull, CpucacheError, InputError
+from cpucache.errors import ContextFull, CpucacheError, InputError, ModelError
 from cpucache.runtime import llama
 from cpucache.runtime.hardware import default_threads
 from cpucache.runtime.llama import api
@@ -119,6 +119,7 @@ class Context:
 
     Raises:
         InputError: An argument is out of range or does not fit the model.
+        ModelError: llama.cpp can't save parts of a sequence of the model.
         CpucacheError: llama.cpp fails. All methods raise it too, and ``ContextFull`` if there are too few free cells.
     """
 
@@ -140,6 +141,9 @@ class Context:
             raise InputError(
                 f"{model.path.name}: heads of size {model.head_size} can't have q8_0 keys; use --kv-type f16"
             )
+        if model.architecture == "deepseek4":
+            # llama.cpp ends the process if a part of a sequence is shared (llama_kv_cache_dsv4::seq_cp).
+            raise ModelError(f"{model.path.name}: llama.cpp can't save parts of a text of a deepseek4 model")
         self.model = model
         self.flash = flash or ("auto" if model.gpu_layers else "off")
         for name, value, known in (("kv_type", kv_type, _GGML_TYPES), ("flash", self.flash, _FLASH)):
@@ -180,16 +184,15 @@ class Context:
         shifts = bool(self._memory and api.llama_memory_can_shift(self._memory))
         self.memory = Memory.of(model, shifts=shifts)
         """Operations that the cells allow."""
-        self._point_begin = _STATE_HEAD
-        # Bytes of an empty recurrent state, to complete saved cells with.
-        self._no_point = np.empty(0, np.uint8)
-        if self.memory.points:
+        # Bytes of no cells of window layers, and of no recurrent state, to complete saved states with.
+        self._no_windows = self._no_point = np.empty(0, np.uint8)
+        if self.memory.points or self.memory.window:
             # No sequence holds anything yet.
             whole, part = self._save(0, _WHOLE), self._save(0, _PART)
-            # Before the recurrent state come the cells of window layers. None of them take as many bytes as none of
-            # the other layers (llama_kv_cache::state_write).
-            self._point_begin += len(whole) - len(part) if self.memory.window else 0
-            self._no_point = part[self._point_begin :]
+            # The cells of window layers come first. None of them take as many bytes as none of the other layers
+            # (llama_kv_cache::state_write).
+            windows = len(whole) - len(part) if self.memory.window else 0
+            _, self._no_windows, self._no_point = np.split(part, (_STATE_HEAD, _STATE_HEAD + windows))
         self._stop: Callable[[], bool] | None = None
         self._asked = api.ggml_abort_callback(lambda _data: self._stop is not None and self._stop())
         self._never = api.ggml_abort_callback()
@@ -319,7 +322,7 @@ class Context:
         api.llama_memory_seq_add(self._memory, sequence, begin, -1, delta)
 
     def last_position(self, sequence: int) -> int:
-        """Highest position of a sequence; -1 if it is empty, or has cells but not the recurrent state that it needs."""
+        """Highest position of a sequence; -1 if it is empty, lacks a recurrent state, or any cells of window layers."""
         return int(api.llama_memory_seq_pos_max(self._memory, sequence))
 
     def whole(self, sequence: int, end: int, cells: int) -> bool:
@@ -334,14 +337,14 @@ class Context:
         # Slices are loaded without a recurrent state, and so have no last position.
         if last != end - 1 and not (self.memory.points and last == -1):
             return False
-        recurrent = self._part_size(sequence, _BEYOND) if self.memory.points else 0
+        rest = self._part_size(sequence, _BEYOND) if self.memory.points else _STATE_HEAD + len(self._no_windows)
         if self._cell_sizes is None:
-            one, two = (self._part_size(sequence, begin) - recurrent for begin in (end - 1, end - 2))
+            one, two = (self._part_size(sequence, begin) - rest for begin in (end - 1, end - 2))
             if one == two:
                 return cells == 1 == end
             self._cell_sizes = one, two - one
         first, each = self._cell_sizes
-        return self._size(sequence, _PART) - recurrent == first + (cells - 1) * each
+        return self._size(sequence, _PART) - rest == first + (cells - 1) * each
 
     def _part_size(self, sequence: int, begin: int) -> int:
         """Bytes of the cells that window layers hold from position ``begin`` on, and of the recurrent state."""
@@ -364,11 +367,22 @@ class Context:
         if not self.memory.points:
             return state
         # The recurrent state is last (llama_memory_hybrid::state_write, llama_memory_hybrid_iswa::state_write).
-        point = self.save_point(sequence)[self._point_begin :]
+        point = self.save_point(sequence)[_STATE_HEAD + len(self._no_windows) :]
         if not np.array_equal(state[len(state) - len(point) :], point):
             raise CpucacheError(f"{self.model.path.name}: llama.cpp saves states of this model in an unknown layout")
         cells: Bytes = state[: len(state) - len(point)].copy()
         return cells
+
+    def without_windows(self, state: Bytes, count: int) -> Bytes | None:
+        """Saved cells of ``count`` tokens, without those of window layers.
+
+        ``None`` as long as ``whole`` has not measured the size of these. Loaded alone, they give no last position.
+        """
+        if self._cell_sizes is None:
+            return None
+        first, each = self._cell_sizes
+        windows = len(self._no_windows) + first + (min(count, self.memory.window) - 1) * each
+        return np.concatenate([state[: len(state) - windows], self._no_windows])
 
     def load(self, sequence: int, state: Bytes) -> bool:
         """Replaces a sequence by saved cells. Returns false if llama.cpp refuses them.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cpucache.runtime import Run
+from cpucache.runtime.context import Bytes
 from tests.support.sessions import engine, message, plain_spoken, said, truth
 from tests.support.tiny import HYBRID_ARCHS, WINDOW_ARCHS
 from tests.support.workbench import bench, chain, distance, opened, plan_of, some_tokens, tolerance
@@ -70,6 +71,30 @@ def test_a_slice_whose_window_is_lost_is_not_saved(arch: str, tiny: Tiny) -> Non
             plan = plan_of(*slices[:count], tokens[50 * count : 50 * count + 7])
             desk.reset()
             assert distance(b.logits(plan), b.full(plan.tokens)) < tolerance(arch, "f32")
+
+
+@archs
+def test_cells_that_the_window_has_left_are_not_loaded(arch: str, tiny: Tiny) -> None:
+    """Of window layers only those of the last window, from which one goes on, and back, exactly."""
+    tokens = some_tokens(420)
+    with bench(tiny(arch)) as b:
+        desk, slices = b.kv_cache, chain(np.split(tokens[:400], range(50, 400, 50)))
+        desk.encode(slices)
+        desk.reset()
+        sizes: list[int] = []
+        load = desk.context.load
+
+        def noting(sequence: int, state: Bytes) -> bool:
+            sizes.append(len(state))
+            return load(sequence, state)
+
+        desk.context.load = noting  # type: ignore[method-assign]
+        for count in (8, 7, 3, 8):
+            plan = plan_of(*slices[:count], tokens[50 * count : 50 * count + 20])
+            assert distance(b.logits(plan), b.full(plan.tokens)) < tolerance(arch, "f32")
+        saved = [desk.store.get(slice_.key) for slice_ in slices]
+        *before, last = sizes[: len(slices)]
+        assert max(before) < min(len(state) for state in saved if state is not None) == last
 
 
 @pytest.mark.parametrize("arch", [arch for arch in WINDOW_ARCHS if arch not in HYBRID_ARCHS])

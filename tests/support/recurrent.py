@@ -204,6 +204,10 @@ def _delta_and_attention(writer: gguf.GGUFWriter, weights: Weights, arch: str, s
             weights.matrix(f"{block}.ssm_out", shape.n_embd, values)
 
 
+def _add_deepseek4(writer: gguf.GGUFWriter, weights: Weights, shape: Shape) -> None:
+    """Nothing: the model is refused before its weights matter, and can be opened with ``vocab_only`` alone."""
+
+
 _SMALL = 8  # inner size of the low-rank parts of RWKV
 
 
@@ -272,4 +276,5 @@ RECURRENT: dict[str, Callable[[gguf.GGUFWriter, Weights, Shape], None]] = {
     "granitehybrid": _add_granite_hybrid,
     "qwen35": _add_qwen35,
     "qwen3next": _add_qwen3next,
+    "deepseek4": _add_deepseek4,
 }

@@ -122,6 +122,13 @@ def test_what_is_no_model_is_refused_with_its_path(tmp_path: Path, content: byte
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_model_whose_text_cannot_be_cut_is_refused(tiny: TinyModel) -> None:
+    """llama.cpp would end the process as soon as a slice is saved."""
+    path = tiny("deepseek4")
+    with Model(path, vocab_only=True) as model, pytest.raises(ModelError, match=f"{path.name}: .* deepseek4 model"):
+        Context(model, n_ctx=64, n_threads=1)
+
+
 def test_what_has_been_closed_says_so(tiny: TinyModel) -> None:
     model = Model(tiny("llama", n_layer=1))
     context = Context(model, n_ctx=64, n_threads=1)
