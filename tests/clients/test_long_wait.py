@@ -63,7 +63,7 @@ def test_an_error_after_the_wait_is_an_event(patient: Served) -> None:
     with patient.http.stream("POST", "/v1/chat/completions", json=CHAT) as reply:
         assert reply.status_code == 200
         told = [json.loads(line.removeprefix("data: ")) for line in reply.iter_lines() if line.startswith("data: ")]
-    assert [each["error"]["message"] for each in told] == ["the server failed; its log says why"]
+    assert [each["error"]["message"] for each in told] == ["the server failed; see its log"]
 
 
 def test_who_goes_while_waiting_ends_the_request(patient: Served) -> None:
