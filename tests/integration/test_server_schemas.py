@@ -197,7 +197,7 @@ def test_fidelity_and_recompute(served: Served) -> None:
         ({"prompt": "<prompt schema='shelf'><three/></prompt>"}, {}, "no module 'three'"),
         ({"prompt": "<prompt schema='other'/>"}, {}, "no schema 'other'"),
         ({"prompt": PROMPT, "arguments": {"where": "x"}}, {}, "where"),
-        ({"prompt": "<prompt schema='shelf' place='a'/>", "arguments": {"place": "x"}}, {}, "attribute 'place' already"),
+        ({"prompt": "<prompt schema='shelf' place='a'/>", "arguments": {"place": "x"}}, {}, "'place' already"),
         ({"prompt": PROMPT, "arguments": {"place": "long " * 99}}, {}, "tokens long"),
         ({"prompt": PROMPT, "fidelity": "best"}, {}, "fidelity"),
         ({"prompt": FULL, "fidelity": "fast", "recompute": 0.1}, {}, "not both"),

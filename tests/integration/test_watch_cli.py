@@ -28,9 +28,8 @@ class Watching:
     def __init__(self, command: subprocess.Popen[str]) -> None:
         self.command = command
         self._lines: queue.Queue[str] = queue.Queue()
-        self._readers = [threading.Thread(target=self._read, args=(pipe,)) for pipe in (command.stdout, command.stderr)]
-        for reader in self._readers:
-            reader.start()
+        self._reader = threading.Thread(target=self._read, args=(command.stdout,))
+        self._reader.start()
 
     def _read(self, pipe: Iterator[str]) -> None:
         for line in pipe:
@@ -49,14 +48,13 @@ class Watching:
         """Press Ctrl-C; gives the exit status."""
         self.command.send_signal(signal.SIGINT)
         status = self.command.wait(PATIENCE)
-        for reader in self._readers:
-            reader.join()
+        self._reader.join()
         return status
 
 
 @contextmanager
 def watching(*arguments: str | Path) -> Iterator[Watching]:
-    with started("encode", *arguments, "--watch", "--threads", "1") as command:
+    with started("encode", *arguments, "--watch", "--threads", "1", stderr=subprocess.STDOUT) as command:
         yield Watching(command)
 
 

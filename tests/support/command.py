@@ -75,12 +75,12 @@ def invoke(*arguments: str | Path, stdin: str | None = None) -> str:
 
 
 @contextmanager
-def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A command under way, which is gone when the block ends."""
+def started(*arguments: str | Path, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """A command under way, which is gone when the block ends. ``subprocess.STDOUT``: both outputs in one pipe."""
     command = subprocess.Popen(
         [sys.executable, "-c", START, *map(str, arguments)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         encoding="utf-8",
     )
     with command:
