@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from cpucache.authoring.parts import Always, Branches, Call, End, Field, Match, Part, Set, Tagged
-from cpucache.authoring.writing import Chosen, impossible
+from cpucache.authoring.writing import impossible
 from cpucache.errors import InputError
+from cpucache.pml.tree import Prompt, Reference
 
 
-def chosen(name: str, parts: Sequence[Part], names: dict[str, Any]) -> Chosen:
+@dataclass
+class _Chosen:
+    """A module that a call includes, or the schema, with its arguments."""
+
+    name: str
+    arguments: dict[str, str] = field(default_factory=dict)
+    children: list[Reference] = field(default_factory=list)
+
+    def reference(self) -> Reference:
+        """The module as a prompt references it."""
+        return Reference(self.name, self.arguments, tuple(self.children), 1)
+
+
+def chosen(name: str, parts: Sequence[Part], names: dict[str, Any]) -> Prompt:
     """Returns the prompt of a call for the schema ``name``.
 
     Conditions and fields are evaluated with ``names``, to which the values that the function assigns are added. Raises
     ``InputError`` for an argument with a character that PML can't hold, and whatever the function's expressions raise.
     """
-    prompt = Chosen(name)
-    _Calling(names).scope(parts, prompt)
-    return prompt
+    root = _Chosen(name)
+    _Calling(names).scope(parts, root)
+    return Prompt(name, root.arguments, tuple(root.children), f"<prompt {name}>", 1)
 
 
 class _Calling:
@@ -28,14 +43,14 @@ class _Calling:
         self._names = names
         self._ended = False
 
-    def scope(self, parts: Sequence[Part], into: Chosen) -> None:
+    def scope(self, parts: Sequence[Part], into: _Chosen) -> None:
         """Adds what a call includes of ``parts`` to the module ``into``."""
         for part in parts:
             if self._ended:
                 return
             self._part(part, into)
 
-    def _part(self, part: Part, into: Chosen) -> None:
+    def _part(self, part: Part, into: _Chosen) -> None:
         if isinstance(part, Field):
             into.arguments[part.parameter.name] = self._filled(part)
         elif isinstance(part, Tagged):
@@ -48,19 +63,19 @@ class _Calling:
             self._module(part.name, part.parts, into)
         elif isinstance(part, Call):
             arguments = {name: value.value(self._names) for name, value in part.arguments.items()}
-            inner = Chosen(part.name)
+            inner = _Chosen(part.name)
             _Calling(part.names() | arguments).scope(part.parts, inner)
-            into.children.append(inner)
+            into.children.append(inner.reference())
         elif isinstance(part, Set):
             self._names[part.name] = part.expression.value(self._names)
         elif isinstance(part, End):
             self._ended = True
 
-    def _module(self, name: str, parts: Sequence[Part], into: Chosen) -> None:
-        inner = Chosen(name) if name else into
+    def _module(self, name: str, parts: Sequence[Part], into: _Chosen) -> None:
+        inner = _Chosen(name) if name else into
         self.scope(parts, inner)
         if name:
-            into.children.append(inner)
+            into.children.append(inner.reference())
 
     def _filled(self, field: Field) -> str:
         text = str(field.expression.value(self._names))

@@ -105,7 +105,8 @@ class PromptFunction(Definition, Generic[P]):
         bound.apply_defaults()
         ready = self.ready(owner)
         names = self.function.names() | bound.arguments
-        return PromptText.of(write_prompt(chosen(self.name, ready.code.parts, names)), ready.schema)
+        written = write_prompt(chosen(self.name, ready.code.parts, names)).rstrip("\n")
+        return PromptText.of(written, ready.schema)
 
     def ready(self, owner: type | None) -> _Ready:
         """Returns the function compiled as a method of ``owner`` (``None``: as a plain function)."""

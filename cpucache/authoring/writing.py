@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
+from cpucache.errors import InputError
 from cpucache.pml.canonical import laid_out
 from cpucache.pml.limits import Limits
 from cpucache.pml.names import flaw
 from cpucache.pml.schema import parse_schema
-from cpucache.pml.tree import Module, Parameter, Role, SchemaNode, Text
+from cpucache.pml.tree import Module, Parameter, Prompt, Reference, Role, SchemaNode, Text, Turn
 from cpucache.pml.xml import fold_space
 
 _IMPOSSIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
@@ -24,6 +26,8 @@ _WORDS = (
     ("<", " lt "),
     ("+", " plus "),
 )
+_PromptNode: TypeAlias = "Reference | Text | Turn"
+_Node = TypeVar("_Node", SchemaNode, _PromptNode)
 _LONGEST = 40
 """Most characters of a name that is derived from an expression or a text."""
 
@@ -33,15 +37,6 @@ class Source(Module):
     """A module whose text is that of a file. ``src``: path of the file, relative to the folder of the schema."""
 
     src: str = ""
-
-
-@dataclass
-class Chosen:
-    """A module that a prompt includes, with its arguments; or the prompt itself, with the name of its schema."""
-
-    name: str
-    arguments: dict[str, str] = field(default_factory=dict)
-    children: list[Chosen] = field(default_factory=list)
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -97,9 +92,9 @@ def impossible(text: str) -> str | None:
 
 
 # ---- schemas ---------------------------------------------------------------------------------------------------------
-def joined(nodes: Iterable[SchemaNode]) -> list[SchemaNode]:
+def joined(nodes: Iterable[_Node]) -> list[_Node]:
     """Returns nodes with adjacent texts joined, as a parser returns them, and without empty texts."""
-    found: list[SchemaNode] = []
+    found: list[_Node] = []
     for node in nodes:
         last = found[-1] if found else None
         if isinstance(node, Text) and isinstance(last, Text):
@@ -133,7 +128,7 @@ def write_schema(
     return written
 
 
-def _element(tag: str, attributes: dict[str, str], inside: Sequence[SchemaNode], *, preserve: bool) -> str:
+def _element(tag: str, attributes: dict[str, str], inside: Sequence[_Node], *, preserve: bool) -> str:
     content = joined(inside)
     if not preserve and any(isinstance(node, Text) and fold_space(node.text, False) != node.text for node in content):
         attributes, preserve = attributes | {"xml:space": "preserve"}, True
@@ -141,7 +136,7 @@ def _element(tag: str, attributes: dict[str, str], inside: Sequence[SchemaNode],
     return f"{_start(tag, attributes)}>{written}</{tag}>" if written else f"{_start(tag, attributes)}/>"
 
 
-def _node(node: SchemaNode, *, preserve: bool) -> str:
+def _node(node: SchemaNode | _PromptNode, *, preserve: bool) -> str:
     if isinstance(node, Text):
         return _escape(node.text).replace("]]>", "]]&gt;")
     if isinstance(node, Parameter):
@@ -154,6 +149,10 @@ def _node(node: SchemaNode, *, preserve: bool) -> str:
     if isinstance(node, Module):
         flags = {"cache": "false"} if not node.cache else {}
         return _element("module", {"name": node.name} | flags, node.children, preserve=preserve)
+    if isinstance(node, Reference):
+        return _element(node.name, node.arguments, node.children, preserve=preserve)
+    if isinstance(node, Turn):
+        return _element(node.role, {}, [Text(node.text, node.line)], preserve=preserve)
     scaffold = {} if node.scaffold is None else {"scaffold": node.scaffold}
     return _element("union", scaffold, node.members, preserve=preserve)
 
@@ -171,17 +170,12 @@ def _attribute(text: str) -> str:
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
-def write_prompt(prompt: Chosen) -> str:
-    """Returns the PML of a prompt."""
-    return "".join(_chosen(prompt, "prompt", {"schema": prompt.name} | prompt.arguments, "")).rstrip("\n")
+def write_prompt(prompt: Prompt) -> str:
+    """Returns the canonical PML of a prompt, which is parsed into the same tree.
 
-
-def _chosen(chosen: Chosen, tag: str, attributes: dict[str, str], indent: str) -> Iterator[str]:
-    yield indent + _start(tag, attributes)
-    if not chosen.children:
-        yield "/>\n"
-        return
-    yield ">\n"
-    for child in chosen.children:
-        yield from _chosen(child, child.name, child.arguments, indent + "  ")
-    yield f"{indent}</{tag}>\n"
+    Raises ``InputError`` for text or an argument with a character that PML can't hold.
+    """
+    written = _element("prompt", {"schema": prompt.schema} | prompt.arguments, prompt.children, preserve=False)
+    if char := impossible(written):
+        raise InputError(f"the prompt holds {char}, a character that PML can't hold")
+    return laid_out(written, "prompt")

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from cpucache.authoring.writing import write_prompt
 from cpucache.cli.answering import answered, begun, note
 from cpucache.cli.chat_input import Command, Terminal, parse, unfinished
 from cpucache.cli.chat_screen import Answer, figures, markdown_answer, plain_answer
 from cpucache.cli.console import check_prompt, err, out
 from cpucache.cli.options import engine_options, fidelity_options, sampling_options, split_fidelity
 from cpucache.cli.picker import Picker, costs, price
+from cpucache.cli.pml_files import write_file
 from cpucache.cli.run import split_sampling
 from cpucache.cli.selection import Selection
 from cpucache.engine import Engine, Preparation, TypingAhead
 from cpucache.errors import InputError
 from cpucache.layout import SchemaLayout
-from cpucache.pml import load_prompt, load_schema
+from cpucache.pml import is_prompt, load_prompt, load_schema
 from cpucache.reuse import Plan
 from cpucache.sessions import default_sessions
 
 COMMANDS = {
     "help": ("", "show this"),
     "modules": ("", "pick modules again"),
+    "save": ("FILE", "write the modules and the last question to a prompt file, for `cpucache run`"),
     "quit": ("", "quit (as does Ctrl-D)"),
 }
 
@@ -49,6 +54,9 @@ def ask(prompt: str | None, schema: str, model: str, max_tokens: int, plain: boo
     Each question is asked about the same modules, without the questions before it (for a conversation, see `cpucache
     chat --prompt`). A question is evaluated while it is typed, word by word: on Enter only the last word remains, and
     the answer begins at once. /modules returns to the list, /help lists the commands.
+
+    /save FILE writes the picked modules and the last question as a PML prompt: `cpucache run FILE -s SCHEMA` gives the
+    same answer, and `cpucache ask FILE -s SCHEMA` begins with them.
 
     With PROMPT, a PML file, the list begins with the modules and arguments of that prompt, and its message is the first
     question. Without a terminal use `cpucache run PROMPT -s SCHEMA`.
@@ -91,6 +99,8 @@ class _Ask:
         self._settings = settings
         self._exactness = exactness
         self._ahead = TypingAhead(self._prepare)
+        self._asked = selection.draft or None
+        """The last question."""
 
     def run(self) -> None:
         """Runs the dialogue until the user leaves."""
@@ -121,10 +131,12 @@ class _Ask:
             try:
                 said = parse(typed, COMMANDS)
                 if isinstance(said, Command):
-                    if said.name != "help":
+                    if said.name in ("modules", "quit"):
                         return said.name == "modules"
-                    for name, (_, about) in COMMANDS.items():
-                        note(f"/{name:<8} {about}")
+                    if said.name == "save":
+                        self._save(said.argument)
+                    else:
+                        self._help()
                 elif said.strip():
                     self._answer(said)
                     number += 1
@@ -139,7 +151,28 @@ class _Ask:
     def _prepare(self, text: str) -> Preparation:
         return self._engine.prepare(self._selection.prompt(text), unfinished=True, **self._exactness)
 
+    def _help(self) -> None:
+        for name, (argument, about) in COMMANDS.items():
+            note(f"{f'/{name} {argument}':<11} {about}")
+
+    def _save(self, name: str) -> None:
+        """Writes the picked modules and the last question to a file, which must be new or a prompt."""
+        if not name:
+            raise InputError("/save FILE: name the file to write the prompt to")
+        # Unlike that of ``Path``, this leaves the name of a user who does not exist as it is.
+        path = Path(os.path.expanduser(name))  # noqa: PTH111
+        written = write_prompt(self._selection.prompt(self._asked))
+        try:
+            if path.exists() and not is_prompt(path.read_text(encoding="utf-8", errors="replace")):
+                raise InputError(f"{path}: this file exists and is not a PML prompt; name another file")
+            write_file(path, written)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from error
+        files = f"{shlex.quote(str(path))} -s {shlex.quote(self._selection.schema.file)}"
+        note(f"written: `cpucache run {files}` asks the same")
+
     def _answer(self, question: str) -> None:
+        self._asked = question
         prompt = self._selection.prompt(question)
         stream = answered(
             lambda **settings: self._engine.stream(prompt, **settings),

@@ -48,6 +48,14 @@ def named_files(arguments: Iterable[str]) -> list[Named]:
     return list(files.values())
 
 
+def write_file(path: Path, text: str) -> None:
+    """Writes a file; replaces an existing one."""
+    if path.exists():
+        write_over(path, text)
+    else:
+        path.write_text(text, encoding="utf-8", newline="")
+
+
 def write_over(path: Path, text: str) -> None:
     """Write a file that takes the place of one that there is, or leave that as it is."""
     path = path.resolve()

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Column
 
 from cpucache.cli.console import err, listing
-from cpucache.cli.pml_files import write_over
+from cpucache.cli.pml_files import write_file
 from cpucache.errors import InputError
 from cpucache.pml.names import flaw, quote
 
@@ -241,10 +241,8 @@ def _write(nodes: list[SchemaNode], name: str, output: Path | None, base: Path) 
     written = write_schema(name, nodes, folder=base)
     if output is None:
         click.echo(written, nl=False)
-    elif output.exists():
-        write_over(output, written)
     else:
-        output.write_text(written, encoding="utf-8", newline="")
+        write_file(output, written)
 
 
 def _tell(line: str) -> None:

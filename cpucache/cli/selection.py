@@ -131,11 +131,11 @@ class Selection:
         """Give the parameter of a row a value."""
         row.around.arguments[row.node.name] = value
 
-    def prompt(self, question: str) -> Prompt:
-        """The prompt that asks a question on what is picked."""
+    def prompt(self, question: str | None) -> Prompt:
+        """The prompt that asks a question on what is picked; ``None`` leaves the question out."""
         root = self._root
         references = tuple(_written(child) for child in root.children)
-        turns = (*self._turns, Turn("user", question, 1))
+        turns = self._turns if question is None else [*self._turns, Turn("user", question, 1)]
         return Prompt(self.schema.name, dict(root.arguments), (*references, *turns), self._file, 1)
 
     @property

@@ -19,7 +19,8 @@ from cpucache.store import text_id
 PlanText: TypeAlias = Callable[[Sequence[Span], Tokens], Plan]
 """Returns the plan of some spans and the tokens after them."""
 SHORTEST = 64
-"""Minimum length, in tokens, of a run of segments spliced from other contexts. Evaluating fewer is as fast."""
+"""Minimum length, in tokens, of a run of segments spliced from other contexts. A shorter run saves little time, and
+what follows is as far from full prefill as after a longer one."""
 QUESTION = 128
 """Maximum length, in tokens, of a question: the segment before the tokens that open the answer. Its slice from another
 context has attended to another text, so it is not spliced, unless it is marked as a part."""

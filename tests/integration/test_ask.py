@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import pytest
 
 from cpucache.engine import Engine, Sampling
+from cpucache.pml import load_prompt, parse_prompt
+from cpucache.pml.canonical import meaning
 from tests.support.command import SCHEMA, cpucache
 from tests.support.sessions import plain_spoken
 from tests.support.terminal import BACKSPACE, CTRL_C, CTRL_D, DOWN, UP, Terminal, pasted, terminal
@@ -102,6 +106,44 @@ def test_modules_are_picked_and_asked_about(speaker: Path, schema: Path) -> None
         there.type(CTRL_D)
         assert there.closed() == 0
     assert [first, second] == expected(speaker, schema, "What is there?", "And when?")
+
+
+def test_a_selection_is_saved_as_a_prompt_that_gives_the_same_answer(
+    speaker: Path, schema: Path, tmp_path: Path
+) -> None:
+    saved, question = tmp_path / "my prompt.xml", 'Is 3 < 4 & "5" > 1?'
+    with asking(speaker, schema) as there:
+        pick(there)
+        # Before there is a question, the modules alone.
+        there.type(f"/save {saved}\r")
+        there.until("asks the same")
+        alone = load_prompt(saved)
+        there.until("1>")
+        there.type(f"{question}\r")
+        said, _ = answer(there)
+        there.until("2>")
+        there.type(f"/save {saved}\r")
+        there.until("asks the same")
+        # Nothing else is replaced.
+        for typed, told in (
+            (f"/save {schema}", "is not a PML prompt"),
+            ("/save", "name the file"),
+            (f"/save {tmp_path / 'none' / 'x.xml'}", "No such file"),
+            ("/save ~nobody-at-all/x.xml", "No such file"),
+        ):
+            there.until("2>")
+            there.type(f"{typed}\r")
+            there.until(told)
+        there.until("2>")
+        there.type(CTRL_D)
+        assert there.closed() == 0
+    wanted = parse_prompt(PICKED.format(escape(question)))
+    assert meaning(load_prompt(saved)) == meaning(wanted)
+    assert meaning(alone.children) == meaning(wanted.children[:-1])
+    assert schema.read_text() == SCHEMA
+    options = ("-m", speaker, "-n", str(LENGTH), "--temp", "0", "--threads", "1", "--json")
+    done = cpucache("run", saved, "-s", schema, *options)
+    assert json.loads(done.out)["text"] == said
 
 
 def test_what_is_typed_is_evaluated_meanwhile_and_changes_no_answer(speaker: Path, schema: Path) -> None:

@@ -462,7 +462,7 @@ def test_at_pythons_own_prompt() -> None:
                 sent += 1
         process.kill()
         os.close(ours)
-    assert re.search(r"made \d+ <prompt schema=\"g\">\s+<f>\s+<a/>", shown), shown
+    assert re.search(r"made \d+ <prompt schema=\"g\">\s+<f><a/></f>", shown), shown
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

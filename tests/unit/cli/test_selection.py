@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpucache.authoring.writing import write_prompt
 from cpucache.cli.selection import Row, Selection
+from cpucache.errors import InputError
 from cpucache.pml import parse_prompt, parse_schema, resolve
+from cpucache.pml.canonical import canonical, meaning
 from cpucache.pml.tree import Module
 
 SCHEMA = parse_schema(
@@ -77,8 +81,11 @@ def test_a_prompt_is_what_the_selection_begins_with() -> None:
     assert (train.name, train.arguments) == ("train", {"class": "first"})  # type: ignore[union-attr]
 
 
-@given(st.lists(st.integers(0, 20), max_size=30))
-def test_whatever_is_picked_can_be_asked(presses: list[int]) -> None:
+LINES = st.text(st.sampled_from(" \t\n\r<>&\"'a]é"), max_size=8)
+
+
+@given(st.lists(st.integers(0, 20), max_size=30), LINES, LINES)
+def test_whatever_is_picked_can_be_asked_and_written(presses: list[int], question: str, value: str) -> None:
     """No order of key presses leads to a prompt that the schema refuses, and each changes the row that was meant."""
     selection = Selection(SCHEMA)
     for press in presses:
@@ -90,5 +97,29 @@ def test_whatever_is_picked_can_be_asked(presses: list[int]) -> None:
         if not row(selection, "days").value:
             selection.give(row(selection, "days"), "one")
     if "train" in selection.names:
-        selection.give(row(selection, "class"), "first")
+        selection.give(row(selection, "class"), f"first{value}")
     resolve(selection.prompt("Where?"), SCHEMA)
+    for asked in (question, None):
+        prompt = selection.prompt(asked)
+        assert meaning(parse_prompt(write_prompt(prompt))) == meaning(prompt)
+
+
+TEXTS = ("<kyoto>In spring.<food/> And\n\n  <temples/></kyoto> and <budget/>\nso on", " a <budget/>", "a]]&gt;b")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("space", ["", " xml:space='preserve'"])
+def test_text_and_turns_of_a_prompt_are_written_as_they_are(text: str, space: str) -> None:
+    turns = "<system>Be kind.</system><user> Hi &amp; bye\n\n</user><assistant/><user>What?</user>"
+    prompt = parse_prompt(f"<prompt schema='trip' days='&#10;two &lt; &quot;3&quot;'{space}>{text}{turns}</prompt>")
+    written = write_prompt(prompt)
+    assert meaning(parse_prompt(written)) == meaning(prompt)
+    assert canonical(written, file="written") == written
+    selection = Selection(SCHEMA, prompt)
+    assert selection.draft == "What?"
+    assert meaning(parse_prompt(write_prompt(selection.prompt("What?")))) == meaning(selection.prompt("What?"))
+
+
+def test_what_pml_can_t_hold_is_no_prompt() -> None:
+    with pytest.raises(InputError, match="the prompt holds U\\+0007, a character that PML can't hold"):
+        write_prompt(Selection(SCHEMA).prompt("ring\a"))
