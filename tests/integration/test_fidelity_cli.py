@@ -108,7 +108,7 @@ def test_all_shows_every_token(command: tuple[str | Path, ...]) -> None:
     shown = invoke(*command, "--all", "--no-advice")
 
     assert len(re.findall(r" (same|differs) +[+-]", shown)) == len(report(command, "--no-advice")["tokens"])
-    assert "furthest off" not in shown
+    assert "with the largest divergence" not in shown
 
 
 def test_without_advice_nothing_is_tried(command: tuple[str | Path, ...], store_home: Path) -> None:

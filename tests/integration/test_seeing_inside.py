@@ -55,7 +55,7 @@ def test_verbose_tells_what_is_done_and_why(where: str, run: Callable[..., Outco
     assert (first.status, again.status) == (0, 0)
     assert rooms(first) == {"cpucache.engine", "cpucache.reuse"}
     assert re.search(r"encoding missing slices: \d+, of \d+ tokens: .*hours.*summer", first.err)
-    assert "makes missing" not in again.err
+    assert "encoding missing" not in again.err
     assert re.search(r"shop: \d+ of \d+ tokens from the cache, first token after", again.err)
     assert "no slice yet" not in first.err, "that is for --debug"
 
