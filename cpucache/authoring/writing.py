@@ -177,5 +177,5 @@ def write_prompt(prompt: Prompt) -> str:
     """
     written = _element("prompt", {"schema": prompt.schema} | prompt.arguments, prompt.children, preserve=False)
     if char := impossible(written):
-        raise InputError(f"the prompt holds {char}, a character that PML can't hold")
+        raise InputError(f"the prompt contains {char}, which PML can't contain: remove it")
     return laid_out(written, "prompt")

@@ -57,7 +57,7 @@ def make_room(
         history.leave_out(leaving)
     if fits(room if when_full == "refuse" else 1):
         return
-    where = f"a context of {n_ctx}" if n_ctx <= known else f"the {known} positions that the model knows"
+    where = f"a context of {n_ctx}" if n_ctx <= known else f"the {known} positions that the model was trained on"
     more = "raise --ctx (n_ctx=…)" if n_ctx < known else ""
     if when_full == "refuse":
         advice = ", or ".join(filter(None, [more, "let old turns leave (when_full='oldest')"]))

@@ -37,7 +37,7 @@ class Namespaces:
             InputError: The name has other characters, or is too long.
         """
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", namespace):
-            raise InputError(f"namespace={namespace!r:.80}: letters, digits, - and _, 64 at most")
+            raise InputError(f"namespace={namespace!r:.80}: must be at most 64 letters, digits, - or _")
         slices = kv_cache.slices.within(namespace, isolate=isolate)
         with self._lock:
             return self._kv_caches.setdefault(_space(slices), kv_cache.within(slices))

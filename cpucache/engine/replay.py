@@ -82,7 +82,7 @@ class Replay:
         return Entry("system", text, {"parts": parts, "pending": []}, metrics={"tokens": len(tokens)})
 
     def _add(self, history: History, pieces: Any, module: str) -> None:
-        """Adds an entry of the transcript to a history; as exact slices of its tokens when a saved slice is gone."""
+        """Adds an entry of the transcript to a history, as exact slices of its tokens if the store lacks its own."""
         if "parts" in pieces:
             history.add_tokens([np.array(part, np.int32) for part in pieces["parts"]], module)
         elif spans := self._saved(pieces):
@@ -97,7 +97,7 @@ class Replay:
         return spans if all(slice_.key in self._host.store for slice_ in loaded) else None
 
     def _reopened(self, pieces: Any) -> list[Span]:
-        """The spans of the first prompt from the transcript; exact slices of its tokens when a saved slice is gone."""
+        """The spans of the first prompt from the transcript; exact slices of its tokens if the store lacks its own."""
         if "segments" not in pieces and (spans := self._saved(pieces)):
             return spans
         return [block.span for block in self._host.slices.cut((), tokens_of(pieces), "first_prompt")]

@@ -186,9 +186,8 @@ class Scheduler:
             ahead = self.prefill is not None and self.prefill.request.priority is Priority.PREPARE
             return min(AHEAD, self._batch) if ahead else self._batch
         step = self._token_seconds.get(len(self.answers))
-        # The prefill has one of the free slots; requests that wait for their turn have the others.
-        free = self._slots - len(self.answers) - 1
-        prompts = 1 + min(len(self.waiting[Priority.ANSWER]), max(0, free))
+        # The prefill has a slot, and as many waiting requests as there are slots left get one next.
+        prompts = 1 + min(len(self.waiting[Priority.ANSWER]), self._slots - len(self.answers) - 1)
         size = _FIRST if step is None or self._rate is None else int(HELD_UP * prompts * step * self._rate)
         return min(self._batch, len(self.answers) + max(_SMALLEST, size))
 

@@ -76,7 +76,7 @@ class Session:
         if when_full not in WHEN_FULL:
             raise InputError(f"when_full={when_full!r}: must be one of {', '.join(WHEN_FULL)}")
         if system is not None and first_prompt is not None:
-            raise InputError("a session begins with a system text or with a prompt, not with both")
+            raise InputError("give a system text or a prompt, not both")
         self.name = name
         self.when_full: WhenFull = when_full
         self._host = host
@@ -241,7 +241,7 @@ class Session:
             self._finish_last()
             answered = bool(self.entries) and self.entries[-1].role == "assistant"
             if not answered and not self.unanswered:
-                raise InputError("there is no answer yet to be given again")
+                raise InputError("there is no answer to replace yet")
             return self._turn(None, len(self.entries) - answered, max_tokens, sampling, progress)
 
     def edit(

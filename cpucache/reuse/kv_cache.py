@@ -28,6 +28,7 @@ from cpucache.store import SliceInfo, Store
 _log = logging.getLogger("cpucache.reuse")
 _FEW = 128
 """Most tokens to evaluate when missing slices share a batch with the tokens after them."""
+_LOOKED_FOR = 60.0  # seconds without a look after which the time of waiting for a slice is forgotten
 
 
 class KVCache:
@@ -53,9 +54,9 @@ class KVCache:
         self._encoder = Encoder(self.splicer, slices)
         self.prefill_rate: float | None = None
         """Tokens evaluated per second, as last measured over 32 tokens or more (the first time, over 8 or more)."""
-        self._waits: dict[str, float] = {}
-        """Keys of slices that tasks wait for another process to encode, and since when. The times outlive the tasks: a
-        task that makes way for others starts over, and waits on."""
+        self._waits: dict[str, tuple[float, float]] = {}
+        """Keys of slices that tasks wait for another process to encode, with the times of the first and the last look.
+        The times outlive the tasks: a task that makes way for others starts over, and waits on."""
 
     def within(self, slices: Slices) -> KVCache:
         """Returns a KV cache that shares this one's context and store, for the slices of a namespace."""
@@ -260,7 +261,12 @@ class KVCache:
     def _waited(self, slices: Iterable[Slice]) -> float:
         """Seconds that all of these slices have been waited for, without progress."""
         now = time.monotonic()
-        return now - max(self._waits.setdefault(slice_.key, now) for slice_ in slices)
+        # Those that nobody has looked for lately were found, or are no longer wanted.
+        self._waits = {key: times for key, times in self._waits.items() if now - times[1] < _LOOKED_FOR}
+        for slice_ in slices:
+            begun, _ = self._waits.get(slice_.key, (now, now))
+            self._waits[slice_.key] = begun, now
+        return now - max(self._waits[slice_.key][0] for slice_ in slices)
 
     def _progressed(self, slices: Iterable[Slice]) -> None:
         """Lets the time of waiting for slices begin anew, since one of them has been encoded."""

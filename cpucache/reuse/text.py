@@ -71,8 +71,8 @@ def _planned(
     *segments, tail = _segments(kv_cache, text, chain.end - start)
     if anywhere or text.parts:
         asked = _question(text, segments, tail)
-        allowed = [each for each in segments if anywhere or text.within(each.begin, each.end)]
-        _find(kv_cache, [each for each in allowed if each not in asked], start)
+        reusable = (each for each in segments if anywhere or text.within(each.begin, each.end))
+        _find(kv_cache, [each for each in reusable if each not in asked], start)
         _drop_short(segments)
         taken = [each for each in segments if each.slice]
         budget = math.ceil(share * sum(len(each.tokens) for each in taken))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cpucache.reuse import Span
+from cpucache.reuse import KVCache, Span
 from cpucache.runtime import Batch
 from cpucache.store import SliceInfo, Store
 from cpucache.store.claims import Claims
@@ -90,3 +90,23 @@ def test_waiting_for_another_process_is_no_encoding(timed: Timed, tmp_path: Path
     somebody.release([slice_.key])
     assert 0 <= report.seconds - timed.seconds < 0.5
     assert kv_cache.store.account().misses == 1
+
+
+def test_patience_begins_anew_for_who_comes_later(
+    timed: Timed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that has ended while it waited does not use up the patience of another one, long after it."""
+    kv_cache = timed.kv_cache
+    kv_cache.store.patience = 0.5
+    monkeypatch.setattr("cpucache.reuse.kv_cache._LOOKED_FOR", 0.3)
+    (slice_,) = chain([some_tokens(40)])
+    somebody = Claims(tmp_path / "claims")
+    assert somebody.take(slice_.key)
+    task = KVCache.encode(kv_cache, kv_cache.only, [slice_])
+    assert not next(task).runs
+    task.close()
+    time.sleep(0.6)
+    started = time.monotonic()
+    assert kv_cache.encode([slice_]).new == {slice_}
+    assert time.monotonic() - started > 0.5
+    somebody.release([slice_.key])

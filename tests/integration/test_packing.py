@@ -15,7 +15,7 @@ from tests.support.tiny import ARCHS, HYBRID_ARCHS, RECURRENT_ARCHS
 from tests.support.workbench import distance
 
 Tiny = Callable[..., Path]
-TEXT = message(1, 120)
+TEXT = message(1, 240)  # long enough for the headers of files not to matter
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -33,7 +33,7 @@ def test_an_answer_after_a_restart_is_near(arch: str, tiny: Tiny, tmp_path: Path
             sizes[at_rest] = totals["bytes"]
         assert distance(again.rows[0], first.rows[0]) < (0.02 if at_rest == "f16" else 0.6)
     attends = arch not in RECURRENT_ARCHS or arch in HYBRID_ARCHS
-    assert max(sizes["q8_0"], sizes["q4_0"]) < 0.75 * sizes["f16"] or not attends
+    assert max(sizes["q8_0"], sizes["q4_0"]) < 0.7 * sizes["f16"] or not attends
 
 
 def test_slices_of_one_way_are_not_found_by_another(tiny: Tiny, tmp_path: Path) -> None:

@@ -128,37 +128,31 @@ def test_a_text_to_stop_at_and_log_probabilities(served: Served) -> None:
         assert each.logprob == max(one.logprob for one in each.top_logprobs) <= 0
 
 
-def test_an_answer_follows_a_json_schema(served: Served) -> None:
-    schema: dict[str, Any] = {"type": "object", "properties": {"age": {"type": "integer"}, "ok": {"type": "boolean"}}}
-    schema["required"] = ["age", "ok"]
+def answers_after(served: Served, properties: dict[str, Any], temperature: float) -> Iterator[dict[str, Any]]:
+    """Objects that the model writes after a JSON schema with these properties."""
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
     for seed in range(3):
         answer = served.openai.chat.completions.create(
             messages=ASKED,
             model="any",
             seed=seed,
-            temperature=1.2,
-            max_tokens=200,
+            temperature=temperature,
+            max_tokens=400,
             response_format={"type": "json_schema", "json_schema": {"name": "p", "schema": schema}},
         )
-        value = json.loads(answer.choices[0].message.content or "")
+        yield json.loads(answer.choices[0].message.content or "")
+
+
+def test_an_answer_follows_a_json_schema(served: Served) -> None:
+    for value in answers_after(served, {"age": {"type": "integer"}, "ok": {"type": "boolean"}}, 1.2):
         assert set(value) == {"age", "ok"}
         assert isinstance(value["age"], int) and isinstance(value["ok"], bool)
 
 
 def test_strings_of_a_json_schema_are_json(served: Served) -> None:
     """This model is as likely to write a control character as any other, which JSON allows only escaped."""
-    schema = {"type": "object", "properties": {"text": {"type": "string", "minLength": 40, "maxLength": 60}}}
-    schema["required"] = ["text"]
-    for seed in range(3):
-        answer = served.openai.chat.completions.create(
-            messages=ASKED,
-            model="any",
-            seed=seed,
-            temperature=2.0,
-            max_tokens=400,
-            response_format={"type": "json_schema", "json_schema": {"name": "p", "schema": schema}},
-        )
-        assert set(json.loads(answer.choices[0].message.content or "")) == {"text"}
+    for value in answers_after(served, {"text": {"type": "string", "minLength": 40, "maxLength": 60}}, 2.0):
+        assert set(value) == {"text"}
 
 
 def test_a_tool_is_called_and_its_result_read(served: Served) -> None:

@@ -44,10 +44,10 @@ def expected(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
 
 def test_a_killed_process_leaves_whole_slices_or_none(tiny: Tiny, tmp_path: Path) -> None:
-    seen = stress.crash(tiny("llama"), tmp_path, 15)
+    seen = stress.crash(tiny("llama"), tmp_path, 15, saved=101)
     assert (seen.lost, seen.bad) == ([], [])
-    assert seen.kills == 15
-    assert seen.saved > 0
+    assert seen.kills >= 15
+    assert seen.saved > 100
 
 
 def test_a_process_killed_while_it_evicts_leaves_the_account_right(tiny: Tiny, tmp_path: Path) -> None:

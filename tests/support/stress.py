@@ -6,6 +6,7 @@ run the engine on a tiny model; they are forked from a clean one that has import
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import multiprocessing
@@ -30,6 +31,7 @@ from cpucache.store import Store
 from cpucache.store.slicefile import Damaged, SliceFiles
 from cpucache.store.upkeep import verify
 
+_MOST = 20  # times as many kills as asked for, until enough is saved
 _HOMES_OF = 20  # kills until a crash test starts a new store, so that checking all of it stays quick
 _N_CTX = 2048
 PLENTY = 1 << 40
@@ -129,20 +131,24 @@ class Crashes:
 
 
 def crash(
-    model: Path, folder: Path, kills: int, *, budget: int = PLENTY, longest: float = 1.0, seed: int = 0
+    model: Path, folder: Path, kills: int, *, saved: int = 0, budget: int = PLENTY, longest: float = 1.0, seed: int = 0
 ) -> Crashes:
     """Let processes encode and save, kill each at a random moment of up to ``longest`` seconds, and look at the store.
 
     Every process goes on in the store that the one before has left. With a small ``budget`` they are killed while they
-    evict, too; slices that are not there do not count as lost then.
+    evict, too; slices that are not there do not count as lost then. On a slow machine more than ``kills`` are needed
+    for at least ``saved`` slices to be saved in all.
     """
     report = Crashes()
     rng = random.Random(seed)
-    saved: set[str] = set()
-    for turn in range(kills):
+    known: set[str] = set()
+    for turn in itertools.count():
+        if turn >= kills and report.saved >= saved:
+            break
+        assert turn < _MOST * kills, "hardly a slice is saved between two kills"
         home = folder / str(turn // _HOMES_OF)
         if turn % _HOMES_OF == 0:
-            saved.clear()
+            known.clear()
         here, there = _processes.Pipe(duplex=False)
         child = _processes.Process(target=_encode_for_ever, args=(model, home, budget, turn, there))
         child.start()
@@ -154,11 +160,11 @@ def crash(
         child.join()
         here.close()
         assert child.exitcode == -signal.SIGKILL, f"the process ended by itself: {child.exitcode}"
-        saved |= reported
+        known |= reported
         report.kills += 1
         report.saved += len(reported)
         report.unanswered += not reported
-        _inspect(home, saved, budget, report)
+        _inspect(home, known, budget, report)
     return report
 
 

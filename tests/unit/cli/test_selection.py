@@ -121,5 +121,5 @@ def test_text_and_turns_of_a_prompt_are_written_as_they_are(text: str, space: st
 
 
 def test_what_pml_can_t_hold_is_no_prompt() -> None:
-    with pytest.raises(InputError, match="the prompt holds U\\+0007, a character that PML can't hold"):
+    with pytest.raises(InputError, match="the prompt contains U\\+0007, which PML can't contain"):
         write_prompt(Selection(SCHEMA).prompt("ring\a"))

@@ -210,7 +210,7 @@ def test_a_conversation_that_goes_on_loses_nothing(talk: list[Message], more: li
     sent = asked(SYSTEM, *talk, *more)
     size = next(iter(np.flatnonzero(sent.tokens[: known.size] != known.tokens)), known.size)
     assert explain(Asked(sent.tokens, sent.size, sent.roles, (), ((int(size), sent.size),)), [known], read) is None or (
-        # Unless what is new repeats what was there.
+        # Unless what is new repeats what was there: a run of ``RUN`` tokens, which counts as shared text.
         any(said in text for _, said in more for text in (read(known.tokens),))
         or nearest(sent.prompt, [known])[2][int(size) :].sum() >= RUN  # type: ignore[index]
     )
