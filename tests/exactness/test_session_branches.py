@@ -351,7 +351,7 @@ def test_a_damaged_beginning_is_named(member: str, value: object, tiny: Tiny, tm
 def test_a_prompt_and_a_system_text_exclude_each_other(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path) as running:
         running.add_schema(parse_schema(SCHEMA))
-        with pytest.raises(InputError, match="not with both"):
+        with pytest.raises(InputError, match="a system text or a prompt, not both"):
             running.session("s", system=SYSTEM, prompt=PROMPT)
         # Nobody was left waiting at the door.
         running.session("s").close()

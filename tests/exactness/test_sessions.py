@@ -276,6 +276,6 @@ def test_another_model_another_beginning_or_a_closed_session_is_refused(tiny: Ti
     with engine(tiny("qwen2"), tmp_path) as running, pytest.raises(InputError, match="conversation 's' is with llama"):
         running.session("s")
     with engine(tiny("llama"), tmp_path) as running, running.session("new") as session:
-        with pytest.raises(InputError, match="no answer yet"):
+        with pytest.raises(InputError, match="no answer to replace yet"):
             session.regenerate()
         assert not session.unanswered
