@@ -69,6 +69,7 @@ class Request(Generic[T]):
         """Called when the request ends."""
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._put: Callable[[Event], None] = self._events.put
+        self._progress: tuple[int, int] | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._result: T | None = None
@@ -88,8 +89,10 @@ class Request(Generic[T]):
         self._put(piece)
 
     def progress(self, done: int, total: int) -> None:
-        """Hands out progress in tokens."""
-        self._put((done, total))
+        """Hands out progress in tokens, if it has changed. A task that starts over repeats what it has told."""
+        if (done, total) != self._progress:
+            self._progress = (done, total)
+            self._put(self._progress)
 
     def end(self, result: T | None = None, error: BaseException | None = None) -> None:
         """Ends the request with a result, an error, or neither. Called once."""

@@ -102,13 +102,17 @@ def test_answers_come_first(asked: Engine) -> None:
     """They interrupt it, and it goes on behind them."""
     wanted = asked.generate(prompt("<a/>"), max_tokens=5).text
     answers: list[str] = []
+    dones: list[int] = []
 
     def told(done: int, total: int) -> None:
+        dones.append(done)
         if done < total:
             answers.append(asked.generate(prompt("<a/>"), max_tokens=5).text)
 
     asked.refine(progress=told)
     assert answers and set(answers) == {wanted}
+    # However often it starts over, its progress is told once.
+    assert dones == sorted(set(dones))
     for order in ORDERS:
         check_is_exact(asked, order)
 
