@@ -12,11 +12,7 @@ from cpucache.reuse.work import Work
 from cpucache.runtime import Batch
 
 HELD_UP = 2.0
-"""Time limit for a chunk of a prefill beside running answers, in steps that evaluate one token for each answer.
-
-The limit is multiplied by the number of prompts that have a slot and wait for their first token: the more of them wait,
-the larger the share of prefill.
-"""
+"""Time limit for a chunk of a prefill beside running answers, in steps that evaluate one token for each answer."""
 _FIRST = 16  # tokens of a chunk before the rate of the prefill is known
 _SMALLEST = 4  # tokens of a chunk, however slow the prefill is
 AHEAD = 64
@@ -186,9 +182,7 @@ class Scheduler:
             ahead = self.prefill is not None and self.prefill.request.priority is Priority.PREPARE
             return min(AHEAD, self._batch) if ahead else self._batch
         step = self._token_seconds.get(len(self.answers))
-        # The prefill has a slot, and as many waiting requests as there are slots left get one next.
-        prompts = 1 + min(len(self.waiting[Priority.ANSWER]), self._slots - len(self.answers) - 1)
-        size = _FIRST if step is None or self._rate is None else int(HELD_UP * prompts * step * self._rate)
+        size = _FIRST if step is None or self._rate is None else int(HELD_UP * step * self._rate)
         return min(self._batch, len(self.answers) + max(_SMALLEST, size))
 
     def learn(self, chunk: int, seconds: float) -> None:

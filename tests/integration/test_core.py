@@ -471,7 +471,7 @@ def test_one_that_only_waits_makes_way_for_those_that_can_start(monkeypatch: pyt
     assert scheduler.overtaken() is None
 
 
-def test_a_chunk_takes_as_long_as_two_steps_for_each_prompt_that_waits() -> None:
+def test_a_chunk_takes_as_long_as_two_steps() -> None:
     def batch(scheduler: Scheduler, chunk: int) -> Batch:
         batch = Batch()
         jobs, size = scheduler.fill(batch)
@@ -497,12 +497,6 @@ def test_a_chunk_takes_as_long_as_two_steps_for_each_prompt_that_waits() -> None
     for job in scheduler.answers:
         job.work = Work([Run(0, 0, np.zeros(1, np.int32))], answers=True)
     assert batch(scheduler, 40).size == 42
-    # Of the three prompts that wait, one has a free slot besides the prefill: twice the time for both.
-    for _ in range(3):
-        scheduler.add(Request(lambda _: iter(())))  # type: ignore[arg-type,return-value]
-    for job in scheduler.answers:
-        job.work = Work([Run(0, 0, np.zeros(1, np.int32))], answers=True)
-    assert batch(scheduler, 80).size == 82
     # Alone, a whole batch.
     scheduler.answers = []
     alone = Batch()
