@@ -31,9 +31,9 @@ class PromptText(str):
     @classmethod
     def of(cls, prompt: str, schema: str) -> PromptText:
         """Returns a prompt with the PML of its schema."""
-        made = cls(prompt)
-        made._schema = schema
-        return made
+        created = cls(prompt)
+        created._schema = schema
+        return created
 
     def get_schema(self) -> str:
         """Returns the PML of the schema."""

@@ -74,8 +74,8 @@ def measure_encode(engine: Engine, schema: str, *, repeat: int, say: Callable[[s
         for run in range(repeat):
             say(f"encoding '{schema}' ({run + 1}/{repeat})")
             engine.use_store(Store(Path(folder) / str(run), ram_budget=1 << 40))
-            made = _timed(engine, schema, report.encode)
-            report.slices, report.tokens, report.bytes = made.slices, made.tokens, made.bytes
+            encoded = _timed(engine, schema, report.encode)
+            report.slices, report.tokens, report.bytes = encoded.slices, encoded.tokens, encoded.bytes
             engine.forget()
             _timed(engine, schema, report.again)
             if len(text) < engine.context.n_ctx:
@@ -88,7 +88,7 @@ def measure_encode(engine: Engine, schema: str, *, repeat: int, say: Callable[[s
 def _timed(engine: Engine, schema: str, series: Series) -> Encoded:
     """Encode a schema, and note the milliseconds until its slices are on disk."""
     started = time.perf_counter()
-    made = engine.encode(schema)
+    encoded = engine.encode(schema)
     engine.store.flush()
     series.values.append((time.perf_counter() - started) * 1000)
-    return made
+    return encoded

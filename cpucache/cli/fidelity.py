@@ -205,12 +205,12 @@ def _trials(report: FidelityReport) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     now = report.now
     for trial in report.trials:
-        apart = trial.distance
+        distance = trial.distance
         helps = report.gain(trial) > 0
         table.add_row(
             Text(trial.change, style="bold" if helps else "dim"),
-            f"{now.distance.kl_mean:.4f} → {apart.kl_mean:.4f}",
-            f"{now.distance.agrees.mean():.0%} → {apart.agrees.mean():.0%}" if len(apart.agrees) else "",
+            f"{now.distance.kl_mean:.4f} → {distance.kl_mean:.4f}",
+            f"{now.distance.agrees.mean():.0%} → {distance.agrees.mean():.0%}" if len(distance.agrees) else "",
             _signed(report.delay_ms(trial)),
             f"+{decimal(trial.bytes)}" if trial.bytes else "",
         )

@@ -103,8 +103,8 @@ def run(
                 click.echo(printed(piece), nl=False)
         finally:
             click.echo()
-        made = [slice_.key for slice_ in stream.plan.wanted if slice_.context is not None]
-        figures = _figures(stream.metrics, saved=not engine.store.kept(made).missing)
+        encoded = [slice_.key for slice_ in stream.plan.wanted if slice_.context is not None]
+        figures = _figures(stream.metrics, saved=not engine.store.kept(encoded).missing)
         err.print(f"[dim]{escape(figures)}[/dim]", soft_wrap=True)
         if profiling:
             err.print(profile_table(_split(profile, stream.metrics)))
@@ -149,8 +149,8 @@ def _figures(metrics: Metrics, *, saved: bool) -> str:
     if metrics.encoded_tokens:
         # Slices right before the question are evaluated in one batch with it, which takes no additional time.
         spent = f" in {seconds(metrics.encode_ms)}" if metrics.encode_ms else ""
-        made = f"{metrics.encoded_tokens:,} tokens encoded{spent}"
-        parts.append(f"{made}, saved for next time" if saved else made)
+        told = f"{metrics.encoded_tokens:,} tokens encoded{spent}"
+        parts.append(f"{told}, saved for next time" if saved else told)
     if metrics.completion_tokens > 1:
         parts.append(f"{1000 / metrics.tpot_ms:.1f} tok/s")
     if metrics.finish == "length":

@@ -60,9 +60,9 @@ class _Row:
         """Returns the contexts of its slices, each with the number of tokens."""
         found: dict[tuple[str, ...], int] = {}
         for segment, slices in self.segments:
-            for behind in {slice_.behind for slice_ in slices}:
+            for attended in {slice_.attended for slice_ in slices}:
                 # A text that is cut into several slices attends to its own beginning.
-                others = tuple(name for name in behind if name != (self.path or "(schema)"))
+                others = tuple(name for name in attended if name != (self.path or "(schema)"))
                 found[others] = found.get(others, 0) + len(segment.tokens)
         return found
 
@@ -255,7 +255,7 @@ def _as_dict(layout: SchemaLayout, looked: Looked, rows: list[_Row]) -> dict[str
                 "bytes": row.extent.own * each if each and row.saved else None,
                 "unused": row.unused,
                 "cached_tokens": row.cached,
-                "contexts": [{"behind": list(behind), "tokens": count} for behind, count in row.contexts.items()],
+                "contexts": [{"behind": list(attended), "tokens": count} for attended, count in row.contexts.items()],
             }
             for row in rows
         ],

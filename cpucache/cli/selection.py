@@ -115,13 +115,13 @@ class Selection:
                 others = [around.of(member) for member in node.members]
                 around.children = [child for child in around.children if child not in others]
         order = list(tree.modules_of(around.scope))
-        behind = set(order[order.index(module.name) :])
+        following = set(order[order.index(module.name) :])
         # Before the modules that follow it in the schema, wherever the prompt has those.
         at = next(
             (
                 index
                 for index, child in enumerate(around.children)
-                if isinstance(child, Picked) and getattr(child.scope, "name", "") in behind
+                if isinstance(child, Picked) and getattr(child.scope, "name", "") in following
             ),
             len(around.children),
         )

@@ -170,7 +170,7 @@ def examine(
 
 def _try(host: Host, question: Question, true: Truth, change: str, max_tokens: int) -> Trial:
     """Measures the TTFT of a prompt with empty slots, and its distance from ``true``."""
-    made = encode(host, question.plan().wanted, question.label)
+    encoded = encode(host, question.plan().wanted, question.label)
     try:
         times: list[float] = []
         text = ""
@@ -190,6 +190,6 @@ def _try(host: Host, question: Question, true: Truth, change: str, max_tokens: i
         plan = question.plan()
         found = host.do(lambda slot, _: distance(host.kv_cache, slot, plan, true, question.label))
     finally:
-        for slice_ in made.new:
+        for slice_ in encoded.new:
             host.store.discard(slice_.key)
-    return Trial(change, replace(found, text=text, ttft_ms=median(times)), made.bytes)
+    return Trial(change, replace(found, text=text, ttft_ms=median(times)), encoded.bytes)

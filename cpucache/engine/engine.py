@@ -124,7 +124,7 @@ class Engine:
         self._share(host)
         self.model, self.context = host.model, host.context
         self.fingerprint = host.slices.fingerprint
-        self._opening = threading.Lock()
+        self._open_lock = threading.Lock()
         self._folder = Path(sessions) if sessions else None
         self._transcripts: Transcripts | None = None
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -153,7 +153,7 @@ class Engine:
         other._share(self.host.within(namespace, isolate=isolate))
         other._folder = (self._folder or default_sessions()) / "namespaces" / namespace
         other._transcripts = None
-        with self._opening:
+        with self._open_lock:
             self._opened.callback(other._close_transcripts)
         return other
 
@@ -528,7 +528,7 @@ class Engine:
             CpucacheError: The conversation is open elsewhere, or can't be read.
         """
         first_prompt = None if prompt is None else self.planner.first_prompt(prompt, fidelity=fidelity, reuse=reuse)
-        with self._opening:
+        with self._open_lock:
             if self._transcripts is None:
                 self._transcripts = Transcripts(self._folder)
             session = Session(

@@ -387,11 +387,11 @@ class Session:
         tokens, pending = self._answered(answer)
         said = joined([turn.pending, tokens])
         history = turn.history
-        made = history.add_tokens([said], f"turn {turn.number}")
+        slices = history.add_tokens([said], f"turn {turn.number}")
         pieces = {"parts": [said.tolist()], "pending": pending.tolist()}
         metrics = asdict(answer.metrics) | {"tokens": len(tokens) + len(pending)}
         self._transcript.put(turn.keep, [Entry("assistant", answer.text, pieces, history.left_out, metrics)])
-        answer.capture(made, self._label)
+        answer.capture(slices, self._label)
         self._state = State(history, turn.turns, pending, asks=False)
         self._hold(history.slices)
 

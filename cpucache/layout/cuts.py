@@ -26,7 +26,7 @@ _UNKNOWN = 255
 # Ranks of boundaries, the weakest first.
 _WORD, _SENTENCE, _LINE, _PARAGRAPH, _EDGE, _HEADER, _CERTAIN = 0, 1, 2, 3, 4, 5, 6
 _NEARBY = 4  # tokens of a message's header, such as <|im_start|>user, before its line break
-_OPENING = re.compile(r"#{1,6}\s|#{1,6}$|```|~~~|===|---|[-*•]\s?$")
+_BLOCK_START = re.compile(r"#{1,6}\s|#{1,6}$|```|~~~|===|---|[-*•]\s?$")
 _SENTENCE_END = (".", "!", "?", "。", "！", "？")
 _Numbers = npt.NDArray[np.int64]
 _Flags = npt.NDArray[np.bool_]
@@ -124,15 +124,15 @@ class Cuts:
         for _ in range(_NEARBY):
             control = np.maximum(control, _shifted(control))
         stops = (flags & _STOP) > 0
-        before, behind = slice(0, -1), slice(1, None)
-        opens, space = (flags[behind] & _OPENS) > 0, (flags[behind] & _SPACE) > 0
+        before, after = slice(0, -1), slice(1, None)
+        opens, space = (flags[after] & _OPENS) > 0, (flags[after] & _SPACE) > 0
         ranks: _Numbers = np.where(stops[before] & space, _SENTENCE, _WORD)
         ranks[breaks[before] >= 1] = _LINE
         ranks[(breaks[before] >= 2) | ((breaks[before] >= 1) & opens)] = _PARAGRAPH
         ranks[ends[before] > 0] = _EDGE
         ranks[(breaks[before] >= 1) & (control[before] > 0)] = _HEADER
         # White space belongs to the segment of the text before it.
-        ranks[blank[behind] > 0] = _WORD
+        ranks[blank[after] > 0] = _WORD
         return ranks
 
     def _learn(self, tokens: Tokens) -> None:
@@ -145,7 +145,7 @@ class Cuts:
             flags = _END if self._vocabulary.ends_generation(token) else 0
             flags |= _CONTROL if self._vocabulary.is_control(token) else 0
             flags |= _BLANK if text and not bare else 0
-            flags |= _OPENS if _OPENING.match(text) else 0
+            flags |= _OPENS if _BLOCK_START.match(text) else 0
             flags |= _STOP if bare.endswith(_SENTENCE_END) else 0
             flags |= _SPACE if text[:1].isspace() else 0
             # Flags are written last: they tell other threads that the token is known.
@@ -177,14 +177,14 @@ class Cuts:
         long = (gaps[:-1] >= self.least) | (gaps[1:] >= self.least) | (ranks[strong] >= _EDGE)
         anchors = strong[long]
         rank = ranks[anchors]
-        apart = max(1, self.least // 4)
-        near = np.diff(anchors) < apart
+        spacing = max(1, self.least // 4)
+        near = np.diff(anchors) < spacing
         drop = np.zeros(len(anchors), bool)
         drop[1:] |= near & (rank[:-1] >= rank[1:])
         # A message's header stays in the segment of the message before it; the content begins a segment.
         drop[:-1] |= near & (rank[:-1] == _EDGE) & (rank[1:] == _HEADER)
         if part:
-            drop |= (anchors + 1 < apart) | (len(ranks) - anchors < apart)
+            drop |= (anchors + 1 < spacing) | (len(ranks) - anchors < spacing)
         result = np.zeros(len(ranks), bool)
         result[anchors[~drop]] = True
         return result

@@ -79,21 +79,21 @@ class ChatTemplate:
         return (self._end_system if previous == "system" else "") + self._generation
 
     def _take_apart(self, render: _Renderer, bos: str) -> None:
-        before_user, behind_user = _around(render("user"), "user")
-        behind_user_open = _around(render("user", generation=True), "user")[1]
-        end_user = _shared(behind_user, behind_user_open)
-        generation = behind_user_open[len(end_user) :]
+        before_user, after_user = _around(render("user"), "user")
+        after_user_open = _around(render("user", generation=True), "user")[1]
+        end_user = _shared(after_user, after_user_open)
+        generation = after_user_open[len(end_user) :]
 
-        between, behind = _around(_around(render("user", "assistant", "again"), "user")[1], "assistant")
-        between_turns = _around(behind, "again")[0]
+        between, after = _around(_around(render("user", "assistant", "again"), "user")[1], "assistant")
+        between_turns = _around(after, "again")[0]
         # Templates may end the last message differently: the common prefix of both endings belongs to the role.
         end_assistant = _shared(_around(render("user", "assistant"), "assistant")[1], between_turns)
         start_assistant = between.removeprefix(end_user) if between.startswith(end_user) else generation
         start_user = between_turns[len(end_assistant) :]
 
         try:
-            before_system, behind_system = _around(render("system", "user"), "system")
-            joint = _around(behind_system, "user")[0]
+            before_system, after_system = _around(render("system", "user"), "system")
+            joint = _around(after_system, "user")[0]
             # ``bos`` is removed where it only opens the text, and kept where the template begins every turn with it.
             start_system = before_system if start_user.startswith(bos) else before_system.removeprefix(bos)
         except _Unusable:

@@ -49,11 +49,11 @@ def _parsed(data: str | bytes, file: str, limits: Limits) -> Prompt:
     schema = arguments.pop("schema", "")
     if "schema" in root.attributes and (problem := flaw(schema)):
         root.report(f"illegal schema name {quote(schema)}: {problem}")
-    before, behind = shape.parts
+    before, after = shape.parts
     children: list[Reference | Text | Turn] = []
     turn: Turn | None = None
     for child in root.children:
-        known = None if isinstance(child, Text) else behind.find(child.tag)
+        known = None if isinstance(child, Text) else after.find(child.tag)
         node = child if isinstance(child, Text) else _turn(child, known) if known else _reference(child, before)
         if isinstance(node, Turn):
             turn = node

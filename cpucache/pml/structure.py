@@ -62,7 +62,7 @@ class Shape:
     """Allowed attributes, in canonical order."""
     takes_any: bool = False
     """Whether other attributes are allowed."""
-    alone: frozenset[str] = frozenset()
+    without_content: frozenset[str] = frozenset()
     """Attributes of a tag without content."""
     parts: list[Part] = field(default_factory=list)
     """Parts of the content, in order."""
@@ -156,7 +156,7 @@ class _Grammar:
             # An attribute, or else content.
             attribute, content = pattern
             self._attribute(shape, attribute, required=False)
-            shape.alone |= {str(attribute.get("name"))}
+            shape.without_content |= {str(attribute.get("name"))}
             self._take(shape, content)
         elif kind == "empty":
             shape.parts.append(Part())

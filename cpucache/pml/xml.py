@@ -69,7 +69,9 @@ class Element:
 
     def has_too_much(self, shape: Shape) -> bool:
         """Whether it has content, where the tag can have none, with these attributes or at all."""
-        bare = not shape.alone.isdisjoint(self.attributes) or not any(part.text or part.shapes for part in shape.parts)
+        bare = not shape.without_content.isdisjoint(self.attributes) or not any(
+            part.text or part.shapes for part in shape.parts
+        )
         return bare and has_content(self)
 
 

@@ -59,7 +59,7 @@ class Chain:
         It is saved at position ``reserved``, or at the end of the chain where the chain already extends beyond that.
         """
         start = self.end if reserved is None else max(reserved, self.end)
-        return self._slices.make(self.spans, tokens, module, start=start, trail=self.trail)
+        return self._slices.create(self.spans, tokens, module, start=start, trail=self.trail)
 
     def only(self, texts: Iterable[bytes]) -> Chain:
         """Chain of the spans that hold, and attended to, only the given texts, moved back to back.

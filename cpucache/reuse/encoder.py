@@ -26,7 +26,7 @@ _BATCH = 512
 # Tokens evaluated in place before finished slices are reported.
 _STEP = 256
 # Distance, in tokens, between saved recurrent states inside a long message.
-_APART = 1024
+_BETWEEN_POINTS = 1024
 _HEADER = 16  # most tokens of the header that starts an answer
 _SHORT = 64  # least tokens between a saved recurrent state and one at the end of a message
 
@@ -79,7 +79,7 @@ class Encoder:
         self._context = splicer.context
 
     def encode(
-        self, slot: Slot, slices: Iterable[Slice], state: State, made: OnNewSlice, progress: Step | None = None
+        self, slot: Slot, slices: Iterable[Slice], state: State, on_slice: OnNewSlice, progress: Step | None = None
     ) -> Task[None]:
         """Evaluates slices in a slot.
 
@@ -90,7 +90,7 @@ class Encoder:
             slot: The slot that holds the contexts; its contents are replaced.
             slices: The slices to encode, in order: slices of a context come before the slices that need them.
             state: Returns the saved state of a slice of a context.
-            made: Called with each new slice as soon as its state is captured.
+            on_slice: Called with each new slice as soon as its state is captured.
             progress: Called with the number of tokens of each batch.
         """
         scattered = False
@@ -101,20 +101,20 @@ class Encoder:
             short = [run for run in runs if len(run.tokens) <= room and self._context.memory.moves]
             beside = len(short) > 1 or any(run.first.delta for run in short)
             batches = list(_batches(short, room, len(self._splicer.free) - 1)) if beside else []
-            placed = {run for batch in batches for run in batch}
-            batches += [[run] for run in runs if run.first.delta and run not in placed]
+            batched = {run for batch in batches for run in batch}
+            batches += [[run] for run in runs if run.first.delta and run not in batched]
             for batch in batches:
                 scattered = True
                 yield from self._splicer.build(slot, context, state)
-                yield from self._side_by_side(slot, batch, made, progress)
+                yield from self._side_by_side(slot, batch, on_slice, progress)
             for run in runs:
-                if run not in placed and not run.first.delta:
-                    yield from self._in_place(slot, run, state, made, progress)
+                if run not in batched and not run.first.delta:
+                    yield from self._in_place(slot, run, state, on_slice, progress)
         if scattered:
             # An empty slot leaves free cells in one piece, and contiguous cells load faster.
             self._splicer.reset(slot)
 
-    def _in_place(self, slot: Slot, run: _Run, state: State, made: OnNewSlice, progress: Step | None) -> Task[None]:
+    def _in_place(self, slot: Slot, run: _Run, state: State, on_slice: OnNewSlice, progress: Step | None) -> Task[None]:
         """Evaluates slices at their positions in the slot, which keeps them.
 
         Finished slices are reported before more tokens are evaluated: they are saved meanwhile, and Ctrl-C loses
@@ -136,28 +136,28 @@ class Encoder:
                     if captured is None:
                         lost.append(slice_)
                     else:
-                        made(NewSlice(slice_, captured, seconds * len(slice_.tokens)))
+                        on_slice(NewSlice(slice_, captured, seconds * len(slice_.tokens)))
                 assert len(batch) > 1 or not lost, "the state of a slice can be saved right after its evaluation"
                 for slice_ in lost:
                     # Its cells have left the sliding window and were overwritten by the tokens evaluated after it.
-                    yield from self._in_place(slot, _Run([slice_]), state, made, progress)
+                    yield from self._in_place(slot, _Run([slice_]), state, on_slice, progress)
                 last = batch[-1]
                 if self._slices.memory.points:
                     point = NewSlice(self._slices.point(last), self._splicer.capture_point(slot), seconds * len(tokens))
                     if last in points:
-                        made(point)
+                        on_slice(point)
                         point = None
         except BaseException:
             # The next prompt can extend the tokens evaluated before an interruption.
             if point:
-                made(point)
+                on_slice(point)
             raise
 
     def _points(self, slices: Sequence[Slice]) -> set[Slice]:
         """Slices after which the recurrent state is saved.
 
         These are the last slice, the slices that end a message ``_SHORT`` tokens or more after the previous point, and
-        one about every ``_APART`` tokens in between.
+        one about every ``_BETWEEN_POINTS`` tokens in between.
         """
         if not self._slices.memory.points:
             return set()
@@ -169,7 +169,7 @@ class Encoder:
             # Only the header of the answer follows the last message, and the last slice is a point anyway.
             inside = slice_.end < slices[-1].end - _HEADER
             message = since >= _SHORT and inside and self._slices.cuts.ends_message(slice_.tokens)
-            if message or slice_.start // _APART != slice_.end // _APART:
+            if message or slice_.start // _BETWEEN_POINTS != slice_.end // _BETWEEN_POINTS:
                 points.add(slice_)
                 since = 0
         return points
@@ -185,26 +185,28 @@ class Encoder:
         if step:
             yield step
 
-    def _side_by_side(self, slot: Slot, batch: Sequence[_Run], made: OnNewSlice, progress: Step | None) -> Task[None]:
+    def _side_by_side(
+        self, slot: Slot, batch: Sequence[_Run], on_slice: OnNewSlice, progress: Step | None
+    ) -> Task[None]:
         """Evaluates runs after the context that a slot holds, each run in its own sequence."""
         try:
-            yield from self._beside(slot, batch, made, progress)
+            yield from self._beside(slot, batch, on_slice, progress)
         except BaseException:
             self._splicer.reset(slot)
             raise
 
-    def _beside(self, slot: Slot, batch: Sequence[_Run], made: OnNewSlice, progress: Step | None) -> Task[None]:
+    def _beside(self, slot: Slot, batch: Sequence[_Run], on_slice: OnNewSlice, progress: Step | None) -> Task[None]:
         context, scratch = self._context, self._splicer.scratch
         # Nothing may stay in the scratch sequence across an evaluation: other tasks may save through it meanwhile.
         spare, *free = self._splicer.free
-        placed = list(zip(free, batch, strict=False))
-        for sequence, _ in placed:
+        pairs = list(zip(free, batch, strict=False))
+        for sequence, _ in pairs:
             context.share(slot.sequence, sequence)
-        runs = [Run(sequence, run.first.start - run.first.delta, run.tokens) for sequence, run in placed]
+        runs = [Run(sequence, run.first.start - run.first.delta, run.tokens) for sequence, run in pairs]
         started = time.perf_counter()
         yield Work(list(runs), progress=progress)
         seconds = (time.perf_counter() - started) / sum(len(run.tokens) for run in runs)
-        for (sequence, run), evaluated in zip(placed, runs, strict=True):
+        for (sequence, run), evaluated in zip(pairs, runs, strict=True):
             if evaluated.start:
                 context.remove(sequence, 0, evaluated.start)
             if run.first.delta:
@@ -213,12 +215,12 @@ class Encoder:
             # llama_memory_seq_add only records a shift; the next llama_decode applies it, so any token will do.
             yield Work([Run(spare, 0, np.array([context.model.filler], np.int32))])
             context.remove(spare)
-        for sequence, run in placed:
+        for sequence, run in pairs:
             for slice_ in run.slices:
                 context.share(sequence, scratch, slice_.start, slice_.end)
                 state = context.save(scratch)
                 context.remove(scratch)
-                made(NewSlice(slice_, state, seconds * len(slice_.tokens)))
+                on_slice(NewSlice(slice_, state, seconds * len(slice_.tokens)))
             context.remove(sequence)
 
 

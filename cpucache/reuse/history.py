@@ -83,12 +83,12 @@ class History:
     def add_tokens(self, parts: Sequence[Tokens], module: str = "") -> list[Slice]:
         """Adds the next entry, one slice for each of ``parts``, and returns these slices."""
         spans = self.spans
-        made: list[Slice] = []
+        blocks: list[Slice] = []
         for part in parts:
-            made.append(self._slices.make(spans, part, module))
-            spans.append(made[-1].span)
-        self.add(block.span for block in made)
-        return made
+            blocks.append(self._slices.create(spans, part, module))
+            spans.append(blocks[-1].span)
+        self.add(block.span for block in blocks)
+        return blocks
 
     def leave_out(self, count: int) -> None:
         """Removes entries from the context until the first ``count`` after the fixed ones have left."""

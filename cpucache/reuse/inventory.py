@@ -26,10 +26,10 @@ _OTHER = "(other text)"
 
 @dataclass(frozen=True)
 class CachedSlice:
-    """A stored slice of a segment. ``behind`` lists the modules whose text it attended to, in order."""
+    """A stored slice of a segment. ``attended`` lists the modules whose text it attended to, in order."""
 
     row: Row
-    behind: tuple[str, ...]
+    attended: tuple[str, ...]
 
 
 def inventory(layout: SchemaLayout, rows: Iterable[Row]) -> dict[Segment, list[CachedSlice]]:
@@ -47,7 +47,7 @@ def inventory(layout: SchemaLayout, rows: Iterable[Row]) -> dict[Segment, list[C
     found: dict[Segment, list[CachedSlice]] = {}
     for segment in layout.segments:
         found[segment] = [
-            CachedSlice(row, _behind(row, names))
+            CachedSlice(row, _attended(row, names))
             for fingerprint, state_format in sorted(kinds)
             for row in by_content.get(
                 (fingerprint, state_format, content_key(fingerprint, state_format, segment.tokens)), []
@@ -63,7 +63,7 @@ def module_names(layout: SchemaLayout) -> dict[bytes, str]:
     return names
 
 
-def _behind(row: Row, names: dict[bytes, str]) -> tuple[str, ...]:
+def _attended(row: Row, names: dict[bytes, str]) -> tuple[str, ...]:
     """Names of the modules that a stored slice attended to, in order, each once."""
     return tuple(dict.fromkeys(names.get(text, _OTHER) for text in row.info.texts))
 
@@ -143,10 +143,10 @@ def compare(old: SchemaLayout, new: SchemaLayout, room: int) -> Edit:
 
 def _encoded(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
     """Returns the slices that encoding a schema builds, each after the slices of its context."""
-    made = dict.fromkeys(reading(layout, slices, room))
+    built = dict.fromkeys(reading(layout, slices, room))
     for scaffold in layout.schema.scaffolds:
-        made.update(dict.fromkeys(scaffolded(layout, slices, scaffold.modules, room)))
-    return list(made)
+        built.update(dict.fromkeys(scaffolded(layout, slices, scaffold.modules, room)))
+    return list(built)
 
 
 def _why(old: Slice, new: Slice, names: dict[bytes, str]) -> str:

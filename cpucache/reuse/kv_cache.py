@@ -169,11 +169,13 @@ class KVCache:
                 with attempt:
                     missing = self.missing(slices, attempts.states)
                     steps = counting(progress, tokens_to_evaluate(missing))
-                    yield from self.make(slot, missing, (), (), attempts.states, schema, report, steps, wait=wait)
+                    yield from self.encode_missing(
+                        slot, missing, (), (), attempts.states, schema, report, steps, wait=wait
+                    )
         self.know(slices)
         return report
 
-    def make(
+    def encode_missing(
         self,
         slot: Slot,
         missing: Sequence[Slice],
@@ -206,7 +208,7 @@ class KVCache:
         """
         if not missing:
             return
-        self._check_can_be_made(missing)
+        self._check_can_be_encoded(missing)
         # Contexts of later slices are kept in memory too: a small store may evict any of them for the slices encoded
         # now.
         first = missing[:1] if self.slices.memory.points else missing
@@ -214,7 +216,7 @@ class KVCache:
         for slice_ in keep.difference(missing, held):
             self.state(states, slice_)
 
-        def made(each: NewSlice) -> None:
+        def save(each: NewSlice) -> None:
             self._save(each, schema)
             report.add(each)
             if each.slice in keep:
@@ -238,7 +240,7 @@ class KVCache:
             report.missed.update(mine)
             started = time.monotonic()
             try:
-                yield from self._encoder.encode(slot, mine, lambda slice_: self.state(states, slice_), made, progress)
+                yield from self._encoder.encode(slot, mine, lambda slice_: self.state(states, slice_), save, progress)
             finally:
                 report.seconds += time.monotonic() - started
                 self.store.release(map(self._claim, mine))
@@ -326,7 +328,7 @@ class KVCache:
             states[slice_] = state
         return states[slice_]
 
-    def _check_can_be_made(self, slices: Iterable[Slice]) -> None:
+    def _check_can_be_encoded(self, slices: Iterable[Slice]) -> None:
         """Raises ``ModelError`` if a slice has to be moved (it is not ``chained``) and the model's state can't be."""
         if not self.context.memory.moves and not all(slice_.chained for slice_ in slices):
             raise self._rigid()
@@ -395,12 +397,12 @@ class KVCache:
             last.insert(0, slice_)
             start = span.start
         while last:
-            placed = plan.evaluating(len(last))
-            if len(placed.spans[-1].tokens) - slot.known(placed) <= _FEW:
+            evaluating = plan.evaluating(len(last))
+            if len(evaluating.spans[-1].tokens) - slot.known(evaluating) <= _FEW:
                 break
             del last[0]
         for index in reversed(range(len(last))):
-            # A slice that another process is encoding is waited for in ``make``, and so are those before it.
+            # A slice that another process is encoding is waited for in ``encode_missing``, and so are those before it.
             if not self.store.claim(last[index].key):
                 return last[index + 1 :]
         return last

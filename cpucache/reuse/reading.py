@@ -30,7 +30,7 @@ def reading(layout: SchemaLayout, slices: Slices, room: int) -> list[Slice]:
     """
     walk = _Reading(layout, slices, room)
     walk.scope(layout.schema, Chain(slices), [])
-    return list(walk.slices_made)
+    return list(walk.slices)
 
 
 def scaffolded(layout: SchemaLayout, slices: Slices, modules: Collection[Module], room: int) -> list[Slice]:
@@ -46,7 +46,7 @@ def scaffolded(layout: SchemaLayout, slices: Slices, modules: Collection[Module]
     """
     walk = _Reading(layout, slices, room, set(modules))
     walk.scope(layout.schema, Chain(slices), [])
-    return list(walk.slices_made)
+    return list(walk.slices)
 
 
 def stands_for(union: Union, layout: SchemaLayout) -> Module:
@@ -69,7 +69,7 @@ class _Reading:
         self._slices = slices
         self._room = room
         self._chosen = chosen
-        self.slices_made: dict[Slice, None] = {}
+        self.slices: dict[Slice, None] = {}
 
     def scope(
         self, scope: Scope, chain: Chain, around: list[Segment | Placeholder], *, isolated: bool = False
@@ -89,20 +89,20 @@ class _Reading:
                 around.append(part)
                 continue
             members = part.members if isinstance(part, Union) else (part,)
-            behind = chain
+            following = chain
             for member in members:
                 if self._chosen is not None and not self._takes(member, scope, part):
                     continue
-                alone = (part.isolate or member.isolate) and not isolated
-                detached = alone or (self._layout.schema.anchor == "none" and self._chosen is None)
-                before = self._detached(around if alone else []) if detached else chain.copy()
-                after = self.scope(member, before, around, isolated=isolated or alone)
+                isolating = (part.isolate or member.isolate) and not isolated
+                detached = isolating or (self._layout.schema.anchor == "none" and self._chosen is None)
+                before = self._detached(around if isolating else []) if detached else chain.copy()
+                after = self.scope(member, before, around, isolated=isolated or isolating)
                 stands = (
                     self._chosen is not None or not isinstance(part, Union) or member is stands_for(part, self._layout)
                 )
                 if stands and not detached:
-                    behind = after
-            chain = behind
+                    following = after
+            chain = following
         return chain
 
     def _takes(self, member: Module, scope: Scope, part: Module | Union) -> bool:
@@ -126,6 +126,6 @@ class _Reading:
             chain.evaluate(part.tokens)
             return chain
         slice_ = chain.next(part.tokens, part.module, part.reserved if self._chosen is None else None)
-        self.slices_made[slice_] = None
+        self.slices[slice_] = None
         chain.add(slice_.span)
         return chain

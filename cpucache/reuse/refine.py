@@ -38,14 +38,14 @@ def text_parts(plan: Plan) -> list[Part]:
 def exact_slices(parts: Sequence[Part], slices: Slices) -> list[Slice]:
     """Returns the slices of the saved parts of a combination, each with all preceding parts as its context."""
     chain = Chain(slices)
-    made = []
+    exact = []
     for part in parts:
         if part.saved:
-            made.append(chain.next(part.tokens, part.module))
-            chain.add(made[-1].span)
+            exact.append(chain.next(part.tokens, part.module))
+            chain.add(exact[-1].span)
         else:
             chain.evaluate(part.tokens, 'cache="false"', part.module)
-    return made
+    return exact
 
 
 def _to_refine(kv_cache: KVCache, schema: str | None) -> int:

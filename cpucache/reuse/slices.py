@@ -163,7 +163,7 @@ class Slices:
         """Key of the slice of ``tokens`` at position ``start``, in the context with key ``context_key``."""
         return slice_key(self.fingerprint, self.state_format, context_key, tokens, start)
 
-    def make(
+    def create(
         self,
         before: Sequence[Span],
         tokens: Tokens,
@@ -203,7 +203,7 @@ class Slices:
         cut: list[Slice] = []
         begin = 0
         for end in self.cuts(tokens, part=True) if ends is None else ends:
-            cut.append(self.make(spans, tokens[begin:end], module, trail=trail))
+            cut.append(self.create(spans, tokens[begin:end], module, trail=trail))
             spans.append(cut[-1].span)
             trail.add(cut[-1].span)
             begin = end

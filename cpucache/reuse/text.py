@@ -24,7 +24,7 @@ what follows is as far from full prefill as after a longer one."""
 QUESTION = 128
 """Maximum length, in tokens, of a question: the segment before the tokens that open the answer. Its slice from another
 context has attended to another text, so it is not spliced, unless it is marked as a part."""
-_OPENING = 16  # maximum length, in tokens, of what opens the answer
+_ANSWER_HEADER = 16  # maximum length, in tokens, of what opens the answer
 _ENDING = 3  # the same of what ends the message of the question
 
 
@@ -145,7 +145,7 @@ def _segments(kv_cache: KVCache, text: Text, begin: int) -> list[_Segment]:
 def _question(text: Text, segments: Sequence[_Segment], tail: _Segment) -> list[_Segment]:
     """The segments with the question, if ``tail`` only opens the answer: the last ones, down to one with some words."""
     found: list[_Segment] = []
-    if len(tail.tokens) <= _OPENING:
+    if len(tail.tokens) <= _ANSWER_HEADER:
         for each in reversed(segments):
             if len(each.tokens) > QUESTION or text.within(each.begin, each.end):
                 break

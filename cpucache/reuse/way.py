@@ -189,7 +189,7 @@ class _Filling:
     def splice(self) -> Task[None]:
         """Encodes the missing slices, then starts the splice of the plan, see ``Splicer.splice``."""
         kv_cache, states = self._kv_cache, self.attempts.states
-        yield from kv_cache.make(
+        yield from kv_cache.encode_missing(
             self.slot, self._missing, self._wanted, self._held, states, self._label, self._encoded, self._step
         )
         self._until.enter_context(kv_cache.store.paused())
@@ -210,9 +210,9 @@ class _Filling:
         kv_cache.capture(self.slot, self._last, self._label)
         encoded.tokens += sum(len(slice_.tokens) for slice_ in self._last)
         kv_cache.know(plan.slices)
-        made = sum(len(span.tokens) for span in plan.spans if span.slice in encoded.new)
+        in_place = sum(len(span.tokens) for span in plan.spans if span.slice in encoded.new)
         # Encoding a missing slice may already have evaluated the fresh tokens before it, which ``spent`` leaves out.
-        evaluated = made + max(spent, self._spliced.n_tokens - self._spliced.n_cached - self._known)
+        evaluated = in_place + max(spent, self._spliced.n_tokens - self._spliced.n_cached - self._known)
         if kv_cache.slices.memory.points:
             # Encoding also evaluates the tokens between the loaded recurrent state and a missing slice.
             evaluated = max(evaluated, min(self._counted, plan.n_tokens))

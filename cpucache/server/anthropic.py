@@ -193,14 +193,14 @@ def usage(metrics: Metrics, prompt: Asked) -> dict[str, Any]:
     Evaluated tokens that were saved count as written to the cache. Those up to the last mark of one hour count as
     written for an hour, the others as written for five minutes.
     """
-    read, made = metrics.cached_tokens, metrics.encoded_tokens
+    read, encoded = metrics.cached_tokens, metrics.encoded_tokens
     hour = max((mark.position for mark in prompt.marks if mark.seconds > SECONDS["5m"]), default=0)
-    longer = min(made, max(0, hour - read))
+    longer = min(encoded, max(0, hour - read))
     return {
-        "input_tokens": metrics.fresh_tokens - made,
+        "input_tokens": metrics.fresh_tokens - encoded,
         "cache_read_input_tokens": read,
-        "cache_creation_input_tokens": made,
-        "cache_creation": {"ephemeral_5m_input_tokens": made - longer, "ephemeral_1h_input_tokens": longer},
+        "cache_creation_input_tokens": encoded,
+        "cache_creation": {"ephemeral_5m_input_tokens": encoded - longer, "ephemeral_1h_input_tokens": longer},
         "output_tokens": metrics.completion_tokens,
     }
 

@@ -82,15 +82,15 @@ class Prepare:
             job.cancel()
         if job.error is not None:
             raise job.error
-        made: Prepared | None = job.result
-        if made is None:  # cancelled by ``Background.close``
+        prepared: Prepared | None = job.result
+        if prepared is None:  # cancelled by ``Background.close``
             raise Refusal(503, "the server is shutting down; try again later", retry_after=5)
-        request.state.records.append(tenant.records.prepared(request.state.id, asked, made, service.model))
+        request.state.records.append(tenant.records.prepared(request.state.id, asked, prepared, service.model))
         return {
             "object": "cache.prepared",
             "prompt_tokens": asked.size,
-            "cached_tokens": made.cached_tokens,
-            "evaluated_tokens": made.evaluated_tokens,
+            "cached_tokens": prepared.cached_tokens,
+            "evaluated_tokens": prepared.evaluated_tokens,
         }
 
 

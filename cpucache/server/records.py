@@ -136,17 +136,17 @@ class Records:
             record.evaluated = evaluated(stream.plan, stream.metrics.fresh_tokens)
         self._trim()
 
-    def prepared(self, identity: str, given: Given, made: Prepared, model: str) -> Record:
+    def prepared(self, identity: str, given: Given, prefill: Prepared, model: str) -> Record:
         """Adds the record of a prompt that was prefilled ahead of time.
 
         Args:
             identity: Id of the request.
             given: The prompt.
-            made: Token counts of the prefill.
+            prefill: Token counts of the prefill.
             model: Name of the model.
         """
-        there = given.size - made.evaluated_tokens
-        metrics = Metrics(prompt_tokens=given.size, exact_tokens=there, fresh_tokens=made.evaluated_tokens)
+        there = given.size - prefill.evaluated_tokens
+        metrics = Metrics(prompt_tokens=given.size, exact_tokens=there, fresh_tokens=prefill.evaluated_tokens)
         record = Record(identity, PREPARING, model, metrics=metrics, finish="prepared", saved=time.monotonic())
         record.schema = not isinstance(given.prompt, Text)
         if isinstance(given.prompt, Text):
@@ -174,8 +174,8 @@ class Records:
     def why(self, record: Record) -> Miss | None:
         """Explains why tokens of a prompt were evaluated that could have been reused. Takes up to a second."""
         if record.schema:
-            made = record.metrics.encoded_tokens
-            return Miss("not-encoded", 0, made) if made else None
+            encoded = record.metrics.encoded_tokens
+            return Miss("not-encoded", 0, encoded) if encoded else None
         with self._lock:
             known = [each for each in self._kept if each.use_cache and not each.schema and each.saved <= record.begun]
         return explain(

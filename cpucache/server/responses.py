@@ -199,7 +199,7 @@ class Responses:
             number += 1
             return {"type": kind, "sequence_number": number - 1, **data}
 
-        made: dict[str, Any] = {
+        response: dict[str, Any] = {
             "id": new_id("resp_"),
             "object": "response",
             "created_at": int(time.time()),
@@ -223,8 +223,8 @@ class Responses:
         output: list[dict[str, Any]] = []
         async with service.answer(request, prompt, sampling, body.max_output_tokens) as reader:
             yield service.facts(reader.stream.metrics)
-            yield numbered("response.created", response=made)
-            yield numbered("response.in_progress", response=made)
+            yield numbered("response.created", response=response)
+            yield numbered("response.in_progress", response=response)
             parser = tenant.parser(prompt, names)
             thought = text = ""
             async for said in _said(parser, reader):
@@ -267,13 +267,13 @@ class Responses:
             output.append(done)
         tenant.remember(parser, reader.stream, prompt)
         cut = metrics.finish != "stop" and not parser.calls
-        made |= {
+        response |= {
             "status": "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": output,
             "usage": usage(metrics, len(tenant.engine.model.tokenize(thought))),
         }
-        yield numbered("response.incomplete" if cut else "response.completed", response=made)
+        yield numbered("response.incomplete" if cut else "response.completed", response=response)
 
 
 async def _said(parser: AnswerParser, reader: Reader) -> AsyncIterator[Said]:

@@ -55,13 +55,13 @@ def recorded(timed: Timed, key: str) -> float:
 def test_a_slice_costs_what_its_own_tokens_do(timed: Timed) -> None:
     """Not what it takes to get its context back into the slot, whether that is loaded or evaluated."""
     tokens = some_tokens(840)
-    written = SLICES.make([Span(0, tokens[:400])], tokens[400:440])
+    written = SLICES.create([Span(0, tokens[:400])], tokens[400:440])
     timed.kv_cache.encode([written])
     assert timed.tokens == 440
     assert recorded(timed, written.key) < 2 * timed.seconds * 40 / 440
     # What the slot holds already is not evaluated, and the rest costs no less for that.
     timed.seconds = 0.0
-    more = SLICES.make([Span(0, tokens[:400])], np.concatenate([tokens[400:440], tokens[:10]]))
+    more = SLICES.create([Span(0, tokens[:400])], np.concatenate([tokens[400:440], tokens[:10]]))
     timed.kv_cache.encode([more])
     assert timed.tokens == 450
     assert recorded(timed, more.key) > 3 * timed.seconds

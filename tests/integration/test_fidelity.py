@@ -121,7 +121,7 @@ def test_a_slice_of_other_tokens_is_far_off(running: Engine) -> None:
     plan = running.plan(f"<prompt schema='s'><a/>{ASK}</prompt>")
     slice_ = plan.slices[-1]
     assert slice_.module == "a"
-    other = running.slices.make(slice_.context or (), slice_.tokens[::-1].copy(), "a")
+    other = running.slices.create(slice_.context or (), slice_.tokens[::-1].copy(), "a")
     running.host.do(lambda slot, _: running.kv_cache.encode(slot, [other]))
     state = running.store.get(other.key)
     assert state is not None

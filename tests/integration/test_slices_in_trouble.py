@@ -83,7 +83,7 @@ def test_what_decides_a_slice_decides_its_key(tiny: TinyModel) -> None:
         with opened(tiny(arch), kv_type) as context:
             slices = Slices(arch, context.state_format, every())
             for each in variants:
-                again = slices.make(each.context or (), each.tokens, start=each.start)
+                again = slices.create(each.context or (), each.tokens, start=each.start)
                 # The context is named by its tokens: the model goes into the key once.
                 assert again.context_key == each.context_key
                 keys.append(again.key)
@@ -279,11 +279,11 @@ def encode(slice_):
 
 report = {"prefill": interrupted(lambda: prefill(Plan((Span(0, tokens),))))}
 report["prefilled"] = seen[-1]
-report["encode"] = interrupted(lambda: encode(engine.slices.make((), tokens)))
+report["encode"] = interrupted(lambda: encode(engine.slices.create((), tokens)))
 report["encoded"] = seen[-1]
 engine.store.flush()
 report["files"] = len(list(Path(sys.argv[2]).rglob("*.safetensors")))
-part = engine.slices.make((), tokens[:100])
+part = engine.slices.create((), tokens[:100])
 progress = None
 report["logits"] = prefill(Plan((part.span, Span(100, tokens[100:120]))))
 print(json.dumps(report))

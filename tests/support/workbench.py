@@ -189,7 +189,7 @@ def planning() -> KVCache:
 
 def slice_of(tokens: Tokens, context: Sequence[Slice] = (), *, start: int | None = None) -> Slice:
     """A slice to be, evaluated behind ``context``; it stays right behind it unless told."""
-    return SLICES.make([other.span for other in context], tokens, start=start)
+    return SLICES.create([other.span for other in context], tokens, start=start)
 
 
 def chain(parts: Sequence[Tokens]) -> list[Slice]:

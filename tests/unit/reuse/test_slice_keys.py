@@ -39,7 +39,7 @@ def contexts(draw: st.DrawFn, depth: int = 0) -> list[Span]:
             continue
         before = draw(contexts(depth + 1)) if kind == "other" and depth < 2 else spans
         first = before[-1].end if before else 0
-        slice_ = SLICES.make(before, tokens, start=first + (kind == "moved"))
+        slice_ = SLICES.create(before, tokens, start=first + (kind == "moved"))
         spans.append(Span(at, tokens[: draw(st.integers(1, len(tokens)))], slice_))
     return spans
 
@@ -48,7 +48,7 @@ def contexts(draw: st.DrawFn, depth: int = 0) -> list[Span]:
 def slices(draw: st.DrawFn) -> Slice:
     before = draw(contexts())
     end = before[-1].end if before else 0
-    return SLICES.make(before, draw(TOKENS), start=end + draw(st.integers(0, 1)))
+    return SLICES.create(before, draw(TOKENS), start=end + draw(st.integers(0, 1)))
 
 
 @quick
@@ -71,7 +71,7 @@ def test_a_key_does_not_depend_on_how_text_was_cut_or_what_of_it_was_saved(
         spans: list[Span] = []
         for begin, end in itertools.pairwise(places):
             tokens = array(text[begin:end])
-            slice_ = SLICES.make(spans, tokens)
+            slice_ = SLICES.create(spans, tokens)
             spans.append(data.draw(st.sampled_from([slice_.span, Span(begin, tokens)])))
         return spans
 
@@ -94,4 +94,4 @@ def test_whatever_changes_in_a_context_changes_the_key(spans: list[Span], data: 
     assert len(keys) == 4
     # Models and formats have keys of their own.
     makers = (SLICES, Slices("other", "format", every()), Slices("model", "other", every()))
-    assert len({each.make(spans, tokens).key for each in makers}) == 3
+    assert len({each.create(spans, tokens).key for each in makers}) == 3
