@@ -83,12 +83,12 @@ class History:
     def add_tokens(self, parts: Sequence[Tokens], module: str = "") -> list[Slice]:
         """Adds the next entry, one slice for each of ``parts``, and returns these slices."""
         spans = self.spans
-        blocks: list[Slice] = []
+        added: list[Slice] = []
         for part in parts:
-            blocks.append(self._slices.create(spans, part, module))
-            spans.append(blocks[-1].span)
-        self.add(block.span for block in blocks)
-        return blocks
+            added.append(self._slices.create(spans, part, module))
+            spans.append(added[-1].span)
+        self.add(slice_.span for slice_ in added)
+        return added
 
     def leave_out(self, count: int) -> None:
         """Removes entries from the context until the first ``count`` after the fixed ones have left."""
