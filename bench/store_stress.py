@@ -50,7 +50,7 @@ def flip(model: Path, folder: Path, flips: int) -> tuple[Rows, list[str]]:
     """Flips bits in slice files. Returns results with labels, and the faults found."""
     seen = stress.flip(model, folder, flips)
     rows = (
-        ("bits flipped", f"{seen.tried} ({', '.join(f'{n} {part}' for part, n in sorted(seen.places.items()))})"),
+        ("bits flipped", f"{seen.tried} ({', '.join(f'{n} {part}' for part, n in sorted(seen.parts.items()))})"),
         ("slices refused", seen.caught),
         ("slices given out as they were (the bit is not in the state)", seen.harmless),
         ("changed states, other answers", len(seen.wrong)),

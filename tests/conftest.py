@@ -30,8 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "smollm2" in getattr(item, "fixturenames", ()) and _folder(item) not in REAL:
             raise pytest.UsageError(f"{item.nodeid} needs the real model: it belongs in tests/e2e")
     if hasattr(config, "workerinput"):
-        places = {name: place for place, name in enumerate(SLOWEST_FIRST)}
-        items.sort(key=lambda item: places.get(_folder(item), len(places)))
+        ranks = {name: rank for rank, name in enumerate(SLOWEST_FIRST)}
+        items.sort(key=lambda item: ranks.get(_folder(item), len(ranks)))
 
 
 def _folder(item: pytest.Item) -> str:
@@ -89,10 +89,10 @@ def _no_user_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def store_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty ``CPUCACHE_HOME`` for each test, and an empty ``CPUCACHE_SESSIONS``."""
-    home = tmp_path_factory.mktemp("store")
-    monkeypatch.setenv("CPUCACHE_HOME", str(home))
+    folder = tmp_path_factory.mktemp("store")
+    monkeypatch.setenv("CPUCACHE_HOME", str(folder))
     monkeypatch.setenv("CPUCACHE_SESSIONS", str(tmp_path_factory.mktemp("sessions")))
-    return home
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -128,7 +128,7 @@ def settings_of(
         "data_hash": hashlib.sha256(data.read_bytes()).hexdigest()[:16],
         "task": task.name,
         "wording": hashlib.sha256(repr(sorted(wording.items())).encode()).hexdigest()[:16],
-        "passages": len(examples[0].passages) if examples[0].alone else None,
+        "passages": len(examples[0].passages) if examples[0].single else None,
         "chosen": len(examples[0].chosen) if examples[0].chosen is not None else None,
         **({"unions": examples[0].unions} if examples[0].unions else {}),
         **({"argument": True} if examples[0].asker else {}),

@@ -37,7 +37,7 @@ class Example:
     """One question. ``line``: its line in the file, from 1, by which results identify it.
 
     ``question`` is empty if the task itself says what to do. ``choices``: possible answers, for questions that have
-    them. ``alone``: the file holds one passage for the question, the one with the answer; others are drawn for it.
+    them. ``single``: the file holds one passage for the question, the one with the answer; others are drawn for it.
     """
 
     line: int
@@ -45,9 +45,9 @@ class Example:
     passages: tuple[Passage, ...]
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
-    alone: bool = False
+    single: bool = False
     gold: int = 0
-    """Number of the passage with the answer, from 0, for a question that is ``alone``."""
+    """Number of the passage with the answer, from 0, for a question that is ``single``."""
     chosen: tuple[int, ...] | None = None
     """Numbers, from 0, of the passages that the prompt names, in its order; ``None``: all, in the schema's order."""
     unions: int | None = None
@@ -79,11 +79,11 @@ def read_examples(path: Path, *, passages: int | None = None, seed: int = 0) -> 
     examples = [_example(line, number, path) for number, line in enumerate(_lines(path), 1) if line.strip()]
     if not examples:
         raise InputError(f"{path}: the file has no examples")
-    if passages is not None and not any(example.alone for example in examples):
+    if passages is not None and not any(example.single for example in examples):
         raise InputError(f"{path}: the file has several passages for each question; leave out --passages")
-    gold = list(dict.fromkeys(example.passages[0] for example in examples if example.alone))
+    gold = list(dict.fromkeys(example.passages[0] for example in examples if example.single))
     count = OTHERS if passages is None else passages
-    examples = [_joined(example, gold, count, seed, path) if example.alone else example for example in examples]
+    examples = [_joined(example, gold, count, seed, path) if example.single else example for example in examples]
     random.Random(seed).shuffle(examples)
     return examples
 
@@ -157,7 +157,7 @@ def _shared(examples: Sequence[Example], of: int, option: str) -> Iterator[tuple
         raise InputError(f"--of {of} needs at least {of} questions; the file has {len(examples)}")
     for begin in range(0, len(examples) - of + 1, of):
         group = examples[begin : begin + of]
-        if not all(example.alone for example in group):
+        if not all(example.single for example in group):
             raise InputError(f"{option} needs a file that has one passage, the one with the answer, for each question")
         # The passage with the answer is the one in the file.
         passages = tuple(example.passages[example.gold] for example in group)
@@ -169,7 +169,7 @@ def _dropped(example: Example, drop: float, draw: random.Random, shuffle: bool) 
     if not (drop or shuffle):
         return example
     holds = [any(answer.casefold() in each.text.casefold() for answer in example.answers) for each in example.passages]
-    if example.alone:
+    if example.single:
         holds[example.gold] = True
     chosen = [index for index, right in enumerate(holds) if right or draw.random() >= drop] or [0]
     if shuffle:
@@ -216,7 +216,7 @@ def _example(line: str, number: int, path: Path) -> Example:
             raise InputError(f"{where}: 'ctxs' must be a list of objects with 'title' and 'text'")
         return Example(number, question, tuple(_passage(each, where) for each in ctxs), answers)
     if "text" in record:
-        return Example(number, question, (_passage(record, where),), answers, alone=True)
+        return Example(number, question, (_passage(record, where),), answers, single=True)
     raise InputError(f"{where}: no passages: one of 'context', 'ctxs' and 'text' is expected")
 
 

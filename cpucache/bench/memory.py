@@ -1,6 +1,6 @@
 """Peak memory: a process with llama.cpp only, against a process that encodes a schema and answers from slices.
 
-``python -m cpucache.bench.memory alone|cached MODEL N_CTX TOKENS MODULES`` prints one JSON object. Each measurement
+``python -m cpucache.bench.memory plain|cached MODEL N_CTX TOKENS MODULES`` prints one JSON object. Each measurement
 needs a process of its own, because a process can't reset its peak resident set.
 """
 
@@ -31,17 +31,17 @@ def compare_memory(model: str, *, n_ctx: int, tokens: int, modules: int) -> dict
         modules: Modules of the schema.
 
     Returns:
-        Bytes: ``alone`` (llama.cpp only), ``cached``, its ``slices``, and the rest of the difference, ``overhead``.
+        Bytes: ``plain`` (llama.cpp only), ``cached``, its ``slices``, and the rest of the difference, ``overhead``.
 
     Raises:
         CpucacheError: One of the processes fails.
     """
-    alone, cached = (_measured(mode, model, str(n_ctx), str(tokens), str(modules)) for mode in ("alone", "cached"))
+    plain, cached = (_measured(mode, model, str(n_ctx), str(tokens), str(modules)) for mode in ("plain", "cached"))
     return {
-        "alone": alone["peak"],
+        "plain": plain["peak"],
         "cached": cached["peak"],
         "slices": cached["slices"],
-        "overhead": cached["peak"] - alone["peak"] - cached["slices"],
+        "overhead": cached["peak"] - plain["peak"] - cached["slices"],
     }
 
 
@@ -55,7 +55,7 @@ def _measured(*arguments: str) -> dict[str, int]:
     return result
 
 
-def _alone(path: str, n_ctx: int, tokens: int) -> dict[str, int]:
+def _plain(path: str, n_ctx: int, tokens: int) -> dict[str, int]:
     with Model(path) as model:
         # llama.cpp's own defaults for one sequence; every buffer is at its largest after the first full micro-batch.
         context = Context(model, n_ctx=n_ctx, sequences=1)
@@ -87,4 +87,4 @@ def _peak() -> int:
 if __name__ == "__main__":
     mode, path, *numbers = sys.argv[1:]
     n_ctx, tokens, modules = (int(number) for number in numbers)
-    print(json.dumps(_alone(path, n_ctx, tokens) if mode == "alone" else _cached(path, n_ctx, tokens, modules)))
+    print(json.dumps(_plain(path, n_ctx, tokens) if mode == "plain" else _cached(path, n_ctx, tokens, modules)))

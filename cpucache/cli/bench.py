@@ -125,7 +125,7 @@ def ttft(
     if memory:
         numbers = {name: decimal(value) for name, value in result["memory"].items()}
         out.print(
-            f"peak memory: {numbers['cached']}; llama.cpp {numbers['alone']}, slices {numbers['slices']}, "
+            f"peak memory: {numbers['cached']}; llama.cpp {numbers['plain']}, slices {numbers['slices']}, "
             f"cpucache {numbers['overhead']}",
             soft_wrap=True,
         )

@@ -74,7 +74,7 @@ def _row(span: Span, store: Store, texts: dict[bytes, str]) -> dict[str, Any]:
     if slice_ is not None:
         place = "RAM" if slice_.key in store.ram else "disk"
         row |= {
-            "from": "to be made" if span.missing else place,
+            "from": "to be encoded" if span.missing else place,
             "relation": span.relation,
             "slice": slice_.key,
             "context": _names(texts.get(text, "(other text)") for text in slice_.attends_to),

@@ -255,7 +255,9 @@ def _as_dict(layout: SchemaLayout, looked: Looked, rows: list[_Row]) -> dict[str
                 "bytes": row.extent.own * each if each and row.saved else None,
                 "unused": row.unused,
                 "cached_tokens": row.cached,
-                "contexts": [{"behind": list(attended), "tokens": count} for attended, count in row.contexts.items()],
+                "contexts": [
+                    {"attends_to": list(attended), "tokens": count} for attended, count in row.contexts.items()
+                ],
             }
             for row in rows
         ],

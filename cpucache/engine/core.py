@@ -210,8 +210,8 @@ class Core:
             with nullcontext() if request.profile is None else profiled(request.profile):
                 step()
         except ContextFull as error:
-            alone = len(self._scheduler.running) == 1 or request.cells is None
-            if alone or job is not self._scheduler.prefill:
+            nothing_frees_cells = len(self._scheduler.running) == 1 or request.cells is None
+            if nothing_frees_cells or job is not self._scheduler.prefill:
                 request.end(error=error)
             else:
                 # Encoding missing slices took more cells than were reserved: the request starts over by itself.

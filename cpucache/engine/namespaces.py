@@ -44,5 +44,5 @@ class Namespaces:
 
 
 def _space(slices: Slices) -> tuple[str, str]:
-    """What tells the KV caches of one engine apart: which slices they share, and which they find by content."""
+    """What distinguishes the KV caches of one engine: which slices they share, and which they find by content."""
     return slices.state_format, slices.scope

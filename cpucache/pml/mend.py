@@ -12,7 +12,7 @@ from cpucache.pml.names import PML_TAGS
 from cpucache.pml.tree import ROLES
 
 _NAME = r"[A-Za-z_:\u0080-\U0010ffff][\w:.-]*"
-_VALUE = r"(?:\"[^\"]{0,10000}\"|'[^']{0,10000}')"
+_VALUE = r"(?:\"[^\"]*\"|'[^']*')"
 _PIECE = re.compile(
     # A comment or CDATA section that is not closed extends to the end, so that each character is matched once.
     rf"""(?P<kept><!--.*?(?:-->|\Z) | <!\[CDATA\[.*?(?:\]\]>|\Z) | <!DOCTYPE[^<>]*>? | <\?{_NAME}[^<]*\?>)

@@ -369,8 +369,8 @@ class Splicer:
     def _load(self, slot: Slot, span: Span, sequence: int, state: State, *, left: bool) -> None:
         """Adds the slice of a span to a sequence: from another slot, or from its saved state, shifted if needed.
 
-        If the next token has ``left`` the slice behind its sliding window, the cells of window layers are not loaded:
-        attention would mask but not skip them.
+        If the whole slice lies before the window of the next token (``left``), the cells of window layers are not
+        loaded: attention would mask but not skip them.
         """
         assert span.slice is not None
         if self._borrow(slot, span, sequence, left=left):

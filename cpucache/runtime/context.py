@@ -376,7 +376,8 @@ class Context:
     def without_windows(self, state: Bytes, count: int) -> Bytes | None:
         """Saved cells of ``count`` tokens, without those of window layers.
 
-        ``None`` as long as ``whole`` has not measured the size of these. Loaded alone, they give no last position.
+        ``None`` as long as ``whole`` has not measured the size of these. A sequence loaded from them has no last
+        position in window layers.
         """
         if self._cell_sizes is None:
             return None

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import deque
 from typing import Any
+
+# libgomp reads this when it is loaded. Threads that wait for one another spin 300,000 times by default: where other
+# processes occupy all cores, each wait then takes whole turns of the scheduler. 2,000 spins cost nothing on an idle
+# machine, see docs/models.md.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import llama_cpp
 import llama_cpp.llama_cpp as api

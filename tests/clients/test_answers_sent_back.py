@@ -27,7 +27,7 @@ def test_an_answer_of_odd_tokens(served: Served) -> None:
         first = open_webui(served, asked, temperature=2, seed=7)
     assert first.text == ANSWER
     told = served.service.tenants[0].records.list()[0]
-    # The test is of no use where the model has written what the tokenizer makes of it.
+    # The test is of no use where the model has written the tokens into which the tokenizer cuts its answer.
     assert not np.array_equal(told.answer, served.engine.model.tokenize(ANSWER)[: len(told.answer)])
     second = open_webui(served, [*asked, *first.said, user("And then?")])
     assert second.exact >= first.size + len(told.answer)

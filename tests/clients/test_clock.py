@@ -1,4 +1,4 @@
-"""A clock, a date, a folder or a reminder that changes early in the prompt: elsewhere all behind it is read again.
+"""A clock, a date, a folder or a reminder that changes early in the prompt: elsewhere all text after it is read again.
 
 Agents send 10,000 to 25,000 tokens a turn with one such line changed.
 """

@@ -30,7 +30,7 @@ def patient(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
 def test_a_chat_gets_comments_until_the_first_token(patient: Served) -> None:
     with patient.http.stream("POST", "/v1/chat/completions", json=CHAT) as reply:
         assert reply.status_code == 200
-        # Sent before the prompt was evaluated, and so without what it was made of.
+        # Sent before the prompt was evaluated, and so without the counts of its relations.
         assert "x-cpucache" not in reply.headers
         lines = [line for line in reply.iter_lines() if line]
     waited = [line.startswith(":") for line in lines]
@@ -79,7 +79,7 @@ def test_who_goes_while_waiting_ends_the_request(patient: Served) -> None:
     assert patient.http.get("/health").status_code == 200
 
 
-def test_a_quick_answer_says_what_it_was_made_of(served: Served) -> None:
+def test_a_quick_answer_says_how_much_it_reused(served: Served) -> None:
     with served.http.stream("POST", "/v1/chat/completions", json=CHAT) as reply:
         assert "x-cpucache" in reply.headers
         assert not [line for line in reply.iter_lines() if line.startswith(":")]

@@ -1,6 +1,6 @@
 """Reasoning that is left out of the history, by the client or by the model's template.
 
-Elsewhere 48 tokens of an answer cost 2,018 in one report: everything behind the first reasoning is read again.
+Elsewhere 48 tokens of an answer cost 2,018 in one report: everything after the first reasoning is read again.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_what_the_template_keeps_is_put_back(ask: Callable[..., Told], sent: str
 
 
 def test_reasoning_between_an_answer_and_its_call(served: Served) -> None:
-    """As items of a response it makes the prompt that it makes in a chat completion."""
+    """Items of a response give the same prompt as a chat completion."""
     call = {"name": "glob", "arguments": '{"path": "*"}'}
     said: dict[str, Any] = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
     said["tool_calls"] = [{"id": "c", "type": "function", "function": call}]
@@ -144,7 +144,7 @@ def test_a_template_that_keeps_all(sent: str, keeping: Served) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_reasoning_is_told_apart(stream: bool, served: Served) -> None:
+def test_reasoning_is_separated_from_the_answer(stream: bool, served: Served) -> None:
     asked: Any = [user("Where is the house?")]
     with saying(served, THINKING):
         if stream:

@@ -1,4 +1,4 @@
-"""Tools in another order, as clients send them that keep them in a set. Elsewhere all behind them is read again."""
+"""Tools in another order, as clients send them that keep them in a set. Elsewhere all text after them is read again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_their_order_changes_nothing(served: Served) -> None:
     assert second.exact == first.size - 1
 
 
-def test_as_sent_it_costs_what_stands_behind_them(tiny: Tiny, tmp_path: Path) -> None:
+def test_in_the_order_as_sent_all_text_after_them_is_evaluated(tiny: Tiny, tmp_path: Path) -> None:
     settings = replace(ServerSettings(), sorted_tools=False)
     with serving(plain_spoken(tiny("llama", chat_template=QWEN)), tmp_path, n_ctx=4096, settings=settings) as served:
         open_webui(served, ASKED, tools=TOOLS)
@@ -33,7 +33,7 @@ def test_as_sent_it_costs_what_stands_behind_them(tiny: Tiny, tmp_path: Path) ->
         assert "--tool-order sorted" in found["advice"]
 
 
-def test_another_tool_costs_itself_and_what_stands_behind(served: Served) -> None:
+def test_another_tool_costs_itself_and_what_follows(served: Served) -> None:
     """The other definitions are spliced where they stand now."""
     first = open_webui(served, ASKED, tools=TOOLS)
     second = open_webui(served, ASKED, tools=[tool("a_new_one"), *TOOLS])

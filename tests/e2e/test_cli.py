@@ -59,7 +59,7 @@ def test_run_prints_the_answer_and_nothing_else(model: Path) -> None:
     assert done.status == 0
     assert expected
     assert done.out == f"{expected}\n"
-    # By default the schema's closing text alone is recomputed; the answer is as long as it may be.
+    # By default only the schema's closing text is recomputed; the answer is as long as it may be.
     kinds = r"\(\d+ exact, \d+ related; 2 recomputed\)"
     figures = (
         r"first token after \S+ m?s · \d+ of \d+ prompt tokens from cache {} · \S+ tok/s · cut off after 8 tokens\n"
@@ -67,13 +67,13 @@ def test_run_prints_the_answer_and_nothing_else(model: Path) -> None:
     assert re.fullmatch(figures.format(kinds), done.err)
 
 
-def test_the_figures_say_what_was_made_and_whether_it_was_saved(model: Path) -> None:
+def test_the_figures_say_what_was_encoded_and_whether_it_was_saved(model: Path) -> None:
     command = ("run", "prompt.xml", "-s", "schema.xml", "-m", model, "-n", "1", "--threads", "1")
 
-    homeless = cpucache(*command, "--disk", "1KiB").err
+    unsaved = cpucache(*command, "--disk", "1KiB").err
     first, second = cpucache(*command).err, cpucache(*command).err
 
-    assert "tokens encoded in" in homeless and "saved" not in homeless
+    assert "tokens encoded in" in unsaved and "saved" not in unsaved
     assert re.search(r"0 of \d+ prompt tokens from cache · \d+ tokens encoded in \S+ m?s, saved for next time", first)
     assert "encoded" not in second and "saved" not in second
 
@@ -177,7 +177,7 @@ def test_compare_gives_both_answers(model: Path) -> None:
     assert set(result["cached"]) == set(result["uncached"]) == set(NAMES)
     assert result["uncached"]["cached_tokens"] == 0
     assert result["cached"]["cached_tokens"] > 0
-    # Slices that were missing are made before the cached answer is timed.
+    # Slices that were missing are encoded before the cached answer is timed.
     assert result["cached"]["encoded_tokens"] == 0
     quotient = result["uncached"]["ttft_ms"] / result["cached"]["ttft_ms"]
     assert result["speedup"] == pytest.approx(quotient, rel=0.01)
@@ -238,7 +238,7 @@ def test_run_takes_the_options_of_the_engine(model: Path, store_home: Path, opti
     changed = run(model, *option)
 
     assert changed["prompt_tokens"] == plain["prompt_tokens"]
-    # Their slices are others, except where only places differ and these are the same.
+    # Their slices are others, except where only positions differ and these are the same.
     assert option[0] == "--positions" or not saved & (slices(store_home) - saved)
     assert option[0] == "--positions" or changed["encoded_tokens"] > 0
 
@@ -344,7 +344,7 @@ def test_an_example_is_answered_by_the_real_model(smollm2: Path) -> None:
 
 
 # -- encode ------------------------------------------------------------------------------------------------------------
-def test_encode_makes_every_slice_once(model: Path, store_home: Path) -> None:
+def test_encode_saves_every_slice_once(model: Path, store_home: Path) -> None:
     first = invoke("encode", "schema.xml", "-m", model, "--threads", "1")
     saved = slices(store_home)
     second = invoke("encode", "schema.xml", "-m", model, "--threads", "1")
@@ -357,7 +357,7 @@ def test_encode_makes_every_slice_once(model: Path, store_home: Path) -> None:
     assert run(model)["encoded_tokens"] == 0
 
 
-def test_encode_makes_what_a_prompt_has_not_made(model: Path, store_home: Path) -> None:
+def test_encode_saves_what_a_prompt_has_not_encoded(model: Path, store_home: Path) -> None:
     run(model)
     before = slices(store_home)
 

@@ -34,7 +34,7 @@ def test_info_tells_what_is_used(tmp_path: Path) -> None:
     assert facts["store_free"] > 0
     for text in (facts["cpucache"], facts["llama_cpp"], facts["cpu"], str(store), facts["models"], "GPU", "flash"):
         assert text in shown.out
-    assert not store.parent.exists(), "looking must not make folders"
+    assert not store.parent.exists(), "info must not create folders"
 
 
 def test_info_counts_the_store(model: Path, store_home: Path) -> None:

@@ -1,4 +1,4 @@
-"""The first minute of a user who has installed the package alone: ``demo`` offers to fetch its model."""
+"""The first minute of a user who has installed nothing but the package: ``demo`` offers to fetch its model."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def typed(text: bytes, command: list[str]) -> tuple[int, str]:
 
 
 def _controlled() -> None:
-    """Make standard input the terminal that Ctrl-C is typed at."""
+    """Sets standard input as the terminal that Ctrl-C is typed at."""
     import fcntl
     import termios
 

@@ -85,7 +85,7 @@ def test_reading_a_long_prompt_can_be_interrupted(smollm2: Path, store_home: Pat
     (tmp_path / "p.xml").write_text(f'<prompt schema="s"><m/>{words(6000, 0)}</prompt>')
 
     with started("run", tmp_path / "p.xml", "-s", tmp_path / "s.xml", "-m", smollm2, "--threads", "1") as running:
-        # The slice has been made, and the rest is being read; the slice goes to the disk when that is done.
+        # The slice has been encoded, and the rest is being evaluated; the slice goes to the disk when that is done.
         index = Index(store_home / "index.sqlite")
         until(lambda: index.totals()["bytes"] > 0, running)
         index.close()

@@ -54,8 +54,8 @@ def finished(page: Browser) -> None:
     page.until(lambda: page.one("#ask [type=submit]").is_enabled(), "both answers")
 
 
-def made(page: Browser, column: str) -> dict[str, int]:
-    """What an answer was made of, as its column says."""
+def counts(page: Browser, column: str) -> dict[str, int]:
+    """Token counts of an answer by relation, as its column shows them."""
     told = (each.text.split() for each in page.all(f"#{column} .kinds li"))
     return {kind: int(count.replace(",", "")) for count, kind in told}
 
@@ -66,9 +66,9 @@ def test_both_answers_stream_one_after_the_other(page: Browser, served: Served) 
     page.fill("#system", NOTES)
     page.fill("#user", "When does it open?")
     ask(page)
-    whole = made(page, "uncached")["evaluated"]
+    whole = counts(page, "uncached")["evaluated"]
     assert whole > 80
-    assert made(page, "uncached").keys() == {"evaluated"}
+    assert counts(page, "uncached").keys() == {"evaluated"}
     page.fill("#user", "For how long can I keep a film?")
     page.fill("[name=tokens]", "40")
     page.click("#ask [type=submit]")
@@ -80,7 +80,7 @@ def test_both_answers_stream_one_after_the_other(page: Browser, served: Served) 
     # Each grows piece by piece, and the second begins when the first has ended.
     assert all(len(set(each)) > 4 for each in lengths)
     assert all(first == lengths[0][-1] for first, second in seen if second)
-    cached, uncached = made(page, "cached"), made(page, "uncached")
+    cached, uncached = counts(page, "cached"), counts(page, "uncached")
     assert sum(cached.values()) == sum(uncached.values()) == uncached["evaluated"]
     assert cached["exact"] > 80 and cached["evaluated"] < uncached["evaluated"] / 2
     for column in ("cached", "uncached"):
@@ -147,7 +147,7 @@ def test_a_schema_is_uploaded_encoded_and_asked(page: Browser, tmp_path: Path) -
     assert "<pool warm=" in prompt and "<summer/>" in prompt and "winter" not in prompt
     page.fill("#user", "Is there a market?")
     ask(page)
-    cached = made(page, "cached")
+    cached = counts(page, "cached")
     assert cached["evaluated"] < sum(cached.values()) / 2
     page.click("#tab-schemas")
     page.click("#delete")
@@ -245,7 +245,7 @@ def test_a_key_is_asked_for_once(window: Browser, smollm2: Path, tmp_path: Path)
         window.driver.refresh()
         window.until(lambda: window.all("#model")[0].text, "the model")
         ask(window)
-        assert sum(made(window, "cached").values()) > 20
+        assert sum(counts(window, "cached").values()) > 20
         assert window.complaints() == []
         window.click("#forget")
         assert window.one("#key-text").get_property("value") == ""

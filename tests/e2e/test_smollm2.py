@@ -35,7 +35,7 @@ def prompts_of(schema: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def engine(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """One engine for all, so that no slice is made twice."""
+    """One engine for all, so that no slice is encoded twice."""
     with Engine(smollm2, store=tmp_path_factory.mktemp("slices")) as engine:
         for schema in EXAMPLES:
             engine.add_schema(schema)
@@ -44,25 +44,25 @@ def engine(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @dataclass
 class Step:
-    """What the model would say next: its first choice, and how far behind it the second is."""
+    """The model's next token: its first choice, and by how much its logit exceeds that of the second."""
 
     token: int
-    lead: float
+    margin: float
 
 
 def steps(engine: Engine, plan: Plan, forced: list[int] | None = None) -> list[Step]:
-    """Greedy steps behind ``plan``; ``forced`` tokens are what is said instead."""
+    """Greedy steps after ``plan``; ``forced`` tokens are appended instead of the first choices."""
 
     def task(slot: Slot, _: OnProgress) -> Task[list[Step]]:
         kv_cache = engine.kv_cache
         yield from answer(kv_cache, lambda: plan, nothing, slot=slot, fresh=True)
-        made: list[Step] = []
+        taken: list[Step] = []
         for i in range(STEPS):
             logits = kv_cache.context.logits(slot.index)
             second, first = np.argsort(logits)[-2:]
-            made.append(Step(int(first), float(logits[first] - logits[second])))
+            taken.append(Step(int(first), float(logits[first] - logits[second])))
             yield from kv_cache.append(slot, np.array([forced[i] if forced else first], np.int32))
-        return made
+        return taken
 
     return engine.host.do(task)
 
@@ -82,9 +82,9 @@ def test_a_prompt_as_one_module_answers_as_full_prefill(question: str, engine: E
     cached = steps(engine, plan, [step.token for step in uncached])
     differing = [(one, other) for one, other in zip(uncached, cached, strict=True) if one.token != other.token]
     # Batches of another size round otherwise: what was all but a tie may fall the other way.
-    assert all(one.lead < 0.1 and other.lead < 0.1 for one, other in differing)
+    assert all(one.margin < 0.1 and other.margin < 0.1 for one, other in differing)
     assert len(differing) <= 3
-    assert np.mean([abs(one.lead - other.lead) for one, other in zip(uncached, cached, strict=True)]) < 0.1
+    assert np.mean([abs(one.margin - other.margin) for one, other in zip(uncached, cached, strict=True)]) < 0.1
 
 
 @examples

@@ -85,8 +85,8 @@ def keys(span: Span) -> set[str]:
 def test_spliced_logits_are_those_of_the_contexts(
     tiny: Tiny, asked: list[tuple[list[int], Reuse, float, bool]]
 ) -> None:
-    """Any texts, in any order, on one store: exact ones hold nothing else, and foreign slices come on request alone."""
-    made: set[str] = set()
+    """Texts in any order share a store: exact plans hold exact slices, and foreign slices are taken on request only."""
+    evaluated: set[str] = set()
     with asking(tiny("llama")) as desk:
         for order, reuse, recompute, marked in asked:
             runs = [desk.tokens(PARAGRAPHS[number]) for number in order]
@@ -97,10 +97,10 @@ def test_spliced_logits_are_those_of_the_contexts(
             elsewhere = [span for span in plan.spans if span.relation != "exact" and not span.missing]
             assert plan.exact or reuse != "exact"
             if reuse == "schema":
-                # Between parts, what was evaluated behind these very spans is taken again.
-                assert all(text.within(span.start, span.end) or keys(span) <= made for span in elsewhere)
+                # Between parts, slices that were evaluated after these same spans are taken again.
+                assert all(text.within(span.start, span.end) or keys(span) <= evaluated for span in elsewhere)
             assert not elsewhere or recompute < 1
-            made |= {key for span in plan.spans if span.missing for key in keys(span)}
+            evaluated |= {key for span in plan.spans if span.missing for key in keys(span)}
 
 
 def test_paragraphs_in_another_order_are_not_evaluated(tiny: Tiny) -> None:
@@ -124,8 +124,8 @@ def test_paragraphs_in_another_order_are_not_evaluated(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("recompute", [0.0, 0.2])
-def test_a_question_is_read_behind_its_own_text(recompute: float, tiny: Tiny, tmp_path: Path) -> None:
-    """Its slice from another context has attended to another text, and what it asks for is what is recomputed."""
+def test_a_question_is_evaluated_after_its_own_text(recompute: float, tiny: Tiny, tmp_path: Path) -> None:
+    """A question's slice from another context attended to another text; what the question asks for is recomputed."""
 
     def asked(*order: int) -> list[dict[str, str]]:
         return [{"role": "user", "content": "".join(PARAGRAPHS[number] for number in order) + f"{QUESTION}\n\n"}]
@@ -135,15 +135,15 @@ def test_a_question_is_read_behind_its_own_text(recompute: float, tiny: Tiny, tm
         for order in ((0, 1, 2, 3, 4), (3, 0, 4, 2, 1), (2, 4, 1, 3, 0)):
             plan = running.plan(asked(*order), fidelity=fidelity)
             # The end of a message is by itself after a blank line.
-            *_, question, end, opening = plan.spans
+            *_, question, end, answer = plan.spans
             assert QUESTION in running.model.text(question.tokens)
             assert question.missing
             assert len(end.tokens) == 2
-            assert opening.slice is None
+            assert answer.slice is None
             if order[0]:
                 assert plan.count("foreign") + plan.count("clean") > plan.n_tokens / 2
             running.generate(asked(*order), fidelity=fidelity, max_tokens=2)
-            # Asked again, it is known behind this text.
+            # Asked again, the question has a slice whose context is this text.
             assert not running.plan(asked(*order), fidelity=fidelity).spans[-3].missing
 
 
@@ -185,17 +185,17 @@ def asked_about(running: Engine, paragraphs: list[str], **settings: object) -> P
     return stream.plan
 
 
-@pytest.mark.parametrize("place", [0, 3, 7])
-def test_a_changed_paragraph_is_evaluated_and_a_share_of_what_follows(place: int, tiny: Tiny, tmp_path: Path) -> None:
-    edited = [*PARAGRAPHS[:place], message(99, 20) + "\n\n", *PARAGRAPHS[place + 1 :]]
+@pytest.mark.parametrize("number", [0, 3, 7])
+def test_a_changed_paragraph_is_evaluated_and_a_share_of_what_follows(number: int, tiny: Tiny, tmp_path: Path) -> None:
+    edited = [*PARAGRAPHS[:number], message(99, 20) + "\n\n", *PARAGRAPHS[number + 1 :]]
     with engine(tiny("llama"), tmp_path, n_ctx=2048, segment_tokens=SEGMENTS) as running:
         assert asked_about(running, PARAGRAPHS, reuse="anywhere").exact
     with engine(tiny("llama"), tmp_path, n_ctx=2048, segment_tokens=SEGMENTS, reuse="anywhere") as running:
         sizes = [len(running.model.tokenize(paragraph)) for paragraph in edited]
         plan = asked_about(running, edited, fidelity=Fidelity(0.0))
-        made = sum(len(span.tokens) for span in plan.spans if span.missing)
-        assert sizes[place] <= made <= sizes[place] + 4 * SEGMENTS[0]
-        assert sum(sizes[:place]) - 2 * SEGMENTS[0] <= plan.count("exact") <= sum(sizes[:place]) + 1
+        evaluated = sum(len(span.tokens) for span in plan.spans if span.missing)
+        assert sizes[number] <= evaluated <= sizes[number] + 4 * SEGMENTS[0]
+        assert sum(sizes[:number]) - 2 * SEGMENTS[0] <= plan.count("exact") <= sum(sizes[:number]) + 1
         assert plan.n_recomputed == 0
         taken = plan.count("foreign") + plan.count("clean")
         # The first segment may take twice its share.
@@ -224,8 +224,8 @@ def test_models_whose_states_can_t_be_moved_stay_exact(arch: str, tiny: Tiny, tm
         assert asked_about(running, other, reuse="anywhere").exact == (not running.context.memory.moves)
 
 
-# ---- made exact ------------------------------------------------------------------------------------------------------
-def test_refining_makes_it_exact(tiny: Tiny, tmp_path: Path) -> None:
+# ---- refined ---------------------------------------------------------------------------------------------------------
+def test_text_is_exact_after_refining(tiny: Tiny, tmp_path: Path) -> None:
     other = [*PARAGRAPHS[4:], *PARAGRAPHS[:4]]
     with (
         engine(tiny("llama"), tmp_path, n_ctx=2048, reuse="anywhere") as running,

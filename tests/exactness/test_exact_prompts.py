@@ -99,7 +99,7 @@ def test_exact_slices_of_what_a_prompt_ends_with_are_found_whole() -> None:
 
 # ---- repair ----------------------------------------------------------------------------------------------------------
 
-PLACES = (
+CITIES = (
     "Root. <module name='a'>The harbour of Lisbon is large.</module><module name='b'>Kyoto has temples, and Kyoto has "
     "gardens.<module name='in'>The gardens are quiet.</module></module><module name='c'>The river of Porto is "
     "deep.</module><module name='d'>The river of Basel is deep.</module>"
@@ -129,13 +129,13 @@ def chosen(desk: Prompting, question: str, share: float) -> list[str]:
     ],
 )
 def test_modules_that_the_question_is_about_are_recomputed(question: str, share: float, modules: list[str]) -> None:
-    with planning(written(PLACES)) as desk:
+    with planning(written(CITIES)) as desk:
         desk.pretend(desk.reading())
         assert chosen(desk, question, share) == modules
 
 
 def test_all_of_it_is_what_is_not_exact() -> None:
-    with planning(written(PLACES)) as desk:
+    with planning(written(CITIES)) as desk:
         desk.pretend(desk.reading())
         assert chosen(desk, "Basel?", 1) == ["d", "c", "b", "b.in", "a"]
         plan = desk.plan("<a/><b><in/></b><c/><d/>Basel?", Fidelity(1))

@@ -44,15 +44,15 @@ kv_types = pytest.mark.parametrize("kv_type", KV_TYPES)
 # ---- a chain is full prefill ----------------------------------------------------------------------------------------
 @archs
 @kv_types
-@pytest.mark.parametrize("places", [(1,), (59,), (20, 41), (3, 6, 9, 30, 31, 50)], ids=str)
-def test_a_chain_gives_full_prefill(arch: str, kv_type: KVType, places: tuple[int, ...], tiny: TinyModel) -> None:
+@pytest.mark.parametrize("edges", [(1,), (59,), (20, 41), (3, 6, 9, 30, 31, 50)], ids=str)
+def test_a_chain_gives_full_prefill(arch: str, kv_type: KVType, edges: tuple[int, ...], tiny: TinyModel) -> None:
     text, question = cut(some_tokens(69), 60)
-    slices = chain(cut(text, *places))
+    slices = chain(cut(text, *edges))
     with bench(tiny(arch), kv_type) as b:
         expected = b.full(np.concatenate([text, question]))
         assert distance(b.logits(plan_of(*slices, question)), expected) < tolerance(arch, kv_type)
         # The first part of it counts, or this would show nothing.
-        assert distance(b.full(np.concatenate([text[places[0] :], question])), expected) > 0.04
+        assert distance(b.full(np.concatenate([text[edges[0] :], question])), expected) > 0.04
 
 
 @archs
@@ -79,7 +79,7 @@ def test_a_chain_longer_than_a_batch_gives_full_prefill(arch: str, kv_type: KVTy
 
 @archs
 def test_fresh_tokens_between_slices_of_a_chain_give_full_prefill(arch: str, tiny: TinyModel) -> None:
-    """Parameters: what the prompt brings stands where the slice behind was made behind the same tokens."""
+    """The argument of a prompt has the same tokens as the text that the next slice attended to."""
     tokens = some_tokens(80)
     one, argument, two, question = cut(tokens, 30, 37, 70)
     slices = chain([one, argument, two])
@@ -95,19 +95,19 @@ def moved_plans() -> dict[str, Plan]:
     anchor = slice_of(text[:20])
     near = slice_of(text[20:40], [anchor])
     far = slice_of(text[40:65], [anchor], start=50)
-    alone = slice_of(text[65:85], start=200)
+    standalone = slice_of(text[65:85], start=200)
     question, more = text[85:92], text[92:]
     return {
         "by the encoder": plan_of(anchor, far, question),
         "by the encoder, without its context": plan_of(far, question),
-        "by the encoder, from 0": plan_of(alone, question),
+        "by the encoder, from 0": plan_of(standalone, question),
         "by the splicer, forward": plan_of(anchor, (near, 33), question),
         "by the splicer, back": plan_of(anchor, (far, 40), question),
         "by the splicer, far": plan_of(anchor, (near, 3000), question),
-        "by both, packed": plan_of(anchor, (far, 20), (alone, 45), question),
-        "one behind another, overlapping at home": plan_of(anchor, near, (far, 60), (alone, 85), question),
-        "behind new text": plan_of(more, (anchor, 8), question, (far, 35), (alone, 60), more[:1]),
-        "first, to a later position": plan_of((alone, 210), question),
+        "by both, packed": plan_of(anchor, (far, 20), (standalone, 45), question),
+        "one after another, overlapping where evaluated": plan_of(anchor, near, (far, 60), (standalone, 85), question),
+        "after new text": plan_of(more, (anchor, 8), question, (far, 35), (standalone, 60), more[:1]),
+        "first, to a later position": plan_of((standalone, 210), question),
     }
 
 
@@ -132,7 +132,7 @@ def test_one_position_off_would_show(arch: str, kv_type: KVType, tiny: TinyModel
 
 
 @archs
-def test_siblings_side_by_side_are_those_made_one_by_one(arch: str, tiny: TinyModel) -> None:
+def test_siblings_side_by_side_are_those_evaluated_one_by_one(arch: str, tiny: TinyModel) -> None:
     """More of them than a context has sequences, some moved, in one encoding."""
     text = some_tokens(2000)
     anchor = slice_of(text[:20])
@@ -147,8 +147,8 @@ def test_siblings_side_by_side_are_those_made_one_by_one(arch: str, tiny: TinyMo
 
 
 @archs
-def test_a_slice_does_not_depend_on_what_was_made_with_it(arch: str, tiny: TinyModel) -> None:
-    """Parts of one module, moved: made at once, one by one, and behind a context from the store."""
+def test_a_slice_does_not_depend_on_what_was_evaluated_with_it(arch: str, tiny: TinyModel) -> None:
+    """Parts of one module, moved: encoded at once, one by one, and after a context from the store."""
     text = some_tokens(90)
     anchor = slice_of(text[:20])
     first = slice_of(text[20:40], [anchor], start=60)
@@ -163,10 +163,10 @@ def test_a_slice_does_not_depend_on_what_was_made_with_it(arch: str, tiny: TinyM
         assert distance(b.logits(plan), at_once) < tolerance(arch, "f32")
 
 
-# ---- several stretches ----------------------------------------------------------------------------------------------
+# ---- several runs of new text ---------------------------------------------------------------------------------------
 @archs
 @kv_types
-def test_moved_slices_behind_several_fresh_spans(arch: str, kv_type: KVType, tiny: TinyModel) -> None:
+def test_moved_slices_after_several_fresh_spans(arch: str, kv_type: KVType, tiny: TinyModel) -> None:
     text = some_tokens(200)
     anchor = slice_of(text[:20])
     modules = [slice_of(text[20 + 15 * i : 35 + 15 * i], [anchor], start=20 + 15 * i) for i in range(6)]
@@ -180,7 +180,7 @@ def test_moved_slices_behind_several_fresh_spans(arch: str, kv_type: KVType, tin
 
 
 @archs
-def test_more_stretches_than_free_sequences(arch: str, tiny: TinyModel) -> None:
+def test_more_runs_of_new_text_than_free_sequences(arch: str, tiny: TinyModel) -> None:
     text = some_tokens(500)
     modules = [slice_of(text[6 * i : 6 * i + 6], start=6 * i) for i in range(2 * FREE + 5)]
     pieces: list[Slice | Tokens] = []
@@ -205,7 +205,7 @@ def test_a_plan_that_ends_in_a_slice_has_logits_too(arch: str, tiny: TinyModel) 
 
 # ---- what the next plan shares --------------------------------------------------------------------------------------
 def random_plan(rng: np.random.Generator, pool: list[Slice], before: Plan | None) -> Plan:
-    """Some of ``pool``, fresh tokens between and behind; often beginning like the plan before it."""
+    """Some of ``pool``, fresh tokens between and after them; often beginning like the plan before it."""
     pieces: list[Slice | Tokens] = []
     if before is not None and rng.random() < 0.7:
         for span in before.spans[: rng.integers(len(before.spans) + 1)]:
@@ -222,24 +222,24 @@ def random_plan(rng: np.random.Generator, pool: list[Slice], before: Plan | None
 
 @archs
 @pytest.mark.parametrize("seed", range(3))
-def test_any_sequence_of_plans_gives_what_each_gives_alone(arch: str, seed: int, tiny: TinyModel) -> None:
+def test_any_sequence_of_plans_gives_what_each_gives_by_itself(arch: str, seed: int, tiny: TinyModel) -> None:
     text = some_tokens(300)
     trunk = chain(cut(text[:100], 40, 45))
     pool = [*trunk, *(slice_of(text[100 + 30 * i : 130 + 30 * i], trunk[: i % 3], start=60 + 10 * i) for i in range(6))]
     rng = np.random.default_rng(seed)
     with bench(tiny(arch)) as b:
-        alone = Desk(b.truth, b.kv_cache.store, SLICES)
+        separate = Desk(b.truth, b.kv_cache.store, SLICES)
         plan: Plan | None = None
         for _ in range(30):
             if plan is None or rng.random() < 0.85:
                 plan = random_plan(rng, pool, plan)
             spent = b.prefill(plan)
-            alone.prefill(partial(Plan, plan.spans), fresh=True)
+            separate.prefill(partial(Plan, plan.spans), fresh=True)
             assert spent.cached_tokens + spent.fresh_tokens == plan.n_tokens
             assert distance(b.kv_cache.context.logits(), b.truth.logits()) < tolerance(arch, "f32")
             if rng.random() < 0.5:  # an answer, which the next plan may go on from
                 answer = some_tokens(int(rng.integers(1, 6)), seed=int(rng.integers(3)))
-                for kv_cache in (b.kv_cache, alone):
+                for kv_cache in (b.kv_cache, separate):
                     for token in answer:
                         kv_cache.append(np.array([token], np.int32))
                 assert distance(b.kv_cache.context.logits(), b.truth.logits()) < tolerance(arch, "f32")

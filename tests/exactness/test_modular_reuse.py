@@ -65,7 +65,7 @@ def check_logits(
                 assert np.allclose(oracle.full(plan), wanted)
 
 
-PLACED = pytest.mark.parametrize(
+POSITIONS = pytest.mark.parametrize(
     ("positions", "packed"),
     [("reserved", None), ("packed", None), ("reserved", True)],
     ids=["reserved", "packed", "packed from reserved"],
@@ -74,7 +74,7 @@ AHEAD = pytest.mark.parametrize("ahead", [False, True], ids=["on demand", "ahead
 
 
 @pytest.mark.parametrize("name", CASES)
-@PLACED
+@POSITIONS
 @AHEAD
 def test_spliced_logits(name: str, positions: Positions, packed: bool | None, ahead: bool, tiny: TinyModel) -> None:
     check_logits(tiny("llama"), CASES[name], positions=positions, packed=packed, ahead=ahead)
@@ -88,7 +88,7 @@ def test_spliced_logits_at_every_level(name: str, how: str, ahead: bool, tiny: T
 
 
 @pytest.mark.parametrize("kind", ["isolated", "unanchored", "sets"])
-@PLACED
+@POSITIONS
 def test_spliced_logits_of_other_contexts(
     kind: str, positions: Positions, packed: bool | None, tiny: TinyModel
 ) -> None:
@@ -137,7 +137,7 @@ def test_more_modules_than_sequences(how: str, tiny: TinyModel) -> None:
 
 @pytest.mark.parametrize("name", ["siblings", "nesting", "unions", "parameters"])
 def test_reuse_is_not_full_prefill(name: str, tiny: TinyModel) -> None:
-    """The difference that the tolerance above has to tell apart."""
+    """Checks the difference that the tolerance above must detect."""
     path, case = tiny("llama"), CASES[name]
     with prompting(path, written(case.schema)) as desk:
         oracle = Oracle(ReferenceLlama(path), desk.kv_cache)
@@ -151,7 +151,7 @@ def test_reuse_is_not_full_prefill(name: str, tiny: TinyModel) -> None:
 @pytest.mark.parametrize("name", ["siblings", "text between modules", "nesting", "roles", "empty modules"])
 @AHEAD
 def test_a_prompt_that_leaves_nothing_out_is_exact(name: str, ahead: bool, tiny: TinyModel) -> None:
-    """In the schema's order, with nothing in the place of anything else, at any level."""
+    """The prompt keeps the order of the schema and replaces none of its text, at any depth of nesting."""
     path, case = tiny("llama"), CASES[name]
     attributes, content = case.prompts[0] if name != "roles" else ("", "<a/><f/><x it='a thing'/>")
     with prompting(path, written(case.schema)) as desk:

@@ -70,7 +70,7 @@ def test_foreign_slices_stay_where_they_are(isolate: bool, tiny: Tiny, tmp_path:
         anns = ann.generate(swapped, max_tokens=1).metrics
         assert (anns.foreign_tokens + anns.clean_tokens > 0) == isolate
         assert anns.cached_tokens > 0
-        # Behind other text, Bob's own serve Bob, and nobody else.
+        # After other text, Bob's slices are taken by Bob only.
         third = marked(running, "So:", SECOND, FIRST)
         bobs = bob.generate(third, max_tokens=1).metrics
         assert bobs.foreign_tokens + bobs.clean_tokens > 100
@@ -84,13 +84,13 @@ def test_a_schema_belongs_to_one_namespace(isolate: bool, tiny: Tiny, tmp_path: 
     with engine(tiny("llama"), tmp_path, **SIZES) as running:
         ann, bob = (running.within(name, isolate=isolate) for name in ("ann", "bob"))
         ann.add_schema(parse_schema(SCHEMA))
-        made = ann.encode("shelf").tokens
-        assert made > 0
+        encoded = ann.encode("shelf").tokens
+        assert encoded > 0
         with pytest.raises(InputError, match="no schema 'shelf'"):
             bob.generate(PROMPT)
         # The same schema of another is not evaluated again, and serves in any order.
         bob.add_schema(parse_schema(SCHEMA))
-        assert bob.encode("shelf").tokens == (made if isolate else 0)
+        assert bob.encode("shelf").tokens == (encoded if isolate else 0)
         metrics = bob.generate(PROMPT, max_tokens=1).metrics
         assert metrics.clean_tokens + metrics.related_tokens >= len(running.model.tokenize(SECOND))
         assert metrics.encoded_tokens == 0
@@ -104,7 +104,7 @@ def test_an_isolated_answer_is_right(arch: str, tiny: Tiny, tmp_path: Path) -> N
             plan = isolated.plan(text=text)
             wanted = logits(running, running.plan(text=text).without_reuse(), fresh=True)
             assert np.abs(logits(isolated, plan) - wanted).max() < 1e-3
-        # What was saved is named by what it is made from.
+        # The key of each saved slice can be computed again from its file.
         running.store.flush()
         assert running.store.files is not None and running.store.index is not None
         rows = running.store.index.rows()
@@ -122,7 +122,7 @@ def test_each_namespace_is_refined(tiny: Tiny, tmp_path: Path) -> None:
         assert ann.plan(PROMPT).exact
 
 
-def test_conversations_have_a_place_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
+def test_conversations_belong_to_one_namespace(tiny: Tiny, tmp_path: Path) -> None:
     with engine(plain_spoken(tiny("llama")), tmp_path) as running:
         ann, bob = running.within("ann"), running.within("bob")
         with ann.session("talk") as session:

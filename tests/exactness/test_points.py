@@ -102,9 +102,7 @@ def _cells_of(context: Context, count: int):  # type: ignore[no-untyped-def]
 
 # ---- going on --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", RECURRENT_ARCHS)
-def test_after_a_restart_what_stands_behind_the_last_message_is_evaluated(
-    arch: str, tiny: Tiny, tmp_path: Path
-) -> None:
+def test_after_a_restart_the_tokens_after_the_last_message_are_evaluated(arch: str, tiny: Tiny, tmp_path: Path) -> None:
     model = plain_spoken(tiny(arch))
     messages = [SYSTEM]
     held = 0
@@ -121,7 +119,7 @@ def test_after_a_restart_what_stands_behind_the_last_message_is_evaluated(
 
 @pytest.mark.parametrize("arch", RECURRENT_ARCHS)
 @pytest.mark.parametrize("reopened", [False, True], ids=["in the context", "reopened"])
-def test_another_question_behind_the_same_system_text(arch: str, reopened: bool, tiny: Tiny, tmp_path: Path) -> None:
+def test_another_question_after_the_same_system_text(arch: str, reopened: bool, tiny: Tiny, tmp_path: Path) -> None:
     model = tiny(arch)
     with truth(model, n_ctx=4096) as true:
         running = None
@@ -132,8 +130,8 @@ def test_another_question_behind_the_same_system_text(arch: str, reopened: bool,
             asked = [SYSTEM, {"role": "user", "content": message(number, 10)}]
             answer = said(running, running.stream(asked, max_tokens=4))
             true.check(arch, answer)
-            behind = len(running.plan(asked).tokens) - len(running.model.tokenize(SYSTEM["content"]))
-            assert number == 0 or answer.fresh < behind
+            rest = len(running.plan(asked).tokens) - len(running.model.tokenize(SYSTEM["content"]))
+            assert number == 0 or answer.fresh < rest
             if reopened:
                 stack.__exit__(None, None, None)
         if not reopened:
@@ -154,7 +152,7 @@ def test_long_text_has_a_state_now_and_then(arch: str, tiny: Tiny, tmp_path: Pat
 
 
 @pytest.mark.parametrize("arch", RECURRENT_ARCHS)
-def test_a_state_that_is_gone_is_made_again(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_state_that_is_gone_is_evaluated_again(arch: str, tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny(arch), tmp_path) as running:
         first = said(running, running.stream(text=message(1, 100), max_tokens=3))
         running.store.flush()
@@ -170,7 +168,7 @@ def test_a_state_that_is_gone_is_made_again(arch: str, tiny: Tiny, tmp_path: Pat
 
 
 @pytest.mark.parametrize("arch", RECURRENT_ARCHS)
-def test_a_session_goes_back_by_a_state_alone(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_session_goes_back_by_loading_only_a_state(arch: str, tiny: Tiny, tmp_path: Path) -> None:
     """The cells before what is left out stay where they are: one state is read, and no cells."""
     model = plain_spoken(tiny(arch))
     with engine(model, tmp_path) as running, truth(model) as true:

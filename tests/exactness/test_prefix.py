@@ -39,13 +39,13 @@ def whole(running: Engine, prompt: Sequence[int] | Tokens) -> int:
 
 
 class Known:
-    """What is known of texts that were asked, as slices: each behind all before it, by its tokens and theirs."""
+    """Keeps the slices of texts that were asked: of each its start, and all tokens of the text up to its end."""
 
     def __init__(self, arch: str) -> None:
         self.recurrent = arch in RECURRENT_ARCHS
         self.slices: set[tuple[int, tuple[int, ...]]] = set()
         self.points: set[tuple[int, tuple[int, ...]]] = set()
-        """Slices with a recurrent state behind them: one can go on from these alone."""
+        """Slices with a recurrent state at their end: evaluation of a recurrent model continues only from these."""
 
     def of(self, prompt: Sequence[int] | Tokens) -> int:
         """Tokens of a prompt that are known, its last token aside."""
@@ -139,7 +139,7 @@ def test_a_prompt_is_what_full_prefill_is(arch: str, kind: str, tiny: Tiny, tmp_
             known = Known(arch)
             assert known.ask(running, first) == count
             left = known.ask(running, again)
-            # All of it is in the context, which a recurrent model's state has left behind.
+            # The llama.cpp context holds the whole prompt, but the state of a recurrent model is that after the answer.
             assert again.fresh == (left if arch in RECURRENT_ARCHS else 1)
             same(again, full, arch)
             asked(running, text="Something else.")
@@ -171,7 +171,7 @@ def test_found_by_another_process(kind: str, tiny: Tiny, tmp_path: Path) -> None
             assert distance(row, expected) < tolerance("llama", "f32")
 
 
-def test_messages_are_what_the_template_makes_of_them(tiny: Tiny, tmp_path: Path) -> None:
+def test_messages_are_rendered_by_the_template(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path) as running:
         plan = running.plan(MESSAGES)
         assert rendered(running, plan.tokens) == chatml(*((each["role"], each["content"]) for each in MESSAGES))
@@ -200,13 +200,13 @@ def test_the_longest_known_prefix(arch: str, tiny: Tiny, tmp_path: Path) -> None
 
 
 @archs
-@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 0.99])
-def test_a_changed_token_is_known_up_to_its_segment(arch: str, place: float, tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.99])
+def test_a_changed_token_is_known_up_to_its_segment(arch: str, share: float, tiny: Tiny, tmp_path: Path) -> None:
     model = tiny(arch)
     with engine(model, tmp_path, segment_tokens=SEGMENTS) as running:
         first = asked(running, text=TEXT)
     tokens = first.stream.plan.tokens
-    index = int(place * len(tokens))
+    index = int(share * len(tokens))
     changed = tokens.copy()
     changed[index] = changed[index] % 200 + 7
     with engine(model, tmp_path, segment_tokens=SEGMENTS) as running, truth(model) as true:
@@ -215,7 +215,7 @@ def test_a_changed_token_is_known_up_to_its_segment(arch: str, place: float, tin
         answer = asked(running, prompt=changed)
         assert answer.fresh == known.ask(running, answer)
         # A recurrent model goes on from a message's end.
-        assert answer.fresh < len(tokens) or place == 0 or arch in RECURRENT_ARCHS
+        assert answer.fresh < len(tokens) or share == 0 or arch in RECURRENT_ARCHS
         true.check(arch, answer)
 
 
@@ -291,7 +291,7 @@ def test_a_recurrent_model_goes_on_from_its_prompt(tiny: Tiny, tmp_path: Path) -
 
 # ---- random prompts --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "mamba"])
-def test_any_sequence_of_prompts_gives_what_each_gives_alone(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_any_sequence_of_prompts_gives_what_each_gives_by_itself(arch: str, tiny: Tiny, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     words = ("rain", "and the", "fields of", "a mill", "were", "the same", "to them", "as", "the other", "town")
     texts = [""]

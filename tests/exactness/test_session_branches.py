@@ -65,12 +65,12 @@ def test_answering_the_first_message_again(arch: str, tiny: Tiny, tmp_path: Path
         true.check(arch, again)
 
 
-# ---- another message in the place of one -----------------------------------------------------------------------------
+# ---- another message instead of one ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("number", [1, 2, 4])
 @resumed
 def test_editing_a_message(arch: str, number: int, reopened: bool, tiny: Tiny, tmp_path: Path) -> None:
-    """Only the new message is evaluated, and what followed the old one is out of sight."""
+    """Only the new message is evaluated, and the new message does not attend to what followed the old one."""
     model = tiny(arch)
     with engine(model, tmp_path) as running, running.session("s", system=SYSTEM) as session:
         for each in range(1, 5):
@@ -99,7 +99,7 @@ def test_editing_a_message(arch: str, number: int, reopened: bool, tiny: Tiny, t
 @archs
 @resumed
 def test_editing_a_message_that_has_left_the_context(arch: str, reopened: bool, tiny: Tiny, tmp_path: Path) -> None:
-    """What was in sight then is again, and nothing of it is evaluated."""
+    """The new message attends to the turns that the old one attended to; none of these turns is evaluated."""
     model = tiny(arch)
     with truth(model) as true:
         with engine(model, tmp_path, n_ctx=512) as running, running.session("s", system=SYSTEM) as session:
@@ -118,7 +118,7 @@ def test_editing_a_message_that_has_left_the_context(arch: str, reopened: bool, 
             assert message(0, 14) in rendered(running, edited.stream.plan.tokens)
             assert edited.fresh == len(edited.stream.plan.tokens) - sum(sizes(session)[:-2])
             true.check(arch, edited)
-        # Between two truncations: what had left by then stays out of sight.
+        # Between two truncations: the new message does not attend to the turns that had left by then.
         with engine(model, tmp_path, n_ctx=512) as running, running.session("middle") as session:
             number = next(index for index, count in enumerate(left) if count) + 2
             edited = said(running, session.edit(number, "Something else?", max_tokens=4))
@@ -194,8 +194,8 @@ def test_forks_that_say_the_same_share_that_too(tiny: Tiny, tmp_path: Path) -> N
 def defined(bench: Bench, plan: Plan, modules: Iterable[Slice], answer: Tokens) -> Logits:
     """The logits that a plan with an answer ends with by its definition.
 
-    Slices of ``modules`` were each evaluated behind their own context; what else there is was evaluated behind
-    everything before.
+    Each slice of ``modules`` was evaluated after its own context; every other token was evaluated after all tokens
+    before it.
     """
     known = {slice_.key: slice_ for slice_ in modules}
     assert known.keys() & {slice_.key for slice_ in plan.slices}
@@ -214,17 +214,17 @@ def test_a_session_that_begins_with_a_prompt(arch: str, tiny: Tiny, tmp_path: Pa
             layout = running.add_schema(parse_schema(SCHEMA))
             running.encode("shop")
             modules = reading(layout, running.slices, running.context.n_ctx - 1)
-            alone = said(running, running.stream(PROMPT, max_tokens=4))
+            direct = said(running, running.stream(PROMPT, max_tokens=4))
             bench = Bench(running.kv_cache, context)  # type: ignore[arg-type]
             # What the first answer left in the context would be taken, too.
             running.forget()
             with running.session("s", prompt=PROMPT) as session:
                 assert session.unanswered
                 answer = said(running, session.stream(max_tokens=4))
-                assert answer.stream.plan.tokens.tolist() == alone.stream.plan.tokens.tolist()
-                assert answer.stream.metrics.cached_tokens == alone.stream.plan.n_cached
+                assert answer.stream.plan.tokens.tolist() == direct.stream.plan.tokens.tolist()
+                assert answer.stream.metrics.cached_tokens == direct.stream.plan.n_cached
                 # What is new in the prompt is a slice as well, but for the last token.
-                assert distance(answer.rows[0], alone.rows[0]) < tolerance(arch, "f32")
+                assert distance(answer.rows[0], direct.rows[0]) < tolerance(arch, "f32")
                 plan = answer.stream.plan
                 ends = defined(bench, plan, modules, answer.tokens[plan.n_tokens :])
                 assert distance(answer.rows[-1], ends) < tolerance(arch, "f32")
@@ -256,7 +256,7 @@ def test_a_beginning_is_evaluated_once_and_keeps_its_keys(encoded: bool, tiny: T
         running.add_schema(parse_schema(SCHEMA))
         return running
 
-    # Its modules stand behind others than they were evaluated behind.
+    # Its modules follow other modules than those in the contexts of their slices.
     picked = '<prompt schema="shop"><winter/><hours opens="ten"/><user>What is there to eat?</user></prompt>'
     with opened() as running:
         if encoded:
@@ -282,19 +282,19 @@ def test_a_beginning_is_evaluated_once_and_keeps_its_keys(encoded: bool, tiny: T
 def test_a_session_that_begins_with_a_prompt_is_truncated(
     arch: str, reopened: bool, tiny: Tiny, tmp_path: Path
 ) -> None:
-    """Modules stay, turns leave, and what follows them moves down in place."""
+    """Modules stay, turns leave, and the turns after these move to lower positions."""
     model = tiny(arch)
     with opened(model) as context, engine(model, tmp_path, n_ctx=512) as running:
         running.add_schema(parse_schema(SCHEMA))
-        alone = running.plan(PROMPT)
+        direct = running.plan(PROMPT)
         session = running.session("s", prompt=PROMPT)
         answer = said(running, session.stream(max_tokens=4))
         held, plan = answer.tokens, answer.stream.plan
         truth = Bench(running.kv_cache, context)  # type: ignore[arg-type]
-        defined(truth, plan, alone.slices, held[plan.n_tokens :])
+        defined(truth, plan, direct.slices, held[plan.n_tokens :])
         end = context.last_position(0) + 1
-        # The position behind the prompt, wherever it begins here.
-        opening = end - len(held) + sizes(session)[0]
+        # The position after the prompt, wherever the prompt begins here.
+        begin = end - len(held) + sizes(session)[0]
         gone = 0
         for number in range(12):
             if reopened:
@@ -308,8 +308,8 @@ def test_a_session_that_begins_with_a_prompt_is_truncated(
             if session.left_out > gone:
                 count = sum(counts[1 + gone : 1 + session.left_out])
                 first = sum(counts[:1])
-                context.remove(0, opening, opening + count)
-                context.shift(0, -count, opening + count)
+                context.remove(0, begin, begin + count)
+                context.shift(0, -count, begin + count)
                 held = np.delete(held, slice(first, first + count))
                 end, gone = end - count, session.left_out
             prompt = answer.stream.plan.tokens

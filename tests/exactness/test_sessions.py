@@ -80,8 +80,8 @@ def test_every_turn_is_that_of_an_uninterrupted_conversation(
             true.check(arch, answer)
             assert [entry.text for entry in session.entries] == [text for _, text in messages]
         # What was said first matters, or this would show nothing.
-        alone = true.rows(answer.tokens[-12:], 1)
-        assert distance(answer.rows[-1], alone[0]) > 0.04
+        shortened = true.rows(answer.tokens[-12:], 1)
+        assert distance(answer.rows[-1], shortened[0]) > 0.04
 
 
 @archs
@@ -133,8 +133,8 @@ def test_with_the_types_of_keys_that_engines_have(tiny: Tiny, tmp_path: Path) ->
                 for number in range(4):
                     if reopened or not number:
                         opened.close()
-                        home = tmp_path / f"{kv_type} {reopened}"
-                        running = opened.enter_context(engine(model, home, kv_type=kv_type))
+                        folder = tmp_path / f"{kv_type} {reopened}"
+                        running = opened.enter_context(engine(model, folder, kv_type=kv_type))
                         session = opened.enter_context(running.session("s", system=SYSTEM))
                     answer = turn(running, session, message(number), max_tokens=3)
                 rows.append(answer.rows[0])

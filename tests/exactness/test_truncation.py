@@ -1,4 +1,4 @@
-"""When the context overflows old turns leave, and what stays is the same cells, moved down in place."""
+"""When the context overflows, old turns leave, and the cells of the other turns move to lower positions."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ policies = pytest.mark.parametrize("when_full", ["oldest", "half"])
 @archs
 @policies
 @resumed
-def test_the_state_after_truncation_is_the_same_cells_shifted_in_place(
+def test_the_state_after_truncation_is_the_same_cells_shifted(
     arch: str, when_full: str, reopened: bool, tiny: Tiny, tmp_path: Path
 ) -> None:
     """Several times in a row. No token is evaluated twice, and the system text stays."""
@@ -168,7 +168,9 @@ def test_a_model_that_cannot_shift_evaluates_what_stays_seldom(tiny: Tiny, tmp_p
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_slices_that_are_gone_are_made_again_with_what_has_left_in_sight(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_slices_that_are_gone_are_evaluated_again_after_the_turns_that_left(
+    arch: str, tiny: Tiny, tmp_path: Path
+) -> None:
     with talk(arch, tiny, tmp_path, reopened=True) as talking:
         for number in range(TURNS):
             if number == TURNS - 1:
@@ -207,7 +209,7 @@ def test_refusing(arch: str, tiny: Tiny, tmp_path: Path) -> None:
         entries = session.entries
         assert len(entries) == 1 + 2 * talking.number
         assert session.left_out == 0
-        # Going back makes room.
+        # Going back frees cells.
         answer = said(talking.running, session.edit(talking.number, "!", max_tokens=2))
         talking.true.check(arch, answer)
         assert session.entries[:-2] == entries[:-2]
@@ -251,7 +253,7 @@ def test_a_message_that_no_context_takes(when_full: str, turns: int, tiny: Tiny,
 
 
 def test_an_answer_may_fill_what_is_left(tiny: Tiny, tmp_path: Path) -> None:
-    """More than a quarter of the context is never made free for an answer, but it may take what there is."""
+    """At most a quarter of the context is freed for an answer, but an answer may use every cell that is free."""
     with engine(tiny("llama"), tmp_path, n_ctx=256) as running, running.session("s", system=SYSTEM) as session:
         context_full = []
         for number in range(6):

@@ -209,7 +209,7 @@ def test_picked_passages_share_schemas(bench: Callable[..., Bench]) -> None:
     assert sum(line["clean"] + line["related"] for line in by_variant["standalone"]) > 0
     assert all(line["encoded_tokens"] == 0 for name, lines in by_variant.items() if name != "high" for line in lines)
     assert sum(line["encoded_tokens"] for line in by_variant["high"]) > 0
-    # What high has made is not found by the others.
+    # Slices that high has encoded are not found by the others.
     assert [line["related"] for line in by_variant["balanced"]] != [0] * 7
     assert sum(line["recomputed"] for line in by_variant["balanced"]) > 0
     assert all(line["clean"] == line["related"] == 0 for line in by_variant["refined"])
@@ -246,7 +246,7 @@ def test_a_rerun_adds_what_is_missing_and_nothing_else(bench: Callable[..., Benc
     selection = ("--pick", "3", "--of", "5", "--limit", "5")
     run.run(*selection, variants="full,fast")
     before = run.file.read_bytes()
-    # Killed behind the third answer of the second variant.
+    # Killed after the third answer of the second variant.
     run.file.write_bytes(b"".join(before.splitlines(keepends=True)[:9]))
 
     report = run.run(*selection, variants="full,fast")

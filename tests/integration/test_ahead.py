@@ -19,7 +19,7 @@ from tests.support.workbench import distance
 
 Tiny = Callable[..., Path]
 QUESTION = "What is there to eat, and is it ice cream\nof 11 kinds, or soup? Tell me."
-# After Enter: the last word, and what the template puts behind it. Of the tiny models a byte is a token.
+# After Enter: the last word, and the template's text after it. Of the tiny models a byte is a token.
 LEFT = len(["Tell", "me."][-1]) + len("<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -40,13 +40,13 @@ FORMS = pytest.mark.parametrize("form", [pml, chat, plain])
 
 @pytest.fixture
 def running(tiny: Tiny, tmp_path: Path) -> Iterator[Engine]:
-    with engine(plain_spoken(tiny("llama")), tmp_path) as made:
-        made.add_schema(parse_schema(SCHEMA))
-        yield made
+    with engine(plain_spoken(tiny("llama")), tmp_path) as opened:
+        opened.add_schema(parse_schema(SCHEMA))
+        yield opened
 
 
 def typed(ahead: TypingAhead, *texts: str) -> None:
-    """Type texts, each in the place of the one before, and let each character be evaluated."""
+    """Types texts, each instead of the one before, and lets each character be evaluated."""
     before = ""
     for text in texts:
         shared = next((at for at, (one, two) in enumerate(zip(before, text, strict=False)) if one != two), 0)
@@ -69,7 +69,7 @@ def until_ended(*preparations: Preparation) -> None:
 def test_only_the_last_word_is_left(form: Callable[[str], dict[str, Any]], running: Engine) -> None:
     at_once = running.generate(**form(QUESTION), max_tokens=8)
     running.forget()
-    # What is corrected is evaluated anew, and leaves nothing behind.
+    # A corrected text is evaluated anew, and nothing remains of the text before the correction.
     other = QUESTION.replace("soup", "tea").replace("11", "12")
     typed(TypingAhead(lambda text: running.prepare(**form(text), unfinished=True)), other, QUESTION)
 
@@ -127,7 +127,7 @@ def test_a_long_paste_is_evaluated_once(running: Engine) -> None:
     assert running.generate(**chat(text), max_tokens=1).metrics.cached_tokens == size - 1
 
 
-def test_a_new_text_takes_the_place_of_another(running: Engine) -> None:
+def test_a_new_text_replaces_another(running: Engine) -> None:
     began: list[Preparation] = []
 
     def prepare(text: str) -> Preparation:
@@ -138,7 +138,7 @@ def test_a_new_text_takes_the_place_of_another(running: Engine) -> None:
     for text in ("one", "one ", "one two", "uno ", "uno due "):
         ahead.typed(text)
     ahead.stop()
-    # A change behind the last blank is none.
+    # A change after the last blank starts no preparation.
     assert len(began) == 4
     cancelled = running.prepare(**plain(message(9, 200)), unfinished=True)
     cancelled.cancel()
@@ -165,5 +165,5 @@ def test_a_closed_engine_ends_it(tiny: Tiny, tmp_path: Path) -> None:
     ("text", "head"),
     [("", ""), ("word", ""), ("two words", "two "), ("two ", "two "), ("a\nb", "a\n"), ("a \n ", "a \n ")],
 )
-def test_words_behind_the_last_blank_are_held_back(text: str, head: str) -> None:
+def test_words_after_the_last_blank_are_held_back(text: str, head: str) -> None:
     assert written(text) == head

@@ -75,7 +75,7 @@ def answer(there: Terminal) -> tuple[str, int]:
 
 
 def expected(model: Path, schema: Path, *questions: str) -> list[str]:
-    """The answers of the model to the questions behind what is picked, each asked at once."""
+    """The answers of the model to the questions, each asked at once after the picked modules."""
     with Engine(model, threads=1, store=None) as engine:
         engine.add_schema(schema)
         greedy = Sampling(temperature=0)
@@ -114,10 +114,10 @@ def test_a_selection_is_saved_as_a_prompt_that_gives_the_same_answer(
     saved, question = tmp_path / "my prompt.xml", 'Is 3 < 4 & "5" > 1?'
     with asking(speaker, schema) as there:
         pick(there)
-        # Before there is a question, the modules alone.
+        # Before there is a question, only the modules.
         there.type(f"/save {saved}\r")
         there.until("asks the same")
-        alone = load_prompt(saved)
+        without_question = load_prompt(saved)
         there.until("1>")
         there.type(f"{question}\r")
         said, _ = answer(there)
@@ -139,7 +139,7 @@ def test_a_selection_is_saved_as_a_prompt_that_gives_the_same_answer(
         assert there.closed() == 0
     wanted = parse_prompt(PICKED.format(escape(question)))
     assert meaning(load_prompt(saved)) == meaning(wanted)
-    assert meaning(alone.children) == meaning(wanted.children[:-1])
+    assert meaning(without_question.children) == meaning(wanted.children[:-1])
     assert schema.read_text() == SCHEMA
     options = ("-m", speaker, "-n", str(LENGTH), "--temp", "0", "--threads", "1", "--json")
     done = cpucache("run", saved, "-s", schema, *options)
@@ -157,7 +157,7 @@ def test_what_is_typed_is_evaluated_meanwhile_and_changes_no_answer(speaker: Pat
         time.sleep(1)
         there.type("\r")
         typed, evaluated = answer(there)
-        # Behind the last blank: a word, and the end of the template. Tokens of this model are bytes.
+        # After the last blank: a word, and the end of the template. Tokens of this model are bytes.
         assert evaluated < 60 < len(QUESTION)
 
         # A correction in the middle of what has been evaluated already.

@@ -35,9 +35,9 @@ INFO = SliceInfo("fp", "m", "s", "a", 2, 0, "f", "c", 1.0)
 class Shop:
     """A store with five slices: a schema for two models, and another schema."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.files = SliceFiles(home / "slices")
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = SliceFiles(folder / "slices")
         self.keys: dict[str, str] = {}
         with self.store() as store:
             for number, name in enumerate(
@@ -46,7 +46,7 @@ class Shop:
                 self.keys[name] = self.put(store, name, number)
 
     def store(self, **settings: Any) -> Store:
-        return Store(self.home, ram_budget=0, **settings)
+        return Store(self.folder, ram_budget=0, **settings)
 
     def put(self, store: Store, name: str, number: int) -> str:
         model, schema, module = name.split("/")
@@ -65,7 +65,7 @@ class Shop:
                     assert store.get(self.keys[f"small/shop/{module}"]) is not None
 
     def age(self, name: str, days: float) -> None:
-        """Make a slice one that was used so long ago."""
+        """Sets the last use of a slice to so many days ago."""
         with self.store() as store:
             assert store.index is not None
             store.index._database.execute(
@@ -402,7 +402,7 @@ def test_packs_are_signed_and_checked(shop: Shop, tmp_path: Path, monkeypatch: p
     assert cache("export", "docs", "-o", pack, "--sign", tmp_path / "key").endswith(", signed\n")
     monkeypatch.setenv("CPUCACHE_HOME", str(tmp_path / "other"))
     assert cache("import", pack, "--key", tmp_path / "key.pub") == "1 slices for small, 1 of them new\n"
-    monkeypatch.setenv("CPUCACHE_HOME", str(shop.home))
+    monkeypatch.setenv("CPUCACHE_HOME", str(shop.folder))
     cache("export", "docs", "-o", pack)
     done = cpucache("cache", "import", pack, "--key", tmp_path / "key.pub")
     assert (done.status, done.out) == (2, "")
@@ -454,13 +454,13 @@ def as_nobody() -> Iterator[Callable[[Path], AbstractContextManager[None]]]:
     """Lets a folder be read, by a user who may write nothing there."""
 
     @contextmanager
-    def reading(home: Path) -> Iterator[None]:
-        there = [home, *home.rglob("*")]
+    def reading(folder: Path) -> Iterator[None]:
+        there = [folder, *folder.rglob("*")]
         for path in there:
             path.chmod(0o500 if path.is_dir() else 0o400)
             if os.geteuid() == 0:
                 os.chown(path, NOBODY, -1)
-        above = [path for path in home.parents if path.stat().st_mode & 0o077 == 0] if os.geteuid() == 0 else []
+        above = [path for path in folder.parents if path.stat().st_mode & 0o077 == 0] if os.geteuid() == 0 else []
         for path in above:
             path.chmod(0o711)
         was = os.geteuid()
@@ -482,7 +482,7 @@ def as_nobody() -> Iterator[Callable[[Path], AbstractContextManager[None]]]:
 def test_a_store_that_can_only_be_read(log: bool, shop: Shop, as_nobody: Any, caplog: pytest.LogCaptureFixture) -> None:
     other = shop.store() if log else None
     state = np.zeros(10, np.uint8)
-    with as_nobody(shop.home):
+    with as_nobody(shop.folder):
         assert set(names()) == set(shop.keys)
         assert json.loads(cache("stats", "--json"))["slices"] == 5
         assert cache("verify") == "5 slices, 0 damaged or missing\n"

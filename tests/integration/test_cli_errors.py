@@ -200,7 +200,7 @@ def test_statuses_and_streams_of_the_real_command() -> None:
     assert usage.err.startswith("cpucache: no such option")
 
 
-def test_a_group_alone_shows_its_help() -> None:
+def test_a_group_without_a_command_shows_its_help() -> None:
     for group in ([], ["schema"], ["models"], ["bench"]):
         done = cpucache(*group)
         assert "Commands:" in done.out + done.err

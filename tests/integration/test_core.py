@@ -1,4 +1,4 @@
-"""The core: many requests on one llama.cpp context, each as if alone, each ended without touching another."""
+"""The core: many requests on one llama.cpp context, each answered as by itself, each ended without touching another."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def begin(*streams: Stream) -> None:
 
 # ---- side by side ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", ARCHS)
-def test_answers_side_by_side_are_those_given_alone(arch: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_answers_side_by_side_are_those_given_one_by_one(arch: str, tiny: Tiny, tmp_path: Path) -> None:
     """Each token of each was chosen from the logits of plain evaluation."""
     model = tiny(arch)
     with engine(model, tmp_path, n_ctx=4096, parallel=4) as running, truth(model, n_ctx=4096) as true:
@@ -100,11 +100,11 @@ def test_answers_side_by_side_are_those_given_alone(arch: str, tiny: Tiny, tmp_p
 
 @pytest.mark.parametrize("arch", ["llama", "mpt", "gemma3"])
 def test_modules_at_the_same_position_share_their_cells(arch: str, tiny: Tiny, tmp_path: Path) -> None:
-    """Whoever has them first: the others load nothing, and say what they say alone."""
+    """The first request loads the cells. The others load nothing, and answer as by themselves."""
     with engine(tiny(arch), tmp_path, n_ctx=2048, parallel=4) as running:
         running.add_schema(parse_schema(SCHEMA))
         running.encode("shop")
-        alone = [running.generate(prompt, max_tokens=10).text for prompt in PROMPTS]
+        one_by_one = [running.generate(prompt, max_tokens=10).text for prompt in PROMPTS]
         running.forget()
         slow(running)
         loads: list[int] = []
@@ -117,7 +117,7 @@ def test_modules_at_the_same_position_share_their_cells(arch: str, tiny: Tiny, t
         running.context.load = noting  # type: ignore[method-assign]
         streams = [running.stream(prompt, max_tokens=10) for prompt in PROMPTS]
         begin(*streams)
-        assert [stream.reply().text for stream in streams] == alone
+        assert [stream.reply().text for stream in streams] == one_by_one
         same = [running.stream(PROMPTS[0], max_tokens=100) for _ in range(4)]
         loads.clear()
         begin(*same)
@@ -150,7 +150,7 @@ def test_a_prompt_that_comes_meanwhile_does_not_hold_answers_up(parallel: Engine
 def test_a_prompt_waits_for_cells_that_others_have(tiny: Tiny, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, n_ctx=512, parallel=4) as running:
         slow(running)
-        alone = [running.generate(text=text, max_tokens=40).text for text in TEXTS]
+        one_by_one = [running.generate(text=text, max_tokens=40).text for text in TEXTS]
         most: list[int] = []
         sample = running.context.sample
 
@@ -165,7 +165,7 @@ def test_a_prompt_waits_for_cells_that_others_have(tiny: Tiny, tmp_path: Path) -
         assert len({stream.reply().text for stream in streams}) == 1
         assert max(most) == 3
         with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(lambda text: running.generate(text=text, max_tokens=40).text, TEXTS)) == alone
+            assert list(pool.map(lambda text: running.generate(text=text, max_tokens=40).text, TEXTS)) == one_by_one
 
 
 def answer_to(running: Engine, plan: Plan) -> Answer:
@@ -173,19 +173,19 @@ def answer_to(running: Engine, plan: Plan) -> Answer:
 
 
 def test_a_prompt_that_needs_more_cells_than_it_said_waits_for_them(tiny: Tiny, tmp_path: Path) -> None:
-    """Making slices that are missing may take more cells than the prompt has tokens."""
+    """Encoding missing slices may take more cells than the prompt has tokens."""
     with engine(tiny("llama"), tmp_path, n_ctx=512, parallel=3) as running:
         slow(running, 0.005)
-        alone = running.generate(text="y" * 450, max_tokens=5).text
+        by_itself = running.generate(text="y" * 450, max_tokens=5).text
         wanted = running.generate(text="the sea", max_tokens=150)
         running.forget()
         other = running.stream(text="the sea", max_tokens=150)
         until(lambda: bool(next(other)) and len(other.tokens) > 100)
         plan = running.plan(text="y" * 450)
         more = Stream(running.host, answer_to(running, plan), n_tokens=1)
-        assert more.reply().text == alone
+        assert more.reply().text == by_itself
         assert other.reply().text == wanted.text
-        # Alone, there is nothing to wait for.
+        # By itself, a request has nothing to wait for.
         too_long = running.slices.plan((), np.tile(plan.tokens, 2))
         with pytest.raises(ContextFull):
             Stream(running.host, answer_to(running, too_long), n_tokens=1).reply()
@@ -211,13 +211,13 @@ def test_closing_while_another_thread_generates(tiny: Tiny, tmp_path: Path) -> N
     running.close()
 
 
-def test_a_stream_left_half_read_makes_nobody_wait(parallel: Engine) -> None:
-    alone = parallel.generate(text="a mill", max_tokens=5).text
+def test_no_request_waits_for_a_stream_left_half_read(parallel: Engine) -> None:
+    by_itself = parallel.generate(text="a mill", max_tokens=5).text
     left = parallel.stream(text="the sea", max_tokens=3000)
     next(left)
     with ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(parallel.generate, text="a mill", max_tokens=5) for _ in range(6)]
-        assert [each.result(60).text for each in asked] == [alone] * 6
+        assert [each.result(60).text for each in asked] == [by_itself] * 6
     # Forgotten, it ends.
     core = parallel.host.core
     assert core._scheduler.running
@@ -409,10 +409,10 @@ print(bool(next(stream)))
 
 # ---- in order --------------------------------------------------------------------------------------------------------
 def test_answers_overtake_encoding(tiny: Tiny, tmp_path: Path) -> None:
-    """Interrupted in the middle of an evaluation, it goes on behind them, and makes what it would have made alone."""
+    """Interrupted in the middle of an evaluation, encoding goes on after the answers, and saves the same slices."""
     modules = "".join(f"<module name='m{index}'>{chr(65 + index) * 400}</module>" for index in range(8))
     schema = parse_schema(f"<schema name='s'>{modules}</schema>")
-    with engine(tiny("llama"), tmp_path / "alone", n_ctx=4096) as running:
+    with engine(tiny("llama"), tmp_path / "undisturbed", n_ctx=4096) as running:
         running.add_schema(schema)
         keys = {slice_.key for slice_ in running.encode("s").wanted}
     with engine(tiny("llama"), tmp_path, n_ctx=4096) as running:
@@ -439,7 +439,7 @@ def test_of_each_priority_the_first_comes_first() -> None:
     assert [scheduler.next() for _ in range(6)] == [*(requests[index] for index in (1, 3, 2, 0, 4)), None]
 
 
-def test_one_that_only_waits_makes_way_for_those_that_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_only_waits_lets_those_that_can_start_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def task(*works: Work) -> Task[None]:
         yield from works
 
@@ -497,10 +497,10 @@ def test_a_chunk_takes_as_long_as_two_steps() -> None:
     for job in scheduler.answers:
         job.work = Work([Run(0, 0, np.zeros(1, np.int32))], answers=True)
     assert batch(scheduler, 40).size == 42
-    # Alone, a whole batch.
+    # Without answers beside it, a whole batch.
     scheduler.answers = []
-    alone = Batch()
-    assert scheduler.fill(alone)[1] == 512
+    whole = Batch()
+    assert scheduler.fill(whole)[1] == 512
 
 
 @pytest.mark.parametrize("parallel", [0, 17])
@@ -514,10 +514,10 @@ def test_sessions_side_by_side(parallel: Engine) -> None:
         with parallel.session(name) as session:
             return [session.send(f"{message(number)} {name[-1]}", max_tokens=6).text for number in range(4)]
 
-    alone = {name: talk(f"alone {name}") for name in "abcdef"}
+    one_by_one = {name: talk(f"single {name}") for name in "abcdef"}
     with ThreadPoolExecutor(6) as pool:
         together = dict(zip("abcdef", pool.map(talk, [f"with {name}" for name in "abcdef"]), strict=True))
-    assert together == alone
+    assert together == one_by_one
 
 
 def test_a_stream_is_begun_once_by_many_threads(parallel: Engine) -> None:

@@ -69,13 +69,13 @@ def test_a_slice_costs_what_its_own_tokens_do(timed: Timed) -> None:
 
 def test_an_attempt_that_fails_costs_time_and_no_second_miss(timed: Timed) -> None:
     kv_cache = timed.kv_cache
-    context, *behind = chain(cut(some_tokens(200), 40, 120))
+    context, *following = chain(cut(some_tokens(200), 40, 120))
     first = slice_of(some_tokens(300, seed=1))
-    # A state that llama.cpp refuses: known only once it is loaded, after another slice has been made.
+    # A state that llama.cpp refuses: known only once it is loaded, after another slice has been encoded.
     nonsense = SliceInfo("", "", "", "", 0, 0, "", "", 0.0)
     kv_cache.store.put(context.key, np.zeros(100, np.uint8), context.tokens, nonsense)
-    report = kv_cache.encode([first, *behind])
-    assert report.new == {first, context, *behind}
+    report = kv_cache.encode([first, *following])
+    assert report.new == {first, context, *following}
     assert kv_cache.store.account().misses == 4
     assert report.seconds >= timed.seconds > 0
 

@@ -19,7 +19,7 @@ from tests.support.workbench import distance, tolerance
 
 Tiny = Callable[..., Path]
 
-# Modules that were evaluated behind others than stand before them here.
+# Modules whose contexts are other modules than precede them here.
 PICKED = '<prompt schema="shop"><winter/><hours opens="ten"/><user>What is there to eat?</user></prompt>'
 
 
@@ -119,7 +119,7 @@ def test_a_conversation_keeps_to_the_trained_positions(tiny: Tiny, tmp_path: Pat
             session.send("a" * 300)
 
 
-# ---- opening and closing ---------------------------------------------------------------------------------------------
+# ---- open and close --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
@@ -140,7 +140,7 @@ def test_settings_that_are_none_are_refused(settings: dict[str, Any], what: str,
         Engine(tiny("llama"), store=tmp_path, **{"n_ctx": 256, "threads": 1, **settings})
 
 
-def test_what_was_opened_is_closed_when_something_behind_it_fails(
+def test_what_was_opened_is_closed_when_a_later_step_fails(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[type] = []

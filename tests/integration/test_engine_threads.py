@@ -24,8 +24,8 @@ def engine(tiny: TinyModel, tmp_path: Path) -> Iterator[Engine]:
 
 def test_threads_take_turns(engine: Engine) -> None:
     texts = ["the sea", "a mill", "hay in the barn", "the old tin", "rain", "47"]
-    alone = [engine.generate(text=text, max_tokens=8).text for text in texts]
-    assert len(set(alone)) == len(alone)
+    one_by_one = [engine.generate(text=text, max_tokens=8).text for text in texts]
+    assert len(set(one_by_one)) == len(one_by_one)
 
     def ask(text: str) -> list[str]:
         whole = engine.generate(text=text, max_tokens=8).text
@@ -35,17 +35,17 @@ def test_threads_take_turns(engine: Engine) -> None:
 
     with ThreadPoolExecutor(len(texts)) as pool:
         for _ in range(5):
-            assert list(pool.map(ask, texts)) == [[text, text] for text in alone]
+            assert list(pool.map(ask, texts)) == [[text, text] for text in one_by_one]
 
 
 def test_streams_of_one_thread_touch_not_one_another(engine: Engine) -> None:
     texts = ["one text", "other", "a third"]
-    alone = [engine.generate(text=text, max_tokens=8).text for text in texts]
+    one_by_one = [engine.generate(text=text, max_tokens=8).text for text in texts]
     streams = [engine.stream(text=text, max_tokens=8) for text in texts]
     begun = [next(stream) for stream in streams]
     # Read to the end in another order than they were begun.
-    assert [streams[index].reply().text for index in (2, 0, 1)] == [alone[index] for index in (2, 0, 1)]
-    assert all(text.startswith(piece) for text, piece in zip(alone, begun, strict=True))
+    assert [streams[index].reply().text for index in (2, 0, 1)] == [one_by_one[index] for index in (2, 0, 1)]
+    assert all(text.startswith(piece) for text, piece in zip(one_by_one, begun, strict=True))
 
 
 def test_sessions_of_one_engine_take_turns(engine: Engine) -> None:
@@ -56,7 +56,7 @@ def test_sessions_of_one_engine_take_turns(engine: Engine) -> None:
     subjects = ["the sea", "a mill", "hay", "the old tin"]
     with ThreadPoolExecutor(len(subjects)) as pool:
         together = list(pool.map(talk, [f"on {subject}" for subject in subjects], subjects))
-    assert together == [talk(f"alone, on {subject}", subject) for subject in subjects]
+    assert together == [talk(f"single, on {subject}", subject) for subject in subjects]
 
 
 def test_a_session_that_is_closed_elsewhere_ends_its_answer(engine: Engine) -> None:

@@ -32,8 +32,8 @@ HIGH = "--fidelity high, or cpucache encode --refine"
 
 @pytest.fixture
 def running(tiny: Tiny, tmp_path: Path) -> Iterator[Engine]:
-    with engine(tiny("llama"), tmp_path) as made:
-        yield made
+    with engine(tiny("llama"), tmp_path) as opened:
+        yield opened
 
 
 def measured(running: Engine, content: str = INCLUDED, schema: str = MODULES, **settings: Any) -> FidelityReport:
@@ -79,9 +79,9 @@ def test_rows_are_those_of_the_model(running: Engine) -> None:
     for plain in (True, False):
         for count in range(len(asked) - 1 + len(answer)):
             running.forget()
-            behind = np.concatenate([asked, answer])[: count + 1]
+            following = np.concatenate([asked, answer])[: count + 1]
             before = plan.spans[:-1]
-            whole = type(plan)((*before, type(before[0])(plan.spans[-1].start, behind)))
+            whole = type(plan)((*before, type(before[0])(plan.spans[-1].start, following)))
             tried = whole.without_reuse() if plain else whole
             rows.append(logits(running, tried))
     true, found = np.split(log_probabilities(np.stack(rows)), 2)
@@ -109,11 +109,11 @@ def test_one_module_is_as_good_as_none(content: str, running: Engine) -> None:
 
 def test_a_scaffold_set_is_as_good_as_none(running: Engine) -> None:
     schema = MODULES + "<scaffold modules='a c'/>"
-    apart = measured(running, "<a/><c/>", schema, advise=False)
+    before = measured(running, "<a/><c/>", schema, advise=False)
     running.encode_likely("s")
     together = measured(running, "<a/><c/>", schema, advise=False)
     assert together.now.distance.kl.max() < 1e-3
-    assert apart.now.distance.kl_mean > 0.02
+    assert before.now.distance.kl_mean > 0.02
 
 
 def test_a_slice_of_other_tokens_is_far_off(running: Engine) -> None:
@@ -137,19 +137,19 @@ def test_a_slice_of_other_tokens_is_far_off(running: Engine) -> None:
 
 
 def test_an_answer_without_tokens(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with engine(tiny("llama"), tmp_path) as made:
-        monkeypatch.setattr(made.model, "ends_generation", lambda token: True)
-        report = measured(made)
+    with engine(tiny("llama"), tmp_path) as running:
+        monkeypatch.setattr(running.model, "ends_generation", lambda token: True)
+        report = measured(running)
     now = report.now.distance
     assert (len(report.truth.answer), report.truth.text) == (0, "")
     assert len(now.kl) == now.asked == len(report.pieces) > 0
     assert now.summary()["kl_answer"] == now.summary()["nll_change"] == 0
     assert {token["of"] for token in report.as_dict()["tokens"]} == {"prompt"}
-    with engine(tiny("llama"), tmp_path) as made:
-        monkeypatch.setattr(made.model, "ends_generation", lambda token: True)
-        # A single fresh token, behind which nothing is predicted.
-        made.add_schema(parse_schema("<schema name='s'><module name='a'>some text</module></schema>"))
-        report = made.fidelity("<prompt schema='s'><a/></prompt>", max_tokens=3)
+    with engine(tiny("llama"), tmp_path) as running:
+        monkeypatch.setattr(running.model, "ends_generation", lambda token: True)
+        # A single fresh token, after which nothing is predicted.
+        running.add_schema(parse_schema("<schema name='s'><module name='a'>some text</module></schema>"))
+        report = running.fidelity("<prompt schema='s'><a/></prompt>", max_tokens=3)
     assert (report.pieces, report.now.distance.kl_mean, report.as_dict()["tokens"]) == ([], 0, [])
 
 
@@ -181,8 +181,8 @@ def test_what_does_not_fit_is_refused(running: Engine, tiny: Tiny, tmp_path: Pat
         measured(running, max_tokens=1024)
     with pytest.raises(InputError, match="max_tokens=0"):
         measured(running, max_tokens=0)
-    with engine(tiny("mamba"), tmp_path / "mamba") as made, pytest.raises(ModelError, match="recurrent"):
-        measured(made)
+    with engine(tiny("mamba"), tmp_path / "mamba") as recurrent, pytest.raises(ModelError, match="recurrent"):
+        measured(recurrent)
 
 
 # ---- advice ----------------------------------------------------------------------------------------------------------
@@ -217,14 +217,14 @@ def test_what_is_advised_is_what_one_gets(settings: dict[str, Any], tiny: Tiny, 
     # A share that holds a module.
     schema = MODULES + "".join(f"<module name='{name}'>{'and the rest of it ' * 9}</module>" for name in "de")
     content = f"<d/>{INCLUDED}<e/>"
-    with engine(tiny("llama", **settings), tmp_path) as made:
-        report = measured(made, content, schema, fidelity="fast")
+    with engine(tiny("llama", **settings), tmp_path) as running:
+        report = measured(running, content, schema, fidelity="fast")
         trials = {trial.change: trial.distance for trial in report.trials}
         for share in (0.1, 0.2):
-            done = measured(made, content, schema, advise=False, fidelity=Fidelity(share)).now.distance
+            done = measured(running, content, schema, advise=False, fidelity=Fidelity(share)).now.distance
             assert trials[f"--recompute {share}"].kl == pytest.approx(done.kl, abs=1e-3)
         assert trials["--recompute 0.2"].kl != pytest.approx(report.now.distance.kl, abs=1e-3)
-        done = measured(made, content, schema, advise=False, fidelity="high").now.distance
+        done = measured(running, content, schema, advise=False, fidelity="high").now.distance
         assert trials[HIGH].kl == pytest.approx(done.kl, abs=1e-3)
 
 

@@ -216,7 +216,7 @@ def test_ctrl_c(command: tuple[str | Path, ...], folder: Path, store_home: Path,
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 
-def test_run_evaluates_afresh_what_it_is_told_to(command: tuple[str | Path, ...]) -> None:
+def test_run_recomputes_what_it_is_told_to(command: tuple[str | Path, ...]) -> None:
     run = ("run", *command[1:], "--json")
 
     def fresh(*more: str) -> int:

@@ -72,11 +72,11 @@ def test_the_scratch_sequence_is_nobody_s_while_others_are_evaluated(tiny: Tiny)
         for each in (first, *moved):
             state = kv_cache.store.get(each.key)
             assert state is not None
-            # The number of cells stands behind what a state is, of which sequence, and how many streams there are.
+            # The number of cells follows the kind of the state, its sequence, and the number of streams.
             assert state[12:16].view("<u4")[0] == len(each.tokens)
 
 
-def test_what_is_kept_behind_a_foreign_slice_is_not_exact(tiny: Tiny, tmp_path: Path) -> None:
+def test_what_is_saved_after_a_foreign_slice_is_not_exact(tiny: Tiny, tmp_path: Path) -> None:
     texts = [message(number, 30) + "\n\n" for number in range(4)]
     with engine(tiny("llama"), tmp_path, segment_tokens=(16, 64), reuse="anywhere") as running:
         running.generate(text="".join(texts), max_tokens=1)

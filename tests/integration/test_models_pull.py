@@ -65,15 +65,15 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
 
 @pytest.fixture
 def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bytes) -> Iterator[Offer]:
-    """``offer(source, ..., **changes)`` makes a catalogue of one model, ``tiny``, with these sources."""
+    """``offer(source, ..., **changes)`` writes a catalogue of one model, ``tiny``, with these sources."""
 
-    def make(*sources: dict[str, Any], **changes: Any) -> None:
+    def write(*sources: dict[str, Any], **changes: Any) -> None:
         path = tmp_path / "catalogue.toml"
         path.write_text(entry(weights, *sources, **changes))
         monkeypatch.setattr(catalogue_module, "resource", lambda name: path)
         known_models.cache_clear()
 
-    yield make
+    yield write
     monkeypatch.undo()
     known_models.cache_clear()
 

@@ -50,11 +50,11 @@ def put(store: Store, number: int, fingerprint: str = "fp", size: int = 5000) ->
     return key
 
 
-def content(home: Path) -> dict[str, bytes]:
+def content(folder: Path) -> dict[str, bytes]:
     """Everything below a store's folder but its index."""
     return {
-        str(path.relative_to(home)): path.read_bytes()
-        for path in home.rglob("*")
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
         if path.is_file() and not path.name.startswith("index.sqlite")
     }
 
@@ -70,16 +70,16 @@ class Packed:
             self.foreign = put(store, 9, "another")
             self.files = store.files
             export_pack(store, self.keys, self.path)
-        self.home = folder / "to"
-        with Store(self.home, ram_budget=0) as store:
+        self.target = folder / "to"
+        with Store(self.target, ram_budget=0) as store:
             self.own = put(store, 7)
 
     def members(self) -> list[tuple[tarfile.TarInfo, bytes]]:
         with tarfile.open(self.path) as tar:
             return [(entry, tar.extractfile(entry).read()) for entry in tar]  # type: ignore[union-attr]
 
-    def write_as_made(self, members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
-        """Members, described in the manifest as a maker of packs would describe them."""
+    def write_with_manifest(self, members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        """Writes members with a manifest that describes them, as in a new pack."""
         manifest = json.loads(members[0][1])
         manifest["slices"] = [
             {"key": entry.name[:32], "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -94,17 +94,17 @@ class Packed:
                 tar.addfile(entry, io.BytesIO(data))
 
     def add(self, fingerprint: str | None = None, key: Path | None = None) -> int:
-        with Store(self.home, ram_budget=0) as store:
+        with Store(self.target, ram_budget=0) as store:
             return import_pack(store, self.path, fingerprint=fingerprint, key=key)[1]
 
     def expect_refused(self, match: str, fingerprint: str | None = None) -> None:
         """The pack is refused, and the store is as it was."""
-        before = content(self.home)
+        before = content(self.target)
         with pytest.raises(InputError, match=match) as caught:
             self.add(fingerprint)
         assert "\n" not in str(caught.value)
-        assert content(self.home) == before
-        with Store(self.home, ram_budget=0) as store:
+        assert content(self.target) == before
+        with Store(self.target, ram_budget=0) as store:
             assert store.index is not None
             assert [row.key for row in store.index.rows()] == [self.own]
             assert store.index.unfinished(-1) == []
@@ -119,14 +119,14 @@ def packed(tmp_path: Path) -> Packed:
 def test_slices_come_through_unchanged(packed: Packed) -> None:
     assert packed.add("fp") == 3
     assert packed.add() == 0
-    with Store(packed.home, ram_budget=0) as store:
+    with Store(packed.target, ram_budget=0) as store:
         assert store.files is not None and store.index is not None and packed.files is not None
         assert {row.key for row in store.index.rows()} == {*packed.keys, packed.own}
         for key in packed.keys:
             assert store.files.check(key)
             assert store.files.path(key).read_bytes() == packed.files.path(key).read_bytes()
             assert store.files.info(key) == packed.files.info(key)
-    assert not list(packed.home.glob(".import*"))
+    assert not list(packed.target.glob(".import*"))
 
 
 def test_an_engine_answers_from_imported_slices(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_slice_of_another_model(packed: Packed) -> None:
     members = packed.members()
     foreign = packed.files.path(packed.foreign).read_bytes()
     members[2] = (tarfile.TarInfo(f"{packed.foreign}.safetensors"), foreign)
-    packed.write_as_made(members)
+    packed.write_with_manifest(members)
     packed.expect_refused("belongs to another model")
 
 
@@ -286,7 +286,7 @@ def test_a_truncated_pack(packed: Packed) -> None:
 @given(steps=st.lists(changes(), min_size=1, max_size=3))
 def test_a_pack_brings_what_was_packed_or_nothing(steps: list[Callable[[bytes], bytes]], packed: Packed) -> None:
     whole = packed.path.read_bytes()
-    before = content(packed.home)
+    before = content(packed.target)
     changed = whole
     for step in steps:
         changed = step(changed)
@@ -294,16 +294,16 @@ def test_a_pack_brings_what_was_packed_or_nothing(steps: list[Callable[[bytes], 
     try:
         packed.add()
         assert packed.files is not None
-        added = SliceFiles(packed.home / "slices")
+        added = SliceFiles(packed.target / "slices")
         for key in packed.keys:
             assert added.path(key).read_bytes() == packed.files.path(key).read_bytes()
-        with Store(packed.home, ram_budget=0) as store:
+        with Store(packed.target, ram_budget=0) as store:
             remove(store, packed.keys)
     except InputError as error:
         assert "\n" not in str(error)
     finally:
         packed.path.write_bytes(whole)
-    assert content(packed.home) == before
+    assert content(packed.target) == before
 
 
 def test_what_is_no_archive_at_all(packed: Packed) -> None:
@@ -344,7 +344,7 @@ def test_only_whole_slices_of_one_model_are_exported(packed: Packed) -> None:
     assert not [path for path in packed.folder.iterdir() if path.name.startswith("new.tar")]
 
 
-def test_memory_alone_has_no_packs(packed: Packed) -> None:
+def test_a_store_in_memory_only_has_no_packs(packed: Packed) -> None:
     store = Store(None, ram_budget=PLENTY)
     with pytest.raises(InputError, match="in memory"):
         export_pack(store, packed.keys, packed.folder / "new.tar")
@@ -353,7 +353,7 @@ def test_memory_alone_has_no_packs(packed: Packed) -> None:
 
 
 def test_a_pack_does_not_evict_itself(packed: Packed) -> None:
-    with Store(packed.home, ram_budget=0, disk_budget=17_000) as store:
+    with Store(packed.target, ram_budget=0, disk_budget=17_000) as store:
         assert store.files is not None and store.index is not None
         store.index.pin([packed.own], pinned=True)
         assert import_pack(store, packed.path)[1] == 2
@@ -373,7 +373,7 @@ def test_a_pack_fits_a_store_whose_budget_is_the_size_of_its_slices(packed: Pack
 
 
 def test_a_pack_larger_than_the_budget_is_refused_before_anything_is_written(packed: Packed) -> None:
-    with Store(packed.home, ram_budget=0, disk_budget=11_000) as store:
+    with Store(packed.target, ram_budget=0, disk_budget=11_000) as store:
         assert store.files is not None
         with pytest.raises(InputError, match=r"its slices take 16\.\d kB; the store's budget is 11\.0 kB"):
             import_pack(store, packed.path)
@@ -391,13 +391,13 @@ def test_a_pack_that_says_to_be_larger_than_it_is_or_than_the_disk(
     packed.write([(members[0][0], json.dumps(manifest).encode()), *members[1:]])
     packed.expect_refused(r"its slices take 6\.5 GB, the file has 20\.5 kB")
     # A file of holes takes no room, and is as large as it says.
-    room = shutil.disk_usage(packed.home).free
+    room = shutil.disk_usage(packed.target).free
     manifest["slices"][0]["bytes"] = 2 * room
     packed.write([(members[0][0], json.dumps(manifest).encode()), *members[1:]])
     with packed.path.open("r+b") as file:
         file.truncate(2 * room + 100_000)
     packed.expect_refused("the store's budget is")
-    store = Store(packed.home, ram_budget=0, disk_budget=4 * room)
+    store = Store(packed.target, ram_budget=0, disk_budget=4 * room)
     with store, pytest.raises(InputError, match=r"the disk has .* free; make room"):
         import_pack(store, packed.path)
 
@@ -441,7 +441,7 @@ def test_a_name_that_can_t_be_shown(name: str, field: str, packed: Packed) -> No
         assert store.files is not None
         members = packed.members()[:2]
         members[1] = (tarfile.TarInfo(f"{key}.safetensors"), store.files.path(key).read_bytes())
-    packed.write_as_made(members)
+    packed.write_with_manifest(members)
     packed.expect_refused("is not a valid name of a model, a schema or a module")
 
 
@@ -467,31 +467,31 @@ import_pack(store, Path(sys.argv[2]))
 
 
 def test_what_a_killed_import_leaves_is_cleared_by_the_next_start(packed: Packed) -> None:
-    subprocess.run([sys.executable, "-c", KILLED, packed.home, packed.path, "killed"], check=False, timeout=60)
-    staging = packed.home / "slices" / STAGING
+    subprocess.run([sys.executable, "-c", KILLED, packed.target, packed.path, "killed"], check=False, timeout=60)
+    staging = packed.target / "slices" / STAGING
     assert len(list(staging.rglob("*.safetensors"))) == 3
-    Store(packed.home, ram_budget=0).close()
+    Store(packed.target, ram_budget=0).close()
     assert not staging.exists()
     assert packed.add() == 3
 
 
-def test_an_import_under_way_is_left_alone(packed: Packed) -> None:
-    command = [sys.executable, "-c", KILLED, str(packed.home), str(packed.path), "waiting"]
+def test_an_import_under_way_is_not_cleared(packed: Packed) -> None:
+    command = [sys.executable, "-c", KILLED, str(packed.target), str(packed.path), "waiting"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None and process.stdout.read(7) == b"waiting"
             with pytest.raises(CpucacheError, match="another import into this store is under way"):
                 packed.add()
-            assert len(list((packed.home / "slices" / STAGING).rglob("*.safetensors"))) == 3
+            assert len(list((packed.target / "slices" / STAGING).rglob("*.safetensors"))) == 3
         finally:
             process.kill()
     assert packed.add() == 3
 
 
-# ---- who made it -----------------------------------------------------------------------------------------------------
+# ---- signatures ------------------------------------------------------------------------------------------------------
 
 
-def make_keys(folder: Path, form: str, name: str) -> tuple[Path, Path]:
+def write_keys(folder: Path, form: str, name: str) -> tuple[Path, Path]:
     """A private and a public key, as openssl or ssh-keygen write them."""
     private = Ed25519PrivateKey.generate()
     kinds = {
@@ -507,8 +507,8 @@ def make_keys(folder: Path, form: str, name: str) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("form", ["PEM", "OpenSSH"])
 def test_a_signed_pack_is_told_from_all_others(form: str, packed: Packed) -> None:
-    private, public = make_keys(packed.folder, form, "ours")
-    _, other = make_keys(packed.folder, form, "theirs")
+    private, public = write_keys(packed.folder, form, "ours")
+    _, other = write_keys(packed.folder, form, "theirs")
     with pytest.raises(InputError, match="it is not signed; nothing was imported"):
         packed.add(key=public)
     with Store(packed.folder / "from", ram_budget=0) as store:
@@ -528,7 +528,7 @@ def test_a_signed_pack_is_told_from_all_others(form: str, packed: Packed) -> Non
 
 def test_a_signature_covers_every_byte_of_the_slices(packed: Packed) -> None:
     """A state can be forged so that everything fits it but the signature."""
-    private, public = make_keys(packed.folder, "PEM", "ours")
+    private, public = write_keys(packed.folder, "PEM", "ours")
     with Store(packed.folder / "from", ram_budget=0) as store:
         export_pack(store, packed.keys, packed.path, key=private)
     with Store(packed.folder / "forged", ram_budget=0) as store:
@@ -542,22 +542,22 @@ def test_a_signature_covers_every_byte_of_the_slices(packed: Packed) -> None:
     for key in (public, None):
         with pytest.raises(InputError, match=r"not as long|a slice is damaged"):
             packed.add(key=key)
-    # Without a key, whoever makes a pack is believed.
-    packed.write_as_made([members[0], *members[2:]])
+    # Without a key, a pack of any origin is accepted.
+    packed.write_with_manifest([members[0], *members[2:]])
     with pytest.raises(InputError, match="it is not signed"):
         packed.add(key=public)
     assert packed.add() == 3
 
 
 def test_a_signed_pack_may_be_taken_unasked(packed: Packed) -> None:
-    private, _ = make_keys(packed.folder, "PEM", "ours")
+    private, _ = write_keys(packed.folder, "PEM", "ours")
     with Store(packed.folder / "from", ram_budget=0) as store:
         export_pack(store, packed.keys, packed.path, key=private)
     assert packed.add() == 3
 
 
 def test_keys_that_are_of_no_use(packed: Packed) -> None:
-    private, public = make_keys(packed.folder, "PEM", "ours")
+    private, public = write_keys(packed.folder, "PEM", "ours")
     nonsense, locked, rsa = (packed.folder / name for name in ("nonsense", "locked", "rsa"))
     nonsense.write_text("no key")
     key = Ed25519PrivateKey.generate()
@@ -581,7 +581,7 @@ def test_keys_that_are_of_no_use(packed: Packed) -> None:
 
 
 def test_signatures_need_a_package(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    private, public = make_keys(packed.folder, "PEM", "ours")
+    private, public = write_keys(packed.folder, "PEM", "ours")
     with Store(packed.folder / "from", ram_budget=0) as store:
         export_pack(store, packed.keys, packed.path, key=private)
         monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
@@ -592,18 +592,18 @@ def test_signatures_need_a_package(packed: Packed, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022])
-def test_packs_and_what_they_bring_are_for_their_owner_alone(mask: int, packed: Packed) -> None:
+def test_packs_and_what_they_bring_are_for_their_owner_only(mask: int, packed: Packed) -> None:
     before = os.umask(mask)
     try:
         packed.path.unlink()
         with Store(packed.folder / "from", ram_budget=0) as store:
             export_pack(store, packed.keys, packed.path)
-        shutil.rmtree(packed.home)
+        shutil.rmtree(packed.target)
         packed.add()
     finally:
         os.umask(before)
     assert packed.path.stat().st_mode & 0o777 == 0o600
-    for path in [packed.home, *packed.home.rglob("*")]:
+    for path in [packed.target, *packed.target.rglob("*")]:
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
 

@@ -39,7 +39,7 @@ def test_a_plan_before_anything_is_encoded_says_what_is_missing(model: Path, sto
     assert not (store_home / "slices").exists() or not slices(store_home)
     assert found["evaluated"] == found["tokens"] == run(model, "--no-cache")["prompt_tokens"]
     missing = [span for span in found["spans"] if "slice" in span]
-    assert {span["from"] for span in missing} == {"to be made"}
+    assert {span["from"] for span in missing} == {"to be encoded"}
     assert {span["why"] for span in missing} == {"no slice yet"}
     assert found["evaluate_ms"] is None, "nothing tells how fast it would be"
 

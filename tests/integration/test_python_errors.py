@@ -30,7 +30,7 @@ def test_a_str_that_looks_like_a_path_is_not_answered(engine: Engine, prompt: st
 
 
 @pytest.mark.parametrize("prompt", ["Hello", 5, b"<prompt/>", ["a"], None])
-def test_a_session_begins_with_pml_alone(engine: Engine, prompt: Any) -> None:
+def test_a_session_begins_with_pml_only(engine: Engine, prompt: Any) -> None:
     with pytest.raises(InputError, match=r"begins with <prompt, a Path\("):
         engine.planner.first_prompt(prompt)
 

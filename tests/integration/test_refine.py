@@ -60,10 +60,10 @@ def check_is_exact(running: Engine, order: str) -> None:
 def test_what_was_asked_is_exact_afterwards(asked: Engine) -> None:
     assert not any(asked.plan(prompt(order)).exact for order in ORDERS)
     told: list[tuple[int, int]] = []
-    made = asked.refine(progress=lambda done, total: told.append((done, total)))
-    assert made.slices > 5
-    assert told[-1] == (made.tokens, made.tokens)
-    assert {total for _, total in told} == {made.tokens}
+    refined = asked.refine(progress=lambda done, total: told.append((done, total)))
+    assert refined.slices > 5
+    assert told[-1] == (refined.tokens, refined.tokens)
+    assert {total for _, total in told} == {refined.tokens}
     for order in ORDERS:
         check_is_exact(asked, order)
     assert asked.refine().slices == 0
@@ -71,11 +71,11 @@ def test_what_was_asked_is_exact_afterwards(asked: Engine) -> None:
 
 def test_the_most_asked_comes_first_and_other_schemas_can_wait(asked: Engine) -> None:
     assert asked.refine("another").slices == 0
-    made = asked.refine("s").wanted
+    wanted = asked.refine("s").wanted
     for order in ORDERS:
-        assert set(asked.plan(prompt(order)).slices) <= set(made)
+        assert set(asked.plan(prompt(order)).slices) <= set(wanted)
     first = asked.plan(prompt(ORDERS[0])).slices
-    assert set(made[: len(first)]) == set(first)
+    assert set(wanted[: len(first)]) == set(first)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6])
@@ -99,7 +99,7 @@ def test_interrupted_at_any_step_it_leaves_the_store_sound(asked: Engine, steps:
 
 
 def test_answers_come_first(asked: Engine) -> None:
-    """They interrupt it, and it goes on behind them."""
+    """Answers interrupt refining, and refining goes on after the answers."""
     wanted = asked.generate(prompt("<a/>"), max_tokens=5).text
     answers: list[str] = []
     dones: list[int] = []
@@ -155,7 +155,7 @@ def test_it_refines_when_nothing_is_asked(tiny: TinyModel, tmp_path: Path) -> No
         check_is_exact(running, ORDERS[0])
 
 
-def test_it_refines_behind_an_answer_that_took_long(tiny: TinyModel, tmp_path: Path) -> None:
+def test_it_refines_after_an_answer_that_took_long(tiny: TinyModel, tmp_path: Path) -> None:
     with engine(tiny("llama"), tmp_path, refine="idle") as running:
         running.add_schema(written(SCHEMA))
         running.encode("s")

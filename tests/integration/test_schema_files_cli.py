@@ -59,8 +59,8 @@ def test_check_tells_all_mistakes_of_all_files(many: Path) -> None:
     done = cpucache("schema", "check", "many")
     assert done.status == 2
     assert len(done.out.splitlines()) == 4
-    places = [line.split(": ")[1] for line in done.err.splitlines()]
-    assert places == [
+    positions = [line.split(": ")[1] for line in done.err.splitlines()]
+    assert positions == [
         "many/bad.xml:2",
         "many/bad.xml:3",
         "many/deep/worse.xml:5:1",
@@ -123,7 +123,7 @@ def test_fmt_writes_many_files_and_settles(many: Path) -> None:
     assert fmt("-", stdin=RAGGED).out == TIDY
 
 
-def test_fmt_goes_on_behind_a_file_that_is_wrong(many: Path) -> None:
+def test_fmt_goes_on_after_a_file_that_is_wrong(many: Path) -> None:
     (many / "bad.xml").write_text(BAD)
     (many / "r.xml").write_text(RAGGED)
     done = fmt("many")

@@ -28,8 +28,8 @@ def run(tiny: Tiny, tmp_path: Path) -> Callable[..., Outcome]:
     private = tmp_path / "store"
     private.mkdir(mode=0o700)
 
-    def call(*before: str, command: str = "run", behind: tuple[str, ...] = (), **environment: str) -> Outcome:
-        arguments: list[str | Path] = [*before, command, "prompt.xml", *fixed, *behind]
+    def call(*before: str, command: str = "run", after: tuple[str, ...] = (), **environment: str) -> Outcome:
+        arguments: list[str | Path] = [*before, command, "prompt.xml", *fixed, *after]
         return cpucache(*arguments, cwd=tmp_path, CPUCACHE_HOME=str(private), **environment)
 
     return call
@@ -47,11 +47,11 @@ def test_nobody_is_told_what_they_did_not_ask_for(run: Callable[..., Outcome]) -
     assert len(outcome.err.splitlines()) == 1  # the figures
 
 
-@pytest.mark.parametrize("where", ["before", "behind", "both"])
+@pytest.mark.parametrize("where", ["before", "after", "both"])
 def test_verbose_tells_what_is_done_and_why(where: str, run: Callable[..., Outcome]) -> None:
-    before = ("-v",) if where != "behind" else ()
-    behind = ("--verbose",) if where != "before" else ()
-    first, again = run(*before, behind=behind), run(*before, behind=behind)
+    before = ("-v",) if where != "after" else ()
+    after = ("--verbose",) if where != "before" else ()
+    first, again = run(*before, after=after), run(*before, after=after)
     assert (first.status, again.status) == (0, 0)
     assert rooms(first) == {"cpucache.engine", "cpucache.reuse"}
     assert re.search(r"encoding missing slices: \d+, of \d+ tokens: .*hours.*summer", first.err)
@@ -60,11 +60,11 @@ def test_verbose_tells_what_is_done_and_why(where: str, run: Callable[..., Outco
     assert "no slice yet" not in first.err, "that is for --debug"
 
 
-@pytest.mark.parametrize("how", ["before", "behind", "environment"])
+@pytest.mark.parametrize("how", ["before", "after", "environment"])
 def test_debug_tells_of_each_part(how: str, run: Callable[..., Outcome]) -> None:
     outcome = run(
         *(("--debug",) if how == "before" else ()),
-        behind=("--debug",) if how == "behind" else (),
+        after=("--debug",) if how == "after" else (),
         **({"CPUCACHE_DEBUG": "1"} if how == "environment" else {}),
     )
     assert outcome.status == 0
@@ -77,7 +77,7 @@ def test_debug_tells_of_each_part(how: str, run: Callable[..., Outcome]) -> None
 
 @pytest.mark.parametrize(("flag", "traced"), [("", False), ("-v", False), ("--debug", True)])
 def test_tracebacks_are_for_those_who_debug(flag: str, traced: bool, run: Callable[..., Outcome]) -> None:
-    outcome = run(behind=("--recompute", "0.1", "--fidelity", "fast", *filter(None, [flag])))
+    outcome = run(after=("--recompute", "0.1", "--fidelity", "fast", *filter(None, [flag])))
     assert outcome.status == 2
     assert ("Traceback (most recent call last)" in outcome.err) is traced
     assert outcome.err.splitlines()[-1].startswith("cpucache: give a fidelity")
@@ -93,7 +93,7 @@ def test_every_command_takes_them_unless_it_has_its_own() -> None:
 # ---- where the time goes ---------------------------------------------------------------------------------------------
 def test_a_profile_adds_up(run: Callable[..., Outcome]) -> None:
     run()
-    told = json.loads(run(behind=("--profile", "--json")).out)
+    told = json.loads(run(after=("--profile", "--json")).out)
     first, whole = told["profile"]["first_token"], told["profile"]["whole"]
     assert list(first) == list(whole) == [*STAGES, "rest"]
     for name in ("parse", "plan", "look up", "load", "decode", "sample"):
@@ -102,15 +102,15 @@ def test_a_profile_adds_up(run: Callable[..., Outcome]) -> None:
     # What is parsed is read before the call whose time is measured.
     assert sum(first.values()) - first["parse"] == pytest.approx(told["ttft_ms"], abs=0.1)
     assert sum(whole.values()) - whole["parse"] == pytest.approx(told["total_ms"], abs=0.1)
-    assert "profile" not in json.loads(run(behind=("--json",)).out)
+    assert "profile" not in json.loads(run(after=("--json",)).out)
 
 
 def test_a_profile_is_shown_beside_the_answer(run: Callable[..., Outcome]) -> None:
-    plain, outcome = run(), run(behind=("--profile",))
+    plain, outcome = run(), run(after=("--profile",))
     assert outcome.out == plain.out
     for name in (*STAGES, "rest", "together"):
         assert re.search(rf"^ *{name} +[\d,.]+ ms +[\d,.]+ ms", outcome.err, re.MULTILINE), name
-    refused = run(behind=("--profile", "--compare"))
+    refused = run(after=("--profile", "--compare"))
     assert (refused.status, len(refused.err.splitlines())) == (2, 1)
 
 
@@ -125,7 +125,7 @@ def test_benchmarks_are_split_too(tiny: Tiny) -> None:
         assert sum(stages.values()) == pytest.approx(found[name]["median_ms"], abs=0.1)
 
 
-def test_requests_beside_one_another_are_told_apart(tiny: Tiny, tmp_path: Path) -> None:
+def test_requests_beside_one_another_are_profiled_separately(tiny: Tiny, tmp_path: Path) -> None:
     with Engine(tiny("llama"), store=tmp_path, parallel=2, n_ctx=1024) as engine:
         engine.generate("warm", max_tokens=1)
         with profiled() as one:

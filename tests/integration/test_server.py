@@ -333,14 +333,14 @@ def forced(served: Served, grammar: str) -> Iterator[None]:
 
 
 # ---- together --------------------------------------------------------------------------------------------------------
-def test_eight_clients_get_what_each_gets_alone(served: Served) -> None:
+def test_eight_clients_get_what_each_gets_by_itself(served: Served) -> None:
     asked = [[SYSTEM, {"role": "user", "content": message(number, 15)}] for number in range(8)]
-    alone = [served.engine.generate(each, max_tokens=12).text for each in asked]
+    one_by_one = [served.engine.generate(each, max_tokens=12).text for each in asked]
 
     def ask(messages: Any) -> Any:
         answer = served.openai.chat.completions.create(messages=messages, **GREEDY)
         return answer.choices[0].message.content
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(ask, asked)) == alone
+        assert list(pool.map(ask, asked)) == one_by_one
     until(served.idle)

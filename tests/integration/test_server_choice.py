@@ -73,13 +73,13 @@ def test_openai_s_choices(served: Served) -> None:
                 **more,
                 **WARM,
             )
-            (made,) = answer.choices
-            calls = made.message.tool_calls or []
-            assert made.finish_reason == "tool_calls"
+            (only,) = answer.choices
+            calls = only.message.tool_calls or []
+            assert only.finish_reason == "tool_calls"
             assert all(right(call.function.name, json.loads(call.function.arguments)) for call in calls)
             assert len(calls) == 1 or (choice == "required" and not more)
             assert choice == "required" or calls[0].function.name == "roll_dice"
-            assert not made.message.content
+            assert not only.message.content
     free = served.openai.chat.completions.create(messages=ASKED, tools=OPENAI, tool_choice="auto", seed=1, **WARM)
     assert free.choices[0].message.tool_calls is None
 
@@ -148,7 +148,7 @@ def test_a_response_s_choice(served: Served) -> None:
         ("/v1/messages", {"tools": ANTHROPIC, "tool_choice": {"type": "tool"}, "max_tokens": 9}, "no tool is named"),
     ],
 )
-def test_choices_that_can_t_be_made(path: str, body: dict[str, Any], reason: str, served: Served) -> None:
+def test_choices_that_are_refused(path: str, body: dict[str, Any], reason: str, served: Served) -> None:
     reply = served.http.post(path, json={"model": "any", "messages": ASKED, **body})
     assert reply.status_code == 400
     assert reason in reply.json()["error"]["message"]
@@ -167,9 +167,9 @@ def test_schemas_with_references_of_the_same_name(served: Served) -> None:
             body = {"messages": ASKED, "tools": tools, "tool_choice": "required", "seed": seed, **WARM}
             reply = served.http.post("/v1/chat/completions", json=body)
             assert reply.status_code == 200, reply.text
-            (made,) = reply.json()["choices"]
-            assert made["finish_reason"] in ("tool_calls", *(["length"] if "odd" in schemas else []))
-            for call in made["message"].get("tool_calls", []):
+            (only,) = reply.json()["choices"]
+            assert only["finish_reason"] in ("tool_calls", *(["length"] if "odd" in schemas else []))
+            for call in only["message"].get("tool_calls", []):
                 assert fine(call["function"]["name"], json.loads(call["function"]["arguments"]))
 
 
@@ -180,7 +180,7 @@ def test_schemas_with_references_of_the_same_name(served: Served) -> None:
 def test_calls_are_written_as_the_template_has_them(template: str | None, form: CallForm, served: Served) -> None:
     letters = Letters(n_ctx_train=1 << 20, chat_template=template)
     assert form_of(Conversations(letters, ChatTemplate(template)), letters.text) == form
-    # What the grammar makes is what is parsed.
+    # The text that the grammar forces is what is parsed.
     tools = tuple(Tool(name, "", schema) for name, schema in FUNCTIONS.items())
     for seed in range(3):
         sampling = Forced(tools, several=True).of(Sampling(temperature=1.2, seed=seed), form)
@@ -208,8 +208,8 @@ def test_an_answer_sent_back_does_not_change_the_form_of_a_strict_template() -> 
 
     def told(template: str) -> str:
         letters = Letters(n_ctx_train=1 << 20, chat_template=template)
-        made = Conversations(letters, ChatTemplate(template))
-        return letters.text(made.text(said, written=written).tokens)
+        conversations = Conversations(letters, ChatTemplate(template))
+        return letters.text(conversations.text(said, written=written).tokens)
 
     assert '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Ulm"}, "id": "abcdefghi"}]' in told(strict)
     assert "[RESULT]Rain." in told(strict)

@@ -1,4 +1,4 @@
-"""The server in a careless and hostile world: what it refuses, who waits, and what a client that goes leaves behind."""
+"""The server in a careless and hostile world: what it refuses, who waits, and what remains of a client that goes."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_when_too_many_wait_the_next_is_told_so(tiny: Tiny, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["Authorization", "x-api-key"])
-def test_whoever_has_many_requests_waits_behind_those_who_have_few(name: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_whoever_has_many_requests_waits_for_those_who_have_few(name: str, tiny: Tiny, tmp_path: Path) -> None:
     settings = ServerSettings(api_keys=("many", "few"))
     with serving(plain_spoken(tiny("llama")), tmp_path, settings=settings, parallel=1) as served:
         slow(served.engine)
@@ -193,7 +193,7 @@ def test_the_answer_of_a_client_that_has_gone_ends(path: str, streams: bool, ser
 
 
 def test_many_clients_that_come_and_go_leave_nothing(served: Served) -> None:
-    """Disconnects, stalls and garbage: no slot, cell, thread or place is lost, and what is answered is right."""
+    """Disconnects, stalls and garbage: no slot, cell, thread or queue position is lost, and answers are right."""
     wanted = served.http.post(CHAT, json=asking(max_tokens=20)).json()["choices"][0]["message"]["content"]
     process = psutil.Process()
     threads, files = process.num_threads(), process.num_fds()
@@ -237,7 +237,7 @@ def test_many_clients_that_come_and_go_leave_nothing(served: Served) -> None:
 
 
 # ---- anything --------------------------------------------------------------------------------------------------------
-def test_no_request_of_any_shape_makes_the_server_fail(served: Served) -> None:
+def test_the_server_fails_for_no_request_of_any_shape(served: Served) -> None:
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations() if isinstance(found, Ok)]
     assert len(operations) >= 10

@@ -36,7 +36,7 @@ def kept(tiny: Tiny, folder: Path, **settings: Any) -> Iterator[Served]:
 
 
 def facts(served: Served, key: str, *documents: str) -> dict[str, int]:
-    """What an answer was made of, of documents that may be reused wherever they stand."""
+    """Token counts of an answer by relation, for documents that may be reused at any position."""
     parts = [{"type": "text", "text": document, **MODULE} for document in documents]
     body = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 4}
     headers = {"Authorization": f"Bearer {key}"}
@@ -120,7 +120,7 @@ def test_schemas_of_another_key_are_not_there(tiny: Tiny, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("isolate", [False, True])
-def test_keys_are_apart_after_a_restart_too(isolate: bool, tiny: Tiny, tmp_path: Path) -> None:
+def test_keys_are_isolated_after_a_restart_too(isolate: bool, tiny: Tiny, tmp_path: Path) -> None:
     for restarted in (False, True):
         with kept(tiny, tmp_path, isolate=isolate) as served:
             told = facts(served, KEYS[restarted], *DOCUMENTS)

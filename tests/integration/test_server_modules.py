@@ -27,7 +27,7 @@ def served(tiny: Tiny, tmp_path: Path) -> Iterator[Served]:
 
 
 def facts(served: Served, path: str, body: dict[str, Any]) -> dict[str, int]:
-    """What an answer was made of."""
+    """Token counts of an answer by relation."""
     reply = served.http.post(path, json={**GREEDY, **body})
     assert reply.status_code == 200, reply.text
     told = dict(each.split("=") for each in reply.headers["x-cpucache"].split(", "))
@@ -62,7 +62,7 @@ def test_marked_parts_are_reused_in_another_order(path: str, body: Callable[...,
     other = facts(served, path, body([2, 0, 3, 1], marked=True))
     assert other["foreign"] + other["clean"] == sum(sizes)
     assert other["evaluated"] < min(sizes)
-    # Not marked, nothing is reused that stood behind other text.
+    # Without marks, no slice is reused whose context is other text.
     plain = facts(served, path, body([3, 1, 2, 0], marked=False))
     assert plain["foreign"] == plain["clean"] == 0
     assert plain["evaluated"] > sum(sizes) - max(sizes)
@@ -81,7 +81,7 @@ def test_only_what_is_marked_is_taken_from_elsewhere(served: Served) -> None:
     assert facts(served, "/v1/chat/completions", body(DOCUMENTS[1], DOCUMENTS[3]))["foreign"] == 0
 
 
-def test_a_tool_is_found_behind_another_system_text(served: Served) -> None:
+def test_a_tool_is_found_after_another_system_text(served: Served) -> None:
     tool = {"type": "function", "function": {"name": "look", "description": DOCUMENTS[0], "parameters": {}}}
 
     def body(system: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def ask(served: Served, path: str, body: dict[str, Any], key: str = "none") -> t
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", DIALECTS)
-def test_each_answer_says_what_it_was_made_of(path: str, stream: bool, served: Served) -> None:
+def test_each_answer_says_how_much_it_reused(path: str, stream: bool, served: Served) -> None:
     for number in range(2):
         reply = served.http.post(path, json={**DIALECTS[path], "stream": stream})
         assert reply.status_code == 200, reply.text

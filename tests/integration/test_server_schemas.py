@@ -83,7 +83,7 @@ def test_a_schema_is_uploaded_encoded_and_deleted(served: Served) -> None:
     assert upload(served).json()["encoding"]["state"] == "done"
 
 
-def test_encoding_makes_way_for_answers(served: Served) -> None:
+def test_encoding_lets_answers_go_first(served: Served) -> None:
     upload(served)
     slow(served.engine, 0.1)
     assert served.http.post("/v1/schemas/shelf/encode", json={}).json()["encoding"]["state"] in ("waiting", "running")
@@ -140,10 +140,10 @@ def test_a_prompt_is_what_the_engine_says_in_every_dialect(served: Served, tmp_p
     whole = FULL.replace("</prompt>", "<user>Which of them?</user></prompt>")
     with Engine(
         tiny("llama").with_name("plain-llama-0.gguf"), n_ctx=2048, threads=1, kv_type="f32", store=tmp_path / "other"
-    ) as alone:
-        alone.add_schema(parse_schema(SCHEMA))
-        alone.encode("shelf")
-        wanted = alone.generate(whole, max_tokens=6)
+    ) as undisturbed:
+        undisturbed.add_schema(parse_schema(SCHEMA))
+        undisturbed.encode("shelf")
+        wanted = undisturbed.generate(whole, max_tokens=6)
     upload(served)
     encoded(served)
     given = {"prompt": PROMPT, "arguments": {"place": "Ulm & Bonn"}}

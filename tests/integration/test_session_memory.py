@@ -106,7 +106,7 @@ def test_what_a_closed_session_held_is_let_go(tiny: Tiny, tmp_path: Path) -> Non
         assert not running.store._using
 
 
-def test_opening_a_session_reads_it_into_memory(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_session_that_is_opened_is_read_into_memory(tiny: Tiny, tmp_path: Path) -> None:
     size = begun(tiny("llama"), tmp_path)
     with engine(tiny("llama"), tmp_path, segment_tokens=(8, 16)) as running, running.session("s"):
         assert eventually(lambda: running.store.ram.used == size)
@@ -156,7 +156,7 @@ def test_what_waits_for_its_turn_is_read_ahead_and_kept(tiny: Tiny, tmp_path: Pa
         )
         waiting.start()
         assert eventually(lambda: all(key in running.store.ram for key in keys))
-        # There is no room for as much again, and none is made.
+        # There is no room for as much again, and nothing is evicted for it.
         other = running.kv_cache.keys(running.plan(text=message(5, 60)))
         state = running.store.get(keys[0])
         assert state is not None

@@ -24,7 +24,7 @@ WORDS = "What is [bold]there[/bold] to eat?"
 
 @pytest.fixture(autouse=True)
 def conversations() -> None:
-    """``soup`` with four messages behind a system text, ``half`` with which it shares two, and ``empty``."""
+    """``soup`` with four messages after a system text, ``half`` with which it shares two, and ``empty``."""
     transcripts = Transcripts()
     with_soup = transcripts.open("soup", fingerprint="f", model="small")
     answered = {"tokens": 20, "finish": "stop"}
@@ -117,20 +117,20 @@ def test_export_as_markdown_keeps_what_was_said(tmp_path: Path) -> None:
 
     assert text.startswith("# soup\n\nWith small, begun 2")
     parts = ("## System\n\nYou cook.\n", f"## You\n\n{WORDS}\n", "## Answer\n\n# Soup\n\n```\nwith onions\n```\n")
-    places = [text.index(part) for part in (*parts, "## You\n\nWhen?\n", "## Answer (interrupted)\n\nIn an\n")]
-    assert places == sorted(places)
+    positions = [text.index(part) for part in (*parts, "## You\n\nWhen?\n", "## Answer (interrupted)\n\nIn an\n")]
+    assert positions == sorted(positions)
     assert invoke("sessions", "export", "soup", "-o", tmp_path / "soup.md") == ""
     assert (tmp_path / "soup.md").read_text() == text
 
 
-def test_a_file_that_is_exported_is_for_its_owner_alone(tmp_path: Path) -> None:
+def test_a_file_that_is_exported_is_for_its_owner_only(tmp_path: Path) -> None:
     (tmp_path / "there.md").touch(0o644)
     for name in ("there.md", "new.md"):
         invoke("sessions", "export", "soup", "-o", tmp_path / name)
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
 
 
-def test_conversations_are_for_their_owner_alone(tmp_path: Path) -> None:
+def test_conversations_are_for_their_owner_only(tmp_path: Path) -> None:
     folder = tmp_path / "data" / "sessions"
     before = os.umask(0)
     try:

@@ -1,4 +1,4 @@
-"""Two KV caches or engines over one folder: what both need is made once, and each of them answers right."""
+"""Two KV caches or engines over one folder: what both need is encoded once, and each of them answers right."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ with opened(Path(sys.argv[1])) as context, Store(Path(sys.argv[2]), ram_budget=1
 """
 
 
-def test_two_processes_make_each_slice_once(tiny: TinyModel, tmp_path: Path) -> None:
+def test_two_processes_encode_each_slice_once(tiny: TinyModel, tmp_path: Path) -> None:
     path = tiny("llama")
     processes = [
         subprocess.Popen(
@@ -82,12 +82,12 @@ def test_two_processes_make_each_slice_once(tiny: TinyModel, tmp_path: Path) -> 
     assert len(list(tmp_path.rglob("*.safetensors"))) == 7
 
 
-def test_two_stores_make_each_slice_once_and_answer_right(tiny: TinyModel, tmp_path: Path) -> None:
+def test_two_stores_encode_each_slice_once_and_answer_right(tiny: TinyModel, tmp_path: Path) -> None:
     path, tokens = tiny("llama"), some_tokens(400)
     start = threading.Barrier(2)
 
     def work(number: int) -> tuple[int, float]:
-        with bench(path, home=tmp_path) as b:
+        with bench(path, folder=tmp_path) as b:
             slices = chain(cut(tokens[:360], 60, 120, 180, 240, 300))
             plan = plan_of(*slices, tokens[360:])
             expected = b.expected(plan)
@@ -101,7 +101,7 @@ def test_two_stores_make_each_slice_once_and_answer_right(tiny: TinyModel, tmp_p
     assert all(wrong < TOLERANCE["f32"] for _, wrong in results)
 
 
-def test_who_waits_too_long_makes_it_too(tiny: TinyModel, tmp_path: Path) -> None:
+def test_who_waits_too_long_encodes_it_too(tiny: TinyModel, tmp_path: Path) -> None:
     (slice_,) = chain([some_tokens(40)])
     with opened(tiny("llama")) as context, Store(tmp_path, ram_budget=PLENTY, patience=0.2) as store:
         kv_cache = Desk(context, store, SLICES)
@@ -166,14 +166,14 @@ def answers(model: Path, folder: Path, *texts: str) -> list[str]:
     """What an engine that nobody disturbs answers to the prompt, and to texts."""
     with engine(model, folder) as running:
         running.add_schema(parse_schema(SCHEMA))
-        alone = [running.generate(PROMPT, max_tokens=8).text]
-        return alone + [running.generate(text=text, max_tokens=8).text for text in texts]
+        first = running.generate(PROMPT, max_tokens=8).text
+        return [first] + [running.generate(text=text, max_tokens=8).text for text in texts]
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_who_waits_for_another_process_lets_others_go_first(parallel: int, tiny: TinyModel, tmp_path: Path) -> None:
     model, text = tiny("llama"), "rain on the roof " * 20
-    alone = answers(model, tmp_path / "alone", text)
+    undisturbed = answers(model, tmp_path / "undisturbed", text)
     with halted(model, tmp_path) as go_on, engine(model, tmp_path, parallel=parallel) as running:
         running.add_schema(parse_schema(SCHEMA))
         asked = running.stream(PROMPT, max_tokens=8)
@@ -181,11 +181,11 @@ def test_who_waits_for_another_process_lets_others_go_first(parallel: int, tiny:
         until(lambda: waits(running))
         others = [running.generate(text=text, max_tokens=8).text for _ in range(3)]
         assert not asked.request.ended
-        assert others == alone[1:] * 3
+        assert others == undisturbed[1:] * 3
         until(lambda: waits(running))
         go_on.set()
         reply = asked.reply()
-        assert reply.text == alone[0]
+        assert reply.text == undisturbed[0]
         # What the schema ends with is evaluated together with the question.
         assert reply.metrics.encoded_tokens <= 2
 
@@ -193,15 +193,15 @@ def test_who_waits_for_another_process_lets_others_go_first(parallel: int, tiny:
 def test_those_that_take_turns_in_waiting_are_patient_no_longer(tiny: TinyModel, tmp_path: Path) -> None:
     """The time that one has waited counts on after it has let another go first."""
     model = tiny("llama")
-    alone = answers(model, tmp_path / "alone")
+    undisturbed = answers(model, tmp_path / "undisturbed")
     with halted(model, tmp_path), engine(model, tmp_path) as running, ThreadPoolExecutor(3) as pool:
         running.store.patience = 3.0
         running.add_schema(parse_schema(SCHEMA))
         started = time.monotonic()
         replies = list(pool.map(lambda _: running.generate(PROMPT, max_tokens=8), range(3)))
-        assert [reply.text for reply in replies] == alone * 3
+        assert [reply.text for reply in replies] == undisturbed * 3
         assert time.monotonic() - started >= 3.0
-        # One of them has made the slices.
+        # One of them has encoded the slices.
         assert sorted(reply.metrics.encoded_tokens > 2 for reply in replies) == [False, False, True]
 
 

@@ -40,8 +40,8 @@ TinyModel = Callable[..., Path]
 archs = pytest.mark.parametrize("arch", ATTENTION_ARCHS)
 
 
-def files_of(home: Path) -> list[Path]:
-    return sorted(home.rglob("*.safetensors"))
+def files_of(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
 
 
 # ---- the store ------------------------------------------------------------------------------------------------------
@@ -50,12 +50,12 @@ def files_of(home: Path) -> list[Path]:
 def test_slices_outlive_a_restart(arch: str, kv_type: KVType, tiny: TinyModel, tmp_path: Path) -> None:
     tokens = some_tokens(70)
     first, far = slice_of(tokens[:30]), slice_of(tokens[30:60], start=45)
-    with bench(tiny(arch), kv_type, home=tmp_path) as b:
+    with bench(tiny(arch), kv_type, folder=tmp_path) as b:
         before = b.logits(plan_of(first, far, tokens[60:]))
         states = [b.kv_cache.store.get(each.key) for each in (first, far)]
     # Equal slices, not the same ones: nothing but the store connects the two.
     first, far = slice_of(tokens[:30]), slice_of(tokens[30:60], start=45)
-    with bench(tiny(arch), kv_type, home=tmp_path) as b:
+    with bench(tiny(arch), kv_type, folder=tmp_path) as b:
         spent = b.prefill(plan_of(first, far, tokens[60:]))
         assert (spent.cached_tokens, spent.encoded_tokens) == (60, 0)
         assert distance(b.kv_cache.context.logits(), before) < 1e-4
@@ -106,37 +106,37 @@ def flip_a_byte(path: Path) -> None:
 
 
 @pytest.mark.parametrize("which", [(0,), (2,), (1, 2), (0, 1, 2)], ids=str)
-def test_damaged_files_are_set_aside_and_made_again(
+def test_damaged_files_are_set_aside_and_encoded_again(
     which: tuple[int, ...], tiny: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with bench(tiny("llama"), home=tmp_path) as b:
+    with bench(tiny("llama"), folder=tmp_path) as b:
         plan, slices = damaged_plan(b)
         right = b.logits(plan)
         names = [f"{each.key}.safetensors" for each in slices]
     for i in which:
         flip_a_byte(next(tmp_path.rglob(names[i])))
-    with bench(tiny("llama"), home=tmp_path) as b, caplog.at_level(logging.WARNING, "cpucache.store"):
+    with bench(tiny("llama"), folder=tmp_path) as b, caplog.at_level(logging.WARNING, "cpucache.store"):
         plan, _ = damaged_plan(b)
         assert distance(b.logits(plan), right) < 1e-4
     assert {path.stem for path in tmp_path.rglob("*.damaged")} == {Path(names[i]).stem for i in which}
     assert sum("set aside" in message for message in caplog.messages) == len(which)
     # And now all is well again, for the next one.
     caplog.clear()
-    with bench(tiny("llama"), home=tmp_path) as b:
+    with bench(tiny("llama"), folder=tmp_path) as b:
         plan, _ = damaged_plan(b)
         assert b.prefill(plan).encoded_tokens == 0
         assert distance(b.kv_cache.context.logits(), right) < 1e-4
     assert not caplog.messages
 
 
-def test_a_damaged_context_is_made_again_before_what_needs_it(tiny: TinyModel, tmp_path: Path) -> None:
-    with bench(tiny("llama"), home=tmp_path) as b:
+def test_a_damaged_context_is_encoded_again_before_what_needs_it(tiny: TinyModel, tmp_path: Path) -> None:
+    with bench(tiny("llama"), folder=tmp_path) as b:
         plan, slices = damaged_plan(b)
         right = b.logits(plan)
         names = [f"{each.key}.safetensors" for each in slices]
     flip_a_byte(next(tmp_path.rglob(names[0])))
     next(tmp_path.rglob(names[2])).unlink()
-    with bench(tiny("llama"), home=tmp_path) as b:
+    with bench(tiny("llama"), folder=tmp_path) as b:
         plan, slices = damaged_plan(b)
         assert b.kv_cache.encode(slices).slices >= 2
         assert b.prefill(plan).encoded_tokens == 0
@@ -145,13 +145,15 @@ def test_a_damaged_context_is_made_again_before_what_needs_it(tiny: TinyModel, t
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "of another model", "empty"])
 @pytest.mark.parametrize("which", [0, 2])
-def test_a_state_that_llama_cpp_refuses_is_made_again(change: str, which: int, tiny: TinyModel, tmp_path: Path) -> None:
+def test_a_state_that_llama_cpp_refuses_is_encoded_again(
+    change: str, which: int, tiny: TinyModel, tmp_path: Path
+) -> None:
     """The hash is right here: the file was written that way."""
     with bench(tiny("llama", n_layer=2)) as b:
         plan, slices = damaged_plan(b)
         b.logits(plan)
         foreign = b.kv_cache.store.get(slices[which].key)
-    with bench(tiny("llama"), home=tmp_path) as b:
+    with bench(tiny("llama"), folder=tmp_path) as b:
         plan, slices = damaged_plan(b)
         right = b.logits(plan)
         key = slices[which].key
@@ -174,7 +176,7 @@ def test_a_state_that_llama_cpp_refuses_is_made_again(change: str, which: int, t
 def test_a_store_that_keeps_returning_nonsense_is_an_error(
     tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with bench(tiny("llama"), home=tmp_path) as b:
+    with bench(tiny("llama"), folder=tmp_path) as b:
         plan, _ = damaged_plan(b)
         b.logits(plan)
         b.kv_cache.reset()
@@ -217,7 +219,7 @@ def test_an_interruption_leaves_all_in_order(arch: str, tiny: TinyModel, tmp_pat
     anchor, module = chain([tokens[:600], tokens[600:700]])
     small = plan_of(anchor, tokens[1390:])
     large = plan_of(anchor, module, tokens[700:])
-    with bench(tiny(arch), home=tmp_path, n_ctx=1536) as b:
+    with bench(tiny(arch), folder=tmp_path, n_ctx=1536) as b:
         with pytest.raises(KeyboardInterrupt):
             b.kv_cache.encode([anchor, module], progress=interrupt_half_way)
         b.kv_cache.store.flush()
@@ -314,14 +316,14 @@ def test_ctrl_c_stops_an_evaluation_in_the_middle(tiny: TinyModel, tmp_path: Pat
 def test_more_than_the_context_holds_is_refused_and_harms_nothing(tiny: TinyModel, tmp_path: Path) -> None:
     tokens = some_tokens(2000)
     long, short = slice_of(tokens[:600]), slice_of(tokens[600:620])
-    behind = slice_of(tokens[620:640], [long])
-    with bench(tiny("llama"), home=tmp_path) as b:
+    following = slice_of(tokens[620:640], [long])
+    with bench(tiny("llama"), folder=tmp_path) as b:
         b.kv_cache.encode([long])
-    with bench(tiny("llama"), home=tmp_path, n_ctx=256) as b:
+    with bench(tiny("llama"), folder=tmp_path, n_ctx=256) as b:
         for plan in (
             plan_of(tokens[:600]),
             plan_of(long, tokens[:10]),
-            plan_of(long, behind, tokens[:10]),
+            plan_of(long, following, tokens[:10]),
             plan_of(slice_of(tokens[5:505]), tokens[:10]),
             plan_of(short, tokens[:600]),
         ):

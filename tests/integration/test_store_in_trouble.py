@@ -59,8 +59,8 @@ def test_no_flipped_bit_reaches_an_answer(tiny: Tiny, tmp_path: Path) -> None:
     seen = stress.flip(tiny("llama"), tmp_path, 60)
     assert seen.wrong == []
     assert (seen.tried, seen.caught + seen.harmless) == (60, 60)
-    assert seen.caught >= seen.places["payload"] > 0
-    assert len(seen.places) == 3
+    assert seen.caught >= seen.parts["payload"] > 0
+    assert len(seen.parts) == 3
 
 
 def test_many_processes_share_a_store_that_is_too_small(tiny: Tiny, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_on_a_full_disk_inference_goes_on(small_disk: Path, tiny: Tiny, expected
         assert stress.answer(engine, QUESTION)
 
 
-def run(tiny: Tiny, tmp_path: Path, home: Path) -> tuple[int, str, list[str]]:
+def run(tiny: Tiny, tmp_path: Path, folder: Path) -> tuple[int, str, list[str]]:
     """Ask on the command line: exit status, answer, and lines of warning."""
     schema = tmp_path / "s.xml"
     schema.write_text(stress.schema("s", 30))
@@ -127,7 +127,7 @@ def run(tiny: Tiny, tmp_path: Path, home: Path) -> tuple[int, str, list[str]]:
     done = cpucache(
         *("run", question, "--schema", schema, "--model", tiny("llama"), "--ctx", "2048", "--threads", "1"),
         *("--max-tokens", "6"),
-        CPUCACHE_HOME=str(home),
+        CPUCACHE_HOME=str(folder),
     )
     return done.status, done.out, [line for line in done.err.splitlines() if "warning" in line]
 
@@ -164,7 +164,7 @@ def test_a_read_only_store_is_read_and_not_complained_about_twice(
     assert (status, len(warnings)) == (0, 1)
 
 
-def test_a_damaged_slice_on_a_read_only_disk_is_made_again_in_memory(
+def test_a_damaged_slice_on_a_read_only_disk_is_encoded_again_in_memory(
     small_disk: Path, tiny: Tiny, expected: Callable[..., str]
 ) -> None:
     with stress.engine(tiny("llama"), small_disk, disk_budget=PLENTY) as engine:
@@ -186,7 +186,9 @@ def test_a_damaged_slice_on_a_read_only_disk_is_made_again_in_memory(
     assert len(heard) == len(set(heard)), "said twice"
 
 
-def test_a_slice_that_may_not_be_read_is_made_again(tiny: Tiny, tmp_path: Path, expected: Callable[..., str]) -> None:
+def test_a_slice_that_may_not_be_read_is_encoded_again(
+    tiny: Tiny, tmp_path: Path, expected: Callable[..., str]
+) -> None:
     with stress.engine(tiny("llama"), tmp_path) as engine:
         engine.add_schema(parse_schema(stress.schema("s", 30)))
         stress.answer(engine, QUESTION)
@@ -204,15 +206,15 @@ def test_a_slice_that_may_not_be_read_is_made_again(tiny: Tiny, tmp_path: Path, 
 def test_a_store_deleted_under_a_running_process(
     tiny: Tiny, tmp_path: Path, expected: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    home = tmp_path / "store"
+    folder = tmp_path / "store"
     caplog.set_level(logging.WARNING)
-    # Without RAM to fall back on: what was on disk has to be made again.
-    with stress.engine(tiny("llama"), home, ram_budget=1) as engine:
+    # Without RAM to fall back on: what was on disk has to be encoded again.
+    with stress.engine(tiny("llama"), folder, ram_budget=1) as engine:
         engine.add_schema(parse_schema(stress.schema("s", 30)))
         for question in (stress.prompt("s", 1, 4), QUESTION, ALL):
             assert stress.answer(engine, question) == expected(question)
             engine.store.flush()
-            shutil.rmtree(home)
+            shutil.rmtree(folder)
         assert stress.answer(engine, QUESTION) == expected(QUESTION)
     assert len(caplog.records) <= 1
 

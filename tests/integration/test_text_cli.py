@@ -44,7 +44,7 @@ def test_an_edited_paragraph_is_evaluated_and_little_besides(model: Path, texts:
     assert planned["exact"] + planned["foreign"] + planned["clean"] + planned["evaluated"] == planned["tokens"]
     assert 0 < planned["recomputed"] <= planned["foreign"]
     rows = planned["spans"]
-    assert {row["why"] for row in rows if row["from"] == "to be made"} == {"no slice yet"}
+    assert {row["why"] for row in rows if row["from"] == "to be encoded"} == {"no slice yet"}
     assert {row["why"] for row in rows if row["from"] == "evaluated"} == {"recomputed", "the last segment"}
     assert all(row["text"] for row in rows)
 

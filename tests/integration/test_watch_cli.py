@@ -1,4 +1,4 @@
-"""``encode --watch`` encodes what an edit made stale, and nothing else."""
+"""``encode --watch`` encodes what an edit invalidates, and nothing else."""
 
 from __future__ import annotations
 
@@ -58,38 +58,38 @@ def watching(*arguments: str | Path) -> Iterator[Watching]:
         yield Watching(command)
 
 
-def made(line: str) -> tuple[int, int]:
-    """Slices and tokens that a pass says it made."""
+def encoded(line: str) -> tuple[int, int]:
+    """Slices and tokens that a pass says it encoded."""
     found = re.fullmatch(r"shop: (\d+) slices, ([\d,]+) tokens in .*", line)
     assert found, line
     return int(found[1]), int(found[2].replace(",", ""))
 
 
-def test_an_edit_costs_what_it_made_stale(model: Path, tmp_path: Path, store_home: Path) -> None:
+def test_an_edit_costs_what_it_invalidates(model: Path, tmp_path: Path, store_home: Path) -> None:
     schema, source = tmp_path / "schema.xml", tmp_path / "second.txt"
     schema.write_text(SCHEMA)
     source.write_text("It opens at nine.")
 
     with watching(schema, "-m", model) as command:
-        everything, tokens = made(command.line())
+        everything, tokens = encoded(command.line())
         assert everything == 4
         assert command.line() == "waiting for edits of 2 files (Ctrl-C ends)"
         before = slices(store_home)
 
-        # The last module alone.
+        # Only the last module.
         schema.write_text(SCHEMA.replace("At six", "At seven"))
-        count, last = made(command.line())
+        count, last = encoded(command.line())
         assert count == 1
         assert last < tokens / 3
 
-        # A src file, and what stands behind it.
+        # A src file, and what follows it.
         source.write_text("It opens at ten.")
-        assert made(command.line())[0] == 2
+        assert encoded(command.line())[0] == 2
 
-        # Another file takes the place of it, as editors do.
+        # Another file replaces the schema's file, as editors do.
         (tmp_path / "new").write_text(SCHEMA.replace("Once", "Twice").replace("At six", "At seven"))
         (tmp_path / "new").replace(schema)
-        assert made(command.line())[0] == 3
+        assert encoded(command.line())[0] == 3
 
         # Nothing that counts.
         schema.write_text(SCHEMA.replace("Once", "Twice").replace("At six", "At seven").replace("\n<", "\n\n  <"))
@@ -104,7 +104,7 @@ def test_what_an_edit_leaves_wrong_is_told_once(model: Path, tmp_path: Path) -> 
     schema.write_text(SCHEMA.replace("second.txt", "../x").replace(' src="../x"', ""))
 
     with watching(schema, "-m", model) as command:
-        made(command.line())
+        encoded(command.line())
         assert command.line() == "waiting for edits of 1 file (Ctrl-C ends)"
 
         schema.write_text(SCHEMA.replace('name="third"', ""))
@@ -117,7 +117,7 @@ def test_what_an_edit_leaves_wrong_is_told_once(model: Path, tmp_path: Path) -> 
         assert "second.txt" in command.line()
         # It is no file that was named or read before.
         (tmp_path / "second.txt").write_text("It opens at nine.")
-        assert made(command.line())[0] > 0
+        assert encoded(command.line())[0] > 0
         assert command.end() == 0
 
 

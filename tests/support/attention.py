@@ -1,4 +1,4 @@
-"""Tiny models of attention alone, with and without sliding windows."""
+"""Tiny models with attention only, with and without sliding windows."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-# Without these, Chromium asks its maker's servers for this and that at every start.
-_QUIET = (
+# Without these options, Chromium sends requests to its vendor's servers at every start.
+_OFFLINE = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-quic",
@@ -90,7 +90,7 @@ class Browser:
         self.one(selector).click()
 
     def fill(self, selector: str, text: str) -> None:
-        """Type a text in place of what stands in a field."""
+        """Types a text into a field, instead of what the field holds."""
         field = self.one(selector)
         field.clear()
         field.send_keys(text)
@@ -127,7 +127,7 @@ def browser(folder: Path) -> Iterator[Browser]:
         pytest.skip("there is no Chromium here; on Debian: apt-get install chromium chromium-driver")
     options = ChromeOptions()
     options.binary_location = chromium
-    for option in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", *_QUIET):
+    for option in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", *_OFFLINE):
         options.add_argument(option)
     options.add_argument(f"--user-data-dir={folder}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

@@ -226,7 +226,7 @@ WHOLE = {
         "name='v'>a longer one</module></union><scaffold modules='a.n b a u'/>",
         "<a><n/></a><b p='12345'/><u/>",
     ),
-    "with the schema's own text between and behind": (
+    "with the schema's own text between and after": (
         "<system>Root. <module name='a'>the first module, </module> and <module name='b'>here another one </module> "
         "to end with</system>As I said. <scaffold modules='a b'/>",
         "<a/><b/>",

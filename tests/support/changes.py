@@ -23,7 +23,7 @@ def tries(examples: int) -> settings:
 
 def changes() -> st.SearchStrategy[Callable[[bytes], bytes]]:
     """Bytes overwritten, cut out, put in or repeated, and the end cut off."""
-    place, data = st.floats(0, 1), st.binary(max_size=40)
+    fraction, data = st.floats(0, 1), st.binary(max_size=40)
 
     def change(kind: str, at: float, new: bytes) -> Callable[[bytes], bytes]:
         def apply(good: bytes) -> bytes:
@@ -38,4 +38,4 @@ def changes() -> st.SearchStrategy[Callable[[bytes], bytes]]:
 
         return apply
 
-    return st.builds(change, st.sampled_from(["overwrite", "insert", "cut", "repeat", "end"]), place, data)
+    return st.builds(change, st.sampled_from(["overwrite", "insert", "cut", "repeat", "end"]), fraction, data)

@@ -1,4 +1,4 @@
-"""Requests as the clients send them that people use, and what answers to them were made of."""
+"""Requests as the clients send them that people use, and the token counts of answers by relation."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TOOLS = [tool(name) for name in ("read_file", "edit", "glob")]
 
 @dataclass
 class Told:
-    """An answer as a client gets it, and what it was made of."""
+    """An answer as a client gets it, and its token counts by relation."""
 
     id: str
     """Its ``x-request-id``."""
@@ -74,7 +74,7 @@ class Told:
 
 
 def counted(headers: Mapping[str, str]) -> Told:
-    """What an answer was made of, by the headers of its response."""
+    """Token counts of an answer by relation, from the headers of its response."""
     facts = dict(each.split("=") for each in headers["x-cpucache"].split(", "))
     spliced = sum(int(facts[kind]) for kind in ("clean", "related", "foreign"))
     return Told(headers["x-request-id"], int(facts["exact"]), spliced, int(facts["evaluated"]))
@@ -99,7 +99,7 @@ def _events(reply: httpx.Response) -> Iterator[dict[str, Any]]:
 def claude_code(
     served: Served, messages: Sequence[dict[str, Any]], *, system: str = CODING, cch: str = "00000", **more: Any
 ) -> Told:
-    """A turn of Claude Code: its billing header first, marks behind the system text and the last message."""
+    """A turn of Claude Code: its billing header first, marks after the system text and the last message."""
     marked = {"cache_control": {"type": "ephemeral"}}
     *before, last = messages
     content = last["content"] if isinstance(last["content"], list) else [{"type": "text", "text": last["content"]}]

@@ -99,9 +99,9 @@ def until(reached: Callable[[], bool], command: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def slices(home: Path) -> set[str]:
+def slices(folder: Path) -> set[str]:
     """Keys of the slices on disk, each of which must be sound."""
-    files = SliceFiles(home / "slices")
+    files = SliceFiles(folder / "slices")
     keys = set(files)
     assert all(files.check(key) for key in keys)
     return keys

@@ -1,4 +1,4 @@
-"""Prompt functions from their source, and the text of the prompts that they make."""
+"""Prompt functions from their source, and the text of the prompts that they return."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def split(prompt: str) -> tuple[str, str]:
 
 
 def changed(schema: Schema, source: str, text: str) -> Schema:
-    """Another version of a schema, in which one text stands in the place of another."""
+    """Another version of a schema, in which one text replaces another."""
     from dataclasses import replace
 
     from cpucache.pml.tree import Role, Text
@@ -107,8 +107,8 @@ def texts_of(layout: SchemaLayout) -> list[tuple[str, str, tuple[int, ...]]]:
                 continue
             for member in part.members if isinstance(part, Union) else (part,):
                 inside = f"{path}.{member.name}" if path else member.name
-                alone = inside if part.isolate or member.isolate else ""
-                walk(member, inside, isolated or alone)
+                isolating = inside if part.isolate or member.isolate else ""
+                walk(member, inside, isolated or isolating)
 
     walk(layout.schema, "", "")
     return found

@@ -1,9 +1,9 @@
 """What a plan must give, computed in NumPy: the judge is told the context of each slice, and evaluates that.
 
-No rule by which slices are chosen is repeated here. The state of a slice is that of its tokens, evaluated in sight of
-what the spans of its context hold, right behind the last of them, and moved to where the slice starts. What a plan
-holds is the states of its spans where the plan puts them. Tokens without a slice, recomputed ones among them, are
-evaluated there, in sight of all before them.
+No rule by which slices are chosen is repeated here. The state of a slice is that of its tokens, which attend to
+the states of the spans of its context, at positions right after the last of these, and are moved to the start of the
+slice. A plan holds the states of its spans at their positions in the plan. Tokens without a slice, recomputed ones
+among them, are evaluated at their positions in the plan, and attend to all before them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from tests.support.reference import KV, Floats, ReferenceLlama, causal
 
 
 class Oracle:
-    """The judge of the slices that one KV cache makes."""
+    """The judge of the slices that one KV cache saves."""
 
     def __init__(self, reference: ReferenceLlama, kv_cache: KVCache) -> None:
         self._reference = reference
         self._states: dict[str, KV] = {}
-        self.made: dict[str, Slice] = {}
-        """Every slice that the KV cache has made since, by key: one that is found in the store does not know what it
-        was evaluated behind."""
+        self.saved: dict[str, Slice] = {}
+        """Every slice that the KV cache has saved since, by key: a slice that is found in the store does not hold its
+        context."""
         save = kv_cache._save
 
         def noting(new: NewSlice, schema: str) -> None:
-            self.made[new.slice.key] = new.slice
+            self.saved[new.slice.key] = new.slice
             save(new, schema)
 
         kv_cache._save = noting  # type: ignore[method-assign]
@@ -51,29 +51,29 @@ class Oracle:
     def _held(self, spans: Iterable[Span]) -> tuple[KV | None, list[int]]:
         """What spans hold, and at which positions."""
         state: KV | None = None
-        places: list[int] = []
+        positions: list[int] = []
         for span in spans:
             if span.slice is None:
-                part = self._evaluated(span.tokens.tolist(), span.start, state, places)[1]
+                part = self._evaluated(span.tokens.tolist(), span.start, state, positions)[1]
             else:
                 part = self._state(span.slice)[: len(span.tokens)]
             state = part if state is None else KV.concat([state, part])
-            places += range(span.start, span.end)
-        return state, places
+            positions += range(span.start, span.end)
+        return state, positions
 
     def _state(self, slice_: Slice) -> KV:
         if slice_.key not in self._states:
-            known = slice_ if slice_.context is not None else self.made[slice_.key]
+            known = slice_ if slice_.context is not None else self.saved[slice_.key]
             assert known.context is not None
             start = known.context[-1].end if known.context else 0
             self._states[slice_.key] = self._evaluated(known.tokens.tolist(), start, *self._held(known.context))[1]
         return self._states[slice_.key]
 
-    def _evaluated(self, tokens: list[int], start: int, state: KV | None, places: list[int]) -> tuple[Floats, KV]:
+    def _evaluated(self, tokens: list[int], start: int, state: KV | None, positions: list[int]) -> tuple[Floats, KV]:
         return self._reference.forward(
             tokens,
             range(start, start + len(tokens)),
             cache=state,
-            cache_positions=np.array(places),
-            visible=causal(len(tokens), before=len(places)),
+            cache_positions=np.array(positions),
+            visible=causal(len(tokens), before=len(positions)),
         )

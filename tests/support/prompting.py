@@ -40,7 +40,7 @@ class Prompting:
         return self.kv_cache.store
 
     def reading(self, room: int = 1 << 20) -> list[Slice]:
-        """The slices that ``encode`` makes."""
+        """The slices that ``encode`` saves."""
         return reading(self.layout, self.kv_cache.slices, room)
 
     def bound(self, content: str, attributes: str = "") -> Bound:
@@ -93,9 +93,9 @@ def prompting(
 ) -> Iterator[Prompting]:
     """Prompts answered by the model at ``path``."""
     with opened(path, kv_type, n_ctx=n_ctx) as context:
-        made = prompting_in(context, schema, positions)
-        with made.store:
-            yield made
+        desk = prompting_in(context, schema, positions)
+        with desk.store:
+            yield desk
 
 
 @contextmanager

@@ -205,7 +205,7 @@ def _delta_and_attention(writer: gguf.GGUFWriter, weights: Weights, arch: str, s
 
 
 def _add_deepseek4(writer: gguf.GGUFWriter, weights: Weights, shape: Shape) -> None:
-    """Nothing: the model is refused before its weights matter, and can be opened with ``vocab_only`` alone."""
+    """Nothing: the model is refused before its weights matter, and ``vocab_only`` is needed to open it."""
 
 
 _SMALL = 8  # inner size of the low-rank parts of RWKV

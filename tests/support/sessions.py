@@ -36,7 +36,7 @@ from tests.support.workbench import Logits, Tokens, distance, opened, tolerance
 PLENTY = 1 << 30
 """A budget that nothing here exceeds."""
 SYSTEM = "Answer in a few words."
-_HOMES_OF = 20  # kills until a crash test begins anew, so that its conversation stays short
+_KILLS_PER_FOLDER = 20  # kills until a crash test begins anew, so that its conversation stays short
 _PATIENCE = 60.0  # seconds until a child counts as hanging
 
 _processes = multiprocessing.get_context("forkserver")
@@ -50,8 +50,8 @@ def engine(model: Path, folder: Path, **settings: Any) -> Iterator[Engine]:
     Its keys are f32, so that rounding hides nothing. Everything else that decides an answer is the default.
     """
     chosen = {"n_ctx": 1024, "threads": 1, "kv_type": "f32", "ram_budget": PLENTY, "disk_budget": PLENTY}
-    with Engine(model, store=folder / "slices", sessions=folder / "sessions", **{**chosen, **settings}) as made:
-        yield made
+    with Engine(model, store=folder / "slices", sessions=folder / "sessions", **{**chosen, **settings}) as opened:
+        yield opened
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def said(running: Engine, stream: Stream, *, tokens: int | None = None) -> Said:
 
 
 def shared(one: Tokens, other: Tokens) -> int:
-    """Leading tokens that two texts have in common."""
+    """The number of first tokens that two texts have in common."""
     count = min(len(one), len(other))
     differing = np.flatnonzero(one[:count] != other[:count])
     return int(differing[0]) if len(differing) else count
@@ -140,7 +140,7 @@ class Truth:
         return rows[-count:]
 
     def leave_out(self, begin: int, end: int) -> None:
-        """Take positions out, and move what is behind them down in place."""
+        """Removes positions, and moves the cells after them down by as many."""
         assert self.context.remove(0, begin, end)
         self.context.shift(0, begin - end, end)
         self.held = np.delete(self.held, slice(begin, end))
@@ -148,7 +148,7 @@ class Truth:
     def replayed(self, session: Session, answer: Said) -> Logits:
         """The logits of the last turn of a conversation, which is evaluated from its first token on.
 
-        Turns leave as they did, and are known to those behind them.
+        Turns are left out as in the conversation, and those after them have attended to them.
         """
         entries, counts = session.entries, sizes(session)
         fixed = int(entries[0].role == "system")
@@ -382,11 +382,11 @@ def crash(
     rng = random.Random(seed)
     texts: list[str] = []
     for kill in range(kills):
-        home = folder / str(kill // _HOMES_OF)
-        if kill % _HOMES_OF == 0:
+        subfolder = folder / str(kill // _KILLS_PER_FOLDER)
+        if kill % _KILLS_PER_FOLDER == 0:
             texts = []
         here, there = _processes.Pipe(duplex=False)
-        child = _processes.Process(target=_talk_for_ever, args=(model, home, there))
+        child = _processes.Process(target=_talk_for_ever, args=(model, subfolder, there))
         child.start()
         there.close()
         assert here.poll(_PATIENCE)
@@ -407,8 +407,8 @@ def crash(
         report.unanswered += not reported
         if (kill + 1) % check_every == 0:
             report.checked += 1
-            report.bad += [f"after {kill + 1}: {fault}" for fault in _faults(model, home, texts)]
-            texts = _texts(model, home)
+            report.bad += [f"after {kill + 1}: {fault}" for fault in _faults(model, subfolder, texts)]
+            texts = _texts(model, subfolder)
     return report
 
 

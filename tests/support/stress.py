@@ -32,7 +32,7 @@ from cpucache.store.slicefile import Damaged, SliceFiles
 from cpucache.store.upkeep import verify
 
 _MOST = 20  # times as many kills as asked for, until enough is saved
-_HOMES_OF = 20  # kills until a crash test starts a new store, so that checking all of it stays quick
+_KILLS_PER_STORE = 20  # kills until a crash test starts a new store, so that checking all of it stays quick
 _N_CTX = 2048
 PLENTY = 1 << 40
 """A budget that nothing here exceeds."""
@@ -58,11 +58,11 @@ def prompt(name: str, *modules: int) -> str:
     return f'<prompt schema="{name}">{imports}<user>What is there to know?</user></prompt>'
 
 
-def engine(model: Path, home: Path, **settings: Any) -> Engine:
+def engine(model: Path, folder: Path, **settings: Any) -> Engine:
     """An engine as these tests want it: one thread, a small context."""
     return Engine(
         model,
-        store=home,
+        store=folder,
         **{"threads": 1, "n_ctx": _N_CTX, "ram_budget": 1 << 28, **settings},
     )
 
@@ -146,11 +146,11 @@ def crash(
         if turn >= kills and report.saved >= saved:
             break
         assert turn < _MOST * kills, "hardly a slice is saved between two kills"
-        home = folder / str(turn // _HOMES_OF)
-        if turn % _HOMES_OF == 0:
+        subfolder = folder / str(turn // _KILLS_PER_STORE)
+        if turn % _KILLS_PER_STORE == 0:
             known.clear()
         here, there = _processes.Pipe(duplex=False)
-        child = _processes.Process(target=_encode_for_ever, args=(model, home, budget, turn, there))
+        child = _processes.Process(target=_encode_for_ever, args=(model, subfolder, budget, turn, there))
         child.start()
         there.close()
         here.recv_bytes()  # it lives
@@ -164,14 +164,14 @@ def crash(
         report.kills += 1
         report.saved += len(reported)
         report.unanswered += not reported
-        _inspect(home, known, budget, report)
+        _inspect(subfolder, known, budget, report)
     return report
 
 
-def _encode_for_ever(model: Path, home: Path, budget: int, seed: int, reports: Connection) -> None:
+def _encode_for_ever(model: Path, folder: Path, budget: int, seed: int, reports: Connection) -> None:
     _silent()
     reports.send_bytes(b"ready")
-    with engine(model, home, disk_budget=budget) as running:
+    with engine(model, folder, disk_budget=budget) as running:
         topic = seed * 1001
         while True:
             topic += 1
@@ -198,17 +198,17 @@ def _received(reports: Connection) -> Iterator[str]:
             return
 
 
-def _inspect(home: Path, saved: set[str], budget: int, report: Crashes) -> None:
-    files = SliceFiles(home / "slices")
+def _inspect(folder: Path, saved: set[str], budget: int, report: Crashes) -> None:
+    files = SliceFiles(folder / "slices")
     for key in saved:
         try:
             if not files.check(key) and budget == PLENTY:
                 report.lost.append(key)
         except Damaged as damaged:
             report.bad.append(str(damaged))
-    if not home.exists():
+    if not folder.exists():
         return
-    with warnings() as heard, closing(Store(home, ram_budget=0, disk_budget=budget)) as store:
+    with warnings() as heard, closing(Store(folder, ram_budget=0, disk_budget=budget)) as store:
         findings = verify(store)
     report.bad += heard
     report.bad += [f"{finding.kind}: {finding.name} {finding.detail}" for finding in findings if not finding.harmless]
@@ -228,38 +228,38 @@ class Flips:
     """The slice was refused."""
     harmless: int = 0
     """The slice was given out, unchanged: the bit is in what is only told to people."""
-    places: Counter[str] = field(default_factory=Counter)
+    parts: Counter[str] = field(default_factory=Counter)
     """Flips by part of the file."""
     wrong: list[str] = field(default_factory=list)
     """States given out that had changed, answers that differ, and warnings said twice."""
 
 
-def flip(model: Path, home: Path, flips: int, *, seed: int = 0) -> Flips:
+def flip(model: Path, folder: Path, flips: int, *, seed: int = 0) -> Flips:
     """Flip one bit of one slice file at a time, and ask for the slice, then for an answer that needs it."""
     report = Flips()
     rng = random.Random(seed)
     parsed = parse_schema(schema("s", 6))
     question = prompt("s", *range(6))
-    with engine(model, home) as running:
+    with engine(model, folder) as running:
         running.add_schema(parsed)
         expected = answer(running, question)
         plan = running.plan(question)
         keys = sorted({slice_.key for slice_ in plan.slices})
-    files = SliceFiles(home / "slices")
+    files = SliceFiles(folder / "slices")
     for _ in range(flips):
         key = rng.choice(keys)
         path = files.path(key)
         original = path.read_bytes()
         state = _state(files, key)
-        part, place = _place(original, state.nbytes, rng)
+        part, offset = _offset(original, state.nbytes, rng)
         changed = bytearray(original)
-        changed[place] ^= 1 << rng.randrange(8)
-        name = f"bit of byte {place} ({part}) of {key}"
+        changed[offset] ^= 1 << rng.randrange(8)
+        name = f"bit of byte {offset} ({part}) of {key}"
         report.tried += 1
-        report.places[part] += 1
+        report.parts[part] += 1
 
         path.write_bytes(changed)
-        with warnings() as heard, closing(Store(home, ram_budget=0)) as store:
+        with warnings() as heard, closing(Store(folder, ram_budget=0)) as store:
             found = [store.get(key), store.get(key)]
         if any(given is not None and not np.array_equal(given, state) for given in found):
             report.wrong.append(f"{name}: given out")
@@ -271,7 +271,7 @@ def flip(model: Path, home: Path, flips: int, *, seed: int = 0) -> Flips:
             report.wrong.append(f"{name}: {len(heard)} warnings")
 
         path.write_bytes(changed)
-        with warnings() as heard, engine(model, home) as running:
+        with warnings() as heard, engine(model, folder) as running:
             running.add_schema(parsed)
             if answer(running, question) != expected:
                 report.wrong.append(f"{name}: another answer")
@@ -289,7 +289,7 @@ def _state(files: SliceFiles, key: str) -> np.ndarray:
     return state
 
 
-def _place(content: bytes, state: int, rng: random.Random) -> tuple[str, int]:
+def _offset(content: bytes, state: int, rng: random.Random) -> tuple[str, int]:
     """A random byte of a random part: the payload is most of a file, but not where most can go wrong."""
     header = 8 + int.from_bytes(content[:8], "little")
     parts = {"header": (0, header), "tokens": (header, len(content) - state), "payload": (len(content) - state, None)}
@@ -310,9 +310,9 @@ class Hammered:
     keys: int = 0
     """Different slices."""
     encoded: int = 0
-    """Slices made, in all."""
+    """Slices encoded, in all."""
     unsaved: int = 0
-    """Of these, those for which no room could be made."""
+    """Of these, those for which there was no room."""
     evicted: int = 0
     budget: int = 0
     peak: int = 0
@@ -324,25 +324,25 @@ class Hammered:
     failed: list[str] = field(default_factory=list)
     """Processes that did not end well."""
     wrong: list[str] = field(default_factory=list)
-    """Answers that differ from those of a process alone."""
+    """Answers that differ from those of a single process."""
     twice: list[str] = field(default_factory=list)
-    """Slices made again though they had stayed."""
+    """Slices encoded again although they had not been evicted."""
 
 
 def hammer(model: Path, folder: Path, processes: int, *, rounds: int, seed: int = 0) -> Hammered:
     """Let processes ask prompts of overlapping schemas of one store that has room for about a third of their slices."""
     questions = _questions()
     folder.mkdir(parents=True, exist_ok=True)
-    with engine(model, folder / "alone") as running:
+    with engine(model, folder / "undisturbed") as running:
         _add_schemas(running)
-        alone = [answer(running, question, "high") for question in questions]
+        undisturbed = [answer(running, question, "high") for question in questions]
         running.store.flush()
         assert running.store.files is not None
         sizes = [running.store.files.path(key).stat().st_size for key in running.store.files]
     report = Hammered(processes, budget=sum(sizes) // 3, largest=max(sizes))
-    home, log = folder / "shared", folder / "log"
+    shared, log = folder / "shared", folder / "log"
     children = [
-        _processes.Process(target=_ask, args=(model, home, log, report.budget, rounds, seed + i))
+        _processes.Process(target=_ask, args=(model, shared, log, report.budget, rounds, seed + i))
         for i in range(processes)
     ]
     deadline = time.monotonic() + _PATIENCE
@@ -350,9 +350,9 @@ def hammer(model: Path, folder: Path, processes: int, *, rounds: int, seed: int 
         child.start()
     while any(child.is_alive() for child in children) and time.monotonic() < deadline:
         # Files come and go while they are counted: what is too much must be so twice in a row.
-        seen = room(home / "slices")
+        seen = room(shared / "slices")
         if seen > report.peak:
-            seen = min(seen, room(home / "slices"))
+            seen = min(seen, room(shared / "slices"))
         report.peak = max(report.peak, seen)
         report.samples += 1
         time.sleep(0.002)
@@ -370,8 +370,8 @@ def hammer(model: Path, folder: Path, processes: int, *, rounds: int, seed: int 
     for what, count in events["answer"].items():
         number, text = json.loads(what)
         report.answers += count
-        if text != alone[number]:
-            report.wrong.append(f"{questions[number]}: {text!r} instead of {alone[number]!r}")
+        if text != undisturbed[number]:
+            report.wrong.append(f"{questions[number]}: {text!r} instead of {undisturbed[number]!r}")
     report.warnings = list(events["warning"])
     report.keys = len(events["encode"])
     report.encoded, report.unsaved = events["encode"].total(), events["unsaved"].total()
@@ -379,7 +379,7 @@ def hammer(model: Path, folder: Path, processes: int, *, rounds: int, seed: int 
     for key, count in events["encode"].items():
         allowed = 1 + events["drop"][key] + events["unsaved"][key]
         if count > allowed:
-            report.twice.append(f"{key}: made {count} times, could be missed {allowed} times")
+            report.twice.append(f"{key}: encoded {count} times, could be missed {allowed} times")
     return report
 
 
@@ -402,7 +402,7 @@ def _questions() -> list[str]:
     ]
 
 
-def _ask(model: Path, home: Path, log: Path, budget: int, rounds: int, seed: int) -> None:
+def _ask(model: Path, folder: Path, log: Path, budget: int, rounds: int, seed: int) -> None:
     """A process that asks prompts, and writes down what it says, what it encodes and what it evicts."""
     questions = _questions()
     rng = random.Random(seed)
@@ -413,7 +413,7 @@ def _ask(model: Path, home: Path, log: Path, budget: int, rounds: int, seed: int
 
     with warnings() as heard:
         # Hardly any RAM: what is needed again comes from the disk, unless somebody has evicted it.
-        with engine(model, home, disk_budget=budget, ram_budget=1) as running:
+        with engine(model, folder, disk_budget=budget, ram_budget=1) as running:
             _add_schemas(running)
             _listen(running.store, note)
             for _ in range(rounds):

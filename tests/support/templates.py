@@ -144,7 +144,7 @@ class TrainedOn(jinja2.ext.Extension):
 
 
 def rendered(source: str, conversation: Conversation) -> str:
-    """What the template makes of a conversation that the model is to answer."""
+    """The text that the template renders for a conversation that the model is to answer."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", TrainedOn]
     )

@@ -54,7 +54,7 @@ class Terminal:
         os.write(self._end, keys.encode())
 
     def until(self, text: str) -> str:
-        """Wait for a text behind all those that were waited for before; gives what came with it."""
+        """Waits for a text after all those that were waited for before; returns what came with it."""
         limit = time.monotonic() + PATIENCE
         while (found := self._shown().find(text, self._seen)) < 0:
             assert time.monotonic() < limit, self._shown()

@@ -94,7 +94,7 @@ def write_tiny(
     defaults to 2 (grouped queries) where the architecture has them, else to ``n_head``. ``head_dim`` is a multiple of
     64 by default because llama.cpp crashes when it shifts quantized keys of any other size under RoPE.
     ``add_space_prefix`` goes with ``tokenizer="spm"`` only. ``chat_template=None`` leaves the template out.
-    ``rope_scaling`` stretches positions by 4. ``rope_factors`` divides angles by some numbers.
+    ``rope_scaling`` scales positions by 4. ``rope_factors`` divides angles by some numbers.
     """
     add_arch = {**ATTENTION, **RECURRENT}[arch]
     architecture = arch.removesuffix("-window")

@@ -79,7 +79,7 @@ def fused_qkv(weights: Weights, block: str, shape: Shape) -> None:
 
 
 def feed_forward(weights: Weights, block: str, shape: Shape, *, gate: bool) -> None:
-    """The two or three matrices behind attention."""
+    """The two or three matrices of the feed-forward network, after attention."""
     for name in ("ffn_gate", "ffn_up") if gate else ("ffn_up",):
         weights.matrix(f"{block}.{name}", shape.n_ff, shape.n_embd)
     weights.matrix(f"{block}.ffn_down", shape.n_embd, shape.n_ff)

@@ -1,4 +1,4 @@
-"""Workspaces over tiny models, plans built by hand, and what they must give by plain evaluation.
+"""KV caches over tiny models, plans built by hand, and the logits that plain evaluation gives for these.
 
 The truth comes from a context of its own: every run of tokens is evaluated directly at the positions where the plan
 wants it, so that nothing is ever saved, loaded or moved there.
@@ -33,14 +33,14 @@ Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
 
 # A key that is moved is rounded twice, at a precision of its type. Nothing is rounded under ALiBi, where positions are
-# in the mask alone. A mistake of one position shows as 0.2 and more under RoPE, as 0.006 under ALiBi.
+# in the mask only. A mistake of one position shows as 0.2 and more under RoPE, as 0.006 under ALiBi.
 TOLERANCE: dict[KVType, float] = {"f32": 1e-3, "f16": 5e-3, "q8_0": 0.1}
 TOLERANCE_ALIBI = 2e-3
 
 PLENTY = 1 << 30
 """A RAM budget that nothing here exceeds."""
 SLICES = Slices("model", "format", every())
-"""Makes the slices of a bench. Each bench has one model, and a store that no other model uses."""
+"""Creates the slices of a bench. Each bench has one model, and a store that no other model uses."""
 
 
 def some_tokens(n: int, seed: int = 0) -> Tokens:
@@ -53,9 +53,9 @@ def tolerance(arch: str, kv_type: KVType) -> float:
     return TOLERANCE_ALIBI if arch == "mpt" else TOLERANCE[kv_type]
 
 
-def cut(tokens: Tokens, *places: int) -> list[Tokens]:
-    """The parts between these places."""
-    return np.split(tokens, places)
+def cut(tokens: Tokens, *indices: int) -> list[Tokens]:
+    """The parts of tokens between these indices."""
+    return np.split(tokens, indices)
 
 
 @contextmanager
@@ -139,9 +139,9 @@ class Bench:
         return self.truth.logits()
 
     def expected(self, plan: Plan) -> Logits:
-        """Those of the last token of ``plan``, each slice evaluated where it stands, behind its context.
+        """Those of the last token of ``plan``, each slice evaluated at its position, after its context.
 
-        For slices whose contexts are plain text, evaluated one token behind the other.
+        For slices whose contexts are plain text, evaluated one token after the other.
         """
         self.truth.clear()
         # What matters is how far tokens are from one another: all stand so far on that every context fits before them.
@@ -168,13 +168,13 @@ def bench(
     path: Path,
     kv_type: KVType = "f32",
     *,
-    home: Path | None = None,
+    folder: Path | None = None,
     ram_budget: int = PLENTY,
     n_ctx: int = 1024,
 ) -> Iterator[Bench]:
-    """A bench over the model at ``path``; ``home`` and ``ram_budget`` are the store's."""
+    """A bench over the model at ``path``; ``folder`` and ``ram_budget`` are the store's."""
     with opened(path, kv_type, n_ctx=n_ctx) as context, opened(path, kv_type, n_ctx=n_ctx) as truth:
-        store = Store(home, ram_budget=ram_budget)
+        store = Store(folder, ram_budget=ram_budget)
         try:
             yield Bench(Desk(context, store, SLICES), truth)
         finally:
@@ -182,26 +182,26 @@ def bench(
 
 
 def planning() -> KVCache:
-    """A KV cache to plan with and nothing else: it has no llama.cpp context, and no slice has been made."""
+    """A KV cache to plan with and nothing else: it has no llama.cpp context, and no slice has been encoded."""
     context: Any = SimpleNamespace(memory=Memory())
     return KVCache(context, Store(None, ram_budget=PLENTY), SLICES)
 
 
 def slice_of(tokens: Tokens, context: Sequence[Slice] = (), *, start: int | None = None) -> Slice:
-    """A slice to be, evaluated behind ``context``; it stays right behind it unless told."""
+    """A slice to be encoded after ``context``; its position is right after the context unless ``start`` is given."""
     return SLICES.create([other.span for other in context], tokens, start=start)
 
 
 def chain(parts: Sequence[Tokens]) -> list[Slice]:
-    """Slices one behind the other from position 0, each behind all before it."""
-    made: list[Slice] = []
+    """Slices one after the other from position 0; the context of each is all slices before it."""
+    slices: list[Slice] = []
     for part in parts:
-        made.append(slice_of(part, made))
-    return made
+        slices.append(slice_of(part, slices))
+    return slices
 
 
 def plan_of(*pieces: Slice | Tokens | tuple[Slice, int]) -> Plan:
-    """Slices where they were saved, or at the position they come with, and fresh tokens behind what is before them."""
+    """Slices where they were saved, or at the position they come with, and fresh tokens after what precedes them."""
     spans: list[Span] = []
     end = 0
     for piece in pieces:
@@ -216,7 +216,7 @@ def plan_of(*pieces: Slice | Tokens | tuple[Slice, int]) -> Plan:
 
 
 def scheduled(pieces: Sequence[Slice | Tokens], *, packed: bool = False) -> Plan:
-    """Slices where they were saved or behind what takes that room, or ``packed`` back to back; the last token fresh."""
+    """Slices at their saved positions or after what precedes them, or ``packed`` back to back; the last token fresh."""
     spans: list[Span] = []
     end = 0
     for index, piece in enumerate(pieces):

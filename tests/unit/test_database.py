@@ -25,7 +25,7 @@ for number in sys.stdin.readline().split():
 """
 
 
-def test_processes_may_make_one_file_at_the_same_moment(tmp_path: Path) -> None:
+def test_processes_may_create_one_file_at_the_same_moment(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", OPEN, str(tmp_path)],

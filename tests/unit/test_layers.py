@@ -18,7 +18,7 @@ TESTS = Path(__file__).parents[1]
 TOP = ""
 """The room of ``cpucache/__init__.py``."""
 
-# What each room may import of the others. A room that is added gets its place here.
+# What each room may import of the others. A room that is added is listed here.
 MAY_IMPORT = {
     "errors": set(),
     "private": set(),
@@ -47,7 +47,7 @@ MAY_IMPORT = {
 }
 
 # Packages that belong to certain rooms, which shield the others from them.
-HOMES = {
+ROOMS_OF = {
     "llama_cpp": {"runtime"},
     "lxml": {"pml"},
     "jinja2": {"layout", "authoring"},
@@ -93,11 +93,11 @@ def is_ours(module: str) -> bool:
     return module == "cpucache" or module.startswith("cpucache.")
 
 
-def test_every_room_has_its_place() -> None:
+def test_every_room_is_listed() -> None:
     assert {room(name_of(path)) for path in MODULES} == set(MAY_IMPORT)
 
 
-def test_the_places_form_no_circle() -> None:
+def test_the_rooms_form_no_circle() -> None:
     # The package's own __init__ stands outside: it names the engine for users, and its version for the command line.
     below = {name: rooms - {TOP} for name, rooms in MAY_IMPORT.items() if name != TOP}
     while below:
@@ -122,9 +122,9 @@ def test_imports_point_downward(path: Path) -> None:
 def test_packages_stay_in_the_rooms_that_they_belong_to(path: Path) -> None:
     here = room(name_of(path))
     wrong = [
-        f"{path}:{line}: {module} belongs to {', '.join(HOMES[package])}"
+        f"{path}:{line}: {module} belongs to {', '.join(ROOMS_OF[package])}"
         for line, module in imports_of(path)
-        if here not in HOMES.get(package := module.partition(".")[0], {here})
+        if here not in ROOMS_OF.get(package := module.partition(".")[0], {here})
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -1,4 +1,4 @@
-"""Files and folders that are for their owner alone, whatever the umask."""
+"""Files and folders that only their owner may read, whatever the umask."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
     os.umask(before)
 
 
-def test_folders_that_are_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folders_that_are_created(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     private_folder(tmp_path / "a/b/c")
     private_folder(tmp_path / "a/b/c")
     assert [mode(tmp_path / name) for name in ("a", "a/b", "a/b/c")] == [0o700] * 3
@@ -55,7 +55,7 @@ def test_a_folder_of_somebody_else(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "belongs to another user" in caplog.text
 
 
-def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         private_folder(tmp_path / "file")

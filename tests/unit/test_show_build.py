@@ -14,8 +14,8 @@ PIP = """
 print("Collecting llama-cpp-python", "Link requires a different Python", sep="\\n")
 print("  Building wheel for llama-cpp-python", flush=True)
 for step in range(1, 205):
-    place = f"{step}/204" if {ninja} else f"{step * 100 // 204:3}%"
-    print(f"  [{place}] Building CXX object x.o")
+    progress = f"{step}/204" if {ninja} else f"{step * 100 // 204:3}%"
+    print(f"  [{progress}] Building CXX object x.o")
 print("warning: something of the compiler")
 print("Successfully installed llama-cpp-python-0.3.36", flush=True)
 raise SystemExit({status})

@@ -99,7 +99,7 @@ class LlamaCpp:
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def _errors_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("llama-cpp-python"), "level", logging.ERROR)
 
 
@@ -128,7 +128,7 @@ def test_every_architecture_loads_and_spreads_its_logits(arch: str, tiny: TinyMo
         assert np.isfinite(logits).all()
         assert logits.std(axis=1).min() > 1.0
         assert logits.std(axis=1).max() < 4.0
-        # True of recurrent memories, too (nothing but a number would change), so this is what tells them apart:
+        # True of recurrent memories, too (nothing but a number would change), which only the next checks distinguish.
         # (Not with positions in several dimensions.)
         assert llama_cpp.llama_memory_can_shift(llama.memory) == (arch != "qwen35")
         assert llama_cpp.llama_model_is_recurrent(llama.model) == (arch in RECURRENT_ARCHS and arch not in HYBRID_ARCHS)
@@ -190,7 +190,7 @@ def test_q8_0_keys_work_and_can_be_shifted(arch: str, tiny: TinyModel) -> None:
     assert 0.0 < error.std() < 0.05 * exact.std()
 
 
-def test_the_seed_and_the_settings_alone_make_the_file(tmp_path: Path) -> None:
+def test_only_the_seed_and_the_settings_determine_the_file(tmp_path: Path) -> None:
     one, same, other = (write_tiny(tmp_path / f"{i}.gguf", "llama", seed=seed) for i, seed in enumerate((0, 0, 1)))
     assert one.read_bytes() == same.read_bytes() != other.read_bytes()
 
@@ -274,8 +274,8 @@ def test_reference_computes_removed_and_moved_entries(tiny: TinyModel) -> None:
     assert_close(logits, expected)
 
 
-def test_reference_computes_slices_evaluated_apart(tiny: TinyModel) -> None:
-    """The modular reuse itself: two slices that never saw each other, the second moved, and fresh tokens after both."""
+def test_reference_computes_slices_evaluated_separately(tiny: TinyModel) -> None:
+    """The modular reuse itself: two slices with no context, the second moved, and fresh tokens after both."""
     path = tiny("llama")
     one, two, fresh = some_tokens(16), some_tokens(20, seed=1), some_tokens(10, seed=2)
     with opened(path) as llama:
@@ -292,7 +292,7 @@ def test_reference_computes_slices_evaluated_apart(tiny: TinyModel) -> None:
         fresh, range(36, 46), cache=cache, cache_positions=range(36), visible=causal(10, before=36)
     )
     assert_close(logits, expected)
-    # The same as one evaluation under a mask, in which the second slice does not see the first.
+    # The same as one evaluation under a mask, in which the second slice does not attend to the first.
     visible = causal(46)
     visible[16:36, :16] = False
     assert_close(reference.evaluate([*one, *two, *fresh], range(46), visible)[-10:], logits)
@@ -300,7 +300,7 @@ def test_reference_computes_slices_evaluated_apart(tiny: TinyModel) -> None:
     assert np.abs(full - expected).max() > 100 * TOLERANCE
 
 
-def test_reference_refuses_a_token_that_does_not_see_itself(tiny: TinyModel) -> None:
+def test_reference_refuses_a_token_that_does_not_attend_to_itself(tiny: TinyModel) -> None:
     reference = ReferenceLlama(tiny("llama"))
     with pytest.raises(ValueError, match="see itself"):
         reference.evaluate([BYTES, BYTES], [0, 1], [[True, False], [True, False]])

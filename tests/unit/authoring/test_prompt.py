@@ -109,14 +109,14 @@ def test_a_function_is_the_schema_that_one_would_write() -> None:
 
 
 def test_a_call_is_a_prompt() -> None:
-    made = trip("rome", 5, first=False)
-    assert made == (
+    called = trip("rome", 5, first=False)
+    assert called == (
         '<prompt schema="trip" name="you">\n'
         '  <days-gt-3 days="5"/>\n  <place-rome/>\n  <the-sea/>\n  <mountains/>\n'
         "</prompt>"
     )
-    assert made.get_prompt() == made
-    assert made.get_schema() == trip.schema()
+    assert called.get_prompt() == called
+    assert called.get_schema() == trip.schema()
     assert "They know it" in text_of(trip("oslo", 2, False, name="Ann & Bo"), trip.schema())
 
 
@@ -139,8 +139,8 @@ def test_prompt(flag, item):
 r = test_prompt(True, 1)
 """
     )
-    made = names["r"]
-    assert text_of(made.get_prompt(), made.get_schema()) == (
+    called = names["r"]
+    assert text_of(called.get_prompt(), called.get_schema()) == (
         "some system message\nonly if flag is true\nitem is 1\nsome user message\n"
     )
 
@@ -167,7 +167,7 @@ def test_conditions_are_evaluated_in_calls_only() -> None:
     assert asked == ["a", "b"]
 
 
-def test_the_text_behind_a_return_is_left_out() -> None:
+def test_the_text_after_a_return_is_left_out() -> None:
     @prompt
     def f(a, b):
         "one"
@@ -186,7 +186,7 @@ def test_the_text_behind_a_return_is_left_out() -> None:
     assert reads[1, 1] == "one\n⟨system⟩two\n⟨/⟩"
 
 
-def test_an_early_return_makes_a_union() -> None:
+def test_an_early_return_gives_a_union() -> None:
     @prompt
     def f(short):
         if short:
@@ -363,7 +363,7 @@ def test_sets_that_are_counted_sorted_or_searched_are_constant() -> None:
 
 
 def test_closures() -> None:
-    def make(kind: str, check: Callable[[int], bool]) -> Any:
+    def decorated(kind: str, check: Callable[[int], bool]) -> Any:
         @prompt
         def f(n):
             f"{kind} {n}"
@@ -372,7 +372,7 @@ def test_closures() -> None:
 
         return f
 
-    one, two = make("one", lambda n: n > 1), make("two", bool)
+    one, two = decorated("one", lambda n: n > 1), decorated("two", bool)
     assert text_of(one(1), one.schema()) == "one 1\n"
     assert text_of(two(1), two.schema()) == "two 1\nchecked\n"
 
@@ -437,7 +437,7 @@ def test_at_pythons_own_prompt() -> None:
         "@prompt",
         "def g(a): f(a)",
         "",
-        "print('made', len(g(1).get_schema()), g(1))",
+        "print('called', len(g(1).get_schema()), g(1))",
         "exit()",
     ]
     ours, theirs = pty.openpty()
@@ -462,7 +462,7 @@ def test_at_pythons_own_prompt() -> None:
                 sent += 1
         process.kill()
         os.close(ours)
-    assert re.search(r"made \d+ <prompt schema=\"g\">\s+<f><a/></f>", shown), shown
+    assert re.search(r"called \d+ <prompt schema=\"g\">\s+<f><a/></f>", shown), shown
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -528,7 +528,7 @@ def test_every_mistake_is_told_with_its_line() -> None:
     assert {each.file for each in found} == {__file__}
 
 
-def test_a_mistake_in_a_call_has_its_own_place() -> None:
+def test_a_mistake_in_a_call_has_its_own_line() -> None:
     @prompt
     def inner(a):
         del a  # inner

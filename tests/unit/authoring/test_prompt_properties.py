@@ -129,11 +129,11 @@ class _Source:
 @st.composite
 def sources(draw: st.DrawFn) -> str:
     """Two functions, the second of which may call the first."""
-    made = ["@prompt", "def g(a, n=2, s: Annotated[str, MaxTokens(5)] = 'x'):", "    v = ''"]
-    made += _Source(draw, ()).block(2, "    ", role=True)
-    made += ["@prompt", "def f(a, n, s):", "    v = ''", '    "Begin."']
-    made += _Source(draw, ("g(a, n, s)", "g(True)", "g(not a, s=s)", "g(a, s=K, n=n)")).block(0, "    ", role=False)
-    return HEAD + GLOBALS + "\n".join(made) + "\n"
+    lines = ["@prompt", "def g(a, n=2, s: Annotated[str, MaxTokens(5)] = 'x'):", "    v = ''"]
+    lines += _Source(draw, ()).block(2, "    ", role=True)
+    lines += ["@prompt", "def f(a, n, s):", "    v = ''", '    "Begin."']
+    lines += _Source(draw, ("g(a, n, s)", "g(True)", "g(not a, s=s)", "g(a, s=K, n=n)")).block(0, "    ", role=False)
+    return HEAD + GLOBALS + "\n".join(lines) + "\n"
 
 
 class _Collecting(ast.NodeTransformer):
@@ -212,7 +212,7 @@ def test_a_prompt_reads_as_what_the_function_would_put_together(source: str) -> 
         assert plain(text_of(called, schema)) == plain(run(source, arguments)), (source, arguments)
 
 
-def test_two_processes_make_the_same(tmp_path: Path) -> None:
+def test_two_processes_print_the_same(tmp_path: Path) -> None:
     source = (
         HEAD
         + GLOBALS
@@ -223,7 +223,7 @@ def test_two_processes_make_the_same(tmp_path: Path) -> None:
         )
     )
     (tmp_path / "f.py").write_text(source)
-    made = {
+    outputs = {
         subprocess.run(
             [sys.executable, tmp_path / "f.py"],
             capture_output=True,
@@ -233,5 +233,5 @@ def test_two_processes_make_the_same(tmp_path: Path) -> None:
         ).stdout
         for seed in ("1", "2", "3")
     }
-    assert len(made) == 1
-    assert "<seen" not in made.pop()
+    assert len(outputs) == 1
+    assert "<seen" not in outputs.pop()

@@ -257,9 +257,9 @@ def test_earlier_turns_are_no_modules(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "A long enough answer to that."}
     more = {"role": "user", "content": "Another long enough question?"}
     second = {**first, "messages": [*first["messages"], answer, more]}
-    alone = repeated(tmp_path, first, second)
-    assert (alone.requests, alone.conversations) == (2, 1)
-    assert {module.role for module in alone.modules} == {"system"}
+    one = repeated(tmp_path, first, second)
+    assert (one.requests, one.conversations) == (2, 1)
+    assert {module.role for module in one.modules} == {"system"}
     both = repeated(tmp_path, first, second, openai("A long enough question about nothing?", 5))
     assert both.conversations == 2
     assert {module.role for module in both.modules} == {"system", "user"}
@@ -286,7 +286,7 @@ def test_how_logs_keep_requests(tmp_path: Path) -> None:
 
 
 @given(st.text(max_size=200), st.sampled_from(["if", "case"]), st.booleans())
-def test_any_text_makes_a_name(text: str, otherwise: str, tag: bool) -> None:
+def test_any_text_gives_a_name(text: str, otherwise: str, tag: bool) -> None:
     name = slug(text, otherwise=otherwise, tag=tag)
     assert flaw(name, as_tag=tag, as_attribute=not tag) is None
     assert slug(text, otherwise=otherwise, tag=tag) == name

@@ -65,16 +65,16 @@ def test_gold_passages_stand_among_those_of_other_questions(data: Callable[..., 
     path = data(ORACLE, zipped=zipped)
     examples = read_examples(path, passages=4, seed=3)
 
-    places = set()
+    indexes = set()
     for example in examples:
         number = example.line - 1
         own = Passage(f"T{number // 2}", f"No. {number}.")
         assert len(set(example.passages)) == len(example.passages) == 4
         assert example.passages.count(own) == 1
-        places.add(example.passages.index(own))
+        indexes.add(example.passages.index(own))
         # The other passage of the same article may hold the answer as well.
         assert sum(passage.title == own.title for passage in example.passages) == 1
-    assert places == {0, 1, 2, 3}
+    assert indexes == {0, 1, 2, 3}
     assert {len(example.passages) for example in read_examples(path)} == {5}
     assert {len(example.passages) for example in read_examples(path, passages=1)} == {1}
 
@@ -175,8 +175,8 @@ def test_variants_are_what_their_names_say(data: Callable[..., Path]) -> None:
         "recompute:0.2": Fidelity(0.2),
         "standalone+recompute:0.1": Fidelity(0.1),
     }
-    apart = {name for name, schema in schemas.items() if schema.get("anchor") == "none"}
-    assert apart == {"standalone", "standalone+recompute:0.1"}
+    unanchored = {name for name, schema in schemas.items() if schema.get("anchor") == "none"}
+    assert unanchored == {"standalone", "standalone+recompute:0.1"}
     isolated = {name for name, schema in schemas.items() if any(each.get("isolate") for each in schema.iter("module"))}
     assert isolated == {"isolate"}
 
@@ -269,7 +269,7 @@ def test_the_gold_passage_is_never_dropped(data: Callable[..., Path]) -> None:
         ),
     ],
 )
-def test_a_selection_that_can_not_be_made_is_told(
+def test_a_selection_that_is_impossible_is_told(
     data: Callable[..., Path], records: list[Any], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):

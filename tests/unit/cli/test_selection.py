@@ -74,7 +74,7 @@ def test_a_prompt_is_what_the_selection_begins_with() -> None:
     again = selection.prompt(selection.draft)
     assert [child.name for child in again.children[:-1]] == ["budget", "kyoto"]  # type: ignore[union-attr]
     assert again.arguments == {"days": "five"}
-    # What is picked besides stands in front of what the schema has behind it.
+    # A module that is picked as well stands before those that follow it in the schema.
     selection.toggle(row(selection, "train"))
     selection.give(row(selection, "class"), "first")
     train = selection.prompt("?").children[0]
@@ -86,7 +86,7 @@ LINES = st.text(st.sampled_from(" \t\n\r<>&\"'a]é"), max_size=8)
 
 @given(st.lists(st.integers(0, 20), max_size=30), LINES, LINES)
 def test_whatever_is_picked_can_be_asked_and_written(presses: list[int], question: str, value: str) -> None:
-    """No order of key presses leads to a prompt that the schema refuses, and each changes the row that was meant."""
+    """No order of key presses gives a prompt that the schema refuses, and each changes the row that was meant."""
     selection = Selection(SCHEMA)
     for press in presses:
         rows = selection.rows()

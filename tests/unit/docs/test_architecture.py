@@ -25,10 +25,10 @@ def test_every_file_that_it_names_exists() -> None:
     assert not [name for name in named if not path(name).exists()]
 
 
-def test_everything_that_it_places_in_a_file_is_there() -> None:
-    placed = re.findall(rf"`([A-Za-z_.]+)`(?: and `([A-Za-z_.]+)`)? in {FILE}", PAGE)
-    assert len(placed) > 20
-    for *names, file in placed:
+def test_everything_that_it_names_in_a_file_is_there() -> None:
+    found = re.findall(rf"`([A-Za-z_.]+)`(?: and `([A-Za-z_.]+)`)? in {FILE}", PAGE)
+    assert len(found) > 20
+    for *names, file in found:
         text = path(file).read_text(encoding="utf-8")
         for name in filter(None, names):
             assert all(re.search(rf"\b{part}\b", text) for part in name.split(".")), f"{name} in {file}"

@@ -1,4 +1,4 @@
-"""What a repository needs besides code: links that lead somewhere, one version, tables that say what was measured."""
+"""What a repository needs besides code: links that resolve, one version, tables that say what was measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ELSEWHERE = ("contributing.md", "changelog.md", "results.md")
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "bench" / "RESULTS.md"], ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     for target in links(page):
         if re.match(r"[a-z]+:", target):
             continue
@@ -34,7 +34,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(listed) == sorted([*(page.name for page in DOCS.glob("*.md")), *ELSEWHERE])
 
 
-def test_the_version_stands_in_one_place() -> None:
+def test_the_version_is_written_once() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'dynamic = ["version"]' in project
     assert not re.search(r'^version = "', project, re.MULTILINE)
@@ -67,6 +67,6 @@ def test_the_readme_is_one_screen() -> None:
     assert "make test" in text
 
 
-def test_pages_name_no_place_of_one_machine() -> None:
+def test_pages_name_no_folder_of_one_machine() -> None:
     for page in PAGES:
         assert not re.search(r"(?<![\w.])/(?:home|work|root|Users)/", page.read_text(encoding="utf-8")), page

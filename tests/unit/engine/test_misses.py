@@ -220,10 +220,10 @@ def test_a_conversation_that_goes_on_loses_nothing(talk: list[Message], more: li
 def test_every_token_is_in_one_turn(talk: list[Message]) -> None:
     prompt = asked(SYSTEM, *talk)
     for run in prompt.roles:
-        for place in (run.begin, run.end - 1):
-            found = turn(prompt.roles, place, prompt.size)
+        for position in (run.begin, run.end - 1):
+            found = turn(prompt.roles, position, prompt.size)
             assert found.role == run.role
-            assert found.begin <= place < found.end
+            assert found.begin <= position < found.end
     assert turn(prompt.roles, prompt.size - 1, prompt.size).role == "assistant"
 
 

@@ -1,4 +1,4 @@
-"""The forms of a prompt, told apart by type: the same tokens, whichever form says them."""
+"""The forms of a prompt, which its type distinguishes: the same tokens, whichever form says them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ MERGED = (
 
 
 class Laid:
-    """A schema, laid out, and the plans of prompts on it while no slice has been made."""
+    """A schema, laid out, and the plans of prompts on it while no slice exists."""
 
     def __init__(
         self, content: str, positions: Positions = "auto", *, template: str | None = None, **vocabulary: Any
@@ -67,7 +67,7 @@ class Laid:
 THREE = "AB<module name='a'>111</module><module name='b'>22</module><module name='c'>3333</module>"
 
 
-def test_slices_stand_at_home_and_leave_gaps_for_what_is_left_out() -> None:
+def test_slices_stand_at_their_reserved_positions_and_leave_gaps_for_what_is_left_out() -> None:
     assert Laid(THREE).shown("<a/><c/>?") == [
         (0, "slice", "AB"),
         (2, "slice", "111"),
@@ -76,7 +76,7 @@ def test_slices_stand_at_home_and_leave_gaps_for_what_is_left_out() -> None:
     ]
 
 
-def test_fresh_tokens_stand_right_behind_what_is_before_them() -> None:
+def test_fresh_tokens_stand_right_after_what_is_before_them() -> None:
     assert Laid(THREE).shown("<a/>x<c/>?") == [
         (0, "slice", "AB"),
         (2, "slice", "111"),
@@ -86,7 +86,7 @@ def test_fresh_tokens_stand_right_behind_what_is_before_them() -> None:
     ]
 
 
-def test_slices_are_pushed_behind_text_that_needs_their_room() -> None:
+def test_slices_are_moved_after_text_that_needs_their_positions() -> None:
     laid = Laid(THREE)
     assert laid.shown("<a/>xyz<b/><c/>?")[2:] == [
         (5, "fresh", "xyz"),
@@ -126,7 +126,7 @@ def test_modules_that_are_not_cached_are_fresh_and_run_together_with_their_neigh
         (5, "slice", "e"),
         (6, "fresh", "F"),
     ]
-    # The schema's closing text would not be exact behind these: it is evaluated with the question.
+    # The schema's closing text would not be exact after these: it is evaluated with the question.
     assert laid.shown("x<m/>?")[1:] == [(1, "fresh", "xbcF?")]
 
 
@@ -148,14 +148,14 @@ def test_the_last_token_of_all_is_fresh_for_its_logits() -> None:
     assert (plan.n_cached, plan.n_tokens) == (4, 5)
 
 
-def test_a_last_slice_of_one_token_is_fresh_right_behind_what_is_before() -> None:
+def test_a_last_slice_of_one_token_is_fresh_right_after_what_is_before() -> None:
     laid = Laid("A<module name='a'>111</module><module name='b'>2</module>")
     assert laid.shown("<b/>") == [(0, "slice", "A"), (1, "fresh", "2")]
     assert laid.shown("x<b/>") == [(0, "slice", "A"), (1, "fresh", "x2")]
     assert Laid("A").shown("") == [(0, "fresh", "A")]
 
 
-def test_nothing_behind_the_last_slice_does_not_make_it_less_the_last() -> None:
+def test_a_slice_before_an_empty_argument_is_the_last() -> None:
     laid = Laid("<module name='m'>ab<parameter name='p' length='2'/></module>")
     assert laid.shown("<m p=''/>") == [(0, "slice", "a"), (1, "fresh", "b")]
 
@@ -166,7 +166,7 @@ GREETING = "<module name='m'>Hi <parameter name='who' length='4' scaffold='you'/
 
 
 @pytest.mark.parametrize("value", ["", "I", "Anna"])
-def test_arguments_are_fresh_and_what_follows_stays_at_home(value: str) -> None:
+def test_arguments_are_fresh_and_what_follows_keeps_its_position(value: str) -> None:
     argument = [(3, "fresh", value)] if value else []
     assert Laid(GREETING).shown(f"<m who='{value}'/><n/>?") == [
         (0, "slice", "Hi "),
@@ -194,7 +194,7 @@ def test_an_argument_that_is_too_long_says_by_how_much() -> None:
     )
 
 
-def test_an_argument_knows_what_stands_in_its_place() -> None:
+def test_an_argument_knows_the_scaffold_text_that_it_replaces() -> None:
     laid = Laid(GREETING)
     pieces = laid.bound("<m who='I'/>?").pieces
     new = [piece for piece in pieces if isinstance(piece, NewText)]
@@ -212,9 +212,9 @@ def test_text_that_was_cut_is_bound_in_all_its_parts() -> None:
 def test_a_prompt_that_opens_a_conversation_does_not_open_the_answer() -> None:
     laid = Laid("<system>S</system>", template=CHATML)
     for content, asks in (("<user>U</user>", True), ("", False)):
-        opening, whole = laid.bound(content, opens=True), laid.bound(content)
-        assert (opening.asks, opening.turns.role) == (asks, "user" if asks else "system")
-        assert whole.n_tokens == opening.n_tokens + len(laid.letters.tokenize(ANSWER, special=True))
+        opened, whole = laid.bound(content, opens=True), laid.bound(content)
+        assert (opened.asks, opened.turns.role) == (asks, "user" if asks else "system")
+        assert whole.n_tokens == opened.n_tokens + len(laid.letters.tokenize(ANSWER, special=True))
     # Its last token is not evaluated for its logits: the first message does that.
     lookup = Lookup(planning(), Repair(laid.letters.text))
     plan = lookup.plan(laid.bound("", opens=True), LEVELS["fast"], ends=False)

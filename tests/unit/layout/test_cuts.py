@@ -55,7 +55,7 @@ class Pieces:
 
 
 def ids(text: str) -> Tokens:
-    """A text's tokens: the longest piece at each place."""
+    """A text's tokens: the longest piece at each index."""
     pattern = "|".join(map(re.escape, sorted(PIECES, key=len, reverse=True)))
     found = re.findall(pattern, text)
     assert "".join(found) == text
@@ -76,7 +76,7 @@ sizes = st.integers(1, 24)
 
 
 def reach(least: int) -> int:
-    """How far from an edit cuts may move: what decides on a place, on those near it, and on the ones near these."""
+    """How far from an edit cuts may move: the tokens that decide on a cut, on cuts near it, and on cuts near these."""
     return 3 * least + 8
 
 
@@ -97,16 +97,16 @@ def test_every_token_is_in_one_segment(text: Tokens, least: int, more: int) -> N
 @settings(deadline=None, max_examples=300)
 @given(texts, texts, texts, texts, sizes)
 def test_an_edit_moves_no_cut_but_those_next_to_it(
-    before: Tokens, old: Tokens, new: Tokens, behind: Tokens, least: int
+    before: Tokens, old: Tokens, new: Tokens, after: Tokens, least: int
 ) -> None:
-    """Text inserted, deleted, or put in the place of other."""
+    """Text is inserted, deleted, or replaced by other text."""
     cuts = Cuts(Pieces(), least, 1 << 20)
-    one, other = (cuts(np.concatenate([before, middle, behind])) for middle in (old, new))
+    one, other = (cuts(np.concatenate([before, middle, after])) for middle in (old, new))
     head = [{end for end in ends if end < len(before) - reach(least)} for ends in (one, other)]
     assert head[0] == head[1]
     tail = [
-        {size - end for end in ends if size - end < len(behind) - reach(least)}
-        for ends, size in ((one, len(before) + len(old) + len(behind)), (other, len(before) + len(new) + len(behind)))
+        {size - end for end in ends if size - end < len(after) - reach(least)}
+        for ends, size in ((one, len(before) + len(old) + len(after)), (other, len(before) + len(new) + len(after)))
     ]
     assert tail[0] == tail[1]
 
@@ -117,22 +117,22 @@ def test_text_that_moves_takes_its_cuts_along(one: Tokens, moved: Tokens, other:
     cuts = Cuts(Pieces(), least, 1 << 20)
 
     def within(begin: int, text: Tokens) -> set[int]:
-        places = {end - begin for end in cuts(text)}
-        return {end for end in places if reach(least) < end < len(moved) - reach(least)}
+        ends = {end - begin for end in cuts(text)}
+        return {end for end in ends if reach(least) < end < len(moved) - reach(least)}
 
     assert within(len(one), np.concatenate([one, moved, other])) == within(0, np.concatenate([moved, other, one]))
 
 
 @settings(deadline=None)
 @given(texts, texts, sizes, st.integers(1, 40))
-def test_a_longest_segment_moves_none_behind_the_next_cut(head: Tokens, text: Tokens, least: int, more: int) -> None:
-    """Where text has no places to be cut at, it is cut by size, from the last place on."""
+def test_a_longest_segment_moves_no_cut_after_the_next_one(head: Tokens, text: Tokens, least: int, more: int) -> None:
+    """Text without a boundary to cut at is cut by size, from the last such boundary on."""
     natural, limited = Cuts(Pieces(), least, 1 << 20), Cuts(Pieces(), least, least + more)
     whole = np.concatenate([head, text])
     kept = [end for end in natural(whole) if end > len(head) + reach(least)]
-    alone = {end + len(head) for end in natural(text)}
+    separate = {end + len(head) for end in natural(text)}
     for end in kept:
-        assert end in alone
+        assert end in separate
         assert end in limited(whole)
         assert end - len(head) in limited(text)
 
@@ -167,14 +167,14 @@ def test_long_paragraphs_are_segments_of_their_own() -> None:
         assert cuts(np.concatenate(chosen)) == np.cumsum([len(each) for each in chosen]).tolist()
     # A heading goes with what it is the heading of.
     heading = ids("\n#  be see\n")
-    before, behind = ids(prose(20)), ids(prose(30, seed=9))
-    assert cuts(np.concatenate([before, heading, behind]))[0] == len(before) + 1
+    before, after = ids(prose(20)), ids(prose(30, seed=9))
+    assert cuts(np.concatenate([before, heading, after]))[0] == len(before) + 1
 
 
 @pytest.mark.parametrize(
     ("weak", "strong"), [("", "."), (".", "\n"), ("\n", "\n\n"), (".\n", "\n# "), (".", "\n\n"), ("", "\n")]
 )
-def test_the_strongest_place_nearby_is_taken(weak: str, strong: str) -> None:
+def test_the_strongest_boundary_nearby_is_taken(weak: str, strong: str) -> None:
     cuts = Cuts(Pieces(), 24, 64)
     for seed in range(10):
         words = [prose(count, seed=100 * seed + count) for count in (20, 9, 9, 20)]
@@ -203,7 +203,7 @@ def test_sizes() -> None:
 
 @settings(deadline=None)
 @given(st.lists(texts.filter(len), min_size=1, max_size=5), st.sets(st.integers(0, 4)))
-def test_cuts_within_a_part_depend_on_it_alone(runs: list[Tokens], marked: set[int]) -> None:
+def test_cuts_within_a_part_depend_on_it_only(runs: list[Tokens], marked: set[int]) -> None:
     cuts = Cuts(Pieces(), 6, 24)
     edges = np.cumsum([0, *map(len, runs)]).tolist()
     parts = tuple((edges[index], edges[index + 1]) for index in sorted(marked) if index < len(runs))

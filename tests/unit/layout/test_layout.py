@@ -49,7 +49,7 @@ def text(layout: SchemaLayout, part: Segment | Placeholder) -> str:
 
 
 def shown(layout: SchemaLayout) -> list[tuple[str, str, int | None]]:
-    """Module (``?`` for a placeholder), text and home of every part."""
+    """Module (``?`` for a placeholder), text and reserved position of every part."""
     return [
         (part.module if isinstance(part, Segment) else "?", text(layout, part), part.reserved) for part in parts(layout)
     ]
@@ -194,7 +194,7 @@ def test_role_tags_become_template_text_inside_the_segments_next_to_them() -> No
     assert len(forged.segments[0].tokens) == 1 + len("system\n<|im_end|>") + 1 + 1
 
 
-def test_places_lead_to_segments() -> None:
+def test_segments_are_found_by_their_node() -> None:
     layout = lay("<system>S<module name='m'>x</module></system>", template=CHATML, bos_text="<s>")
     system = layout.schema.children[0]
     first, last = [layout.segments[0]], [layout.segments[-1]]
@@ -304,7 +304,7 @@ def test_extents_of_packed_positions() -> None:
 # ---- real vocabularies -----------------------------------------------------------------------------------------------
 
 
-# Behind a control token, llama.cpp puts the space that SentencePiece vocabularies like to begin with.
+# After a control token, llama.cpp puts the space that SentencePiece vocabularies like to begin with.
 TOKENIZERS = [{"tokenizer": "bpe"}, {"tokenizer": "spm", "add_space_prefix": False}]
 
 

@@ -38,7 +38,7 @@ class Case:
         return bind(self.layout, self.included)
 
     def plan(self, fidelity: Fidelity | None = None, *, packed: bool = False) -> Plan:
-        """Its plan while no slice has been made."""
+        """Plans the prompt while no slice exists."""
         lookup = Lookup(planning(), Repair(self.letters.text))
         return lookup.plan(self.bound, fidelity or Fidelity(), packed=packed)
 
@@ -119,7 +119,7 @@ def test_a_plan_holds_every_token_of_its_prompt_once_and_in_order(case: Case) ->
 @given(cases(), st.booleans())
 def test_spans_are_in_order_and_end_in_a_fresh_token(case: Case, packed: bool) -> None:
     plan = case.plan(packed=packed)
-    homes = {id(segment.tokens): segment.reserved for segment in case.layout.segments}
+    reserved = {id(segment.tokens): segment.reserved for segment in case.layout.segments}
     end, before = 0, None
     for span in plan.spans:
         assert len(span.tokens) > 0
@@ -130,9 +130,9 @@ def test_spans_are_in_order_and_end_in_a_fresh_token(case: Case, packed: bool) -
             assert span.start == end
         else:
             # Where the schema has it, or pushed no further than needed.
-            home = homes[id(span.slice.tokens)]
-            assert home is not None
-            assert span.start == max(end, home)
+            start = reserved[id(span.slice.tokens)]
+            assert start is not None
+            assert span.start == max(end, start)
         end, before = span.end, None if span.slice else (span.module, span.why)
     assert plan.spans[-1].slice is None
     assert plan.end == end
@@ -170,7 +170,7 @@ def test_segments_and_placeholders_are_the_text_of_the_schema(case: Case) -> Non
 
 @quick
 @given(cases(positions=("reserved",)))
-def test_reserved_homes_never_overlap_but_among_members_of_a_union(case: Case) -> None:
+def test_reserved_positions_never_overlap_but_among_members_of_a_union(case: Case) -> None:
     def check(extent: Any) -> int:
         inside = 0
         for child in extent.children:
@@ -217,5 +217,5 @@ def test_positions_do_not_change_what_is_read(case: Case) -> None:
 def test_fidelity_does_not_change_what_is_read(case: Case, fidelity: Fidelity) -> None:
     plan = case.plan(fidelity)
     assert np.array_equal(plan.tokens, case.plan().tokens)
-    assert plan.end == plan.n_tokens, "what is recomputed can't be evaluated behind a gap"
+    assert plan.end == plan.n_tokens, "what is recomputed can't be evaluated after a gap"
     assert plan.exact or not fidelity.exact

@@ -1,4 +1,4 @@
-"""Chat templates taken apart: put together again, the pieces are what the template renders."""
+"""Chat templates split into pieces: joined again, the pieces are what the template renders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.templates import (
 from tests.support.tiny import CHATML
 
 
-def taken_apart(source: str | None) -> ChatTemplate:
+def split(source: str | None) -> ChatTemplate:
     return ChatTemplate(source, bos=BOS, eos=EOS)
 
 
@@ -42,8 +42,8 @@ def conversations(draw: st.DrawFn) -> Conversation:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_pieces_make_what_the_template_renders(name: str) -> None:
-    template = taken_apart(TEMPLATES[name])
+def test_the_joined_pieces_are_what_the_template_renders(name: str) -> None:
+    template = split(TEMPLATES[name])
     assert not template.plain
 
     @settings(max_examples=40, deadline=None)
@@ -58,8 +58,8 @@ def test_the_pieces_make_what_the_template_renders(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_role_can_stand_later_in_a_text(name: str) -> None:
-    """Behind other text, a role has its own start, and no beginning of the whole text."""
-    template = taken_apart(TEMPLATES[name])
+    """After other text, a role has its own start, and no beginning of the whole text."""
+    template = split(TEMPLATES[name])
     later = {role: template.start(role, previous=None, first=False) for role in ("system", "user", "assistant")}
     whole = assembled(template, [("user", "U"), ("assistant", "A"), ("user", "V")])
     assert f"{template.end('user')}{later['assistant']}A{template.end('assistant')}{later['user']}V" in whole
@@ -87,7 +87,7 @@ PIECES = {
 
 @pytest.mark.parametrize("name", PIECES)
 def test_each_role_gets_what_belongs_to_it(name: str) -> None:
-    template = taken_apart(TEMPLATES[name])
+    template = split(TEMPLATES[name])
     user, end_user, assistant, end_assistant, end_system = PIECES[name]
     assert template.start("user", previous="assistant", first=False) == user
     assert template.end("user") == end_user
@@ -97,7 +97,7 @@ def test_each_role_gets_what_belongs_to_it(name: str) -> None:
 
 
 def test_a_first_user_turn_brings_the_default_system_text() -> None:
-    template = taken_apart(DEFAULT_SYSTEM)
+    template = split(DEFAULT_SYSTEM)
     begin = "<|im_start|>system\nBe of use.<|im_end|>\n<|im_start|>user\n"
     assert template.start("user", previous=None, first=True) == begin
     assert template.start("system", previous=None, first=True) == "<|im_start|>system\n"
@@ -105,15 +105,15 @@ def test_a_first_user_turn_brings_the_default_system_text() -> None:
 
 @pytest.mark.parametrize("name", ["refuses", "drops system"])
 def test_system_text_that_a_template_does_not_take_heads_the_user_turn(name: str) -> None:
-    template = taken_apart(TEMPLATES[name])
+    template = split(TEMPLATES[name])
     text = assembled(template, [("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "V")])
     assert text == rendered(TEMPLATES[name], [("user", "S\n\nU"), ("assistant", "A"), ("user", "V")])
 
 
-def test_an_answer_to_the_system_text_alone_closes_the_turn_that_it_was_put_in() -> None:
-    assert taken_apart(GEMMA).generation("system") == "<end_of_turn>\n<start_of_turn>model\n"
-    assert taken_apart(GEMMA).generation("user") == taken_apart(GEMMA).generation(None) == "<start_of_turn>model\n"
-    assert taken_apart(CHATML).generation("system") == "<|im_start|>assistant\n"
+def test_an_answer_to_only_a_system_text_closes_the_turn_that_holds_this_text() -> None:
+    assert split(GEMMA).generation("system") == "<end_of_turn>\n<start_of_turn>model\n"
+    assert split(GEMMA).generation("user") == split(GEMMA).generation(None) == "<start_of_turn>model\n"
+    assert split(CHATML).generation("system") == "<|im_start|>assistant\n"
 
 
 def test_a_token_that_begins_every_turn_is_no_beginning_of_the_text() -> None:
@@ -143,11 +143,11 @@ def test_a_token_that_begins_every_turn_is_no_beginning_of_the_text() -> None:
     ],
 )
 def test_templates_that_are_of_no_use_leave_plain_text(source: str | None) -> None:
-    template = taken_apart(source)
+    template = split(source)
     assert template.plain
     assert assembled(template, [("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "V")]) == "S\nU\nA\nV\n"
 
 
 def test_the_date_is_the_same_every_day() -> None:
-    assert "Today: 26 Jul 2024" in taken_apart(LLAMA3).start("system", previous=None, first=True)
-    assert "Today: 2024-07-26" in taken_apart(MODERN).start("user", previous=None, first=True)
+    assert "Today: 26 Jul 2024" in split(LLAMA3).start("system", previous=None, first=True)
+    assert "Today: 2024-07-26" in split(MODERN).start("user", previous=None, first=True)

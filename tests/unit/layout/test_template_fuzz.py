@@ -1,4 +1,4 @@
-"""Hostile, broken and changed chat templates: they are taken apart, or text stays plain."""
+"""Hostile, broken and changed chat templates: they are split into pieces, or text stays plain."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ def checked(source: str) -> tuple[ChatTemplate, list[str]]:
     """A template whose writer can't be trusted, when everything is done with it, and which bounds that exceeded."""
     begun, peak = time.process_time(), memory()
     template = ChatTemplate(source, bos="<s>", eos="</s>")
-    made = assembled(template, [("system", "be"), ("user", "a"), ("assistant", "b"), ("user", "c")])
+    text = assembled(template, [("system", "be"), ("user", "a"), ("assistant", "b"), ("user", "c")])
     bounds = {
-        "text": len(made) < LONGEST * 4,
+        "text": len(text) < LONGEST * 4,
         "seconds": time.process_time() - begun < PATIENCE,
         "bytes": memory() - peak < ROOM,
     }
@@ -127,7 +127,7 @@ def test_large_ones_are_refused_but_for_a_sum_of_texts(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_those_of_models_are_far_from_the_limits(name: str) -> None:
-    # Fifty more that do the same, and what they make thrown away.
+    # Twenty more that do the same, and whose text is discarded.
     work = "".join("{% set unused %}" + TEMPLATES[name] + "{% endset %}" for _ in range(20))
     template, exceeded = checked(work + CHATML)
     assert not template.plain and not exceeded

@@ -144,8 +144,8 @@ def test_no_damage_does_more_than_raise(
 ) -> None:
     data = bytearray(sound)
     for at, patch in edits:
-        place = at % len(sound)
-        data[place : place + len(patch)] = patch
+        begin = at % len(sound)
+        data[begin : begin + len(patch)] = patch
     try:
         check(bytes(data[:length]))
     except ModelError as error:

@@ -29,16 +29,16 @@ def noisy(draw: st.DrawFn, source: str) -> str:
     """A document with white space and comments put in where tags meet text, and ``xml:space`` here and there."""
     cdata = [found.span() for found in re.finditer(r"<!\[CDATA\[.*?\]\]>", source, re.DOTALL)]
 
-    def outside(place: int) -> bool:
-        return not any(start < place < end for start, end in cdata)
+    def outside(index: int) -> bool:
+        return not any(start < index < end for start, end in cdata)
 
-    places = [
+    indexes = [
         found.start()
         for found in re.finditer(r"(?<=>)(?=.)|(?=<[a-z/])", source)
         if 0 < found.start() < len(source) and outside(found.start()) and source[: found.start()].count("<")
     ]
-    for place in sorted(draw(st.lists(st.sampled_from(places), max_size=6)), reverse=True):
-        source = source[:place] + draw(st.sampled_from(NOISE)) + source[place:]
+    for index in sorted(draw(st.lists(st.sampled_from(indexes), max_size=6)), reverse=True):
+        source = source[:index] + draw(st.sampled_from(NOISE)) + source[index:]
     for name in draw(st.lists(st.sampled_from(["module", "user", "schema", "system"]), max_size=2)):
         value = draw(st.sampled_from(["preserve", "default"]))
         source = re.sub(rf"<{name}(?![^ >])(?![^>]*xml:space)", f"<{name}\n xml:space = '{value}'", source, count=1)

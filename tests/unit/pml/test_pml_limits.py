@@ -153,7 +153,7 @@ def test_many_modules_are_taken_in_time() -> None:
     assert len(parse_schema(f"<schema name='s'>x{modules(50_000)}{scaffolds}</schema>").scaffolds) == 40_000
 
 
-def test_paths_of_deep_modules_are_not_all_made() -> None:
+def test_paths_of_deep_modules_are_not_all_built() -> None:
     opened = f"<module name='{'n' * 90}'>" * 90
     inside = f"{opened}{modules(10_000)}{'</module>' * 90}"
     source = f"<schema name='s'>{inside}<scaffold modules='a b'/></schema>"

@@ -81,7 +81,17 @@ def test_mending_settles_at_once_and_adds_no_line(data: bytes) -> None:
     assert mended == text, before
 
 
-def test_a_turn_holds_text_alone() -> None:
+def test_a_value_of_any_length_stays_a_value() -> None:
+    """Escaping makes values longer: a limit of their length would make the second mending escape the tag itself."""
+    source = f'<prompt schema="s"><a b="{3_000 * "&"}">x</a></prompt>'
+
+    mended = mend(source)
+
+    assert mended == source.replace("&", "&amp;")
+    assert mend(mended) == mended
+
+
+def test_a_turn_holds_text_only() -> None:
     source = '<prompt schema="s"><a x="1 & 2"/> <user>What does List<String> mean in <a/> & b?</user></prompt>'
 
     prompt = parse_prompt(mend(source))

@@ -1,4 +1,4 @@
-"""Every mistake in a document is told at once; who catches one error gets the first, with the others behind it."""
+"""Every mistake in a document is told at once; the error that is raised is the first, and holds the others."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_what_is_right_has_no_others() -> None:
         ("<module name=a/>", 13, ["quotes"]),
     ],
 )
-def test_a_slip_in_the_text_is_shown_in_its_place(content: str, column: int, words: list[str]) -> None:
+def test_a_slip_in_the_text_is_shown_with_its_column(content: str, column: int, words: list[str]) -> None:
     with pytest.raises(PMLError) as caught:
         parse_schema(f'<schema name="s">\n{content}\n</schema>', file="s.xml")
 

@@ -146,7 +146,7 @@ def test_mistakes_in_a_prompt(source: str, line: int, words: list[str]) -> None:
                 "Now cook.",
             ],
         ),
-        # A role's borders and text hold their places inside the module around it.
+        # A role's borders and text keep their order inside the module around the role.
         (
             "<pantry owner='I'><sugar/><flour/><clock/><coal/><salt/></pantry>",
             [
@@ -278,7 +278,7 @@ def test_mistakes_against_the_schema(source: str, line: int, words: list[str], s
         assert word in message
 
 
-def test_a_name_found_in_several_other_places_and_deep_down() -> None:
+def test_a_name_found_in_several_other_modules_and_deep_down() -> None:
     schema = parse_schema(
         '<schema name="s"><module name="a"><module name="b"><module name="c"/></module></module>\n'
         '<module name="d"><module name="c"/></module></schema>'

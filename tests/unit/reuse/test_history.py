@@ -62,9 +62,9 @@ def test_any_history_is_what_lists_say(fixed: int, steps: list[tuple[str, Any]],
         if what == "add":
             before = oracle.tokens
             parts = [some_tokens(n, seed=97 * number + i) for i, n in enumerate(value)]
-            made = history.add_tokens(parts, "here")
-            assert [slice_.tokens.tolist() for slice_ in made] == [part.tolist() for part in parts]
-            for slice_ in made:
+            added = history.add_tokens(parts, "here")
+            assert [slice_.tokens.tolist() for slice_ in added] == [part.tolist() for part in parts]
+            for slice_ in added:
                 seen[slice_] = list(before)
                 before += slice_.tokens.tolist()
             oracle.entries.append([token for part in parts for token in part.tolist()])
@@ -91,23 +91,23 @@ def test_any_history_is_what_lists_say(fixed: int, steps: list[tuple[str, Any]],
         for span in spans:
             assert span.slice is not None
             if movable:
-                # It is still what it was made as, behind what was there then.
+                # The slice is still the one that was added, and its context is the text that preceded it then.
                 assert attended(span.slice) == seen[span.slice]
                 assert span.slice.start == len(seen[span.slice])
                 assert span.delta <= 0
             else:
-                # It was made where it stands, behind what is there now.
+                # The slice was created for its position, and its context is the text that precedes it now.
                 assert span.delta == 0
                 assert span.slice.chained
                 assert len(span.tokens) <= max(size, 4)
 
 
 def test_the_same_history_twice_is_the_same_slices() -> None:
-    making = slices()
+    shared = slices()
     parts = [some_tokens(5, seed=i) for i in range(6)]
 
     def built() -> History:
-        history = History(making)
+        history = History(shared)
         history.fixed = 1
         for index, part in enumerate(parts):
             if index == 4:
@@ -118,7 +118,7 @@ def test_the_same_history_twice_is_the_same_slices() -> None:
     one, two = built(), built()
     assert one.slices == two.slices
     # What came later attended to a shorter text, so it is another slice than without the gap.
-    whole = History(making)
+    whole = History(shared)
     for part in parts:
         whole.add_tokens([part])
     assert whole.slices[:4] == [*one.slices[:1], *whole.slices[1:3], one.slices[1]]
@@ -145,12 +145,12 @@ def test_positions_left_out_of_what_is_fixed_stay_so() -> None:
 @pytest.mark.parametrize("movable", [True, False])
 def test_leaving_twice_is_leaving_once(movable: bool) -> None:
     def history(*counts: int) -> History:
-        made = History(slices(), movable=movable)
+        built = History(slices(), movable=movable)
         for index in range(6):
-            made.add_tokens([some_tokens(2 + index, seed=index)])
+            built.add_tokens([some_tokens(2 + index, seed=index)])
         for count in counts:
-            made.leave_out(count)
-        return made
+            built.leave_out(count)
+        return built
 
     one, two, three = history(4), history(1, 3, 4), history(4, 2, 4)
     assert one.left_out == two.left_out == three.left_out == 4
@@ -158,7 +158,7 @@ def test_leaving_twice_is_leaving_once(movable: bool) -> None:
     assert shapes[0] == shapes[1] == shapes[2]
 
 
-def test_a_saved_entry_is_exact_only_behind_what_it_was_saved_behind() -> None:
+def test_a_saved_entry_is_exact_only_after_the_text_that_it_was_saved_after() -> None:
     some = some_tokens(12)
     first, second = slices(4), History(slices(4))
     before = History(first)

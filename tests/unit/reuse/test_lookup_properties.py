@@ -22,7 +22,7 @@ from tests.support.prompting import Prompting, planning, written
 from tests.support.tiny import CHATML
 
 quick = settings(max_examples=100, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
-PLACED = st.sampled_from(["reserved", "packed"])
+POSITIONS = st.sampled_from(["reserved", "packed"])
 FIDELITIES = st.sampled_from([Fidelity(), Fidelity(0.1), Fidelity(0.5), Fidelity(exact=True)])
 
 
@@ -42,11 +42,11 @@ def allowed(desk: Prompting, module: str) -> list[tuple[int, ...]]:
     texts = texts_of(desk.layout)
     if desk.layout.schema.anchor == "none":
         return [tokens for path, _, tokens in texts if path == module]
-    alone = next((isolated for path, isolated, _ in texts if path == module), "")
-    if not alone:
+    isolating = next((isolated for path, isolated, _ in texts if path == module), "")
+    if not isolating:
         return [tokens for _, _, tokens in texts]
-    around = ["", *(alone[:at] for at, letter in enumerate(alone) if letter == ".")]
-    return [tokens for path, isolated, tokens in texts if path in around or isolated == alone]
+    around = ["", *(isolating[:at] for at, letter in enumerate(isolating) if letter == ".")]
+    return [tokens for path, isolated, tokens in texts if path in around or isolated == isolating]
 
 
 def wrong(
@@ -65,7 +65,7 @@ def wrong(
             found.append((span, "other tokens than its slice"))
         slice_ = span.slice
         tokens = [int(token) for each in plan.spans[:number] for token in each.tokens]
-        exact = known.behind(slice_) == tuple(enumerate(tokens)) and span.start == slice_.start == len(tokens)
+        exact = known.context_of(slice_) == tuple(enumerate(tokens)) and span.start == slice_.start == len(tokens)
         if span.relation == "exact" and not exact:
             found.append((span, "not exact"))
         if exact:
@@ -83,18 +83,18 @@ def wrong(
 
 
 def keep(desk: Prompting, slices: list[Slice], known: Meanings) -> None:
-    """Have slices made, with all that they need."""
+    """Saves slices, and all slices that they need."""
     for slice_ in slices:
-        if slice_.context is not None and slice_.key not in known.made:
+        if slice_.context is not None and slice_.key not in known.found:
             keep(desk, slice_.needs, known)
-            known.made[slice_.key] = slice_
+            known.found[slice_.key] = slice_
             desk.pretend([slice_])
 
 
 # Few draws bring a prompt to a segment whose slices are all of other prompts: a lookup that takes them was found after
 # 70 to 360.
 @settings(quick, max_examples=tries(500).max_examples)
-@given(schemas(), PLACED, st.data())
+@given(schemas(), POSITIONS, st.data())
 def test_no_prompt_takes_what_attended_to_text_of_another(
     schema: Schema, positions: Positions, data: st.DataObject
 ) -> None:
@@ -129,7 +129,7 @@ def closes(span: Span, bound: Bound) -> bool:
 
 
 @quick
-@given(schemas(), PLACED, st.data())
+@given(schemas(), POSITIONS, st.data())
 def test_a_prompt_of_encoded_modules_evaluates_its_new_tokens(
     schema: Schema, positions: Positions, data: st.DataObject
 ) -> None:
@@ -157,7 +157,7 @@ def test_a_prompt_of_encoded_modules_evaluates_its_new_tokens(
 
 
 @quick
-@given(schemas(), PLACED, st.data())
+@given(schemas(), POSITIONS, st.data())
 def test_a_miss_is_paid_once(schema: Schema, positions: Positions, data: st.DataObject) -> None:
     """What one prompt has paid for, no other pays for, wherever it stands there; arguments or not."""
     paid: set[Segment] = set()
@@ -172,12 +172,12 @@ def test_a_miss_is_paid_once(schema: Schema, positions: Positions, data: st.Data
                     assert (span.slice.module, span.slice.tokens.tobytes()) not in had, span
             desk.pretend(plan.wanted)
             end = [piece for piece in bound.pieces if len(piece.tokens)][-1]
-            # Of a text of one token that a prompt ends with, no slice is made.
+            # Of a text of one token that a prompt ends with, no slice is saved.
             paid.update(each for each in used if each is not end or len(each.tokens) > 1)
 
 
 @quick
-@given(schemas(), PLACED, st.data())
+@given(schemas(), POSITIONS, st.data())
 def test_what_was_refined_is_exact(schema: Schema, positions: Positions, data: st.DataObject) -> None:
     with desk_of(schema, positions, data) as desk:
         desk.pretend(desk.reading())
@@ -201,8 +201,8 @@ def test_arguments_of_other_prompts_are_foreign() -> None:
 
         assert [span.relation for span in anywhere.spans if span.slice] == ["exact", "foreign", "foreign"]
         assert default.count("foreign") == 0
-        made = [span.slice.module for span in default.spans if span.slice and span.missing]
-        assert made == ["", "m"], "evaluated for this prompt, in the place of what attended to the other argument"
+        missing = [span.slice.module for span in default.spans if span.slice and span.missing]
+        assert missing == ["", "m"], "evaluated for this prompt, instead of what attended to the other argument"
 
 
 def test_an_older_version_of_the_schema_is_foreign() -> None:
@@ -218,13 +218,13 @@ def test_an_older_version_of_the_schema_is_foreign() -> None:
 
 
 @pytest.mark.parametrize("attribute", ["isolate", "anchor"])
-def test_what_keeps_apart_takes_no_slice_that_saw_another_module(attribute: str) -> None:
+def test_what_is_isolated_takes_no_slice_that_attended_to_another_module(attribute: str) -> None:
     """Not even on request: a slice of the same text that attended to other modules lies in the store."""
     inside = "Root. <module name='a'>the blue sea</module><module name='b' {}>green leaves</module>"
-    apart = inside.format("isolate='true'" if attribute == "isolate" else "")
+    isolated = inside.format("isolate='true'" if attribute == "isolate" else "")
     with planning(written(inside.format("")), letters=letters()) as open_to_all:
         open_to_all.pretend(open_to_all.reading())
-        desk = open_to_all.with_schema(written(apart, "anchor='none'" if attribute == "anchor" else ""))
+        desk = open_to_all.with_schema(written(isolated, "anchor='none'" if attribute == "anchor" else ""))
 
         for reuse in ("schema", "anywhere"):
             (of_b,) = [

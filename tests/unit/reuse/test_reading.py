@@ -30,8 +30,8 @@ def stands(
 ) -> list[tuple[str, str]]:
     """Text of every slice of a schema, and what stands before it."""
     with planning(written(inside, attributes), positions) as desk:  # type: ignore[arg-type]
-        made = reading(desk.layout, desk.kv_cache.slices, room)
-        return [(text(desk, [each]), text(desk, each.context)) for each in made]
+        slices = reading(desk.layout, desk.kv_cache.slices, room)
+        return [(text(desk, [each]), text(desk, each.context)) for each in slices]
 
 
 M = "<module name='{0}'>{0}{0}</module>".format
@@ -48,16 +48,16 @@ def test_everything_stands_before_what_follows_it() -> None:
 UNION = f"<union{{}}>{M('x')}<module name='y'>y{M('z')}</module></union>"
 
 
-@pytest.mark.parametrize(("attributes", "behind"), [("", "Ryzz"), (" scaffold='x'", "Rxx")])
-def test_members_of_a_union_never_stand_before_one_another(attributes: str, behind: str) -> None:
-    made = stands("R" + UNION.format(attributes) + "S" + M("b"))
-    assert made == [("R", ""), ("xx", "R"), ("y", "R"), ("zz", "Ry"), ("S", behind), ("bb", behind + "S")]
+@pytest.mark.parametrize(("attributes", "context"), [("", "Ryzz"), (" scaffold='x'", "Rxx")])
+def test_members_of_a_union_never_stand_before_one_another(attributes: str, context: str) -> None:
+    rows = stands("R" + UNION.format(attributes) + "S" + M("b"))
+    assert rows == [("R", ""), ("xx", "R"), ("y", "R"), ("zz", "Ry"), ("S", context), ("bb", context + "S")]
 
 
-def test_an_isolated_module_stands_before_nothing_and_behind_the_text_around_it() -> None:
+def test_an_isolated_module_stands_before_nothing_and_after_the_text_around_it() -> None:
     inner = f"<module name='i' isolate='true'>ii{M('n')}</module>"
-    made = stands("R" + M("a") + f"<module name='o'>o{M('b')}{inner}p</module>" + M("c"))
-    assert made == [
+    rows = stands("R" + M("a") + f"<module name='o'>o{M('b')}{inner}p</module>" + M("c"))
+    assert rows == [
         *[("R", ""), ("aa", "R"), ("o", "Raa"), ("bb", "Raao"), ("o", "R"), ("ii", "Ro"), ("nn", "Roii")],
         *[("p", "Raaobb"), ("cc", "Raaobbp")],
     ]
@@ -66,7 +66,7 @@ def test_an_isolated_module_stands_before_nothing_and_behind_the_text_around_it(
     ]
 
 
-def test_anchored_on_nothing_modules_stand_before_and_behind_nothing() -> None:
+def test_anchored_on_nothing_modules_stand_before_and_after_nothing() -> None:
     nested = f"<module name='o'>o{M('b')}p</module>"
     assert stands("R" + M("a") + "S" + nested + "T", "anchor='none'") == [
         *[("R", ""), ("aa", ""), ("S", "R"), ("o", ""), ("bb", ""), ("p", "o"), ("T", "RS")]
@@ -83,20 +83,20 @@ def test_a_scaffold_set_holds_its_modules_and_the_text_around_them(anchor: str) 
     inside = "R" + M("a") + "S" + M("b") + M("c") + "<scaffold modules='a c'/>"
     with planning(written(inside, f"anchor='{anchor}'")) as desk:
         (scaffold,) = desk.layout.schema.scaffolds
-        made = scaffolded(desk.layout, desk.kv_cache.slices, scaffold.modules, 1 << 20)
-        assert [(text(desk, [each]), text(desk, each.context or ())) for each in made] == [
+        slices = scaffolded(desk.layout, desk.kv_cache.slices, scaffold.modules, 1 << 20)
+        assert [(text(desk, [each]), text(desk, each.context or ())) for each in slices] == [
             *[("R", ""), ("aa", "R"), ("S", "Raa"), ("cc", "RaaS")]
         ]
         # Back to back, as prompts have it.
-        assert [each.start for each in made] == [0, 1, 3, 4]
+        assert [each.start for each in slices] == [0, 1, 3, 4]
 
 
 def test_where_a_schema_is_longer_than_there_is_room_the_oldest_text_leaves() -> None:
     now = "<module name='now' cache='false'>" + "n" * 600 + "</module>"
-    made = stands("R" + "".join(map(M, "abcdefgh")), room=10)
-    assert made[:5] == [("R", ""), ("aa", "R"), ("bb", "Raa"), ("cc", "Raabb"), ("dd", "Raabbcc")]
-    assert made[5:] == [("ee", "Rdd"), ("ff", "Rddee"), ("gg", "Rddeeff"), ("hh", "Rgg")]
-    assert all(len(one) + len(before) <= 10 for one, before in made)
+    rows = stands("R" + "".join(map(M, "abcdefgh")), room=10)
+    assert rows[:5] == [("R", ""), ("aa", "R"), ("bb", "Raa"), ("cc", "Raabb"), ("dd", "Raabbcc")]
+    assert rows[5:] == [("ee", "Rdd"), ("ff", "Rddee"), ("gg", "Rddeeff"), ("hh", "Rgg")]
+    assert all(len(one) + len(before) <= 10 for one, before in rows)
     # Slices are found by what they attended to, whatever left.
     with planning(
         written("R<module name='x'>" + "x" * 1000 + "</module>" + now + "<module name='c'>" + "c" * 200 + "</module>")
@@ -108,8 +108,8 @@ def test_where_a_schema_is_longer_than_there_is_room_the_oldest_text_leaves() ->
 
 def test_reserved_slices_are_saved_where_the_schema_has_them() -> None:
     with planning(written("R" + UNION.format("") + M("b"))) as desk:
-        made = reading(desk.layout, desk.kv_cache.slices, 1 << 20)
-        assert [each.start for each in made] == [segment.reserved for segment in desk.layout.segments]
+        slices = reading(desk.layout, desk.kv_cache.slices, 1 << 20)
+        assert [each.start for each in slices] == [segment.reserved for segment in desk.layout.segments]
 
 
 # ---- chains ----------------------------------------------------------------------------------------------------------
@@ -164,8 +164,8 @@ def test_segments() -> None:
     # The last token is evaluated in any case.
     assert SLICES.plan((), text[:8]).n_cached == 4
     assert SLICES.chained(SLICES.plan((), text))[-1].slice == blocks[2]
-    behind = SLICES.cut([blocks[0].span], text[4:])
-    assert behind == blocks[1:]
+    rest = SLICES.cut([blocks[0].span], text[4:])
+    assert rest == blocks[1:]
     assert SLICES.cut([Span(0, text[:4])], text[4:]) == blocks[1:]
 
 

@@ -44,24 +44,24 @@ def test_the_budget_holds_but_for_a_first_module_of_twice_its_size(
 @given(
     st.lists(st.sampled_from(WORDS[1:]), min_size=2, max_size=6), st.integers(0, 5), st.sampled_from(["{}", "The {}?"])
 )
-def test_the_module_that_has_the_words_of_the_question_comes_first(words: list[str], place: int, question: str) -> None:
+def test_the_module_that_has_the_words_of_the_question_comes_first(words: list[str], index: int, question: str) -> None:
     """Wherever it stands, and however the question writes them."""
     parts = [[f"of {word:>10} here"] for word in words]
-    place %= len(parts)
-    budget = size(parts[place])
-    parts[place] = ["Lake"]
-    assert chosen(parts, question.format("LAKE"), budget) == {place}
+    index %= len(parts)
+    budget = size(parts[index])
+    parts[index] = ["Lake"]
+    assert chosen(parts, question.format("LAKE"), budget) == {index}
 
 
 @settings(deadline=None)
 @given(st.integers(0, 3), st.integers(0, 3))
-def test_a_word_that_every_module_has_tells_nothing(place: int, other: int) -> None:
+def test_a_word_that_every_module_has_tells_nothing(index: int, other: int) -> None:
     """One that a single module has decides."""
     parts = [["harbour, river"] for _ in range(4)]
-    parts[place] = ["a long meadow "]
-    assert chosen(parts, "The harbour, the river, a meadow?", size(parts[0])) == {place}
+    parts[index] = ["a long meadow "]
+    assert chosen(parts, "The harbour, the river, a meadow?", size(parts[0])) == {index}
     # Asked again with another question, nothing of the first is left.
-    assert chosen([*parts[other:], *parts[:other]], "meadow", size(parts[0])) == {(place - other) % 4}
+    assert chosen([*parts[other:], *parts[:other]], "meadow", size(parts[0])) == {(index - other) % 4}
 
 
 @settings(deadline=None)

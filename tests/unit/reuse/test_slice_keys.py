@@ -1,4 +1,4 @@
-"""What the key of a slice names is what it was evaluated behind, however that was cut."""
+"""The key of a slice names what the slice attended to, however that text was cut."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=3).map(array)
 
 @st.composite
 def contexts(draw: st.DrawFn, depth: int = 0) -> list[Span]:
-    """Spans in order: tokens to evaluate and slices, in place or moved, whole or cut, with gaps here and there."""
+    """Spans in order: tokens to evaluate and slices, moved or not, whole or cut, with gaps here and there."""
     spans: list[Span] = []
     for _ in range(draw(st.integers(0, 3 if depth < 2 else 1))):
         end = spans[-1].end if spans else 0
         at = end + draw(st.sampled_from([0, 0, 0, 1]))
-        kind = draw(st.sampled_from(["fresh", "behind this", "moved", "other"]))
+        kind = draw(st.sampled_from(["fresh", "after this", "moved", "other"]))
         tokens = draw(TOKENS)
         if kind == "fresh":
             spans.append(Span(at, tokens))
@@ -53,11 +53,11 @@ def slices(draw: st.DrawFn) -> Slice:
 
 @quick
 @given(st.lists(slices(), min_size=2, max_size=6))
-def test_two_slices_have_the_same_key_if_and_only_if_they_are_the_same(made: list[Slice]) -> None:
+def test_two_slices_have_the_same_key_if_and_only_if_they_are_the_same(drawn: list[Slice]) -> None:
     known = Meanings()
-    keys = {slice_.key for slice_ in made}
-    accounts = {known.account(slice_) for slice_ in made}
-    pairs = {(slice_.key, known.account(slice_)) for slice_ in made}
+    keys = {slice_.key for slice_ in drawn}
+    accounts = {known.account(slice_) for slice_ in drawn}
+    pairs = {(slice_.key, known.account(slice_)) for slice_ in drawn}
     assert len(keys) == len(accounts) == len(pairs)
 
 
@@ -67,9 +67,9 @@ def test_a_key_does_not_depend_on_how_text_was_cut_or_what_of_it_was_saved(
     text: list[int], data: st.DataObject
 ) -> None:
     def cut() -> list[Span]:
-        places = sorted(data.draw(st.sets(st.integers(1, len(text)), max_size=6)) | {0, len(text)})
+        edges = sorted(data.draw(st.sets(st.integers(1, len(text)), max_size=6)) | {0, len(text)})
         spans: list[Span] = []
-        for begin, end in itertools.pairwise(places):
+        for begin, end in itertools.pairwise(edges):
             tokens = array(text[begin:end])
             slice_ = SLICES.create(spans, tokens)
             spans.append(data.draw(st.sampled_from([slice_.span, Span(begin, tokens)])))
@@ -93,5 +93,5 @@ def test_whatever_changes_in_a_context_changes_the_key(spans: list[Span], data: 
     keys = {Trail(each).key for each in (spans, fresh, moved, spans[:at])}
     assert len(keys) == 4
     # Models and formats have keys of their own.
-    makers = (SLICES, Slices("other", "format", every()), Slices("model", "other", every()))
-    assert len({each.create(spans, tokens).key for each in makers}) == 3
+    each_kind = (SLICES, Slices("other", "format", every()), Slices("model", "other", every()))
+    assert len({each.create(spans, tokens).key for each in each_kind}) == 3

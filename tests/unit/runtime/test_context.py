@@ -31,9 +31,9 @@ def model(tiny: TinyModel) -> Iterator[Model]:
 
 @pytest.fixture
 def context(model: Model) -> Iterator[Context]:
-    made = Context(model, n_ctx=512, n_threads=1, kv_type="f32")
-    yield made
-    made.close()
+    opened = Context(model, n_ctx=512, n_threads=1, kv_type="f32")
+    yield opened
+    opened.close()
 
 
 # ---- evaluating ------------------------------------------------------------------------------------------------------
@@ -52,8 +52,8 @@ def test_runs_together_are_runs_one_by_one(context: Context) -> None:
     assert [context.last_position(run.sequence) for run in runs] == [19, 37, 0]
     context.clear()
     assert context.last_position(0) == -1
-    apart = np.concatenate([every_logit(context, run) for run in runs])
-    assert np.abs(together - apart).max() < CLOSE
+    separate = np.concatenate([every_logit(context, run) for run in runs])
+    assert np.abs(together - separate).max() < CLOSE
 
 
 def test_a_run_goes_on_where_the_sequence_ends(context: Context) -> None:
@@ -66,7 +66,7 @@ def test_a_run_goes_on_where_the_sequence_ends(context: Context) -> None:
 
 
 def test_a_run_has_tokens() -> None:
-    """None that has no token can be made, nor comes of splitting one: no batch would complete it."""
+    """A run without tokens can't be created, nor results from a split: no batch would complete such a run."""
     with pytest.raises(ValueError, match="at least one token"):
         Run(0, 0, some_tokens(0))
     run = Run(2, 7, some_tokens(5))
@@ -266,9 +266,9 @@ def test_repetition_is_penalised_over_the_last_64_tokens(answering: Context) -> 
 
 @pytest.fixture
 def long(model: Model) -> Iterator[Context]:
-    made = Context(model, n_ctx=1024, n_threads=1)
-    yield made
-    made.close()
+    opened = Context(model, n_ctx=1024, n_threads=1)
+    yield opened
+    opened.close()
 
 
 def test_a_long_evaluation_is_stopped_half_way(long: Context) -> None:
@@ -290,22 +290,22 @@ def test_a_long_evaluation_is_stopped_half_way(long: Context) -> None:
 
 
 def test_a_batch_keeps_the_logits_that_are_asked_for(context: Context) -> None:
-    """Of sequences side by side, as they are when each is evaluated alone."""
+    """The logits of sequences side by side are those of each sequence evaluated by itself."""
     runs = [Run(sequence, 0, some_tokens(20, sequence)) for sequence in range(3)]
-    alone = []
+    separate = []
     for run in runs:
         context.clear()
         context.decode([run], logits="last")
-        alone.append(context.logits())
+        separate.append(context.logits())
     context.clear()
     batch = Batch()
     batch.add(runs[0], "last")
     batch.add(runs[1], "none")
     batch.add(runs[2], "all")
     context.evaluate(batch)
-    assert np.abs(context.logits(19) - alone[0]).max() < CLOSE
-    assert np.abs(context.logits(59) - alone[2]).max() < CLOSE
-    assert np.abs(context.logits(40) - alone[2]).max() > 0.1
+    assert np.abs(context.logits(19) - separate[0]).max() < CLOSE
+    assert np.abs(context.logits(59) - separate[2]).max() < CLOSE
+    assert np.abs(context.logits(40) - separate[2]).max() > 0.1
     batch = Batch()
     batch.add(Run(1, 20, some_tokens(1, 9)), "last")
     context.evaluate(batch)

@@ -47,7 +47,7 @@ def test_a_state_is_near_to_what_it_was(kind: AtRest, tokens: int, kv_type: str,
     for one, other in zip(floats(state), floats(again), strict=True):
         largest = np.abs(one.astype(np.float32)).max()
         assert 0 < np.abs(one.astype(np.float32) - other.astype(np.float32)).max() <= STEPS[kind] * largest
-    # What is no float is as it was: with zeros in the place of floats, both are equal.
+    # What is no float is as it was: with zeros instead of floats, both are equal.
     for each in (*floats(state), *floats(again)):
         each[:] = 0
     assert again.tolist() == state.tolist()
@@ -81,7 +81,7 @@ def test_any_floats_come_back_within_a_step(kind: AtRest, values: list[float]) -
 
 
 @kinds
-def test_what_is_no_such_state_is_left_alone(kind: AtRest, tiny: Tiny) -> None:
+def test_what_is_no_such_state_is_returned_unchanged(kind: AtRest, tiny: Tiny) -> None:
     packing = Packing(kind)
     for state in (np.arange(200, dtype=np.uint8), np.zeros(0, np.uint8), state_of(tiny("mamba"), 20, "f32")):
         assert packing.pack(state) is state

@@ -1,4 +1,4 @@
-"""Saved states that are moved before they are loaded: what llama.cpp's own shift would make of them."""
+"""Saved states that are moved before they are loaded are the states that llama.cpp's own shift gives."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ ROTARY: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])
 @pytest.mark.parametrize("flash", ["off", "on"])
 @pytest.mark.parametrize(("arch", "settings"), ROTARY, ids=str)
-def test_a_state_moved_here_is_what_llama_cpp_makes_of_it(
+def test_a_state_moved_here_is_what_llama_cpp_gives(
     tiny: TinyModel, arch: str, settings: dict[str, Any], kv_type: str, flash: str
 ) -> None:
     with opened(tiny(arch, **settings), kv_type=kv_type, flash=flash) as context:
@@ -97,7 +97,7 @@ def test_a_state_moved_here_is_what_llama_cpp_makes_of_it(
 
 @pytest.mark.parametrize(("arch", "settings"), [*ROTARY, ("qwen2", {"rope_scaling": YARN})], ids=str)
 def test_a_state_moved_here_is_what_is_evaluated_there(tiny: TinyModel, arch: str, settings: dict[str, Any]) -> None:
-    # Not what llama.cpp's shift makes of it under YaRN: that scales keys a second time.
+    # Not what llama.cpp's shift gives under YaRN: that scales keys a second time.
     with opened(tiny(arch, **settings), kv_type="f32") as context:
         state = saved(context)
         rotation = learn(context, state)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,7 +63,7 @@ def test_text_is_tokenized_and_not_spelled(vocabulary: Model) -> None:
     assert len(vocabulary.tokenize("")) == 0
 
 
-def test_control_tokens_are_read_in_template_text_alone(vocabulary: Model) -> None:
+def test_control_tokens_are_read_in_template_text_only(vocabulary: Model) -> None:
     text = "<|im_start|>the<|im_end|>\n"
     control = vocabulary.tokenize(text, special=True).tolist()
     assert (control[0], control.count(IM_END)) == (IM_START, 1)
@@ -143,3 +146,25 @@ def test_what_has_been_closed_says_so(tiny: TinyModel) -> None:
     for use in (lambda: model.tokenize("a"), lambda: model.piece(1), lambda: Context(model, n_ctx=64)):
         with pytest.raises(ModelError, match="the model has been closed"):
             use()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
+    ids=["default", "own count", "own policy"],
+)
+def test_waiting_threads_spin_for_a_short_time(given: dict[str, str], expected: str) -> None:
+    """Read where llama.cpp's library is about to be loaded, which loads libgomp, which reads it."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("GOMP_", "OMP_"))}
+    code = (
+        "import os, sys\n"
+        "def hook(event, args):\n"
+        "    if event == 'ctypes.dlopen' and 'libllama' in str(args[0]):\n"
+        "        print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "sys.addaudithook(hook)\n"
+        "import cpucache.runtime\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, **given}, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split()[:1] == [expected]

@@ -1,4 +1,4 @@
-"""Transcripts: written whole or not at all, shared by forks, and open in one place at a time."""
+"""Transcripts: written whole or not at all, shared by forks, and open once at a time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.support.sessions import patience
 
 @pytest.fixture
 def transcripts(tmp_path: Path) -> Iterator[Transcripts]:
-    made = Transcripts(tmp_path)
-    yield made
-    made.close()
+    opened = Transcripts(tmp_path)
+    yield opened
+    opened.close()
 
 
 def entry(text: str, role: str = "user", **rest: object) -> Entry:
@@ -161,7 +161,7 @@ def test_one_in_which_nothing_was_said_leaves_no_trace(transcripts: Transcripts)
 
 
 # ---- several at once -------------------------------------------------------------------------------------------------
-def test_a_conversation_is_open_in_one_place(tmp_path: Path, transcripts: Transcripts) -> None:
+def test_a_conversation_is_open_only_once(tmp_path: Path, transcripts: Transcripts) -> None:
     other = Transcripts(tmp_path)
     talk = transcripts.open("talk")
     for folder in (transcripts, other):
@@ -339,12 +339,12 @@ HIDDEN_FAULTS = {
 
 def spoil(folder: Path, statement: str) -> None:
     """A good conversation of three entries, and a bad one."""
-    made = Transcripts(folder)
+    opened = Transcripts(folder)
     for name in ("bad", "good"):
-        talk = made.open(name)
+        talk = opened.open(name)
         talk.put(0, [entry("a"), entry("b", "assistant"), entry("c")])
         talk.close()
-    made.close()
+    opened.close()
     database = sqlite3.connect(folder / "sessions.sqlite")
     database.execute(statement)
     database.commit()
@@ -427,8 +427,8 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
 def test_where_they_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CPUCACHE_SESSIONS", str(tmp_path / "here"))
     assert default_sessions() == tmp_path / "here"
-    made = Transcripts()
-    assert made.folder == tmp_path / "here"
-    made.close()
+    opened = Transcripts()
+    assert opened.folder == tmp_path / "here"
+    opened.close()
     monkeypatch.delenv("CPUCACHE_SESSIONS")
     assert default_sessions().name == "sessions"

@@ -47,8 +47,8 @@ VALUES = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three conversations: ``bad``, of entries 1 to 4, ``good``, and ``fork``, which begins as ``good`` does."""
-    made = tmp_path_factory.mktemp("good")
-    transcripts = Transcripts(made)
+    created = tmp_path_factory.mktemp("good")
+    transcripts = Transcripts(created)
     for name in ("bad", "good"):
         with contextlib.closing(transcripts.open(name, fingerprint="f", model="m")) as talk:
             talk.put(0, [Entry("system", "s", PIECES), Entry("user", "a", PIECES), Entry("assistant", "b", PIECES, 1)])
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 talk.fork("fork")
             talk.put(3, [Entry("user", f"last of {name}", PIECES, metrics={"tokens": 3})])
     transcripts.close()
-    return made
+    return created
 
 
 def change(draw: st.DrawFn) -> Callable[[sqlite3.Connection], None]:
@@ -100,14 +100,14 @@ def used(transcripts: Transcripts, name: str) -> None:
 def test_changed_rows_cost_no_other_conversation(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, steps: list[Callable[[sqlite3.Connection], None]]
 ) -> None:
-    home = tmp_path_factory.getbasetemp() / "rows"
-    shutil.rmtree(home, ignore_errors=True)
-    shutil.copytree(folder, home)
-    with contextlib.closing(sqlite3.connect(home / "sessions.sqlite", isolation_level=None)) as database:
+    copied = tmp_path_factory.getbasetemp() / "rows"
+    shutil.rmtree(copied, ignore_errors=True)
+    shutil.copytree(folder, copied)
+    with contextlib.closing(sqlite3.connect(copied / "sessions.sqlite", isolation_level=None)) as database:
         for step in steps:
             step(database)
         names = [row[0] for row in database.execute("SELECT name FROM sessions")]
-    with contextlib.closing(Transcripts(home)) as transcripts, patience(PATIENCE):
+    with contextlib.closing(Transcripts(copied)) as transcripts, patience(PATIENCE):
         assert {"good", "fork"} <= {each.name for each in transcripts.summaries()}
         damaged = {each.name for each in transcripts.verify()}
         for name in (name for name in names if isinstance(name, str) and name not in ("good", "fork")):
@@ -130,18 +130,18 @@ def test_changed_rows_cost_no_other_conversation(
 def test_a_changed_file_is_read_or_refused(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, steps: list[Callable[[bytes], bytes]]
 ) -> None:
-    home = tmp_path_factory.getbasetemp() / "bytes"
-    shutil.rmtree(home, ignore_errors=True)
-    shutil.copytree(folder, home)
-    content = (home / "sessions.sqlite").read_bytes()
+    copied = tmp_path_factory.getbasetemp() / "bytes"
+    shutil.rmtree(copied, ignore_errors=True)
+    shutil.copytree(folder, copied)
+    content = (copied / "sessions.sqlite").read_bytes()
     for step in steps:
         content = step(content)
-    (home / "sessions.sqlite").write_bytes(content)
+    (copied / "sessions.sqlite").write_bytes(content)
     read: set[str] = set()
     damaged: set[str] = set()
     told: list[str] = []
     try:
-        with patience(PATIENCE), contextlib.closing(Transcripts(home)) as transcripts:
+        with patience(PATIENCE), contextlib.closing(Transcripts(copied)) as transcripts:
             names = [summary.name for summary in transcripts.summaries()]
             damaged = {each.name for each in transcripts.verify()}
             for name in names:

@@ -63,7 +63,7 @@ def shelf(tmp_path: Path) -> Iterator[Shelf]:
 # ---- who leaves ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_cheapest_to_make_for_its_bytes_leaves_first(shelf: Shelf) -> None:
+def test_what_is_cheapest_to_encode_for_its_bytes_leaves_first(shelf: Shelf) -> None:
     shelf.add("cheap", 20, 1)
     shelf.add("dear", 20, 4)
     shelf.add("large", 60, 6)
@@ -124,7 +124,7 @@ def test_a_smaller_budget_than_others_had_evicts_nothing(shelf: Shelf) -> None:
     shelf.budget = 100
     assert shelf.add("i", 60)
     assert shelf.bytes <= 100
-    # Shrinking by command makes the smaller one that of all.
+    # After shrinking by command, the smaller budget is that of all.
     shelf.index.shrink(60, shelf.deleted.append, given=True)
     shelf.budget = 60
     assert shelf.add("j", 60)
@@ -159,7 +159,7 @@ def test_it_tells_what_was_kept_and_what_the_rest_would_take(shelf: Shelf) -> No
     assert shelf.deleted == ["own", "a"]
     assert shelf.index.kept("abcd") == Kept(3, 90, 1, 120)
     assert shelf.index.kept(["large", "d"]) == Kept(1, 30, 1, 290)
-    assert shelf.index.kept(["never made"]) == Kept(0, 0, 1, 90)
+    assert shelf.index.kept(["never saved"]) == Kept(0, 0, 1, 90)
     assert shelf.index.absent("schema") == {"model": ["a", "large", "own"]}
     assert shelf.index.absent("another") == {}
     shelf.budget = 290
@@ -230,7 +230,7 @@ def test_always_new_documents_do_not_push_out_what_is_used_daily(tmp_path: Path)
             hits += len(there.intersection(daily))
             shelf.index.touch(dict.fromkeys(daily, 1))
             for number in range(24):
-                # As dear to make as the daily ones, for their bytes, and of all sizes.
+                # As expensive to encode, for their bytes, as the daily ones, and of all sizes.
                 size = chance.randint(5, 30)
                 assert shelf.add(f"document {day} {hour} {number}", size, size / 10)
             assert shelf.bytes <= 1000
@@ -349,9 +349,9 @@ def state(number: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     return np.random.default_rng(number).integers(0, 256, 1000 + number, np.uint8)
 
 
-def filled(home: Path, count: int = 3) -> list[str]:
+def filled(folder: Path, count: int = 3) -> list[str]:
     """A store with so many slices, closed again."""
-    store = Store(home, ram_budget=0)
+    store = Store(folder, ram_budget=0)
     keys = [key_of(number) for number in range(count)]
     for number, key in enumerate(keys):
         store.put(key, state(number), TOKENS, slice_info(number))
@@ -360,7 +360,7 @@ def filled(home: Path, count: int = 3) -> list[str]:
 
 
 @pytest.mark.parametrize("loss", ["deleted", "no database", "empty"])
-def test_a_lost_index_is_made_again_from_the_files(loss: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_index_is_rebuilt_from_the_files(loss: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = filled(tmp_path)
     path = tmp_path / "index.sqlite"
     for file in tmp_path.glob("index.sqlite*"):

@@ -223,7 +223,7 @@ def test_a_store_without_a_folder_is_in_memory(tmp_path: Path) -> None:
     assert KEY not in store
 
 
-def test_a_store_in_memory_makes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_in_memory_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with Store(None, ram_budget=2000) as store:
         store.put(KEY, state(), TOKENS, INFO)
@@ -388,7 +388,7 @@ def test_a_full_disk_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureF
     assert len(caplog.records) == 1
 
 
-def make_link(path: Path) -> None:
+def create_link(path: Path) -> None:
     target = path.with_name("elsewhere")
     target.write_bytes(b"x" * 100)
     path.symlink_to(target)
@@ -397,7 +397,7 @@ def make_link(path: Path) -> None:
 NO_FILES: dict[str, Callable[[Path], object]] = {
     "folder": Path.mkdir,
     "pipe": os.mkfifo,
-    "link": make_link,
+    "link": create_link,
     "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
 }
 
@@ -443,7 +443,7 @@ def test_an_index_that_is_no_file_is_not_waited_for(tmp_path: Path, caplog: pyte
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022])
-def test_slices_are_for_their_owner_alone(mask: int, tmp_path: Path) -> None:
+def test_slices_are_readable_by_their_owner_only(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
         with Store(tmp_path / "new" / "store", ram_budget=0) as store:
@@ -547,7 +547,7 @@ def test_a_changed_file_has_another_fingerprint(tmp_path: Path) -> None:
     os.utime(path, ns=(1, 1))
     second = fingerprints.of(path)
     assert first != second
-    # Another file of the same size and time in its place.
+    # Another file of the same size and time replaces it.
     other = tmp_path / "other"
     other.write_bytes(b"six")
     os.utime(other, ns=(1, 1))

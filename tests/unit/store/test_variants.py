@@ -23,8 +23,8 @@ def content(number: int) -> str:
     return content_key("fp", "f", np.array([number], np.int32))
 
 
-def _look(home: Path, answer: multiprocessing.Queue[list[int]]) -> None:
-    with Store(home, ram_budget=0) as store:
+def _look(folder: Path, answer: multiprocessing.Queue[list[int]]) -> None:
+    with Store(folder, ram_budget=0) as store:
         assert store.index is not None
         found = [info.content for _, info in store.index.variants([content(7), content(8), content(MANY)])]
         answer.put([found.count(content(each)) for each in (7, 8, MANY)])

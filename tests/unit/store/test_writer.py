@@ -130,7 +130,7 @@ def test_a_dropped_job_is_not_done(desk: Desk) -> None:
     assert desk.done == ["a=a", "c=c", "d=d"]
 
 
-def test_idle_is_called_when_nothing_is_left_or_when_poked(desk: Desk) -> None:
+def test_idle_is_called_when_nothing_is_left_or_on_wake(desk: Desk) -> None:
     desk.proceed()
     desk.writer.wake()
     until(lambda: desk.idle == 1)
@@ -177,7 +177,7 @@ def polite() -> Iterator[Polite]:
     polite.writer.close()
 
 
-def test_nothing_goes_on_while_it_is_quiet(polite: Polite) -> None:
+def test_nothing_is_written_while_the_writer_is_paused(polite: Polite) -> None:
     with polite.writer.paused():
         with polite.writer.paused():
             polite.writer.put("a", 3, 1)
@@ -187,7 +187,7 @@ def test_nothing_goes_on_while_it_is_quiet(polite: Polite) -> None:
 
 
 @pytest.mark.parametrize("who", ["put", "flush", "close", "drop"])
-def test_who_waits_for_the_disk_comes_before_the_quiet(who: str, polite: Polite) -> None:
+def test_who_waits_for_the_disk_comes_before_the_pause(who: str, polite: Polite) -> None:
     with polite.writer.paused():
         polite.writer.put("a", 3, LIMIT)
         time.sleep(0.02)
