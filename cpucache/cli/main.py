@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import gc
-import importlib
 import io
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import click
 
 import cpucache
+from cpucache.cli.lazy import LazyGroup
 from cpucache.cli.logs import debugging, following, show_logs, with_log_options
 from cpucache.errors import CpucacheError, InputError
 
-# The modules behind the commands are imported when a command is run: `cpucache --help` needs no llama.cpp.
 _COMMANDS = {
     "demo": ("cpucache.cli.demo", "demo", "Answer a long prompt without the cache and with it, and compare."),
     "run": ("cpucache.cli.run", "run", "Answer a prompt."),
@@ -39,47 +34,9 @@ _COMMANDS = {
 }
 
 
-@contextmanager
-def _importing() -> Iterator[None]:
-    """Pauses garbage collection during imports: imported objects stay, so that examining them is useless."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-class _Commands(click.Group):
-    """Group that imports a command when the command is run."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in _COMMANDS:
-            return None
-        module, name, _ = _COMMANDS[cmd_name]
-        with _importing():
-            command: click.Command = getattr(importlib.import_module(module), name)
-        return with_log_options(command)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
-        if name not in _COMMANDS and not ctx.resilient_parsing:
-            near = difflib.get_close_matches(name, _COMMANDS, 1)
-            raise click.UsageError(f"no command '{name}'" + (f": did you mean '{near[0]}'?" if near else ""), ctx)
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, about) for name, (_, _, about) in _COMMANDS.items()])
-
-
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyGroup, lazy=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(cpucache.__version__, "-V", "--version", prog_name="cpucache")
 def cli() -> None:
     """Answer long, repetitive prompts on an ordinary CPU without evaluating the repeated text again.

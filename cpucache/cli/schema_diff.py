@@ -26,7 +26,7 @@ _SAID = {
 }
 
 
-@click.command(short_help="Show which slices stay valid after an edit, and what the rest costs.")
+@click.command()
 @click.argument("old")
 @click.argument("new")
 @model_option

@@ -21,7 +21,7 @@ from cpucache.pml.xml import read_file
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
-@click.command(short_help="Write canonical PML, or escape stray < and & (--fix).")
+@click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--fix", is_flag=True, help="Escape stray < and & in text, and change nothing else. Asks first.")
 @click.option("--yes", is_flag=True, help="With --fix: write without asking.")

@@ -39,7 +39,7 @@ _model_option = click.option(
 )
 
 
-@click.command("from-jinja", short_help="Turn a Jinja template into a schema.")
+@click.command("from-jinja")
 @click.argument("template", metavar="TEMPLATE")
 @_output_options
 @click.option(
@@ -81,7 +81,7 @@ def from_jinja(template: str, output: Path | None, name: str | None, length: int
         _tell(str(left))
 
 
-@click.command("from-files", short_help="Make a schema of files, with a module for each file.")
+@click.command("from-files")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--glob", "patterns", multiple=True, default=("**/*",), show_default=True, help="Which files. Repeatable."
@@ -149,7 +149,7 @@ def from_files(
         _tell(f"the schema names files relative to {base}: save it in that folder")
 
 
-@click.command("from-messages", short_help="Make a schema of text that repeats in recorded requests.")
+@click.command("from-messages")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
 @_output_options
 @click.option(

@@ -67,7 +67,7 @@ class _Row:
         return found
 
 
-@click.command(short_help="Draw how a schema is laid out, and how much of it is cached.")
+@click.command()
 @click.argument("file")
 @model_option
 @positions_option
@@ -264,7 +264,7 @@ def _as_dict(layout: SchemaLayout, looked: Looked, rows: list[_Row]) -> dict[str
     }
 
 
-@click.command(short_help="Print the folder of the RELAX NG grammars of PML.")
+@click.command()
 def grammar() -> None:
     """Print the folder of the RELAX NG grammars, for editors: schema.rng and prompt.rng (.rnc in compact syntax).
 
