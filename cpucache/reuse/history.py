@@ -6,10 +6,12 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
 from cpucache.reuse.plan import Slice, Span
-from cpucache.reuse.slices import Slices, Trail
+from cpucache.reuse.slices import GrowingTrail, Slices
 
 
 class History:
@@ -24,6 +26,7 @@ class History:
         self._slices = slices
         self._movable = movable
         self._entries: list[tuple[Span, ...]] = []
+        self._trail = GrowingTrail()
         self.fixed = 0
         self.left_out = 0
         """Number of entries that have left the context."""
@@ -35,6 +38,7 @@ class History:
         """Independent copy of this history."""
         other = copy.copy(self)
         other._entries = list(self._entries)
+        other._trail = self._trail.copy()
         return other
 
     @property
@@ -71,7 +75,7 @@ class History:
         An earlier entry whose slices were lost may have been cut into other slices since, at other positions. The
         spans are moved to follow it. Exact spans whose context has changed become clean.
         """
-        trail = Trail(self.spans)
+        trail = self._trail.of(self.spans).copy()
         delta = trail.end - spans[0].start
         entry = []
         for span in (each.moved(delta) for each in spans):
@@ -83,10 +87,8 @@ class History:
     def add_tokens(self, parts: Sequence[Tokens], module: str = "") -> list[Slice]:
         """Adds the next entry, one slice for each of ``parts``, and returns these slices."""
         spans = self.spans
-        added: list[Slice] = []
-        for part in parts:
-            added.append(self._slices.create(spans, part, module))
-            spans.append(added[-1].span)
+        ends = np.cumsum([len(part) for part in parts]).tolist()
+        added = self._slices.cut(spans, joined(list(parts)), module, ends=ends, trail=self._trail.of(spans))
         self.add(slice_.span for slice_ in added)
         return added
 
@@ -111,4 +113,6 @@ class History:
             for entry in kept:
                 tokens = joined([span.tokens for span in entry])
                 module = next((span.slice.module for span in entry if span.slice), "")
-                self.add(block.span for block in self._slices.cut(self.spans, tokens, module))
+                spans = self.spans
+                cut = self._slices.cut(spans, tokens, module, trail=self._trail.of(spans))
+                self.add(slice_.span for slice_ in cut)

@@ -35,8 +35,8 @@ class Trail:
         """Position after the last span."""
         self.exact = True
         """Whether all tokens are back to back from position 0, and each attended to all tokens before it."""
-        self.attends_to: list[bytes] = []
-        self._seen: dict[bytes, None] = {}
+        self.attends_to: dict[bytes, None] = {}
+        """``text_id`` of each text that was attended to, in order of its first appearance."""
         self.n_tokens = 0
         for span in spans:
             self.add(span)
@@ -51,7 +51,7 @@ class Trail:
         other = Trail()
         other._digest = self._digest.copy()
         other.end, other.exact, other.n_tokens = self.end, self.exact, self.n_tokens
-        other.attends_to, other._seen = list(self.attends_to), dict(self._seen)
+        other.attends_to = dict(self.attends_to)
         return other
 
     def in_place(self, span: Span) -> bool:
@@ -76,20 +76,37 @@ class Trail:
             self._digest.update(bytes.fromhex(span.slice.key))
         self.exact &= in_place and span.start == self.end
         if span.slice is not None:
-            for each in span.slice.attends_to:
-                self._see(each)
-        for each in span.texts:
-            self._see(each)
+            self.attends_to |= dict.fromkeys(span.slice.attends_to)
+        self.attends_to |= dict.fromkeys(span.texts)
         self.n_tokens += len(span.tokens)
         self.end = span.end
 
-    def _see(self, text: bytes) -> None:
-        if text not in self._seen:
-            self._seen[text] = None
-            self.attends_to.append(text)
-
     def _note(self, *numbers: int) -> None:
         self._digest.update(np.array(numbers, "<i4").tobytes())
+
+
+class GrowingTrail:
+    """Trail of spans that mostly grow from call to call. A call continues the trail of the last one if it can."""
+
+    def __init__(self) -> None:
+        self._trail = Trail()
+        self._spans: list[Span] = []
+
+    def copy(self) -> GrowingTrail:
+        """Independent copy of this object."""
+        other = GrowingTrail()
+        other._trail, other._spans = self._trail.copy(), self._spans
+        return other
+
+    def of(self, spans: list[Span]) -> Trail:
+        """The trail of ``spans``. The next call may change it: copy it before adding to it."""
+        # Spans are compared by identity.
+        if self._spans != spans[: len(self._spans)]:
+            self._trail, self._spans = Trail(), []
+        for span in spans[len(self._spans) :]:
+            self._trail.add(span)
+        self._spans = list(spans)
+        return self._trail
 
 
 class Cutting(Protocol):
@@ -188,7 +205,13 @@ class Slices:
         return Slice(key, tokens, start, context, tuple(trail.attends_to), trail.n_tokens, module, tuple(before))
 
     def cut(
-        self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
+        self,
+        before: Sequence[Span],
+        tokens: Tokens,
+        module: str = "",
+        *,
+        ends: Sequence[int] | None = None,
+        trail: Trail | None = None,
     ) -> list[Slice]:
         """Slices of the segments of ``tokens``, directly after ``before``.
 
@@ -197,9 +220,10 @@ class Slices:
             tokens: The tokens to cut.
             module: Dotted path of their module.
             ends: Index after the last token of each segment, if known.
+            trail: Trail of ``before``, if known; it is not changed.
         """
         spans = list(before)
-        trail = Trail(before)
+        trail = Trail(before) if trail is None else trail.copy()
         cut: list[Slice] = []
         begin = 0
         for end in self.cuts(tokens, part=True) if ends is None else ends:

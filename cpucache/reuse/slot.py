@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from itertools import takewhile
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import common, joined
 from cpucache.reuse.plan import Plan, Slice, Span
-from cpucache.reuse.slices import Trail
+from cpucache.reuse.slices import GrowingTrail
 
 
 class Points(NamedTuple):
@@ -37,6 +38,7 @@ class Slot:
         """Owner of the text that the slot holds. Text in slots of other owners is not reused."""
         self.index = -1
         """Index, in the last batch, of the logits of the slot's last token."""
+        self._trail = GrowingTrail()
 
     @property
     def end(self) -> int:
@@ -89,7 +91,7 @@ class Slot:
         """
         if fresh.slice:
             return 0
-        trail, end = Trail(self.held[:index]), fresh.start
+        trail, end = self._trail.of(self.held[:index]).copy(), fresh.start
         parts: list[Tokens] = []
         for span in self.held[index:]:
             if span.start != end or not trail.in_place(span):
@@ -126,12 +128,13 @@ class Slot:
 
         Returns whether the slot holds the slice.
         """
-        index = next((i for i, held in enumerate(self.held) if held.start <= slice_.start < held.end), None)
-        if index is None:
+        index = bisect_right(self.held, slice_.start, key=lambda span: span.start) - 1
+        if index < 0 or slice_.start >= self.held[index].end:
             return False
-        trail, held = Trail(self.held[:index]), self.held[index]
+        trail, held = self._trail.of(self.held[:index]), self.held[index]
         begin = slice_.start - held.start
         if begin and held.slice is None:
+            trail = trail.copy()
             trail.add(Span(held.start, held.tokens[:begin]))
         if trail.key != slice_.context_key:
             return False

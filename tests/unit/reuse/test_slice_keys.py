@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpucache.reuse import Slice, Slices, Span
-from cpucache.reuse.slices import Trail
+from cpucache.reuse.slices import GrowingTrail, Trail
 from tests.support.cutting import every
 from tests.support.meaning import Meanings
 from tests.support.workbench import Tokens
@@ -95,3 +95,19 @@ def test_whatever_changes_in_a_context_changes_the_key(spans: list[Span], data: 
     # Models and formats have keys of their own.
     each_kind = (SLICES, Slices("other", "format", every()), Slices("model", "other", every()))
     assert len({each.create(spans, tokens).key for each in each_kind}) == 3
+
+
+@quick
+@given(st.lists(contexts(), min_size=1, max_size=3), st.data())
+def test_a_growing_trail_is_that_of_the_spans_whatever_it_held_before(
+    drawn: list[list[Span]], data: st.DataObject
+) -> None:
+    growing = GrowingTrail()
+    for _ in range(data.draw(st.integers(1, 6))):
+        spans = data.draw(st.sampled_from(drawn))
+        spans = spans[: data.draw(st.integers(0, len(spans)))]
+        other = growing.copy()
+        for found in (growing.of(spans), other.of(spans)):
+            expected = Trail(spans)
+            assert (found.key, found.end, found.exact) == (expected.key, expected.end, expected.exact)
+            assert (list(found.attends_to), found.n_tokens) == (list(expected.attends_to), expected.n_tokens)
