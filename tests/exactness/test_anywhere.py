@@ -38,7 +38,7 @@ class Asking:
 
     def __init__(self, path: Path, desk: Desk) -> None:
         self.desk = desk
-        self.oracle = Oracle(ReferenceLlama(path), desk)
+        self.oracle = Oracle(ReferenceLlama.of(path), desk)
         self.model = desk.context.model
         self._repair = Repair(self.model.text)
 

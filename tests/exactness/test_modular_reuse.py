@@ -47,7 +47,7 @@ def check_logits(
 ) -> None:
     """Every prompt of ``case``, one after the other on one KV cache, against the oracle."""
     with prompting(path, written(case.schema, case.attributes), positions, kv_type=kv_type) as desk:
-        oracle = Oracle(ReferenceLlama(path), desk.kv_cache)
+        oracle = Oracle(ReferenceLlama.of(path), desk.kv_cache)
         if ahead:
             desk.kv_cache.encode(desk.reading())
             for scaffold in desk.layout.schema.scaffolds:
@@ -140,7 +140,7 @@ def test_reuse_is_not_full_prefill(name: str, tiny: TinyModel) -> None:
     """Checks the difference that the tolerance above must detect."""
     path, case = tiny("llama"), CASES[name]
     with prompting(path, written(case.schema)) as desk:
-        oracle = Oracle(ReferenceLlama(path), desk.kv_cache)
+        oracle = Oracle(ReferenceLlama.of(path), desk.kv_cache)
         desk.kv_cache.encode(desk.reading())
         attributes, content = case.prompts[1]
         plan = desk.plan(desk.bound(content, attributes))
@@ -155,7 +155,7 @@ def test_a_prompt_that_leaves_nothing_out_is_exact(name: str, ahead: bool, tiny:
     path, case = tiny("llama"), CASES[name]
     attributes, content = case.prompts[0] if name != "roles" else ("", "<a/><f/><x it='a thing'/>")
     with prompting(path, written(case.schema)) as desk:
-        oracle = Oracle(ReferenceLlama(path), desk.kv_cache)
+        oracle = Oracle(ReferenceLlama.of(path), desk.kv_cache)
         if ahead:
             desk.kv_cache.encode(desk.reading())
         plan, _ = desk.answer(desk.bound(content, attributes), FAST)
@@ -175,7 +175,7 @@ def test_a_prompt_of_a_scaffold_set_is_full_prefill(name: str, positions: Positi
     content, chosen = WHOLE[name]
     anchor = "none" if name.startswith("anchored") else "ancestors"
     with prompting(path, written(content, f"anchor='{anchor}'"), positions) as desk:
-        oracle = Oracle(ReferenceLlama(path), desk.kv_cache)
+        oracle = Oracle(ReferenceLlama.of(path), desk.kv_cache)
         (scaffold,) = desk.layout.schema.scaffolds
         desk.kv_cache.encode(scaffolded(desk.layout, desk.kv_cache.slices, scaffold.modules, 1 << 20))
         plan, spent = desk.answer(chosen + ASK, packed=True)

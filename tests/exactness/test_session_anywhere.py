@@ -29,7 +29,7 @@ def asked(running: Engine, session: Session, text: str) -> Said:
 def test_a_document_from_another_prompt_is_spliced(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama")
     with engine(model, tmp_path, segment_tokens=SEGMENTS) as running:
-        oracle = Oracle(ReferenceLlama(model), running.kv_cache)
+        oracle = Oracle(ReferenceLlama.of(model), running.kv_cache)
         running.generate(f"{DOCUMENT}\n\nWhat is it?", max_tokens=1)
         with running.session("exact", system=SYSTEM) as session:
             session.send(message(1), max_tokens=4)

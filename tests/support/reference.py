@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import gguf
@@ -84,7 +85,14 @@ class ReferenceLlama:
         for tensor in reader.tensors:
             if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
                 raise ValueError(f"{path}: {tensor.name} is {tensor.tensor_type.name}, not F32")
-            self._weights[tensor.name.removesuffix(".weight")] = tensor.data.astype(np.float64)
+            # A plain array: each operation on one that is mapped to a file makes another of its kind.
+            self._weights[tensor.name.removesuffix(".weight")] = np.array(tensor.data, np.float64)
+
+    @classmethod
+    @lru_cache(8)
+    def of(cls, path: Path) -> ReferenceLlama:
+        """The model in a file that does not change, read once for many tests."""
+        return cls(path)
 
     def evaluate(self, tokens: Sequence[int], positions: ArrayLike, visible: ArrayLike) -> Floats:
         """Logits of shape (tokens, vocabulary). ``visible[i, j]`` says that token ``i`` attends to token ``j``; every
