@@ -45,6 +45,16 @@ class Slot:
         """Position after the last token."""
         return self.held[-1].end if self.held else 0
 
+    def holds(self, span: Span) -> bool:
+        """Whether the slot holds a span with the same state at the same positions."""
+        index = self._index(span.start)
+        return index is not None and self.held[index].same(span)
+
+    def _index(self, position: int) -> int | None:
+        """Index of the held span at a position, if there is one."""
+        index = bisect_right(self.held, position, key=lambda span: span.start) - 1
+        return index if index >= 0 and position < self.held[index].end else None
+
     def shared(self, plan: Plan) -> int:
         """Length, in spans, of the longest prefix of ``plan`` that the slot already holds."""
         pairs = zip(self.held, plan.spans, strict=False)
@@ -128,8 +138,8 @@ class Slot:
 
         Returns whether the slot holds the slice.
         """
-        index = bisect_right(self.held, slice_.start, key=lambda span: span.start) - 1
-        if index < 0 or slice_.start >= self.held[index].end:
+        index = self._index(slice_.start)
+        if index is None:
             return False
         trail, held = self._trail.of(self.held[:index]), self.held[index]
         begin = slice_.start - held.start

@@ -408,8 +408,7 @@ class Splicer:
         """Shares the cells of a slot that holds the same slice at the same position; returns whether one does."""
         if not self.context.memory.cuts:
             return False
-        others = (each for each in self.slots if each is not slot)
-        owner = next((each for each in others if any(span.same(held) for held in each.held)), None)
+        owner = next((each for each in self.slots if each is not slot and each.holds(span)), None)
         if owner is None:
             return False
         self.context.share(owner.sequence, self.scratch, span.start, span.end)

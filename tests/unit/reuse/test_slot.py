@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,3 +68,16 @@ def test_a_conversation_is_read_in_one_pass(added: Callable[[], int]) -> None:
     assert [span.slice for span in again.spans] == history.slices
     assert {span.relation for span in again.spans} == {"exact"}
     assert added() < 8 * COUNT
+
+
+def test_what_a_slot_holds() -> None:
+    """By content and position, also with unused positions between spans."""
+    slices = Slices("model", "format")
+    first, second = (slices.create((), tokens(number)) for number in range(2))
+    slot = Slot(0)
+    slot.held = [first.span, replace(second.span, start=9), Span(14, tokens(2))]
+
+    assert all(slot.holds(span) for span in (first.span, second.span.moved(9), Span(14, tokens(2))))
+    assert not any(slot.holds(span) for span in (second.span, first.span.moved(9), first.span.moved(5)))
+    assert not any(slot.holds(Span(start, tokens(2))) for start in (0, 7, 13, 15, 19))
+    assert not Slot(1).holds(first.span)
