@@ -17,11 +17,7 @@ _COMMANDS = {
     ),
     "grammar": ("cpucache.cli.schema_show", "grammar", "Print the folder of the RELAX NG grammars of PML."),
     "from-jinja": ("cpucache.cli.schema_from", "from_jinja", "Turn a Jinja template into a schema."),
-    "from-files": (
-        "cpucache.cli.schema_from",
-        "from_files",
-        "Make a schema of files, with a module for each file.",
-    ),
+    "from-files": ("cpucache.cli.schema_from", "from_files", "Make a schema of files, with a module for each file."),
     "from-messages": (
         "cpucache.cli.schema_from",
         "from_messages",

@@ -31,6 +31,7 @@ from cpucache.errors import InputError
 from cpucache.layout import Tokens, Turns
 from cpucache.layout.vocabulary import empty, joined
 from cpucache.reuse import OnProgress, Plan, PlanText, Slice, Span
+from cpucache.reuse.history import History
 from cpucache.runtime import Sampling
 from cpucache.sessions import Entry, Transcripts
 from cpucache.stages import stage
@@ -220,7 +221,7 @@ class Session:
             history = state.history
             new, *others = (_message(copy.copy(state.turns), state.pending, each) for each in (text, *continued(text)))
             make_room(self._host, self.name, self.when_full, history, self.entries, len(new), max_tokens)
-            plan = self._plan(history.spans, new)
+            plan = self._plan(history, new)
             ahead = plan.first(history.n_tokens + certain(new, others))
             self._ahead = self._host.prepare(lambda: ahead, self._label, n_tokens=plan.n_tokens, save=False, once=True)
             return self._ahead
@@ -312,12 +313,12 @@ class Session:
         make_room(self._host, self.name, self.when_full, history, self.entries, len(new), max_tokens)
         number = sum(entry.role == "user" for entry in self.entries[:keep]) + (text is not None)
         with stage("plan"):
-            plan = self._plan(history.spans, new, f"turn {number}")
+            plan = self._plan(history, new, f"turn {number}")
         # The last token is always evaluated, since its logits start the answer; its state is saved with the answer.
         message: Sequence[Span] = []
         pending = new
         if text is not None:
-            message, pending = self._message_spans(plan, history.spans, new, f"turn {number}"), new[-1:]
+            message, pending = self._message_spans(plan, history, new, f"turn {number}"), new[-1:]
         turn = Turn(text, keep, history, turns, message, pending, number, len(history))
         answer = Answer(
             self._kv_cache,
@@ -337,16 +338,18 @@ class Session:
             self._last.cancel()
         return stream
 
-    def _plan(self, before: Sequence[Span], new: Tokens, module: str = "") -> Plan:
-        """The plan of ``new`` tokens after the spans ``before``."""
-        return self._plan_text(before, new) if self._plan_text else self._host.slices.plan(before, new, module)
+    def _plan(self, history: History, new: Tokens, module: str = "") -> Plan:
+        """The plan of ``new`` tokens after a history."""
+        if self._plan_text:
+            return self._plan_text(history.spans, new)
+        return self._host.slices.plan(history.spans, new, module, trail=history.trail)
 
-    def _message_spans(self, plan: Plan, before: Sequence[Span], new: Tokens, module: str) -> list[Span]:
+    def _message_spans(self, plan: Plan, history: History, new: Tokens, module: str) -> list[Span]:
         """Spans of slices for all ``new`` tokens of a plan but the last."""
         slices = self._host.slices
         if self._plan_text:
-            return slices.chained(plan.first(plan.n_tokens - 1), module)[len(before) :]
-        return [slice_.span for slice_ in slices.cut(before, new[:-1], module)]
+            return slices.chained(plan.first(plan.n_tokens - 1), module)[len(history.spans) :]
+        return [slice_.span for slice_ in slices.cut(history.spans, new[:-1], module, trail=history.trail)]
 
     def _before(self, keep: int) -> State:
         """The state after the first ``keep`` entries, which callers may change. Raises ``InputError``."""

@@ -11,7 +11,7 @@ import numpy as np
 from cpucache.layout import Tokens
 from cpucache.layout.vocabulary import joined
 from cpucache.reuse.plan import Slice, Span
-from cpucache.reuse.slices import GrowingTrail, Slices
+from cpucache.reuse.slices import GrowingTrail, Slices, Trail
 
 
 class History:
@@ -47,6 +47,11 @@ class History:
         return [span for entry in self._entries for span in entry]
 
     @property
+    def trail(self) -> Trail:
+        """Trail of the spans in the context. The next call may change it: copy it before adding to it."""
+        return self._trail.of(self.spans)
+
+    @property
     def n_tokens(self) -> int:
         """Number of tokens in the context."""
         return sum(self.size(index) for index in range(len(self)))
@@ -75,7 +80,7 @@ class History:
         An earlier entry whose slices were lost may have been cut into other slices since, at other positions. The
         spans are moved to follow it. Exact spans whose context has changed become clean.
         """
-        trail = self._trail.of(self.spans).copy()
+        trail = self.trail.copy()
         delta = trail.end - spans[0].start
         entry = []
         for span in (each.moved(delta) for each in spans):
@@ -86,9 +91,8 @@ class History:
 
     def add_tokens(self, parts: Sequence[Tokens], module: str = "") -> list[Slice]:
         """Adds the next entry, one slice for each of ``parts``, and returns these slices."""
-        spans = self.spans
         ends = np.cumsum([len(part) for part in parts]).tolist()
-        added = self._slices.cut(spans, joined(list(parts)), module, ends=ends, trail=self._trail.of(spans))
+        added = self._slices.cut(self.spans, joined(list(parts)), module, ends=ends, trail=self.trail)
         self.add(slice_.span for slice_ in added)
         return added
 
@@ -113,6 +117,5 @@ class History:
             for entry in kept:
                 tokens = joined([span.tokens for span in entry])
                 module = next((span.slice.module for span in entry if span.slice), "")
-                spans = self.spans
-                cut = self._slices.cut(spans, tokens, module, trail=self._trail.of(spans))
+                cut = self._slices.cut(self.spans, tokens, module, trail=self.trail)
                 self.add(slice_.span for slice_ in cut)

@@ -234,7 +234,13 @@ class Slices:
         return cut
 
     def plan(
-        self, before: Sequence[Span], tokens: Tokens, module: str = "", *, ends: Sequence[int] | None = None
+        self,
+        before: Sequence[Span],
+        tokens: Tokens,
+        module: str = "",
+        *,
+        ends: Sequence[int] | None = None,
+        trail: Trail | None = None,
     ) -> Plan:
         """Plan of ``before``, slices of the segments of ``tokens`` but the last, and the last to evaluate.
 
@@ -246,11 +252,12 @@ class Slices:
             tokens: The tokens that follow; the last one is always evaluated.
             module: Dotted path of their module.
             ends: Index after the last token of each segment of ``tokens[:-1]``, if known.
+            trail: Trail of ``before``, if known; it is not changed.
         """
         whole = [0, *(self.cuts(tokens[:-1], part=True) if ends is None else ends)]
         if not self.memory.points:
             whole.pop()
-        cut = self.cut(before, tokens, module, ends=whole[1:])
+        cut = self.cut(before, tokens, module, ends=whole[1:], trail=trail)
         spans = [*before, *(slice_.span for slice_ in cut)]
         done = whole[-1] if whole else 0
         return Plan((*spans, Span(spans[-1].end if spans else 0, tokens[done:])))
