@@ -124,7 +124,9 @@ def failing(served: Served) -> Served:
 
 
 def test_a_response_that_fails_says_so_in_an_event(failing: Served) -> None:
-    with failing.openai.responses.create(model="any", input="Hello", stream=True, max_output_tokens=20) as stream:
+    # At temperature 0 the answer is longer than the model takes to fail; a sampled one may end before.
+    asked: Any = {"model": "any", "input": "Hello", "max_output_tokens": 20, "temperature": 0}
+    with failing.openai.responses.create(stream=True, **asked) as stream:
         events = list(stream)
     assert [each.sequence_number for each in events] == list(range(len(events)))
     last = events[-1]
@@ -136,19 +138,20 @@ def test_a_response_that_fails_says_so_in_an_event(failing: Served) -> None:
     assert any(each.type == "response.output_text.delta" for each in events)
     # Whole, it is an error.
     with pytest.raises(openai.InternalServerError, match="the memory has gone"):
-        failing.openai.responses.create(model="any", input="Hello", max_output_tokens=20)
+        failing.openai.responses.create(**asked)
     until(failing.idle)
 
 
 def test_the_other_streams_say_so_in_their_own_way(failing: Served) -> None:
+    asked: Any = {"model": "any", "messages": HELLO, "stream": True, "max_tokens": 20}
     with (
         pytest.raises(openai.APIError, match="the memory has gone"),
-        failing.openai.chat.completions.create(model="any", messages=HELLO, stream=True, max_tokens=20) as chat,
+        failing.openai.chat.completions.create(temperature=0, **asked) as chat,
     ):
         list(chat)
     with (
         pytest.raises(anthropic.APIStatusError, match="the memory has gone"),
-        failing.anthropic.messages.create(model="any", messages=HELLO, stream=True, max_tokens=20) as messages,
+        failing.anthropic.messages.create(extra_body={"temperature": 0}, **asked) as messages,
     ):
         list(messages)
     until(failing.idle)

@@ -139,7 +139,7 @@ def test_no_schema_names_a_file_and_none_is_too_large(served: Served, tmp_path: 
 def test_a_prompt_is_what_the_engine_says_in_every_dialect(served: Served, tmp_path: Path, tiny: Tiny) -> None:
     whole = FULL.replace("</prompt>", "<user>Which of them?</user></prompt>")
     with Engine(
-        tiny("llama").with_name("plain-llama-0.gguf"), n_ctx=2048, threads=1, kv_type="f32", store=tmp_path / "other"
+        plain_spoken(tiny("llama")), n_ctx=2048, threads=1, kv_type="f32", store=tmp_path / "other"
     ) as undisturbed:
         undisturbed.add_schema(parse_schema(SCHEMA))
         undisturbed.encode("shelf")
