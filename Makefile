@@ -21,9 +21,9 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 demo: setup model
 	@$(BIN)/cpucache demo
 
-# The inner loop: what a change is held against every few minutes.
+# The inner loop: what a change is held against every few minutes. Tests of properties try a fifth of their examples.
 check: tools
-	$(PYTEST) tests/unit
+	CPUCACHE_EXAMPLES=0.2 $(PYTEST) tests/unit
 	@$(MAKE) --no-print-directory lint
 
 test: tools model
@@ -36,7 +36,7 @@ coverage: tools model
 
 # The fuzz tests, twenty times as long as in `make test`, and processes that are killed: a quarter of an hour or more.
 stress: tools
-	CPUCACHE_LONGER=20 $(PYTEST) $(FUZZ)
+	CPUCACHE_EXAMPLES=20 $(PYTEST) $(FUZZ)
 	$(PYTEST) -m stress
 
 lint: tools

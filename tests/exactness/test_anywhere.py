@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cpucache.engine import Engine
@@ -23,6 +23,7 @@ from tests.support.oracle import Oracle
 from tests.support.reference import ReferenceLlama
 from tests.support.sessions import engine, logits, message, truth
 from tests.support.tiny import ARCHS
+from tests.support.tries import tries
 from tests.support.workbench import PLENTY, Desk, distance, opened, tolerance
 
 Tiny = Callable[..., Path]
@@ -80,7 +81,7 @@ def keys(span: Span) -> set[str]:
 @example(
     [([0] * 5, "exact", 0.0, False), ([2, 4, 0, 0, 0], "schema", 0.0, True), ([2, 4, 0, 0, 0], "schema", 0.0, True)]
 )
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tries(40)
 @given(st.lists(prompts, min_size=1, max_size=6))
 def test_spliced_logits_are_those_of_the_contexts(
     tiny: Tiny, asked: list[tuple[list[int], Reuse, float, bool]]

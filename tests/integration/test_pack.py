@@ -35,8 +35,9 @@ from cpucache.store.pack import export_pack, import_pack
 from cpucache.store.slicefile import SliceFiles
 from cpucache.store.startup import STAGING
 from cpucache.store.upkeep import remove
-from tests.support.changes import changes, tries
+from tests.support.changes import changes
 from tests.support.command import PROMPT, SCHEMA
+from tests.support.tries import tries
 
 TOKENS = np.array([5, 6, 7], np.int32)
 PLENTY = 1 << 30

@@ -1,24 +1,10 @@
-"""What may happen to a file, as a strategy of hypothesis, and how often fuzz tests let it happen."""
+"""What may happen to a file, as a strategy of hypothesis."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-
-LONGER = int(os.environ.get("CPUCACHE_LONGER", "1"))
-"""How many times as many examples fuzz tests try; `make stress` sets it."""
-
-
-def tries(examples: int) -> settings:
-    """Settings of a fuzz test: so many examples, however long one takes."""
-    return settings(
-        max_examples=examples * LONGER,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
 
 
 def changes() -> st.SearchStrategy[Callable[[bytes], bytes]]:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from cpucache.pml import canonical, parse_schema
 from cpucache.pml.canonical import meaning
-from tests.support.changes import tries
 from tests.support.compiling import HEAD, cell, text_of
+from tests.support.tries import tries
 
 GLOBALS = "TOPICS = ('red', 'blue sky', '9')\nPAIRS = [('a', 1), ('b', 2)]\nK = 'constant'\nON = True\n"
 TEXTS = (

@@ -21,8 +21,8 @@ from cpucache.pml import canonical, parse_schema
 from cpucache.pml.canonical import meaning
 from cpucache.pml.names import flaw
 from cpucache.pml.tree import Module, Parameter, Schema, Text, Union
-from tests.support.changes import tries
 from tests.support.compiling import text_of
+from tests.support.tries import tries
 
 
 def turn(source: str, folder: Path = Path("/nowhere"), **how: Any) -> Turned:

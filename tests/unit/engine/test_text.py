@@ -7,13 +7,14 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.engine.size import parse_size
 from cpucache.engine.text import TextStream
 from cpucache.errors import InputError
 from cpucache.runtime import Sampling
+from tests.support.tries import tries
 
 
 def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
@@ -88,7 +89,7 @@ def test_a_stop_string_of_one_character_in_many_bytes() -> None:
     assert streamed([b"a\xe4", b"\xbd\xa0b"], ("\u4f60",)) == (["a", "", ""], True)
 
 
-@settings(max_examples=400, deadline=None)
+@tries(400)
 @given(
     st.text("ab\u00e9", max_size=20),
     st.lists(st.text("ab\u00e9", min_size=1, max_size=5), max_size=3),
@@ -101,14 +102,14 @@ def test_any_cut_into_pieces_gives_the_text_up_to_the_first_stop_string(
     assert ("".join(texts), stopped) == cut_at_first(text, tuple(stop))
 
 
-@settings(max_examples=200, deadline=None)
+@tries(200)
 @given(st.binary(max_size=20) | st.lists(st.sampled_from([b"\xe4", b"\xbd", b"\xa0", b"a"])).map(b"".join), st.data())
 def test_any_bytes_give_the_text_that_decoding_them_at_once_gives(data: bytes, more: st.DataObject) -> None:
     cuts = more.draw(st.lists(st.integers(0, len(data)), max_size=10))
     assert "".join(streamed(pieces_of(data, cuts))[0]) == data.decode("utf-8", "replace")
 
 
-@settings(max_examples=200, deadline=None)
+@tries(200)
 @given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_no_more_is_held_back_than_may_become_a_stop_string(text: str, stop: list[str]) -> None:
     stream = TextStream(tuple(stop))

@@ -7,13 +7,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.errors import InputError
 from cpucache.layout import Text
 from cpucache.layout.cuts import LEAST, MOST, Cuts
 from cpucache.layout.vocabulary import Tokens
+from tests.support.tries import tries
 
 WORDS = ("a", "be", "see", "deed", "elegy", "faible", "garbage", "hallmark", "item", "join", "kettle", "lament")
 PIECES = [
@@ -80,7 +81,7 @@ def reach(least: int) -> int:
     return 3 * least + 8
 
 
-@settings(deadline=None)
+@tries(100)
 @given(texts, sizes, st.integers(0, 100))
 def test_every_token_is_in_one_segment(text: Tokens, least: int, more: int) -> None:
     ends = Cuts(Pieces(), least, least + more)(text)
@@ -94,7 +95,7 @@ def test_every_token_is_in_one_segment(text: Tokens, least: int, more: int) -> N
     assert all(end - begin >= max(1, least // 4) or cuts.ends_message(text[begin:end]) for begin, end in inner)
 
 
-@settings(deadline=None, max_examples=300)
+@tries(300)
 @given(texts, texts, texts, texts, sizes)
 def test_an_edit_moves_no_cut_but_those_next_to_it(
     before: Tokens, old: Tokens, new: Tokens, after: Tokens, least: int
@@ -111,7 +112,7 @@ def test_an_edit_moves_no_cut_but_those_next_to_it(
     assert tail[0] == tail[1]
 
 
-@settings(deadline=None)
+@tries(100)
 @given(texts, texts, texts, sizes)
 def test_text_that_moves_takes_its_cuts_along(one: Tokens, moved: Tokens, other: Tokens, least: int) -> None:
     cuts = Cuts(Pieces(), least, 1 << 20)
@@ -123,7 +124,7 @@ def test_text_that_moves_takes_its_cuts_along(one: Tokens, moved: Tokens, other:
     assert within(len(one), np.concatenate([one, moved, other])) == within(0, np.concatenate([moved, other, one]))
 
 
-@settings(deadline=None)
+@tries(100)
 @given(texts, texts, sizes, st.integers(1, 40))
 def test_a_longest_segment_moves_no_cut_after_the_next_one(head: Tokens, text: Tokens, least: int, more: int) -> None:
     """Text without a boundary to cut at is cut by size, from the last such boundary on."""
@@ -201,7 +202,7 @@ def test_sizes() -> None:
             Cuts(Pieces(), least, most)
 
 
-@settings(deadline=None)
+@tries(100)
 @given(st.lists(texts.filter(len), min_size=1, max_size=5), st.sets(st.integers(0, 4)))
 def test_cuts_within_a_part_depend_on_it_only(runs: list[Tokens], marked: set[int]) -> None:
     cuts = Cuts(Pieces(), 6, 24)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.layout import Bound, ChatTemplate, Positions, SchemaLayout, Segment, bind
@@ -18,9 +18,10 @@ from cpucache.reuse import Fidelity, Lookup, Plan, Repair
 from tests.support.documents import choose, scopes, write
 from tests.support.letters import Letters
 from tests.support.tiny import CHATML
+from tests.support.tries import tries
 from tests.support.workbench import planning
 
-quick = settings(max_examples=100, deadline=None)
+quick = tries(100)
 
 BEGIN, END = "<|im_start|>", "<|im_end|>\n"
 TURNS = st.sampled_from(["", "<user>go</user>", "<user>go</user><assistant>we</assistant>", "<assistant/>"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.layout import ChatTemplate
@@ -22,6 +22,7 @@ from tests.support.templates import (
     rendered,
 )
 from tests.support.tiny import CHATML
+from tests.support.tries import tries
 
 
 def split(source: str | None) -> ChatTemplate:
@@ -46,7 +47,7 @@ def test_the_joined_pieces_are_what_the_template_renders(name: str) -> None:
     template = split(TEMPLATES[name])
     assert not template.plain
 
-    @settings(max_examples=40, deadline=None)
+    @tries(40)
     @given(conversations())
     def check(conversation: Conversation) -> None:
         if name in WITHOUT_SYSTEM:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from cpucache.layout import ChatTemplate
 from cpucache.layout.sandbox import LONGEST
-from tests.support.changes import tries
 from tests.support.templates import TEMPLATES, assembled
 from tests.support.tiny import CHATML
+from tests.support.tries import tries
 
 HOSTILE = (Path(__file__).parents[2] / "corpus" / "template" / "hostile.txt").read_text().splitlines()
 SEEDS = [*TEMPLATES.values(), *HOSTILE]

@@ -9,11 +9,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cpucache.errors import ModelError
 from cpucache.models import check_gguf
+from tests.support.tries import tries
 
 
 def write(path: Path, alignment: int | None = None) -> bytes:
@@ -133,7 +134,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
             check_gguf(path)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tries(400)
 @given(
     edits=st.lists(st.tuples(st.integers(4, 5000), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4),
     length=st.integers(0, 20000),

@@ -15,10 +15,10 @@ from cpucache.layout import ChatTemplate, SchemaLayout
 from cpucache.pml import canonical, parse_schema
 from cpucache.pml.canonical import meaning, parse_pml
 from cpucache.reuse import Slices, reading
-from tests.support.changes import tries
 from tests.support.documents import changed, choose, scopes, source_of
 from tests.support.drawn import letters
 from tests.support.tiny import CHATML
+from tests.support.tries import tries
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "schemas").rglob("*.xml"))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from cpucache.errors import PMLError
 from cpucache.pml import Limits, parse_prompt, parse_schema, resolve
 from cpucache.pml.tree import Prompt, Schema
-from tests.support.changes import tries
 from tests.support.documents import CORPUS, changed
 from tests.support.kitchen import PROMPT, SCHEMA
+from tests.support.tries import tries
 
 PATIENCE = 10
 """Seconds of CPU time for one document, on however slow a machine: most take a millisecond."""

@@ -18,9 +18,9 @@ from cpucache.pml import parse_prompt, parse_schema
 from cpucache.pml.names import PML_TAGS
 from cpucache.pml.structure import GRAMMARS, structure
 from cpucache.pml.tree import Prompt, Schema
-from tests.support.changes import tries
 from tests.support.documents import TEXTS, changed, choose, scopes, source_of
 from tests.support.kitchen import PROMPT
+from tests.support.tries import tries
 
 ROOT = Path(__file__).parents[3]
 RELAX = {name: etree.RelaxNG(file=str(GRAMMARS / f"{name}.rng")) for name in ("schema", "prompt")}

@@ -13,8 +13,8 @@ from cpucache.pml import parse_prompt, parse_schema
 from cpucache.pml.canonical import parse_pml
 from cpucache.pml.mend import mend
 from cpucache.pml.tree import Module, Text, Turn
-from tests.support.changes import tries
 from tests.support.documents import changed, scopes, source_of
+from tests.support.tries import tries
 
 CODE = [
     "if 0 <= position[0] < self.grid_size and 0 <= position[1] < self.grid_size:",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.errors import PMLError
@@ -32,8 +32,9 @@ from cpucache.pml.tree import (
 from cpucache.pml.xml import fold_space, is_blank
 from tests.support.documents import CHARACTERS, LETTERS, PIECES, TEXTS, Chosen, choose, scopes, source_of
 from tests.support.kitchen import PROMPT, SCHEMA
+from tests.support.tries import tries
 
-quick = settings(max_examples=150, deadline=None)
+quick = tries(150)
 
 
 # ---- a schema as plain tuples, and how it is written --------------------------------------------------

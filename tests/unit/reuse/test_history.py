@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.reuse import History, Slice, Slices, Span
 from tests.support.cutting import every
+from tests.support.tries import tries
 from tests.support.workbench import slice_of, some_tokens
 
 
@@ -51,7 +52,7 @@ leaving = st.integers(0, 5).map(lambda count: ("leave", count))
 steps = st.lists(st.one_of(adding, adding, leaving, st.just(("copy", None))), max_size=20)
 
 
-@settings(max_examples=300, deadline=None)
+@tries(300)
 @given(st.integers(0, 2), steps, st.booleans(), st.integers(1, 3))
 def test_any_history_is_what_lists_say(fixed: int, steps: list[tuple[str, Any]], movable: bool, size: int) -> None:
     oracle = Oracle(fixed)

@@ -8,20 +8,21 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 from cpucache.layout import Bound, NewText, Positions, Segment
 from cpucache.pml.tree import Schema
 from cpucache.reuse import Fidelity, Plan, Slice, Span, asked
 from cpucache.reuse.refine import exact_slices
-from tests.support.changes import tries
 from tests.support.drawn import changed, letters, prompts, schemas, split, texts_of
 from tests.support.meaning import Meanings, spelt
 from tests.support.prompting import Prompting, planning, written
 from tests.support.tiny import CHATML
+from tests.support.tries import tries
 
-quick = settings(max_examples=100, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+quick = tries(100, phases=PHASES)
 POSITIONS = st.sampled_from(["reserved", "packed"])
 FIDELITIES = st.sampled_from([Fidelity(), Fidelity(0.1), Fidelity(0.5), Fidelity(exact=True)])
 
@@ -93,7 +94,7 @@ def keep(desk: Prompting, slices: list[Slice], known: Meanings) -> None:
 
 # Few draws bring a prompt to a segment whose slices are all of other prompts: a lookup that takes them was found after
 # 70 to 360.
-@settings(quick, max_examples=tries(500).max_examples)
+@tries(500, phases=PHASES)
 @given(schemas(), POSITIONS, st.data())
 def test_no_prompt_takes_what_attended_to_text_of_another(
     schema: Schema, positions: Positions, data: st.DataObject

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.reuse import Slice, Slices, Span
 from cpucache.reuse.slices import GrowingTrail, Trail
 from tests.support.cutting import every
 from tests.support.meaning import Meanings
+from tests.support.tries import tries
 from tests.support.workbench import Tokens
 
-quick = settings(max_examples=150, deadline=None)
+quick = tries(150)
 SLICES = Slices("model", "format", every())
 
 

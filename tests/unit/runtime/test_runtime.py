@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.errors import CpucacheError, ModelError
 from cpucache.runtime import Context, Model, Run
 from tests.support.tiny import BOS, BYTES, CHATML, EOS, IM_END, IM_START, PAD, UNK
+from tests.support.tries import tries
 
 TinyModel = Callable[..., Path]
 
@@ -39,7 +40,7 @@ def vocabulary(tiny: TinyModel, request: pytest.FixtureRequest) -> Iterator[Mode
 TEXTS = st.text(st.sampled_from("the ring\n\t.0\u00e9\u4f60\U0001f600") | st.characters(exclude_categories=["Cs"]))
 
 
-@settings(max_examples=150, deadline=None)
+@tries(150)
 @given(TEXTS.filter(lambda text: "\u2581" not in text))
 def check_round_trip(vocabulary: Model, text: str) -> None:
     tokens = vocabulary.tokenize(text)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from cpucache.errors import CpucacheError
 from cpucache.sessions import Entry, Transcripts
 from cpucache.sessions.export import as_json, as_markdown
-from tests.support.changes import changes, tries
+from tests.support.changes import changes
 from tests.support.sessions import patience
+from tests.support.tries import tries
 
 PATIENCE = 60
 COLUMNS = ("id", "before", "role", "left_out", "metrics", "created", "text", "pieces")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -24,6 +24,7 @@ from cpucache.store import SliceInfo, Store, slice_key
 from cpucache.store.index import Index, Kept
 from cpucache.store.slicefile import SliceFiles
 from cpucache.store.startup import rebuild
+from tests.support.tries import tries
 
 
 def info(seconds: float = 1.0, module: str = "m") -> SliceInfo:
@@ -180,7 +181,7 @@ def test_a_failed_delete_changes_nothing(shelf: Shelf) -> None:
     assert shelf.add("b", 40)
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     st.lists(
         st.tuples(

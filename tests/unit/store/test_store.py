@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.store import Fingerprints, Kept, SliceInfo, Store, content_key, default_home, slice_key
 from cpucache.store.ram import RAM, Bytes
 from cpucache.store.slicefile import Damaged, SliceFiles, file_size
 from cpucache.store.upkeep import collect, verify
-from tests.support.changes import changes, tries
+from tests.support.changes import changes
 from tests.support.held import no_collector, open_files
+from tests.support.tries import tries
 
 KEY, OTHER = "ab" * 16, "cd" * 16
 TOKENS = np.array([5, 6, 7], np.int32)
@@ -68,7 +69,7 @@ def test_ram_keeps_nothing_larger_than_itself() -> None:
     assert (len(ram), ram.used) == (0, 0)
 
 
-@settings(max_examples=200, deadline=None)
+@tries(200)
 @given(st.lists(st.tuples(st.sampled_from(["put", "get", "drop"]), st.sampled_from("abcde"), st.integers(1, 60))))
 def test_ram_counts_what_it_holds(steps: list[tuple[str, str, int]]) -> None:
     ram = RAM(100)
