@@ -93,12 +93,10 @@ def _is_loopback(host: str) -> bool:
     "of any text at any position.",
 )
 @click.option(
-    "-v",
-    "--verbose",
+    "--log-json",
     is_flag=True,
-    help="Log a line for each request on standard error: its id, status, tokens by origin, and times.",
+    help="Log a line for each request on standard error. It and all other lines are JSON objects.",
 )
-@click.option("--log-json", is_flag=True, help="Log these lines and all others as JSON objects, one on each line.")
 def serve(
     model: str,
     host: str,
@@ -112,7 +110,6 @@ def serve(
     max_tokens: int,
     tool_order: str,
     reuse: Reuse,
-    verbose: bool,
     log_json: bool,
     **options: Any,
 ) -> None:
@@ -133,6 +130,8 @@ def serve(
     GET  /v1/requests  /v1/requests/ID                              the last requests, and why one missed the cache
     GET  /  /v1/cache                                               a page to try the server; contents of the store
     GET  /v1/models  /health  /metrics                              POST /tokenize  /detokenize  /apply-template
+
+    With -v, the log has a line for each request: its id, status, tokens by origin, and times.
 
     Ctrl-C ends the server: running answers get five seconds, and all evaluated state is saved.
     """
@@ -167,9 +166,8 @@ def serve(
         reuse=reuse,
         sorted_tools=tool_order == "sorted",
     )
-    if verbose or log_json:
-        logging.getLogger("cpucache.server").setLevel(logging.INFO)
     if log_json:
+        logging.getLogger("cpucache.server").setLevel(logging.INFO)
         for handler in logging.getLogger("cpucache").handlers:
             handler.setFormatter(JsonFormatter())
     with _listening(host, port) as listener, Engine(model, parallel=parallel, refine="idle", **options) as engine:

@@ -106,16 +106,20 @@ def test_several_keys(tiny: Tiny, store_home: Path) -> None:
     assert process.returncode == 0
 
 
-def test_verbose_tells_a_line_for_each_request(tiny: Tiny, store_home: Path) -> None:
+def test_verbose_tells_a_line_for_each_request_and_why_it_took_its_time(tiny: Tiny, store_home: Path) -> None:
     with serving(plain_spoken(tiny("llama")), "-v") as (client, process):
         client.get("/v1/models")
         reply = client.post("/v1/chat/completions", json={"messages": []})
         assert reply.status_code == 400
+        answered = client.post("/v1/chat/completions", json=ASKED)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=PATIENCE)
     lines = err.splitlines()
-    assert re.fullmatch(r"cpucache: req_[0-9a-f]{24} GET /v1/models 200", lines[0])
-    assert lines[1] == f"cpucache: {reply.headers['x-request-id']} POST /v1/chat/completions 400"
+    assert re.fullmatch(r" +\d+\.\d{3} cpucache\.server: req_[0-9a-f]{24} GET /v1/models 200", lines[0])
+    assert lines[1].endswith(f" cpucache.server: {reply.headers['x-request-id']} POST /v1/chat/completions 400")
+    assert any(re.search(r"cpucache\.reuse: .* \d+ to evaluate", line) for line in lines[2:])
+    told = f"{answered.headers['x-request-id']} POST /v1/chat/completions 200 prompt_tokens="
+    assert any(told in line for line in lines[2:])
 
 
 def test_logs_as_json(tiny: Tiny, store_home: Path) -> None:
