@@ -50,7 +50,7 @@ def _options() -> list[click.Option]:
 
 
 def with_log_options(command: click.Command) -> click.Command:
-    """Adds ``-v`` and ``--debug`` to a command and its subcommands, except options that a command has already."""
+    """Adds ``-v`` and ``--debug`` to a command and its subcommands. A second call adds nothing."""
     taken = {name for each in command.params for name in each.opts}
     command.params += [option for option in _options() if taken.isdisjoint(option.opts)]
     for each in command.commands.values() if isinstance(command, click.Group) else ():

@@ -95,7 +95,7 @@ def _is_loopback(host: str) -> bool:
 @click.option(
     "--log-json",
     is_flag=True,
-    help="Log a line for each request on standard error. It and all other lines are JSON objects.",
+    help="Write the log as JSON objects, one on each line. It has a line for each request, also without -v.",
 )
 def serve(
     model: str,

@@ -83,7 +83,7 @@ def test_tracebacks_are_for_those_who_debug(flag: str, traced: bool, run: Callab
     assert outcome.err.splitlines()[-1].startswith("cpucache: give a fidelity")
 
 
-def test_every_command_takes_them_unless_it_has_its_own() -> None:
+def test_every_command_takes_them() -> None:
     for command in (["run"], ["schema", "check"], ["cache", "ls"], ["models", "list"], ["bench", "ttft"], ["serve"]):
         shown = invoke(*command, "--help")
         assert shown.count("--debug") == 1

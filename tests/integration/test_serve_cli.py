@@ -106,7 +106,7 @@ def test_several_keys(tiny: Tiny, store_home: Path) -> None:
     assert process.returncode == 0
 
 
-def test_verbose_tells_a_line_for_each_request_and_why_it_took_its_time(tiny: Tiny, store_home: Path) -> None:
+def test_verbose_tells_a_line_for_each_request_and_what_was_evaluated(tiny: Tiny, store_home: Path) -> None:
     with serving(plain_spoken(tiny("llama")), "-v") as (client, process):
         client.get("/v1/models")
         reply = client.post("/v1/chat/completions", json={"messages": []})

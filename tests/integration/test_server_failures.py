@@ -108,7 +108,11 @@ def test_no_page_of_another_site_reads_anything(path: str, served: Served) -> No
 # ---- while an answer is on its way -----------------------------------------------------------------------------------
 @pytest.fixture
 def failing(served: Served) -> Served:
-    """A server whose model fails in the middle of an answer."""
+    """A server whose model fails at the fourth step of one token.
+
+    At temperature 0, the model says only letters, so that an answer has as many tokens as it may have. A sampled answer
+    may end before the fourth.
+    """
     evaluate, steps = served.engine.context.evaluate, 0
 
     def failing(batch: Batch, *arguments: Any) -> None:
@@ -124,7 +128,6 @@ def failing(served: Served) -> Served:
 
 
 def test_a_response_that_fails_says_so_in_an_event(failing: Served) -> None:
-    # At temperature 0 the answer is longer than the model takes to fail; a sampled one may end before.
     asked: Any = {"model": "any", "input": "Hello", "max_output_tokens": 20, "temperature": 0}
     with failing.openai.responses.create(stream=True, **asked) as stream:
         events = list(stream)
@@ -159,11 +162,13 @@ def test_the_other_streams_say_so_in_their_own_way(failing: Served) -> None:
 
 def test_a_response_whose_client_goes_ends_at_once(served: Served) -> None:
     slow(served.engine, 0.02)
-    asked = body("/v1/responses", stream=True, max_output_tokens=1500)
+    asked = body("/v1/responses", stream=True, max_output_tokens=1500, temperature=0)
     with served.http.stream("POST", "/v1/responses", json=asked) as reply:
         for line in reply.iter_lines():
             if "output_text.delta" in line:
                 break
+        else:
+            pytest.fail("the answer has ended by itself")
     until(served.idle, 5)
     assert served.service._admission._free == 3
     with pytest.raises(openai.BadRequestError) as refused:

@@ -12,10 +12,10 @@ FACTOR = float(os.environ.get("CPUCACHE_EXAMPLES", "1"))
 
 
 def tries(examples: int, **more: Any) -> settings:
-    """Settings of a test that tries so many examples by default, however long one takes.
+    """Settings of a property test: ``examples`` times ``FACTOR`` examples, at least one, without a deadline.
 
     Args:
-        examples: Number of examples, before ``FACTOR``.
+        examples: Number of examples by default.
         more: Further settings of hypothesis.
     """
     return settings(

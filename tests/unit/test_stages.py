@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.stages import STAGES, Profile, Stage, current, profiled, stage
+from tests.support.tries import tries
 
 
 def test_nothing_is_measured_unless_asked() -> None:
@@ -20,6 +21,7 @@ def test_nothing_is_measured_unless_asked() -> None:
         assert current() is None
 
 
+@tries(100)
 @given(
     path=st.recursive(
         st.sampled_from(STAGES).map(lambda name: (name, [])),

@@ -285,6 +285,7 @@ def test_how_logs_keep_requests(tmp_path: Path) -> None:
         repeated(tmp_path, one, {"messages": [{"role": "user", "content": "x" * 30}]}, least=3)
 
 
+@tries(100)
 @given(st.text(max_size=200), st.sampled_from(["if", "case"]), st.booleans())
 def test_any_text_gives_a_name(text: str, otherwise: str, tag: bool) -> None:
     name = slug(text, otherwise=otherwise, tag=tag)

@@ -12,6 +12,7 @@ from cpucache.errors import InputError
 from cpucache.pml import parse_prompt, parse_schema, resolve
 from cpucache.pml.canonical import canonical, meaning
 from cpucache.pml.tree import Module
+from tests.support.tries import tries
 
 SCHEMA = parse_schema(
     """
@@ -84,6 +85,7 @@ def test_a_prompt_is_what_the_selection_begins_with() -> None:
 LINES = st.text(st.sampled_from(" \t\n\r<>&\"'a]é"), max_size=8)
 
 
+@tries(100)
 @given(st.lists(st.integers(0, 20), max_size=30), LINES, LINES)
 def test_whatever_is_picked_can_be_asked_and_written(presses: list[int], question: str, value: str) -> None:
     """No order of key presses gives a prompt that the schema refuses, and each changes the row that was meant."""

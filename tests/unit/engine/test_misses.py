@@ -24,6 +24,7 @@ from cpucache.engine.misses import (
     turn,
 )
 from cpucache.layout import RoleRun, Tokens
+from tests.support.tries import tries
 
 Message = tuple[str, str]
 
@@ -194,6 +195,7 @@ words = st.text("abcdef ", min_size=30, max_size=120)
 talks = st.lists(st.tuples(st.sampled_from(["user", "assistant", "tool"]), words), min_size=1, max_size=6)
 
 
+@tries(100)
 @given(talk=talks, more=talks, exact=st.integers(0, 400))
 def test_numbers_are_within_bounds(talk: list[Message], more: list[Message], exact: int) -> None:
     sent, known = asked(SYSTEM, *talk), asked(SYSTEM, *more)
@@ -204,6 +206,7 @@ def test_numbers_are_within_bounds(talk: list[Message], more: list[Message], exa
         assert np.array_equal(sent.tokens[: found.position], known.tokens[: found.position])
 
 
+@tries(100)
 @given(talk=talks, more=talks)
 def test_a_conversation_that_goes_on_loses_nothing(talk: list[Message], more: list[Message]) -> None:
     known = asked(SYSTEM, *talk)
@@ -216,6 +219,7 @@ def test_a_conversation_that_goes_on_loses_nothing(talk: list[Message], more: li
     )
 
 
+@tries(100)
 @given(talk=talks)
 def test_every_token_is_in_one_turn(talk: list[Message]) -> None:
     prompt = asked(SYSTEM, *talk)
@@ -234,6 +238,7 @@ json_values = st.recursive(
 )
 
 
+@tries(100)
 @given(
     arguments=st.dictionaries(st.text(max_size=5), json_values, min_size=1, max_size=4),
     before=st.sampled_from(["", "One moment. ", "a { b"]),
@@ -252,6 +257,7 @@ def test_however_json_is_written_it_is_the_same_answer(
     assert not same_answer(one, f"{before}<tool_call>\n{json.dumps(changed)}\n</tool_call>") or "more" in arguments
 
 
+@tries(100)
 @given(lines=st.lists(words, min_size=4, max_size=12, unique=True), at=st.integers(0, 3), new=words)
 def test_a_line_that_changed(lines: list[str], at: int, new: str) -> None:
     changed = [*lines[:at], new, *lines[at + 1 :]]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.reuse import Repair
 from tests.support.letters import Letters
+from tests.support.tries import tries
 
 WORDS = ("river", "bridge", "market", "winter", "baker", "lantern", "harbour", "meadow")
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map(" ".join)
@@ -26,7 +27,7 @@ def size(part: Sequence[str]) -> int:
     return sum(map(len, part))
 
 
-@settings(deadline=None)
+@tries(100)
 @given(modules, texts, st.integers(1, 200))
 def test_the_budget_holds_but_for_a_first_module_of_twice_its_size(
     parts: list[list[str]], question: str, budget: int
@@ -40,7 +41,7 @@ def test_the_budget_holds_but_for_a_first_module_of_twice_its_size(
         assert found == set(range(len(parts)))
 
 
-@settings(deadline=None)
+@tries(100)
 @given(
     st.lists(st.sampled_from(WORDS[1:]), min_size=2, max_size=6), st.integers(0, 5), st.sampled_from(["{}", "The {}?"])
 )
@@ -53,7 +54,7 @@ def test_the_module_that_has_the_words_of_the_question_comes_first(words: list[s
     assert chosen(parts, question.format("LAKE"), budget) == {index}
 
 
-@settings(deadline=None)
+@tries(100)
 @given(st.integers(0, 3), st.integers(0, 3))
 def test_a_word_that_every_module_has_tells_nothing(index: int, other: int) -> None:
     """One that a single module has decides."""
@@ -64,7 +65,7 @@ def test_a_word_that_every_module_has_tells_nothing(index: int, other: int) -> N
     assert chosen([*parts[other:], *parts[:other]], "meadow", size(parts[0])) == {(index - other) % 4}
 
 
-@settings(deadline=None)
+@tries(100)
 @given(modules, texts, st.integers(1, 100))
 def test_how_a_module_is_cut_into_texts_decides_nothing(parts: list[list[str]], question: str, budget: int) -> None:
     whole = [[" ".join(part)] for part in parts]

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.runtime import Run
 from cpucache.runtime.context import Bytes
 from cpucache.runtime.layout import Layout
 from cpucache.runtime.packing import AtRest, Packing
+from tests.support.tries import tries
 from tests.support.workbench import opened, some_tokens
 
 Tiny = Callable[..., Path]
@@ -57,7 +58,7 @@ def test_a_state_is_near_to_what_it_was(kind: AtRest, tokens: int, kv_type: str,
 
 
 @kinds
-@settings(deadline=None)
+@tries(100)
 @given(st.lists(st.floats(-1000, 1000, width=16), min_size=1, max_size=100))
 def test_any_floats_come_back_within_a_step(kind: AtRest, values: list[float]) -> None:
     """Also those of a state that is crafted: one cell, one layer, as many values as drawn."""

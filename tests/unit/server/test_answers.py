@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cpucache.layout.conversation import ChatMessage
 from cpucache.server.answers import CLOSE, OPEN, AnswerParser, answer_of, separated
+from tests.support.tries import tries
 
 CALL = f"<tool_call>\n{json.dumps({'name': 'look', 'arguments': {}})}\n</tool_call>"
 THOUGHT = "First I look < at it,\n\nthen I </say> so."
@@ -28,6 +29,7 @@ def parsed(text: str, sizes: list[int], *, thinking: bool = False) -> AnswerPars
     return parser
 
 
+@tries(100)
 @given(
     sizes=pieces,
     before=st.sampled_from(["", "\n", " \n "]),
@@ -48,6 +50,7 @@ def test_reasoning_text_and_calls(
     assert answer_of(text) == answer + (CALL if call else "")
 
 
+@tries(100)
 @given(sizes=pieces, text=st.text("<think>/ \nab", max_size=30))
 def test_without_reasoning_nothing_changes(sizes: list[int], text: str) -> None:
     parser = parsed(text, sizes)
@@ -56,6 +59,7 @@ def test_without_reasoning_nothing_changes(sizes: list[int], text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [f"{OPEN}\nI am not", f"{OPEN}I am not\n"])
+@tries(100)
 @given(sizes=pieces)
 def test_reasoning_that_is_cut_short(text: str, sizes: list[int]) -> None:
     parser = parsed(text, sizes)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpucache.server.toolcalls import ToolParser
+from tests.support.tries import tries
 
 ARGUMENTS = {"city": "Ulm", "days": [1, 2], "note": 'a "quoted" { brace'}
 OBJECT = json.dumps({"name": "weather", "arguments": ARGUMENTS})
@@ -61,6 +62,7 @@ def parsed(text: str, sizes: list[int], names: tuple[str, ...] = ("weather", "ti
 pieces = st.lists(st.integers(1, 12), max_size=30)
 
 
+@tries(100)
 @given(call=st.sampled_from(CALLS), before=st.sampled_from(["", "One moment. ", "Let me see:\n\n"]), sizes=pieces)
 def test_a_call_is_found(call: str, before: str, sizes: list[int]) -> None:
     if before and not call.startswith(("<tool_call>", "[TOOL_CALLS]")):
@@ -85,6 +87,7 @@ def test_arguments_may_hold_anything(text: str) -> None:
     "text",
     [f"<tool_call>{OBJECT}</tool_call>\n<tool_call>{OTHER}</tool_call>", f"[TOOL_CALLS] [{OBJECT}, {OTHER}]"],
 )
+@tries(100)
 @given(sizes=pieces)
 def test_several_calls_are_found(text: str, sizes: list[int]) -> None:
     _, parser = parsed(text, sizes)
@@ -92,12 +95,14 @@ def test_several_calls_are_found(text: str, sizes: list[int]) -> None:
     assert len({call.id for call in parser.calls}) == 2
 
 
+@tries(100)
 @given(text=st.sampled_from(TEXTS), sizes=pieces)
 def test_what_is_no_call_is_text(text: str, sizes: list[int]) -> None:
     said, parser = parsed(text, sizes)
     assert (said, parser.calls) == (text, [])
 
 
+@tries(100)
 @given(text=st.sampled_from([*CALLS, *TEXTS]), sizes=pieces)
 def test_without_tools_everything_is_text(text: str, sizes: list[int]) -> None:
     parser = ToolParser(())
@@ -109,6 +114,7 @@ def test_without_tools_everything_is_text(text: str, sizes: list[int]) -> None:
     assert "".join(said) + parser.feed(text[at:]) + parser.finish() == text
 
 
+@tries(100)
 @given(text=st.sampled_from(CALLS))
 def test_a_tool_that_there_is_not_is_text(text: str) -> None:
     said, parser = parsed(text, [], ("another",))
